@@ -1,0 +1,85 @@
+"""The contract of a basis: K univariate functions of one number, applied to every element of a tensor.
+
+A basis knows nothing of images: `basis(x)` turns (N, C, *spatial) into (N, C, K, *spatial). It first brings any real
+number into its domain by `squash`, then evaluates its functions there, always at least in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kanseg.errors import UsageError, did_you_mean
+from kanseg.registry import Registry
+
+BASES = Registry("basis")
+
+
+def tanh(x: Tensor) -> Tensor:
+    """tanh by the sigmoid, which is about ten times faster on a CPU (absolute error 1e-7)."""
+    return torch.sigmoid(2 * x) * 2 - 1
+
+
+SQUASHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "tanh": tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def as_squash(squash: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A map of the real line into the domain of a basis, by name or as it is."""
+    if callable(squash):
+        return squash
+    if squash not in SQUASHES:
+        raise UsageError(f"Unknown squash '{squash}'.{did_you_mean(squash, SQUASHES)}")
+    return SQUASHES[squash]
+
+
+class Basis(nn.Module):
+    """K functions phi_k. Subclasses set `num_functions` and implement `evaluate`.
+
+    Attributes:
+        num_functions: K.
+        domain: the interval on which `evaluate` is meant to be used.
+    """
+
+    domain: tuple[float, float] = (-1.0, 1.0)
+
+    def __init__(self, num_functions: int, squash: str | Callable[[Tensor], Tensor] = "identity") -> None:
+        super().__init__()
+        if num_functions < 1:
+            raise UsageError(f"{type(self).__name__} needs at least one function, got {num_functions}")
+        self.num_functions = num_functions
+        self.squash = as_squash(squash)
+
+    def evaluate(self, t: Tensor) -> Tensor:
+        """phi_k(t) for t in the domain: (N, C, *spatial) -> (N, C, K, *spatial)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define its functions")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """phi_k(squash(x)): (N, C, *spatial) -> (N, C, K, *spatial), in float32 also under autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.evaluate(self.squash(x.float() if x.dtype.itemsize < 4 else x))
+
+    def extra_repr(self) -> str:
+        return f"num_functions={self.num_functions}"
+
+
+def beside(parameter: Tensor, t: Tensor) -> Tensor:
+    """View a (..., K) parameter so that it broadcasts against t.unsqueeze(2), (N, C, 1, *spatial)."""
+    return parameter.to(t.dtype).reshape(*parameter.shape, *[1] * (t.dim() - 2))
+
+
+def create_basis(basis: str | Basis, channels: int, **options: Any) -> Basis:
+    """A basis by name, or the given one. `channels` is used by bases that keep parameters a channel."""
+    if isinstance(basis, Basis):
+        return basis
+    entry = BASES.get(basis)
+    try:
+        return entry(channels=channels, **options)
+    except TypeError as error:
+        raise UsageError(f"basis '{basis}' does not take these options: {options} ({error})") from error

@@ -1,0 +1,26 @@
+"""Errors that speak to the user: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave (files, values): one clear message, exit code 1, no traceback."""
+
+
+class UsageError(UserError):
+    """A mistake in how kanseg was called (options, names, config keys): exit code 2."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """A sentence with the nearest known name, or the list of known names.
+
+    >>> did_you_mean("grma", ["gram", "legendre"])
+    " Did you mean 'gram'? Known: gram, legendre."
+    """
+    known = sorted(str(option) for option in options)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+    return f"{hint} Known: {', '.join(known)}."

@@ -1,0 +1,104 @@
+"""KAN convolution in a narrow space: 1x1 down, expand and convolve, 1x1 up, beside a plain base branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kanseg.errors import UsageError
+from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, recomputed
+
+
+class NoiseInjection(nn.Module):
+    """In training: x + alpha * m * N(0, 1) * std_c(x) with m ~ Bernoulli(p) an element; std over all but channels.
+
+    Where a channel has a single value its spread counts as 0 (no noise, never NaN).
+    """
+
+    def __init__(self, p: float = 0.0, alpha: float = 0.05) -> None:
+        super().__init__()
+        self.p, self.alpha = p, alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        spread = x.std(dim=axes, keepdim=True, correction=int(x.numel() > x.shape[1]))
+        return x + self.alpha * torch.bernoulli(torch.full_like(x, self.p)) * torch.randn_like(x) * spread
+
+
+class BottleneckKANConv(ConvGeometry):
+    """y = up(conv_basis(Phi(down(x)))) + conv(act(x)), (N, in_channels, *S) -> (N, out_channels, *S').
+
+    The inner width a group is max(in, out) / dim_reduction, and where that is below `min_internal`,
+    min(min_internal, in, out). Source: Drokin, arXiv 2407.01092, section 3.5 (bottleneck Gram convolution).
+
+    Args:
+        basis, basis_act, base_act, basis_options: as in `KANConv`.
+        dim_reduction, min_internal: see above.
+        dropout: probability of noise injection at an element of the input.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        basis: str = "gram",
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        base_act: ActSpec = "silu",
+        basis_act: ActSpec = None,
+        dim_reduction: float = 4,
+        min_internal: int = 16,
+        dropout: float = 0.0,
+        dropout_at: str = "basis_input",
+        recompute: bool = True,
+        **basis_options: Any,
+    ) -> None:
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        super().__init__(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
+        if dim_reduction <= 0:
+            raise UsageError(f"dim_reduction must be positive, got {dim_reduction}")
+        inputs, outputs = in_channels // self.groups, out_channels // self.groups
+        inner = int(max(inputs, outputs) / dim_reduction)
+        inner = min(min_internal, inputs, outputs) if inner < min_internal else inner
+        ones = (1,) * spatial_dims
+        self.down_weight = self.new_weight(inner * self.groups, inputs, ones)
+        self.up_weight = self.new_weight(out_channels, inner, ones)
+        self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
+        self.base_act = activation(base_act)
+        self.inner = KANConv(
+            spatial_dims,
+            inner * self.groups,
+            inner * self.groups,
+            kernel_size,
+            basis=basis,
+            basis_act=basis_act,
+            base=False,
+            recompute=False,  # the whole layer is recomputed
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            **basis_options,
+        )
+        self.noise = NoiseInjection(dropout)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.noise(x)
+        return (
+            recomputed(self._convolve, x, preserve_rng_state=False) if self.recompute else self._convolve(x)
+        )
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        y = self.pointwise(self.inner(self.pointwise(x, self.down_weight)), self.up_weight)
+        return y + self.convolve(self.base_act(x), self.base_weight)

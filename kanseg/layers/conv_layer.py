@@ -1,0 +1,104 @@
+"""Convolution, normalisation, activation: the unit that networks are built of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from monai.networks.layers.factories import Dropout
+from monai.networks.layers.utils import get_norm_layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+
+from kanseg.layers.kan_conv import ActSpec, KANConv, activation, recomputed
+
+
+class GroupPReLU(nn.Module):
+    """PReLU with one slope a group of channels."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((groups,), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.prelu(x, self.weight.repeat_interleave(x.shape[1] // len(self.weight)).to(x.dtype))
+
+
+class FrozenStatistics:
+    """Run a norm once more on the same batch without counting it in its running statistics; may be entered again."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __enter__(self) -> None:
+        self.tracked = (
+            isinstance(self.norm, _NormBase) and self.norm.track_running_stats and self.norm.training
+        )
+        if self.tracked:
+            self.momentum, self.norm.momentum = self.norm.momentum, 0.0
+
+    def __exit__(self, *error: object) -> None:
+        if self.tracked:
+            self.norm.momentum = self.momentum
+            self.norm.num_batches_tracked.sub_(1)
+
+
+class ConvLayer(nn.Module):
+    """act(norm(conv(x))), (N, in_channels, *S) -> (N, out_channels, *S').
+
+    Keeps its input and the output of the convolution for the backward pass, whatever the basis.
+
+    Args:
+        conv: the convolution class; takes (spatial_dims, in_channels, out_channels, kernel_size, **options).
+        norm: MONAI norm spec, e.g. ("instance", {"affine": True}); None for none.
+        act: activation name; None for none; "prelu" has one slope a group.
+        dropout: channel dropout; `dropout_at="output"` puts it here, every other place inside the convolution.
+        options: go to `conv` (basis, stride, groups, ...).
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        conv: type[nn.Module] = KANConv,
+        norm: str | tuple | None = ("instance", {"affine": True}),
+        act: ActSpec = "silu",
+        dropout: float = 0.0,
+        dropout_at: str = "basis_input",
+        recompute: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        at_output = dropout_at == "output"
+        if not at_output:
+            options.update(dropout=dropout, dropout_at=dropout_at)
+        self.conv = conv(spatial_dims, in_channels, out_channels, kernel_size, recompute=recompute, **options)
+        self.norm = get_norm_layer(norm, spatial_dims, out_channels) if norm else nn.Identity()
+        self.act = GroupPReLU(self.conv.groups) if act == "prelu" else activation(act)
+        self.dropout = (
+            Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout and at_output else nn.Identity()
+        )
+        pointwise = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
+        self.recompute = recompute and not pointwise and getattr(self.conv, "basis", True) is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if not self.recompute:
+            return self.dropout(self.act(self.norm(y)))
+        contexts = partial(_first_and_second_run, self.norm)
+        y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
+        return self.dropout(y)
+
+    def _norm_act(self, y: Tensor) -> Tensor:
+        return self.act(self.norm(y))
+
+
+def _first_and_second_run(norm: nn.Module) -> tuple[Any, Any]:
+    return nullcontext(), FrozenStatistics(norm)

@@ -1,0 +1,206 @@
+"""The KAN convolution: an ordinary convolution over a pointwise basis expansion.
+
+y = conv(act(x); W_base) + conv(Phi(x); W_basis), where Phi gives K numbers a channel. Both terms run as ONE convolution
+over (K + 1) C channels, channel by channel, so `groups` is the native one. The expansion is not kept for the backward
+pass but computed again there: the layer keeps its input, like a plain convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from monai.networks.layers.factories import Dropout
+from monai.networks.layers.utils import get_act_layer, get_norm_layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from kanseg.bases import Basis, create_basis
+from kanseg.errors import UsageError
+
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+ActSpec = str | tuple[str, dict[str, Any]] | None
+
+
+def per_axis(value: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
+    """One integer an axis: 3 -> (3, 3, 3)."""
+    values = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
+    if len(values) != spatial_dims:
+        raise UsageError(f"{name} needs one number or {spatial_dims} (spatial_dims), got {value}")
+    return values
+
+
+def activation(act: ActSpec) -> nn.Module:
+    """An activation by MONAI's name ("silu" is "swish" there), identity for None."""
+    if act is None:
+        return nn.Identity()
+    return nn.SiLU() if act == "silu" else get_act_layer(act)
+
+
+class ConvGeometry(nn.Module):
+    """What every convolution here shares: channels, groups, kernel, stride, padding, dilation; checked once.
+
+    `padding=None` keeps the size at stride 1: dilation * (kernel_size - 1) // 2 on each side.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in CONVOLUTIONS:
+            raise UsageError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+        if min(in_channels, out_channels) < 1:
+            raise UsageError(f"channels must be positive, got {in_channels} in and {out_channels} out")
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise UsageError(
+                f"in_channels (={in_channels}) and out_channels (={out_channels}) must be divisible by "
+                f"groups (={groups}), which must be positive"
+            )
+        self.spatial_dims, self.groups = spatial_dims, groups
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size = per_axis(kernel_size, spatial_dims, "kernel_size")
+        self.stride = per_axis(stride, spatial_dims, "stride")
+        self.dilation = per_axis(dilation, spatial_dims, "dilation")
+        self.padding = (
+            tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+            if padding is None
+            else per_axis(padding, spatial_dims, "padding")
+        )
+
+    def new_weight(self, out_channels: int, in_channels: int, kernel_size: Sequence[int]) -> nn.Parameter:
+        """A convolution weight with unit-gain Kaiming uniform values, fan-in counted over all its inputs."""
+        bound = math.sqrt(3 / (in_channels * math.prod(kernel_size)))
+        return nn.Parameter(torch.empty(out_channels, in_channels, *kernel_size).uniform_(-bound, bound))
+
+    def convolve(self, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
+        """The convolution with this geometry and no bias."""
+        return CONVOLUTIONS[self.spatial_dims](
+            x, weight, None, self.stride, self.padding, self.dilation, groups or self.groups
+        )
+
+    def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A grouped 1x1 convolution, no bias."""
+        return CONVOLUTIONS[self.spatial_dims](x, weight, groups=self.groups)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
+        )
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
+    """`function(*inputs)`, keeping only `inputs` for the backward pass. Under torch.compile the compiler decides."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, **options)
+
+
+class KANConv(ConvGeometry):
+    """N-dimensional KAN convolution, (N, in_channels, *S) -> (N, out_channels, *S'). `basis=None` is the plain one.
+
+    Source: Drokin, "Kolmogorov-Arnold Convolutions", arXiv 2407.01092, section 3.
+
+    Args:
+        basis: name in `kanseg.bases.BASES`, a `Basis`, or None.
+        base: keep the base branch conv(base_act(x)).
+        base_act: activation of the base branch; None convolves x itself.
+        basis_act: activation applied to the expanded basis, in [Drokin] SiLU for Gram polynomials.
+        input_norm: MONAI norm spec for the input of the basis branch (FastKAN).
+        dropout: channel dropout probability; `dropout_at` says where: "input" (both branches), "basis_input",
+            "basis" or "output" (handled by `ConvLayer`).
+        recompute: compute the expansion again in backward instead of keeping it.
+        basis_options: arguments of the basis (degree, grid_size, ...).
+
+    >>> conv = KANConv(3, 4, 8, basis="gram", groups=2)
+    >>> conv(torch.zeros(1, 4, 5, 6, 7)).shape
+    torch.Size([1, 8, 5, 6, 7])
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        basis: str | Basis | None = "gram",
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        base: bool = True,
+        base_act: ActSpec = "silu",
+        basis_act: ActSpec = None,
+        input_norm: str | tuple | None = None,
+        dropout: float = 0.0,
+        dropout_at: str = "basis_input",
+        recompute: bool = True,
+        **basis_options: Any,
+    ) -> None:
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        super().__init__(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
+        channels = in_channels // self.groups
+        if basis is None:
+            base, base_act = True, None
+        self.basis = None if basis is None else create_basis(basis, channels, **basis_options)
+        self.base_act = activation(base_act)
+        self.basis_act = activation(basis_act)
+        self.base_weight = self.new_weight(out_channels, channels, self.kernel_size) if base else None
+        self.basis_weight = (
+            None
+            if self.basis is None
+            else self.new_weight(out_channels, channels * self.basis.num_functions, self.kernel_size)
+        )
+        self.input_norm = get_norm_layer(input_norm, spatial_dims, in_channels) if input_norm else None
+        self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else None
+        self.dropout_at = dropout_at
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.basis is None:
+            return self.convolve(self._drop("input", x), self.base_weight)
+        # The norm stays outside: run twice, it would count its statistics twice.
+        inputs = (x,) if self.input_norm is None else (x, self.input_norm(self._drop("basis_input", x)))
+        if not self.recompute:
+            return self.expand_and_convolve(*inputs)
+        return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)
+
+    def expand_and_convolve(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
+        """Expansion and convolution. The convolution comes last, so recomputing stops just before it."""
+        return self.convolve(self.expand(x, normed), self.weight())
+
+    def expand(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
+        """[act(x), Phi(x)] channel by channel: (N, C, *S) -> (N, C (K + 1), *S)."""
+        x = self._drop("input", x)
+        branches = [self._expanded_basis(self._drop("basis_input", x) if normed is None else normed)]
+        if self.base_weight is not None:
+            branches.insert(0, self.base_act(x).unsqueeze(2))
+        return torch.cat([branch.to(branches[-1].dtype) for branch in branches], dim=2).flatten(1, 2)
+
+    def weight(self) -> Tensor:
+        """The weight of the one convolution over the expansion, (out_channels, C (K + 1) / groups, *kernel)."""
+        if self.base_weight is None:
+            return self.basis_weight
+        by_channel = self.basis_weight.unflatten(1, (-1, self.basis.num_functions))
+        return torch.cat([self.base_weight.unsqueeze(2), by_channel], dim=2).flatten(1, 2)
+
+    def _expanded_basis(self, x: Tensor) -> Tensor:
+        return self._drop("basis", self.basis_act(self.basis(x)))
+
+    def _drop(self, position: str, x: Tensor) -> Tensor:
+        if self.dropout is None or position != self.dropout_at:
+            return x
+        return self.dropout(x.flatten(1, 2)).view_as(x) if position == "basis" else self.dropout(x)

@@ -1,0 +1,137 @@
+"""Wavelet KAN convolution with one wavelet an edge (Wav-KAN): scale and translation for every pair of channels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from monai.networks.layers.factories import Dropout
+from torch import Tensor, nn
+
+from kanseg.bases.wavelet import get_wavelet
+from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation
+
+EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
+
+
+class WaveletConv(ConvGeometry):
+    """u_o = sum_c conv(psi((x_c - t_oc) / s_oc); W_oc), y = mix(u) + conv(act(x)); mix is a 1x1 convolution.
+
+    (N, in_channels, *S) -> (N, out_channels, *S'). The expansion has out * in channels; it is made a few output
+    channels at a time and again in backward, so neither pass holds it whole.
+
+    Args:
+        wavelet: name in `kanseg.bases.wavelet.WAVELETS`, or psi itself.
+        base_act: activation of the base branch.
+        dropout: channel dropout of the wavelet branch's input.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        wavelet: str | Callable[[Tensor], Tensor] = "mexican_hat",
+        base_act: ActSpec = "silu",
+        dropout: float = 0.0,
+        dropout_at: str = "basis_input",
+        recompute: bool = True,
+        **geometry: Any,
+    ) -> None:
+        super().__init__(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
+        inputs = in_channels // self.groups
+        self.psi = get_wavelet(wavelet)
+        self.scale = nn.Parameter(torch.ones(out_channels, inputs))
+        self.translation = nn.Parameter(torch.zeros(out_channels, inputs))
+        self.wavelet_weight = self.new_weight(out_channels, inputs, self.kernel_size)
+        self.mix_weight = self.new_weight(out_channels, out_channels // self.groups, (1,) * spatial_dims)
+        self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
+        self.base_act = activation(base_act)
+        self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else nn.Identity()
+        self.recompute = recompute
+        self.step = max(1, EDGES_AT_ONCE // in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = (
+            x,
+            self.dropout(x),
+            self.scale,
+            self.translation,
+            self.wavelet_weight,
+            self.mix_weight,
+            self.base_weight,
+        )
+        terms = [
+            self._base_term,
+            *(partial(self._edge_term, first) for first in range(0, self._edges(), self.step)),
+        ]
+        if self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return SumOfTerms.apply(terms, *tensors)
+        return functools.reduce(torch.add, (term(*tensors) for term in terms))
+
+    def _edges(self) -> int:
+        return self.out_channels // self.groups
+
+    def _base_term(self, x: Tensor, *others: Tensor) -> Tensor:
+        return self.convolve(self.base_act(x), others[-1])
+
+    def _edge_term(
+        self,
+        first: int,
+        x: Tensor,
+        dropped: Tensor,
+        scale: Tensor,
+        translation: Tensor,
+        weight: Tensor,
+        mix: Tensor,
+        base: Tensor,
+    ) -> Tensor:
+        """What output channels first ... first + step of the wavelets, of every group, add to y."""
+        outputs = slice(first, first + self.step)
+
+        def chosen(t: Tensor) -> Tensor:
+            return t.unflatten(0, (self.groups, -1))[:, outputs]
+
+        with torch.autocast(x.device.type, enabled=False):
+            z = dropped.float() if dropped.dtype.itemsize < 4 else dropped
+            z = z.unflatten(1, (self.groups, 1, -1))
+            shape = (1, self.groups, -1, z.shape[3], *[1] * self.spatial_dims)
+            expanded = self.psi((z - chosen(translation).reshape(shape)) / chosen(scale).reshape(shape))
+        weight = chosen(weight).flatten(0, 1)
+        u = self.convolve(expanded.flatten(1, 3), weight, groups=len(weight))
+        return self.pointwise(u, mix[:, outputs])
+
+
+class SumOfTerms(torch.autograd.Function):
+    """y = sum of term(*tensors), keeping the tensors alone; backward evaluates one term at a time again."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: list[Callable[..., Tensor]], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.terms = terms
+        device = tensors[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return functools.reduce(Tensor.add_, (term(*tensors) for term in terms))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        total: list[Tensor | None] = [None] * len(wanted)
+        for term in ctx.terms:
+            leaves = [
+                t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)
+            ]
+            with torch.enable_grad(), torch.autocast(ctx.autocast[0], ctx.autocast[1], ctx.autocast[2]):
+                y = term(*leaves)
+            sought = [i for i, want in enumerate(wanted) if want]
+            grads = torch.autograd.grad(y, [leaves[i] for i in sought], grad, allow_unused=True)
+            for i, g in zip(sought, grads, strict=True):
+                if g is not None:
+                    total[i] = g if total[i] is None else total[i] + g
+        return (None, *total)

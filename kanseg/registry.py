@@ -1,0 +1,56 @@
+"""One registry class; the tables of bases, encoders, models, losses and optimizers are its instances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from kanseg.errors import UsageError, did_you_mean
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+class Registry:
+    """Names to constructors. A new entry is one decorated class or function.
+
+    >>> shapes = Registry("shape")
+    >>> _ = shapes.register("square")(lambda side: side**2)
+    >>> shapes.create("square", 3)
+    9
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Callable[..., Any]] = {}
+
+    def register(self, *names: str) -> Callable[[T], T]:
+        """Decorator: make the object available under each of `names`; a name is taken once."""
+
+        def add(entry: T) -> T:
+            for name in names:
+                if name in self._entries:
+                    raise ValueError(f"{self.kind} '{name}' is registered twice")
+                self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The entry of that name; an unknown name raises `UsageError` with the nearest one."""
+        if name not in self._entries:
+            raise UsageError(f"Unknown {self.kind} '{name}'.{did_you_mean(name, self._entries)}")
+        return self._entries[name]
+
+    def create(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call the entry of that name."""
+        return self.get(name)(*args, **kwargs)
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())

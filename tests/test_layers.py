@@ -1,0 +1,201 @@
+"""KAN convolutions against their formula, in every dimension, and what they keep for backward."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kanseg
+from kanseg.bases import BASES
+from kanseg.errors import UsageError
+from kanseg.layers import FAMILIES, ConvLayer, KANConv, conv_layer
+from kanseg.layers.families import LAYER_CLASSES
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+SIZES = {1: (9,), 2: (8, 9), 3: (5, 6, 7)}
+
+
+def by_the_formula(conv: KANConv, x: Tensor) -> Tensor:
+    """Group by group: conv(act(x); W_base) + conv(Phi(x); W_basis)."""
+    outputs = []
+    for g, part in enumerate(x.chunk(conv.groups, dim=1)):
+        rows = slice(g * conv.out_channels // conv.groups, (g + 1) * conv.out_channels // conv.groups)
+        phi = conv.basis(part).flatten(1, 2)
+        y = CONVOLUTIONS[conv.spatial_dims](
+            phi, conv.basis_weight[rows], None, conv.stride, conv.padding, conv.dilation
+        )
+        y = y + CONVOLUTIONS[conv.spatial_dims](
+            F.silu(part), conv.base_weight[rows], None, conv.stride, conv.padding, conv.dilation
+        )
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize("basis", ["gram", "bspline", "relu", "mexican_hat"])
+@pytest.mark.parametrize("geometry", [{}, {"groups": 2, "stride": 2}, {"dilation": 2, "padding": 1}])
+def test_is_its_formula(spatial_dims: int, basis: str, geometry: dict) -> None:
+    conv = KANConv(spatial_dims, 4, 6, basis=basis, **geometry).double()
+    x = torch.randn(2, 4, *SIZES[spatial_dims], dtype=torch.float64)
+    torch.testing.assert_close(conv(x), by_the_formula(conv, x))
+
+
+@pytest.mark.parametrize("basis", BASES.names())
+def test_recomputing_changes_no_gradient(basis: str) -> None:
+    torch.manual_seed(0)
+    kept = KANConv(2, 4, 4, basis=basis, groups=2, recompute=False).double()
+    again = KANConv(2, 4, 4, basis=basis, groups=2).double()
+    again.load_state_dict(kept.state_dict())
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    gradients = []
+    for conv in (kept, again):
+        inputs = x.clone().requires_grad_()
+        conv(inputs).square().sum().backward()
+        gradients.append([inputs.grad, *(p.grad for p in conv.parameters() if p.requires_grad)])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_every_family_has_right_gradients(family: str, norm: str) -> None:
+    layer = conv_layer(family)(2, 2, 4, norm=norm).double()
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,), fast_mode=True)
+
+
+def test_a_volume_of_depth_one_is_a_picture() -> None:
+    flat = KANConv(2, 3, 4, kernel_size=(3, 5), basis="legendre")
+    deep = KANConv(3, 3, 4, kernel_size=(1, 3, 5), basis="legendre")
+    deep.load_state_dict({key: value.unsqueeze(2) for key, value in flat.state_dict().items()})
+    x = torch.randn(1, 3, 7, 8)
+    torch.testing.assert_close(deep(x.unsqueeze(2)).squeeze(2), flat(x))
+
+
+def test_without_a_basis_it_is_the_plain_convolution() -> None:
+    conv = KANConv(3, 4, 6, basis=None, stride=2, groups=2)
+    plain = nn.Conv3d(4, 6, 3, stride=2, padding=1, groups=2, bias=False)
+    plain.load_state_dict({"weight": conv.base_weight.data})
+    x = torch.randn(1, 4, 6, 6, 6)
+    assert torch.equal(conv(x), plain(x))
+
+
+def test_degree_zero_works() -> None:
+    conv = KANConv(2, 2, 3, basis="gram", degree=0)
+    conv(torch.randn(1, 2, 5, 5)).sum().backward()
+    assert conv.basis_weight.grad.abs().sum() > 0
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> float:
+    """Bytes kept for the backward pass, in units of the input's."""
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return total / (x.numel() * x.element_size())
+
+
+def test_a_gram_layer_keeps_its_input_and_its_output() -> None:
+    x = torch.randn(1, 16, 48, 48, 48, requires_grad=True)
+    assert saved_bytes(conv_layer("kagn")(3, 16, 16), x) <= 3
+    assert saved_bytes(KANConv(3, 16, 16), x) <= 1.1
+
+
+@pytest.mark.parametrize(
+    ("family", "norm"), [*itertools.product(sorted({*FAMILIES} - {"plain"}), ["instance", "batch"])]
+)
+def test_no_family_keeps_its_expansion(family: str, norm: str) -> None:
+    x = torch.randn(1, 8, 28, 28, 28, requires_grad=True)
+    place = "input_norm" if "input_norm" in FAMILIES[family] else "norm"
+    assert saved_bytes(conv_layer(family)(3, 8, 8, **{place: norm}), x) <= 3.3
+
+
+def test_no_activation_outlives_the_call() -> None:
+    import gc
+    import weakref
+
+    layer = conv_layer("kaln")(2, 2, 2)
+    x = torch.randn(1, 2, 8, 8)
+    seen = weakref.ref(x)
+    layer(x)
+    del x
+    gc.collect()
+    assert seen() is None
+
+
+def test_running_statistics_count_a_batch_once() -> None:
+    layer, plain = conv_layer("kagn", norm="batch")(2, 2, 4), nn.BatchNorm2d(4)
+    x = torch.randn(3, 2, 6, 6)
+    plain(layer.conv(x))
+    layer(x).sum().backward()
+    assert layer.norm.num_batches_tracked == 1
+    torch.testing.assert_close(layer.norm.running_mean, plain.running_mean)
+    torch.testing.assert_close(layer.norm.running_var, plain.running_var)
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    x = torch.randn(4, 4, 9, 9)
+    for family in set(FAMILIES) - {"wavkan"}:  # its batch norm is the exception, in training
+        layer = conv_layer(family)(2, 4, 4)
+        torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]), msg=family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_works_under_autocast(family: str) -> None:
+    layer = conv_layer(family)(2, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(torch.randn(1, 4, 8, 8))
+    y.float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", LAYER_CLASSES)
+def test_thin_names_are_layers_of_their_dimension(name: str) -> None:
+    dims = int(name[-2])
+    layer = getattr(kanseg, name)(2, 4, kernel_size=3, stride=2)
+    assert isinstance(layer, ConvLayer)
+    assert layer(torch.randn(2, 2, *[9] * dims)).shape == (2, 4, *[5] * dims)
+
+
+def test_layers_start_with_outputs_of_unit_scale() -> None:
+    """The reference divides by the output channels too and starts its basis branch almost at zero."""
+    torch.manual_seed(0)
+    conv = KANConv(2, 64, 64, basis="legendre", base=False)
+    x = torch.randn(2, 64, 24, 24)
+    expected = conv.basis(x).square().mean().sqrt()
+    assert 0.8 < conv(x)[..., 1:-1, 1:-1].std() / expected < 1.2
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    x = torch.randn(2, 8, 6, 6)
+    for family in FAMILIES:
+        layer = conv_layer(family, dropout=0.5, **({"norm": None} if family != "fastkan" else {}))(2, 8, 8)
+        torch.manual_seed(0)
+        assert not torch.equal(layer(x), layer(x)), family
+        layer(x).sum().backward()
+        layer.eval()
+        assert torch.equal(layer(x), layer(x)), family
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 3}, r"in_channels \(=4\) and out_channels \(=6\) must be divisible by groups \(=3\)"),
+        ({"kernel_size": (3, 3, 3)}, "kernel_size needs one number or 2"),
+        ({"basis": "grid"}, "Unknown basis 'grid'"),
+        ({"spatial_dims": 4}, "spatial_dims must be 1, 2 or 3"),
+        ({"in_channels": 0}, "channels must be positive"),
+    ],
+)
+def test_impossible_options_are_explained(options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        KANConv(**{"spatial_dims": 2, "in_channels": 4, "out_channels": 6, **options})
