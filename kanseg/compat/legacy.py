@@ -54,7 +54,7 @@ def negative_mexican_hat(z: Tensor) -> Tensor:
 
 
 def channel_windowed_shannon(z: Tensor) -> Tensor:
-    """sin(z) / z times a symmetric Hamming window over the input channels, axis 3 of (N, groups, edges, C, *spatial)."""
+    """sin(z) / z times a symmetric Hamming window over the channels, axis 3 of (N, groups, edges, C, *spatial)."""
     window = torch.hamming_window(z.shape[3], periodic=False, dtype=z.dtype, device=z.device)
     return torch.sinc(z / math.pi) * window.view(-1, *[1] * (z.dim() - 4))
 
