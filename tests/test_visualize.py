@@ -20,7 +20,7 @@ def test_functions_sum_to_the_layers_output(basis: str) -> None:
 
 
 def test_picture_shows_the_asked_number_of_functions() -> None:
-    model = UKANet(2, 1, 2, features_per_stage=(4, 8), encoder="reskanet10", bottleneck=True)
+    model = UKANet(2, 1, 2, features_per_stage=(4, 8), encoder="reskanet10", kan_stages="deep")
     figure = plot_learned_functions(model, count=6)
     assert sum(axis.axison for axis in figure.axes) == 6
     assert next(iter(kan_convolutions(model))) in figure.get_suptitle()

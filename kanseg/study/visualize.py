@@ -52,7 +52,7 @@ def plot_learned_functions(
     from matplotlib.figure import Figure
 
     convolutions = kan_convolutions(model)
-    if not convolutions or layer is not None and layer not in convolutions:
+    if not convolutions or (layer is not None and layer not in convolutions):
         known = ", ".join(list(convolutions)[:5]) or "none: all its convolutions are plain"
         raise UserError(f"The network has no KAN layer '{layer or ''}'. Its KAN layers: {known}.")
     name = layer or next(iter(convolutions))
