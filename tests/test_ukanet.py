@@ -29,7 +29,7 @@ def test_every_basis_trains_and_predicts(basis: str | None, dims: int, size: tup
     assert logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("size", [(33,), (7, 50), (70, 70), (5, 31, 12), (16, 16, 1)])
+@pytest.mark.parametrize("size", [(33,), (7, 50), (70, 70), (5, 31, 12), (16, 16, 1), (1, 1), (2, 3, 4)])
 def test_takes_any_size_and_aspect(size: tuple[int, ...]) -> None:
     model = UKANet(len(size), 1, 2, **SMALL).eval()
     assert model(torch.randn(1, 1, *size)).shape == (1, 2, *size)

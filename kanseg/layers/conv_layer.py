@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from kanseg.layers.kan_conv import ActSpec, KANConv, activation, recomputed
+from kanseg.layers.kan_conv import ActSpec, KANConv, activation, normalise, recomputed
 
 
 class GroupPReLU(nn.Module):
@@ -91,13 +91,13 @@ class ConvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         if not self.recompute:
-            return self.dropout(self.act(self.norm(y)))
+            return self.dropout(self._norm_act(y))
         contexts = partial(_first_and_second_run, self.norm)
         y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
         return self.dropout(y)
 
     def _norm_act(self, y: Tensor) -> Tensor:
-        return self.act(self.norm(y))
+        return self.act(normalise(self.norm, y))
 
 
 def _first_and_second_run(norm: nn.Module) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from monai.networks.layers.factories import Dropout
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.checkpoint import checkpoint
 
 from kanseg.bases import Basis, create_basis
@@ -38,6 +39,13 @@ def activation(act: ActSpec) -> nn.Module:
     if act is None:
         return nn.Identity()
     return nn.SiLU() if act == "silu" else get_act_layer(act)
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), also where instance norm meets a map of one voxel, which torch refuses: the result is its bias."""
+    if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1:
+        return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
+    return norm(x)
 
 
 class ConvGeometry(nn.Module):
@@ -173,7 +181,7 @@ class KANConv(ConvGeometry):
         if self.basis is None:
             return self.convolve(self._drop("input", x), self.base_weight)
         # The norm stays outside: run twice, it would count its statistics twice.
-        inputs = (x,) if self.input_norm is None else (x, self.input_norm(self._drop("basis_input", x)))
+        inputs = (x,) if self.input_norm is None else (x, normalise(self.input_norm, self._drop("basis_input", x)))
         if not self.recompute:
             return self.expand_and_convolve(*inputs)
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)

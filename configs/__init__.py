@@ -1,0 +1,1 @@
+"""Hydra configs of kanseg: `default.yaml`, the groups `model/` and `training/`, and one short file a run."""

@@ -1,0 +1,249 @@
+"""The options of a training run: what can be set, what it means, what it is when nothing is said.
+
+Hydra composes `configs/NAME.yaml`, its groups and `key=value` overrides; the classes here check the result.
+Groups are chosen by `model=plain` or `training=sgd`, single keys are set by `training.max_minutes=45`,
+`model.options.basis=legendre`. Unknown keys, models and bases are refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.training.files import write_json
+
+DEFAULT_EPOCHS = 100
+BUDGET = ("training.max_epochs", "training.max_minutes")
+
+
+class Section(BaseModel):
+    """A group of options; a key that is not declared is refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    """Which network. Options here go over those of plan.json."""
+
+    name: str | None = Field(None, description="network of kanseg.list_models(); null for the plan's")
+    options: dict[str, Any] = Field({}, description="options of the network: basis, features_per_stage, ...")
+
+
+class TrainingConfig(Section):
+    """How long, how fast, with what loss, and how often the validation cases are looked at."""
+
+    max_epochs: int | None = Field(None, gt=0, description="null with max_minutes for no end; else 100")
+    max_minutes: float | None = Field(None, gt=0, description="wall-clock budget, counted over resumes")
+    steps_per_epoch: int = Field(100, gt=0)
+    batch_size: int | None = Field(None, gt=0, description="patches a step; null for the plan's")
+    optimizer: str = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(3e-5, ge=0)
+    warmup: float = Field(0.02, ge=0, lt=1, description="share of the training in which lr rises")
+    gradient_clip: float = Field(12.0, gt=0, description="largest norm of the gradient")
+    loss: str = "dice_ce"
+    deep_supervision: bool | None = Field(None, description="null for the plan's")
+    ema_decay: float | None = Field(0.999, gt=0, lt=1, description="moving average of weights; null for none")
+    validate_every: int = Field(1, gt=0, description="epochs between two validations")
+    validation_cases: int | None = Field(None, gt=0, description="cap for the validations within training")
+    final_validation: bool = Field(True, description="all validation cases on their own grid at the end")
+    device: Literal["auto", "cpu"] = "auto"
+    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="bf16 only on CUDA")
+
+    @property
+    def epochs(self) -> int | None:
+        """Epochs to train; None where only the time counts."""
+        return DEFAULT_EPOCHS if self.max_epochs is None and self.max_minutes is None else self.max_epochs
+
+
+class DataConfig(Section):
+    """Split, randomness and loading."""
+
+    folds: int = Field(5, ge=2)
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int = Field(1, ge=0, description="processes that prepare patches")
+
+
+class InferenceConfig(Section):
+    """Sliding window over whole images."""
+
+    overlap: float = Field(0.5, ge=0, lt=1, description="share of a window that its neighbour covers too")
+    tta: bool = Field(False, description="average over the plan's mirror axes")
+
+
+class LoggingConfig(Section):
+    """log.jsonl is always written; these come on top."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    project: str = "kanseg"
+
+
+class Config(Section):
+    """All options of a run."""
+
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+    inference: InferenceConfig = InferenceConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
+    """Compose `configs/NAME.yaml` with `key=value` overrides and check every key and name in it.
+
+    Raises:
+        UsageError: unknown config, key, model, basis, loss or optimizer (the nearest is named); a bad value.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    folder = config_folder()
+    runs = [path.stem for path in folder.glob("*.yaml")]
+    if name not in runs:
+        raise UsageError(f"Unknown config '{name}'.{did_you_mean(name, runs)}")
+    overrides = [_as_hydra_override(override, folder) for override in overrides]
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            composed = OmegaConf.to_container(compose(name, overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(f"The options {overrides} cannot be read: {str(error).splitlines()[0]}") from error
+    return make_config(composed)
+
+
+def make_config(values: Mapping[str, Any]) -> Config:
+    """A checked `Config` from nested dictionaries; raises `UsageError` as `load_config` does."""
+    _check_keys(values, Config)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"Option {key}={first['input']!r} does not fit: {first['msg']}.") from error
+    check_names(config)
+    return config
+
+
+def check_names(config: Config) -> None:
+    """Raise `UsageError` for an unknown model, model option, encoder, basis, loss or optimizer."""
+    from kanseg.encoders import ENCODERS
+    from kanseg.layers.families import family_name
+    from kanseg.models import MODELS
+    from kanseg.training.losses import LOSSES
+    from kanseg.training.optimizers import OPTIMIZERS
+
+    LOSSES.get(config.training.loss)
+    OPTIMIZERS.get(config.training.optimizer)
+    if config.model.name is not None:
+        MODELS.get(config.model.name)
+    known = model_options(config.model.name or "ukanet")
+    for option in config.model.options:
+        if option not in known:
+            raise UsageError(f"Unknown config key 'model.options.{option}'.{did_you_mean(option, known)}")
+    if "basis" in config.model.options:
+        family_name(config.model.options["basis"])
+    if "encoder" in config.model.options:
+        ENCODERS.get(config.model.options["encoder"])
+
+
+def model_options(name: str) -> list[str]:
+    """Names of the options that the constructor of a model takes beside its channels."""
+    from kanseg.models import MODELS
+
+    given = ("self", "spatial_dims", "in_channels", "out_channels", "kwargs")
+    return [option for option in inspect.signature(MODELS.get(name)).parameters if option not in given]
+
+
+def config_folder() -> Path:
+    """Where the YAML files are: in `kanseg.configs` when installed, in `configs` beside it in a checkout."""
+    spec = find_spec("kanseg.configs")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent.resolve()
+    folder = Path(__file__).resolve().parents[1] / "configs"
+    if not (folder / "default.yaml").is_file():
+        raise UserError(f"The configs of kanseg are missing (looked for {folder}). Install kanseg again.")
+    return folder
+
+
+def save_config(config: Config, path: Path) -> Path:
+    """Write the whole config as JSON, atomically."""
+    return write_json(path, config.model_dump())
+
+
+def read_config(path: Path) -> Config:
+    """The config of an earlier run."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a config: {error}. Start a new run folder.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no config (an object was expected). Start a new run folder.")
+    return make_config(values)
+
+
+def resumed_config(path: Path, given: Config) -> Config:
+    """The config in `path` that a resumed run goes on with; only the budget may be set anew.
+
+    Raises:
+        UsageError: an option given now (that is, not at its default) differs from the stored one.
+    """
+    stored = read_config(path)
+    old, new, default = (dict(_flat(config.model_dump())) for config in (stored, given, load_config()))
+    changed = [key for key in new if new[key] != old.get(key) and new[key] != default.get(key)]
+    for key in changed:
+        if key not in BUDGET:
+            raise UsageError(
+                f"A resumed run keeps its options: {path} has {key}={old.get(key)!r}, not {new[key]!r}. "
+                "Leave the option away, or start a new run folder."
+            )
+    if changed:
+        training = stored.training.model_copy(update={key.partition(".")[2]: new[key] for key in changed})
+        return stored.model_copy(update={"training": training})
+    return stored
+
+
+def _as_hydra_override(override: str, folder: Path) -> str:
+    """Let any key be set without Hydra's `+`; `Config` checks whether it exists, in better words."""
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"Option '{override}' is not of the form key=value, e.g. training.max_minutes=45")
+    if key[0] in "+~":
+        return override
+    if (folder / key).is_dir():
+        choices = [path.stem for path in (folder / key).glob("*.yaml")]
+        value = override[len(key) + 1 :]
+        if value not in choices:
+            raise UsageError(f"Unknown {key} config '{value}'.{did_you_mean(value, choices)}")
+        return override
+    return f"++{override}"
+
+
+def _check_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> None:
+    fields = section.model_fields
+    for key, value in values.items():
+        if key not in fields:
+            raise UsageError(f"Unknown config key '{prefix}{key}'.{did_you_mean(key, fields)}")
+        inner = fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if not isinstance(value, Mapping):
+                raise UsageError(
+                    f"Config key '{prefix}{key}' is a group; set one of: {', '.join(inner.model_fields)}"
+                )
+            _check_keys(value, inner, f"{prefix}{key}.")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key != "options":
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,1 @@
+"""Data: layouts, files with geometry, splits, plans, preprocessing and loading."""

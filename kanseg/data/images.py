@@ -1,0 +1,356 @@
+"""Reading and writing images with their geometry: NIfTI, NRRD, MHA, DICOM folders, and 2D pictures.
+
+Arrays are (C, *spatial) in the file's own axis order; `affine` maps voxel indices to millimetres in RAS+, whatever the
+format says in its own convention. Every reader of kanseg goes through here, so training and prediction see the same.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+from PIL import Image as Picture
+
+from kanseg.errors import UserError
+
+SUFFIXES_NIFTI = (".nii.gz", ".nii")
+SUFFIXES_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
+SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
+
+
+@dataclass
+class Image:
+    """An image and where it lies: `array` (C, *spatial) float32, `affine` 4x4 in mm RAS+."""
+
+    array: np.ndarray
+    affine: np.ndarray
+    path: Path
+    spatial_dims: int
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel size in mm, one number an axis of the array."""
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0)[: self.spatial_dims])
+
+
+def suffix_of(path: Path) -> str:
+    """The known suffix of a file name in lower case (".nii.gz" whole), or ""."""
+    name = path.name.lower()
+    return next((s for s in (*SUFFIXES_3D, *SUFFIXES_2D, ".dcm") if name.endswith(s)), "")
+
+
+def stem_of(path: Path) -> str:
+    """File name without its known suffix."""
+    return path.name[: len(path.name) - len(suffix_of(path))]
+
+
+def read_image(paths: Sequence[Path] | Path, spatial_dims: int | None = None) -> Image:
+    """One image from one file (its channels on the 4th axis, or the colours of a picture) or from a file a channel.
+
+    Args:
+        paths: the file, the files of the channels in order, or a folder with one DICOM series.
+        spatial_dims: what the caller needs; another dimension is refused.
+
+    Raises:
+        UserError: unreadable, cut short, structured (RGB) voxels, NaN or infinite voxels, channels on different
+            grids, or another dimension than `spatial_dims`.
+    """
+    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+    images = [_read_one(path) for path in paths]
+    first = images[0]
+    for other in images[1:]:
+        _require_same_grid(first.array.shape[1:], first.affine, other.array.shape[1:], other.affine, first.path, other.path)
+    image = Image(np.concatenate([i.array for i in images]), first.affine, first.path, first.spatial_dims)
+    if spatial_dims is not None and image.spatial_dims != spatial_dims:
+        raise UserError(
+            f"{image.path} is {image.spatial_dims}D, {spatial_dims}D was expected. Use a model and plan for "
+            f"{image.spatial_dims}D images, or give {spatial_dims}D images."
+        )
+    bad = int((~np.isfinite(image.array)).sum())
+    if bad:
+        raise UserError(
+            f"{image.path} has {bad} voxels that are NaN or infinite; finite numbers are needed. Replace them "
+            "(e.g. by the background value) and save the image again."
+        )
+    return image
+
+
+def read_label(path: Path, spatial_dims: int | None = None) -> np.ndarray:
+    """A label map, (*spatial) int32, with the values that are in the file.
+
+    Whole numbers stored as floats are rounded (0.99999997 is 1). Colour masks are accepted where their colours agree.
+
+    Raises:
+        UserError: as `read_image`, or values that are no whole numbers.
+    """
+    return label_from(read_image(path, spatial_dims))
+
+
+def label_from(image: Image) -> np.ndarray:
+    """The label map in an image that was read."""
+    array = image.array
+    if image.spatial_dims == 2 and array.shape[0] in (2, 4):  # grey or colour with opacity
+        array = array[:-1]
+    if array.shape[0] > 1 and not all(np.array_equal(array[0], channel) for channel in array[1:]):
+        raise UserError(
+            f"{image.path} has {array.shape[0]} channels that differ; a label map has one number a voxel. Save it "
+            "with one channel."
+        )
+    rounded = np.rint(array[0])
+    if np.abs(array[0] - rounded).max(initial=0) > 1e-3:
+        value = float(array[0][np.abs(array[0] - rounded) > 1e-3].flat[0])
+        raise UserError(f"{image.path} is no label map: it holds {value:g}; whole numbers are expected.")
+    return rounded.astype(np.int32)
+
+
+def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None = None) -> None:
+    """Raise `UserError` unless image and label have one shape and, where known, one grid."""
+    if isinstance(label, Image):
+        _require_same_grid(
+            image.array.shape[1:], image.affine, label.array.shape[1:], label.affine, image.path, label.path
+        )
+    elif image.array.shape[1:] != label.shape:
+        raise UserError(
+            f"{image.path} has shape {image.array.shape[1:]} and its label {label_path or ''} {label.shape}; one shape "
+            "is needed. Resample the label to the grid of the image."
+        )
+
+
+def write_label(path: Path, labels: np.ndarray, like: Image, dtype: str = "uint8", description: str = "") -> Path:
+    """Write a label map on the grid of `like`, atomically; the suffix of `path` decides the format.
+
+    NIfTI from NIfTI keeps the header (sform, qform, codes, units); other formats keep origin, direction and spacing.
+
+    Raises:
+        UserError: the shape is not that of `like`, values do not fit `dtype`, or the file cannot be written; then
+            nothing is left behind.
+    """
+    return write_array(path, labels, like, np.dtype(dtype), description)
+
+
+def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, description: str = "") -> Path:
+    """Write numbers on the grid of `like`; see `write_label`."""
+    path = Path(path)
+    suffix = suffix_of(path)
+    if array.shape[-like.spatial_dims :] != like.array.shape[1:]:
+        raise UserError(f"{path}: shape {array.shape} is not that of {like.path}, {like.array.shape[1:]}")
+    if np.issubdtype(dtype, np.integer) and array.size:
+        limits = np.iinfo(dtype)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise UserError(f"{path}: values {array.min()} to {array.max()} do not fit {dtype}")
+    writers = {**dict.fromkeys(SUFFIXES_NIFTI, _write_nifti), **dict.fromkeys(SUFFIXES_ITK, _write_itk)}
+    writers |= dict.fromkeys(SUFFIXES_2D, _write_picture)
+    if suffix not in writers:
+        raise UserError(f"{path}: unknown format. Known: {', '.join(sorted(writers))}.")
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=suffix, prefix=".part-", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        writers[suffix](temporary, array.astype(dtype), like, description)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+        raise UserError(f"{path} cannot be written: {reason}. Free space or choose another folder.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _write_nifti(path: Path, array: np.ndarray, like: Image, description: str) -> None:
+    header = None
+    if suffix_of(like.path) in SUFFIXES_NIFTI and like.path.is_file():
+        header = nib.load(like.path).header.copy()
+    out = nib.Nifti1Image(array, like.affine, None)
+    if header is not None:
+        out.header.set_xyzt_units(*header.get_xyzt_units())
+        for code, get, put in (
+            (int(header["sform_code"]), header.get_sform, out.set_sform),
+            (int(header["qform_code"]), header.get_qform, out.set_qform),
+        ):
+            put(get(), code) if code else put(None, 0)
+        if not int(header["sform_code"]) and not int(header["qform_code"]):
+            out.header["pixdim"][1:4] = header["pixdim"][1:4]
+    if description:
+        out.header["descrip"] = description[:79].encode("ascii", "replace")
+    nib.save(out, path)
+
+
+def _write_itk(path: Path, array: np.ndarray, like: Image, description: str) -> None:
+    image = sitk.GetImageFromArray(array.transpose())
+    affine = LPS_TO_RAS @ like.affine
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing([float(s) for s in spacing[: like.spatial_dims]])
+    image.SetOrigin([float(o) for o in affine[: like.spatial_dims, 3]])
+    direction = (affine[:3, :3] / spacing)[: like.spatial_dims, : like.spatial_dims]
+    image.SetDirection([float(d) for d in direction.flatten()])
+    if description:
+        image.SetMetaData("description", description)
+    sitk.WriteImage(image, str(path), True)
+
+
+def _write_picture(path: Path, array: np.ndarray, like: Image, description: str) -> None:
+    if array.ndim != 2:
+        raise UserError(f"{path}: a picture is 2D, these labels are {array.ndim}D; write .nii.gz instead")
+    Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16)).save(path)
+
+
+def _read_one(path: Path) -> Image:
+    if not path.exists():
+        raise UserError(f"There is no file {path}.")
+    if path.is_dir():
+        return _read_dicom(path)
+    suffix = suffix_of(path)
+    if suffix == "":
+        known = ", ".join((*SUFFIXES_3D, *SUFFIXES_2D))
+        raise UserError(f"{path}: unknown format. Known: {known}, and folders with one DICOM series.")
+    try:
+        if suffix in SUFFIXES_NIFTI:
+            return _read_nifti(path)
+        if suffix in SUFFIXES_2D:
+            return _read_picture(path)
+        return _read_itk(path, sitk.ReadImage(str(path)))
+    except UserError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, nib.filebasedimages.ImageFileError, MemoryError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read ({reason}). It is cut short, damaged, or not what its suffix says. Copy it again "
+            "from its source."
+        ) from error
+    except Exception as error:  # zlib.error and the like, which share no base class
+        raise UserError(f"{path} cannot be read ({error}). It is damaged. Copy it again from its source.") from error
+
+
+def _read_nifti(path: Path) -> Image:
+    file = nib.load(path)
+    if file.get_data_dtype().fields is not None:
+        raise UserError(
+            f"{path} has structured voxels ({file.get_data_dtype()}), e.g. RGB; one number a voxel is expected. "
+            "Save each colour as a channel."
+        )
+    array = np.asarray(file.dataobj, dtype=np.float32)
+    return _as_image(array, np.asarray(file.affine, dtype=np.float64), path)
+
+
+def _as_image(array: np.ndarray, affine: np.ndarray, path: Path) -> Image:
+    """3D -> one channel; 4D -> the 4th axis holds channels; trailing axes of length 1 do not count."""
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise UserError(f"{path} has shape {array.shape}; a 3D volume, or 4D with channels last, is expected.")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{path} has no usable geometry (affine {affine.tolist()}). Repair its header.")
+    channels = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
+    return Image(np.ascontiguousarray(channels), affine, path, 3)
+
+
+def _read_itk(path: Path, image: sitk.Image) -> Image:
+    array = sitk.GetArrayFromImage(image).astype(np.float32)
+    colours = image.GetNumberOfComponentsPerPixel() > 1
+    array = np.moveaxis(array, -1, 0) if colours else array[None]
+    array = array.transpose(0, *range(array.ndim - 1, 0, -1))
+    dims = image.GetDimension()
+    if dims == 4:
+        raise UserError(f"{path} is a 4D file; give one 3D file a channel.")
+    affine = np.eye(4)
+    direction = np.array(image.GetDirection()).reshape(dims, dims)
+    affine[:dims, :dims] = direction * np.array(image.GetSpacing())
+    affine[:dims, 3] = image.GetOrigin()
+    return Image(np.ascontiguousarray(array), LPS_TO_RAS @ affine, path, dims)
+
+
+def _read_picture(path: Path) -> Image:
+    with Picture.open(path) as picture:
+        if getattr(picture, "n_frames", 1) > 1:
+            raise UserError(f"{path} has {picture.n_frames} frames; one picture a file is expected.")
+        if picture.mode == "P":
+            picture = picture.convert("RGB")
+        elif picture.mode == "1":
+            picture = picture.convert("L")
+        array = np.asarray(picture, dtype=np.float32)
+    channels = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return Image(np.ascontiguousarray(channels), np.eye(4), path, 2)
+
+
+def _read_dicom(folder: Path) -> Image:
+    """One DICOM series of a folder; spacing along the slices comes from their positions."""
+    reader = sitk.ImageSeriesReader()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    series = reader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        what = "no DICOM series" if not series else f"{len(series)} DICOM series"
+        raise UserError(f"{folder} has {what}; one is expected. Give each series a folder of its own.")
+    names = reader.GetGDCMSeriesFileNames(str(folder), series[0])
+    if len(names) > 1:
+        _check_slices(folder, names)
+    try:
+        if len(names) == 1:
+            image = sitk.ReadImage(names[0])
+        else:
+            reader.SetFileNames(names)
+            image = reader.Execute()
+    except RuntimeError as error:
+        raise UserError(f"{folder} cannot be read as DICOM ({str(error).strip().splitlines()[-1]}).") from error
+    return _read_itk(folder, image)
+
+
+def _check_slices(folder: Path, names: Sequence[str]) -> None:
+    """Refuse what is no regular volume: two orientations, one position twice, a gap, a gantry tilt."""
+    positions, orientations = [], []
+    for name in names:
+        tags = sitk.ImageFileReader()
+        tags.SetFileName(name)
+        tags.ReadImageInformation()
+        if not (tags.HasMetaDataKey("0020|0032") and tags.HasMetaDataKey("0020|0037")):
+            return
+        positions.append([float(v) for v in tags.GetMetaData("0020|0032").split("\\")])
+        orientations.append([float(v) for v in tags.GetMetaData("0020|0037").split("\\")])
+    advice = "Export the series again, or convert it with a tool that repairs it."
+    if np.ptp(orientations, axis=0).max() > 1e-3:
+        raise UserError(f"{folder} mixes slices of different orientation; one volume is expected. {advice}")
+    rows, columns = np.array(orientations[0][:3]), np.array(orientations[0][3:])
+    normal = np.cross(rows, columns)
+    steps = np.diff(np.array(positions), axis=0)
+    along = steps @ normal
+    if np.abs(along).min() < 1e-3:
+        raise UserError(f"{folder} has several slices at one position; they are no volume. {advice}")
+    if np.ptp(np.abs(along)) > 0.05 * np.median(np.abs(along)):
+        shown = ", ".join(f"{step:.2f}" for step in sorted(set(np.round(np.abs(along), 2))))
+        raise UserError(f"{folder} misses slices: the distances between them are {shown} mm. {advice}")
+    sideways = np.linalg.norm(steps - np.outer(along, normal), axis=1)
+    if sideways.max() > 0.02 * np.abs(along).max():
+        raise UserError(f"{folder} was taken with a tilted gantry (slices shift sideways); a box is expected. {advice}")
+
+
+def _require_same_grid(
+    shape: tuple[int, ...], affine: np.ndarray, other_shape: tuple[int, ...], other: np.ndarray, path: Path, other_path: Path
+) -> None:
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*shape, 1, 1)[:3]], indexing="ij")).reshape(3, -1)
+    distance = np.abs((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:]).max()
+    if shape == other_shape and distance <= GRID_TOLERANCE:
+        return
+    what = f"shapes {shape} and {other_shape}" if shape != other_shape else f"grids up to {distance:.3g} mm apart"
+    raise UserError(
+        f"{path} and {other_path} lie on different grids: {what}; one grid is expected. Resample one to the other's grid."
+    )
+
+
+def header_dtype(path: Path) -> Any:
+    """The type that a NIfTI file stores, None for other formats."""
+    return nib.load(path).get_data_dtype() if suffix_of(path) in SUFFIXES_NIFTI else None

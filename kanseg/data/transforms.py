@@ -1,0 +1,220 @@
+"""Preprocessing, its inverse, and augmentation, by MONAI's transforms (in 2D, albumentations turns and flips).
+
+`load_case` is the one way from files to network input, in training and in prediction; `restore` is the way back to the
+image's own grid.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    FgBgToIndicesd,
+    Orientationd,
+    RandAdjustContrastd,
+    RandAffined,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandScaleIntensityd,
+    RandomizableTransform,
+    RandSimulateLowResolutiond,
+    Spacingd,
+    SpatialPadd,
+    Transform,
+)
+from torch import Tensor
+
+from kanseg.data.formats import Case
+from kanseg.data.images import Image, check_pair, label_from, read_image
+from kanseg.data.plan import Plan
+from kanseg.errors import UserError
+
+KEYS = ("image", "label")
+Item = dict[str, Any]
+ROTATION = 0.26  # radians, 15 degrees
+
+
+def preprocessing(plan: Plan, with_label: bool) -> Compose:
+    """The spatial part: axes in RAS order and the plan's spacing; pictures stay as they are. Invertible."""
+    keys = list(KEYS if with_label else KEYS[:1])
+    if plan.spatial_dims == 2:
+        return Compose([])
+    modes = ["bilinear", "nearest"][: len(keys)]
+    return Compose(
+        [
+            Orientationd(keys, axcodes=plan.orientation, labels=None),
+            Spacingd(keys, pixdim=plan.spacing, mode=modes, padding_mode="border"),
+        ]
+    )
+
+
+def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item, Image]:
+    """Read and preprocess: {"image": (C, *S) float32, "label": (1, *S) class numbers}, and the image as it was read.
+
+    Raises:
+        UserError: files that cannot be read or do not fit the plan or each other.
+    """
+    source = read_image(case.images, plan.spatial_dims)
+    if len(source.array) != len(plan.channel_names):
+        raise UserError(
+            f"{source.path} has {len(source.array)} channels, the model expects {len(plan.channel_names)} "
+            f"({', '.join(plan.channel_names)})."
+        )
+    affine = torch.from_numpy(source.affine)
+    item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}
+    if with_label:
+        label = read_image(case.label, plan.spatial_dims)
+        check_pair(source, label)
+        numbers = class_numbers(label_from(label), plan.label_values, case)
+        item["label"] = MetaTensor(torch.from_numpy(numbers[None]), affine=affine)
+    item = preprocessing(plan, with_label)(item)
+    item["image"] = normalize(item["image"], plan.normalization)
+    return item, source
+
+
+def class_numbers(label: np.ndarray, label_values: Sequence[int], case: Case) -> np.ndarray:
+    """Values in the file -> 0 ... K-1, (*S) float32; a value that the plan does not know is refused."""
+    foreign = np.setdiff1d(label, label_values)
+    if foreign.size:
+        raise UserError(
+            f"{case.label} has the values {foreign[:5].tolist()}, which the plan does not know (it has "
+            f"{list(label_values)}). Correct the label, or plan again."
+        )
+    return np.searchsorted(label_values, label).astype(np.float32)
+
+
+def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Channel by channel: z-score of the image itself, or CT clipped and scaled by the data set's foreground."""
+    for channel, scheme in enumerate(schemes):
+        values = image[channel]
+        if scheme["scheme"] == "ct":
+            values = values.clamp(scheme["lower"], scheme["upper"])
+            mean, std = scheme["mean"], scheme["std"]
+        elif scheme["scheme"] == "zscore":
+            mean, std = values.mean(), values.std(correction=0)
+        else:
+            raise UserError(f"Unknown normalization '{scheme['scheme']}' in the plan. Known: ct, zscore.")
+        image[channel] = (values - mean) / max(float(std), 1e-6)
+    return image
+
+
+def restore(values: Tensor, item: Item, plan: Plan) -> Tensor:
+    """Network output (K, *S) back on the image's own grid, (K, *original), by linear interpolation."""
+    if plan.spatial_dims == 2:
+        return values
+    image = item["image"]
+    tracked = MetaTensor(values, affine=image.affine, applied_operations=list(image.applied_operations))
+    return preprocessing(plan, with_label=False).inverse({"image": tracked})["image"].as_tensor()
+
+
+def restored_labels(logits: Tensor, item: Item, plan: Plan) -> np.ndarray:
+    """Class with the highest logit on the image's own grid, one class at a time so that memory stays small."""
+    best: Tensor | None = None
+    for number, values in enumerate(logits):
+        restored = restore(values[None].float(), item, plan)[0]
+        if best is None:
+            best, labels = restored.clone(), torch.zeros(restored.shape, dtype=torch.int16)
+            continue
+        higher = restored > best
+        labels[higher] = number
+        best[higher] = restored[higher]
+    return labels.numpy()
+
+
+def augmentation(plan: Plan) -> Compose:
+    """Patches from prepared cases: a crop that holds foreground every second time, then random changes.
+
+    Returns a list with one sample, as MONAI's crop does. Seeded by `Compose.set_random_state`.
+    """
+    keys, patch = KEYS, plan.patch_size
+    modes = ("bilinear", "nearest")
+    crop = RandCropByPosNegLabeld(
+        keys, "label", patch, fg_indices_key="label_fg_indices", bg_indices_key="label_bg_indices"
+    )
+    if plan.spatial_dims == 2:
+        spatial: list[Transform] = [AlbumentationsSpatial(plan)]
+    else:
+        spatial = [
+            RandAffined(
+                keys,
+                prob=0.3,
+                rotate_range=_rotation(plan),
+                scale_range=(0.15,) * 3,
+                mode=modes,
+                padding_mode="border",
+            ),
+            *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes),
+        ]
+    intensity = [
+        RandGaussianNoised("image", prob=0.15, std=0.1),
+        RandGaussianSmoothd("image", prob=0.1, **{f"sigma_{a}": (0.5, 1.0) for a in "xyz"}),
+        RandScaleIntensityd("image", factors=0.25, prob=0.15),
+        RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0)),
+        RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
+    ]
+    return Compose([crop, *spatial, *intensity])
+
+
+def preparation(plan: Plan) -> Compose:
+    """What `augmentation` needs and does not change between epochs: cases at least a patch large, where foreground is."""
+    return Compose([SpatialPadd(KEYS, plan.patch_size), FgBgToIndicesd("label")])
+
+
+def _rotation(plan: Plan) -> tuple[float, ...]:
+    """All axes; for thick slices only within them."""
+    coarse = int(np.argmax(plan.spacing))
+    if plan.spacing[coarse] <= 3 * min(plan.spacing):
+        return (ROTATION,) * 3
+    return tuple(ROTATION if axis == coarse else 0.0 for axis in range(3))
+
+
+class AlbumentationsSpatial(RandomizableTransform):
+    """Turns, flips and elastic changes of 2D patches by albumentations (MIT, 2.0.8)."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        require_albumentations()
+        import albumentations
+
+        flips = [albumentations.HorizontalFlip(p=0.5), albumentations.VerticalFlip(p=0.5)]
+        rotate = {"rotate": (-30, 30), "scale": (0.8, 1.25), "border_mode": 2, "p": 0.4}
+        self.transform = albumentations.Compose(
+            [
+                *(flip for axis, flip in zip((1, 0), flips, strict=True) if axis in plan.mirror_axes),
+                albumentations.Affine(**rotate),
+                albumentations.ElasticTransform(alpha=20, sigma=8, p=0.1),
+            ]
+        )
+
+    def __call__(self, item: Item) -> Item:
+        self.transform.set_random_seed(int(self.R.randint(2**31)))
+        image = np.moveaxis(np.asarray(item["image"]), 0, -1)
+        changed = self.transform(image=np.ascontiguousarray(image), mask=np.asarray(item["label"][0]))
+        picture = changed["image"] if changed["image"].ndim == 3 else changed["image"][..., None]
+        return {
+            **item,
+            "image": torch.from_numpy(np.ascontiguousarray(np.moveaxis(picture, -1, 0))),
+            "label": torch.from_numpy(np.ascontiguousarray(changed["mask"][None])),
+        }
+
+
+def require_albumentations() -> None:
+    """Make sure of the MIT-licensed albumentations, and that it asks the network nothing."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    try:
+        version = importlib.metadata.version("albumentationsx")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise UserError(
+        f"albumentationsx {version} (AGPL) is installed; kanseg works with albumentations 2.0.8 (MIT) alone. Run: "
+        "pip uninstall albumentationsx; pip install --force-reinstall albumentations==2.0.8"
+    )

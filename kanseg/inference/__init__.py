@@ -1,0 +1,1 @@
+"""Prediction: from an image on disk to a label map on its own grid."""

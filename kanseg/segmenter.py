@@ -1,0 +1,183 @@
+"""Segmenter: plan, train, predict and evaluate from Python; the command line does the same."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kanseg.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from kanseg.config import Config
+    from kanseg.data.formats import Case, Dataset
+    from kanseg.data.plan import Plan
+
+
+class Segmenter:
+    """A segmentation network with everything around it, from a folder of scans to label maps.
+
+    Attributes:
+        plan: how images are prepared and the network is sized; None before `fit` or `load`.
+        network: the trained network in `eval()`; None before.
+        info: the rest of the checkpoint (labels, config, versions, where it stands); None before.
+
+    Args:
+        model: name in `kanseg.list_models()`.
+        spatial_dims: 2 or 3; default as the images are.
+        options: of the network (basis, features_per_stage, ...); they go over those of the plan.
+
+    >>> Segmenter("ukanet", spatial_dims=3, basis="legendre").options
+    {'basis': 'legendre'}
+    """
+
+    def __init__(self, model: str = "ukanet", spatial_dims: int | None = None, **options: Any) -> None:
+        if spatial_dims not in (None, 2, 3):
+            raise UsageError(
+                f"spatial_dims must be 2 or 3 (or None for as the images are), got {spatial_dims!r}"
+            )
+        self.model, self.spatial_dims, self.options = model, spatial_dims, options
+        self.plan: Plan | None = None
+        self.network: nn.Module | None = None
+        self.info: dict[str, Any] | None = None
+
+    def fit(
+        self,
+        data: Path | str,
+        run: Path | str,
+        *,
+        fold: int | str = 0,
+        overrides: Sequence[str] = (),
+        config: str = "default",
+        resume: bool = False,
+        console: Console | None = None,
+    ) -> Segmenter:
+        """Plan (unless the run folder has a plan) and train; then hold the best weights.
+
+        Args:
+            data: data set in any layout that `kanseg.data.formats.read_dataset` knows.
+            run: run folder; see `kanseg.training.fit`.
+            overrides: config keys, e.g. ["training.max_minutes=10"].
+            config: name in `configs/`.
+        """
+        from kanseg.data.formats import read_dataset
+        from kanseg.training.fit import fit
+
+        checked = self._config(config, overrides)
+        run = Path(run)
+        dataset = read_dataset(data)
+        plan = self._plan(dataset, run)
+        self.summary = fit(checked, plan, dataset, run, fold=fold, resume=resume, console=console)
+        return self._take(run / f"fold_{fold}")
+
+    def predict(
+        self, image: Path | str | np.ndarray, out: Path | str | None = None, **options: Any
+    ) -> np.ndarray:
+        """Label map of one image, in the label values of the training data, on the image's own grid.
+
+        Args:
+            image: a file, a DICOM folder, or an array (*S) or (C, *S), taken to have the plan's spacing.
+            out: file to write the labels to; its suffix decides the format.
+            options: overlap, tta; see `kanseg.inference.predict.predict_case`.
+        """
+        from kanseg.data.images import write_label
+        from kanseg.inference.predict import predict_case
+
+        network, plan = self._trained()
+        with tempfile.TemporaryDirectory() as folder:
+            case = self._as_case(image, Path(folder))
+            labels, source = predict_case(network, case, plan, **options)
+            if out is not None:
+                write_label(Path(out), labels, source, dtype=plan.label_dtype)
+        return labels
+
+    def evaluate(
+        self, prediction: Path | str, reference: Path | str, out: Path | str | None = None
+    ) -> dict[str, Any]:
+        """Scores of a folder of label maps against a folder of references; see `kanseg evaluate`."""
+        from kanseg.evaluation.metrics import evaluate_folders
+
+        return evaluate_folders(Path(prediction), Path(reference), None if out is None else Path(out))
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the model (weights, plan, labels, config: all that prediction needs) to `folder`."""
+        from kanseg.training.checkpoint import EXPORTED, named, save_checkpoint
+        from kanseg.training.files import make_folder
+
+        network, _ = self._trained()
+        kept = {key: value for key, value in self.info.items() if key not in ("rng", "state")}
+        return save_checkpoint(
+            make_folder(Path(folder)) / EXPORTED, named("model", network.state_dict()), kept
+        )
+
+    @classmethod
+    def load(cls, path: Path | str, device: str = "cpu") -> Segmenter:
+        """A trained segmenter from a run folder, a fold folder, a saved model or a checkpoint."""
+        return cls()._take(Path(path), device)
+
+    def _take(self, path: Path, device: str = "cpu") -> Segmenter:
+        from kanseg.training.checkpoint import load_model
+
+        self.network, self.plan, self.info = load_model(path, device)
+        spec = self.info["model"]
+        self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
+        return self
+
+    def _config(self, name: str, overrides: Sequence[str]) -> Config:
+        from kanseg.config import load_config, make_config
+
+        values = load_config(name, overrides).model_dump()
+        values["model"]["name"] = values["model"]["name"] or self.model
+        values["model"]["options"] = {**self.options, **values["model"]["options"]}
+        return make_config(values)
+
+    def _plan(self, dataset: Dataset, run: Path) -> Plan:
+        from kanseg.data.plan import Plan, make_plan
+
+        if not (run / "plan.json").exists():
+            return make_plan(dataset, dim=self.spatial_dims)
+        plan = Plan.load(run / "plan.json")
+        if self.spatial_dims not in (None, plan.spatial_dims):
+            raise UsageError(
+                f"{run / 'plan.json'} is {plan.spatial_dims}D, the Segmenter {self.spatial_dims}D. "
+                "Choose another run folder, or the plan's spatial_dims."
+            )
+        return plan
+
+    def _as_case(self, image: Path | str | np.ndarray, folder: Path) -> Case:
+        """The image as a case; an array goes through files in `folder`, to be read like any image."""
+        from kanseg.data.formats import Case, find_images
+        from kanseg.data.images import Image, write_array
+
+        if not isinstance(image, np.ndarray):
+            cases = find_images(image)
+            if len(cases) != 1:
+                raise UsageError(
+                    f"{image} holds {len(cases)} images, predict takes one; use `kanseg predict`."
+                )
+            return cases[0]
+        dims, channels = self.plan.spatial_dims, len(self.plan.channel_names)
+        array = image[None] if image.ndim == dims else image
+        if array.ndim != dims + 1 or len(array) != channels:
+            axes = ", ".join("DHW"[-dims:])
+            raise UsageError(f"predict takes an array ({channels}, {axes}), got shape {image.shape}.")
+        array = np.asarray(array, dtype=np.float32)
+        affine = np.diag([*self.plan.spacing, *[1.0] * (4 - dims)])
+        grid = Image(array, affine, folder / "array.mha", dims)
+        names = [folder / f"array_{index:04d}.mha" for index in range(channels)]
+        for name, channel in zip(names, array, strict=True):
+            write_array(name, channel, grid, channel.dtype)
+        return Case("array", tuple(names), None, "array")
+
+    def _trained(self) -> tuple[nn.Module, Plan]:
+        if self.network is None or self.plan is None:
+            raise UsageError(
+                "This Segmenter is not trained: call fit(data, run), or use Segmenter.load(path)."
+            )
+        return self.network, self.plan

@@ -1,0 +1,1 @@
+"""Training: losses and optimizers by name, checkpoints that survive kills, and `fit`, the one loop."""

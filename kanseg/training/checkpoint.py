@@ -1,0 +1,229 @@
+"""Checkpoints: one safetensors file with all that prediction or going on needs; never half-written.
+
+Tensors are named `model.*` (weights for prediction), and in `last.safetensors` also `average.*` (their moving
+average), `optimizer.*` and `rng.*`. The JSON under the metadata key `kanseg` holds plan, model, config, label
+table, versions, and where the training stands.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from kanseg import __version__
+from kanseg.config import Config, model_options
+from kanseg.errors import UserError
+from kanseg.models import create_model
+from kanseg.training.files import write_bytes
+
+if TYPE_CHECKING:
+    from kanseg.data.plan import Plan
+
+KEY = "kanseg"
+PARTS = ("model", "average", "optimizer", "rng")
+BEST, LAST, EXPORTED = "best.safetensors", "last.safetensors", "model.safetensors"
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Path:
+    """Write tensors and JSON to one file, atomically; see the module for their names.
+
+    Raises:
+        UserError: the file cannot be written; an earlier one under that name is unharmed.
+    """
+    # A copy each: safetensors refuses tensors that share memory.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return write_bytes(Path(path), save(copies, {KEY: json.dumps(info)}))
+
+
+def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and JSON of a checkpoint.
+
+    Raises:
+        UserError: no such file, cut short, not written by kanseg, or with tensors that kanseg never writes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"There is no checkpoint {path}. Give one that `kanseg train` wrote, or its run folder."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no complete checkpoint ({error}): cut short, damaged, or no safetensors file. "
+            "Copy it again, or use another checkpoint of the run (best or last)."
+        ) from error
+    try:
+        info = json.loads(metadata[KEY])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} was not written by kanseg: its metadata has no '{KEY}'.") from error
+    foreign = [name for name in tensors if name.partition(".")[0] not in PARTS]
+    if foreign or not isinstance(info, dict):
+        raise UserError(f"{path} does not fit kanseg: it has foreign keys {_few(foreign)}.")
+    return tensors, info
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
+    """Put weights into a model, all of them or none.
+
+    Raises:
+        UserError: keys that are missing, foreign or of another shape; the first few are named.
+    """
+    own = model.state_dict()
+    problems = {
+        "missing keys": [name for name in own if name not in weights],
+        "foreign keys": [name for name in weights if name not in own],
+        "keys of another shape": [
+            f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ],
+    }
+    found = "; ".join(f"{kind}: {_few(names)}" for kind, names in problems.items() if names)
+    if found:
+        raise UserError(f"{source} does not fit the model it names: {found}. Use a checkpoint of this model.")
+    model.load_state_dict(weights)
+
+
+def load_model(
+    path: Path | str, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Plan, dict[str, Any]]:
+    """The trained model in `eval()`, its plan, and the rest of the checkpoint's JSON.
+
+    Args:
+        path: a run folder (its first fold), a fold folder, a saved model's folder, or a checkpoint. In a fold
+            the best weights are taken, or the last ones where no validation has been made yet.
+    """
+    from kanseg.data.plan import Plan
+
+    file = find_checkpoint(path)
+    tensors, info = load_checkpoint(file)
+    try:
+        spec, plan = dict(info["model"]), Plan.from_dict(info["plan"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} does not describe its model and plan ({error}). Train again.") from error
+    model = build_model(spec)
+    load_weights(model, part(tensors, "average") or part(tensors, "model"), file)
+    return model.to(device).eval(), plan, info
+
+
+def build_model(spec: Mapping[str, Any]) -> nn.Module:
+    """A model from its description: name, spatial_dims, in_channels, out_channels, options (a dictionary)."""
+    return create_model(**{key: value for key, value in spec.items() if key != "options"}, **spec["options"])
+
+
+def model_spec(config: Config, plan: Plan) -> dict[str, Any]:
+    """What `build_model` needs: the plan's network with the config's options over it, all of it JSON."""
+    name = config.model.name or plan.model
+    known = model_options(name)
+    planned = {
+        "features_per_stage": plan.features_per_stage,
+        "strides": plan.strides,
+        "kernel_sizes": plan.kernel_sizes,
+        **(plan.model_options if name == plan.model else {}),
+    }
+    if config.training.deep_supervision is not None:
+        planned["deep_supervision"] = config.training.deep_supervision
+    options = {**{key: value for key, value in planned.items() if key in known}, **config.model.options}
+    spec = {
+        "name": name,
+        "spatial_dims": plan.spatial_dims,
+        "in_channels": len(plan.channel_names),
+        "out_channels": len(plan.label_names),
+        "options": options,
+    }
+    return json.loads(json.dumps(spec))
+
+
+def describe(config: Config, plan: Plan, spec: Mapping[str, Any], fold: int | str) -> dict[str, Any]:
+    """The JSON that makes a checkpoint complete in itself: prediction needs no other file."""
+    description = {
+        "model": spec,
+        "plan": plan.to_dict(),
+        "config": config.model_dump(),
+        "labels": dict(zip(plan.label_names, plan.label_values, strict=True)),
+        "fold": fold,
+        "versions": {"kanseg": __version__, "torch": torch.__version__, "monai": version("monai")},
+    }
+    return json.loads(json.dumps(description))
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """The checkpoint that a file, model folder, fold folder or run folder stands for; see `load_model`."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    folders = [path, *sorted(path.glob("fold_*"))]
+    files = [folder / name for folder in folders for name in (EXPORTED, BEST, LAST)]
+    for file in files:
+        if file.is_file():
+            return file
+    what = "holds no checkpoint" if path.is_dir() else "does not exist"
+    raise UserError(f"{path} {what}. Give a run folder, a saved model, or a .safetensors file.")
+
+
+def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors under `name.`, without that prefix."""
+    return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def named(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `part`: put `name.` before every key."""
+    return {f"{name}.{key}": value for key, value in tensors.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an optimizer as `INDEX.NAME` -> tensor (the index is the parameter's)."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value
+        for index, entries in state.items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put what `optimizer_tensors` gave into an optimizer of the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of the random generators of torch (tensors), Python and NumPy (JSON)."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    kind, keys, *rest = np.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+
+
+def restore_rng(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, internal, gauss = info["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = info["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _few(names: list[str], count: int = 4) -> str:
+    shown = ", ".join(names[:count])
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown

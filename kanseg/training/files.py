@@ -1,0 +1,129 @@
+"""Files of a run folder: written whole or not at all, and one training at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kanseg.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file atomically: whatever happens, `path` is the old file or the whole new one.
+
+    The temporary file has a fixed name, so what a SIGKILL leaves behind is overwritten by the next write.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the temporary file is removed.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        kept = " The last complete file there is unharmed." if path.exists() else ""
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}.{kept} Free space or choose another folder."
+        ) from error
+    finally:
+        with suppress(OSError):  # after success it is gone already
+            part.unlink()
+    return path
+
+
+def write_json(path: Path, values: Any) -> Path:
+    """Write JSON atomically, one key a line."""
+    return write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder and its parents, or say why that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Folder {path} cannot be made: {error.strerror or error}. Choose another folder."
+        ) from error
+    return path
+
+
+@contextmanager
+def locked(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Hold `folder/.lock` while the body runs, if `wanted`; a lock whose process is dead is taken over.
+
+    Raises:
+        UserError: a living process, or one on another machine, holds the lock.
+    """
+    if not wanted:
+        yield
+        return
+    lock = folder / ".lock"
+    _take(lock)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _take(lock: Path) -> None:
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+    for _ in range(3):
+        try:
+            with lock.open("x") as file:
+                json.dump(mine, file)
+            return
+        except FileExistsError:
+            _refuse_if_alive(lock)
+            lock.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{lock} cannot be written: {error.strerror or error}. Choose another folder."
+            ) from error
+    raise UserError(f"{lock} is being taken by another training at this moment. Choose another run folder.")
+
+
+def _refuse_if_alive(lock: Path) -> None:
+    try:
+        time.sleep(0 if lock.stat().st_size else 0.5)  # its owner may be about to write it
+        owner = json.loads(lock.read_text())
+        pid, host, started = owner["pid"], owner["host"], owner["started"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # cut short by a kill
+    elsewhere = host != socket.gethostname()
+    if elsewhere or (_alive(pid) and started == _started(pid)):
+        where = f" on {host}" if elsewhere else ""
+        raise UserError(
+            f"A training runs in {lock.parent} already (process {pid}{where}). Wait for it, choose another "
+            f"run folder, or delete {lock} if that process is gone."
+        )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _started(pid: int) -> str:
+    """Start time of a process in kernel ticks, "" where it is unknown or the process is a zombie.
+
+    A pid alone is not enough: after a restart (of a container, above all) another process may have it.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]

@@ -1,0 +1,103 @@
+"""The run folder: config.json, plan.json and splits.json are shared by the folds in fold_0, fold_1 ..."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kanseg.config import Config, read_config, resumed_config
+from kanseg.data.formats import Case, Dataset
+from kanseg.data.plan import Plan
+from kanseg.data.splits import split
+from kanseg.errors import UsageError, UserError
+from kanseg.training.checkpoint import LAST
+from kanseg.training.files import make_folder, write_json
+
+CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
+ALL = "all"
+Splits = list[dict[str, list[str]]]
+
+
+def run_config(config: Config, run: Path, fold: int | str, resume: bool) -> Config:
+    """The options to train with: the given ones, or the stored ones where a training is resumed.
+
+    Raises:
+        UsageError: the fold holds a training and nobody said to resume it, or options differ from before.
+    """
+    trained = (run / f"fold_{fold}" / LAST).exists()
+    if trained and not resume:
+        raise UsageError(
+            f"{run / f'fold_{fold}'} holds a training already. Go on with --resume, or choose another folder."
+        )
+    if trained:
+        return resumed_config(run / CONFIG, config)
+    others = [path.parent.name for path in sorted(run.glob(f"fold_*/{LAST}"))]
+    if others and read_config(run / CONFIG) != config:
+        raise UsageError(
+            f"{others[0]} in {run} was trained with other options (see {run / CONFIG}). "
+            "Give the same ones, or choose another run folder."
+        )
+    return config
+
+
+def run_splits(dataset: Dataset, config: Config, run: Path) -> Splits:
+    """The folds of RUN/splits.json where it exists (also one written by hand), else new ones by patient."""
+    path = run / SPLITS
+    if not path.exists():
+        return split(dataset, folds=config.data.folds, seed=config.data.seed)
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))
+        return [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in splits]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a list of folds with 'train' and 'val' ({error}). Correct or delete it."
+        ) from error
+
+
+def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases of a fold; fold "all" trains on every case.
+
+    Raises:
+        UsageError: there is no such fold.
+        UserError: the split names cases that the data set does not have, or the fold has nothing to train on.
+    """
+    if fold == ALL:
+        return list(dataset.cases), []
+    if not isinstance(fold, int) or not 0 <= fold < len(splits):
+        raise UsageError(f"There is no fold {fold}. Folds are 0 ... {len(splits) - 1}, or '{ALL}'.")
+    cases = {case.id: case for case in dataset.cases}
+    names = [*splits[fold]["train"], *splits[fold]["val"]]
+    unknown = [name for name in names if name not in cases]
+    if unknown:
+        raise UserError(
+            f"{SPLITS} of the run names cases that {dataset.root} does not have: {', '.join(unknown[:4])}. "
+            "Delete that file to split anew, or choose another run folder."
+        )
+    if not splits[fold]["train"]:
+        raise UserError(
+            f"Fold {fold} of {dataset.root} has no training case. Give more cases or fold '{ALL}'."
+        )
+    return tuple([cases[name] for name in splits[fold][key]] for key in ("train", "val"))
+
+
+def prepare_run(config: Config, plan: Plan, splits: Splits, run: Path, fold: int | str) -> None:
+    """Make the folders and write what the folds share."""
+    make_folder(run / f"fold_{fold}")
+    write_json(run / CONFIG, config.model_dump())
+    write_json(run / SPLITS, splits)
+    plan.save(run / PLAN)
+
+
+def check_data(plan: Plan, dataset: Dataset) -> None:
+    """Raise `UserError` if the plan was made for data of another kind."""
+    for what in ("spatial_dims", "channel_names", "label_values"):
+        planned, found = _plain(getattr(plan, what)), _plain(getattr(dataset, what))
+        if planned != found:
+            raise UserError(
+                f"The plan does not fit {dataset.root}: its {what} is {planned}, the data's {found}. "
+                "Plan this data set in a run folder of its own."
+            )
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,88 @@
+"""Validation: Dice of whole cases; within training on the preprocessed grid, then on the image's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import DiceMetric
+from torch import Tensor, nn
+
+from kanseg.config import InferenceConfig
+from kanseg.data.formats import Case
+from kanseg.data.images import read_label
+from kanseg.data.plan import Plan
+from kanseg.inference.predict import predict_case, predict_logits
+
+RESAMPLES = 2000
+
+
+def dice_per_class(prediction: Tensor, reference: Tensor, classes: int) -> list[float]:
+    """Dice of classes 1 ... K-1 between class numbers (*S) and (*S); 1 where a class is absent from both."""
+    metric = DiceMetric(include_background=False, reduction="none", ignore_empty=False, num_classes=classes)
+    return metric(prediction[None, None].float(), reference[None, None].float())[0].tolist()
+
+
+@torch.no_grad()
+def validate_batch(
+    model: nn.Module, batch: Mapping[str, Tensor], plan: Plan, device: torch.device
+) -> list[float]:
+    """Dice a class of one preprocessed case: image (1, C, *S), label (1, 1, *S); windows overlap little."""
+    logits = predict_logits(model, batch["image"], plan, overlap=0.25, device=device)
+    classes = logits.shape[1]
+    return dice_per_class(logits[0].argmax(0), batch["label"][0, 0].to(logits.device), classes)
+
+
+def validate_case(
+    model: nn.Module, case: Case, plan: Plan, options: InferenceConfig, device: torch.device
+) -> list[float]:
+    """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does."""
+    labels, _ = predict_case(model, case, plan, overlap=options.overlap, tta=options.tta, device=device)
+    reference = read_label(case.label, plan.spatial_dims)
+    pair = [torch.from_numpy(_class_numbers(array, plan.label_values)) for array in (labels, reference)]
+    return dice_per_class(pair[0], pair[1], len(plan.label_values))
+
+
+def summarize(
+    cases: Sequence[Case], scores: Mapping[str, Sequence[float]], plan: Plan, seed: int
+) -> dict[str, Any]:
+    """Dice by case, its mean a class and over classes, each mean with a 95 % bootstrap interval by patient.
+
+    Args:
+        scores: Dice of classes 1 ... K-1 by case id.
+    """
+    names = list(plan.label_names[1:])
+    table = np.array([scores[case.id] for case in cases], dtype=float)
+    columns = {**{name: table[:, i] for i, name in enumerate(names)}, "mean": table.mean(axis=1)}
+    groups = [case.group for case in cases]
+    return {
+        "cases": {case.id: dict(zip(names, scores[case.id], strict=True)) for case in cases},
+        "dice": {name: float(values.mean()) for name, values in columns.items()},
+        "ci95": {name: bootstrap_interval(values, groups, seed) for name, values in columns.items()},
+    }
+
+
+def spread(cases: Sequence[Case], count: int | None) -> Sequence[Case]:
+    """At most `count` cases, evenly spread over the list."""
+    if count is None or count >= len(cases):
+        return cases
+    return [cases[index * len(cases) // count] for index in range(count)]
+
+
+def bootstrap_interval(values: np.ndarray, groups: Iterable[str], seed: int) -> list[float]:
+    """95 % percentile interval of the mean of `values`; whole groups (patients) are drawn."""
+    _, index = np.unique(list(groups), return_inverse=True)
+    sums, sizes = np.bincount(index, values), np.bincount(index)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    return np.percentile(means, (2.5, 97.5)).tolist()
+
+
+def _class_numbers(labels: np.ndarray, label_values: Sequence[int]) -> np.ndarray:
+    """Values in the file -> 0 ... K-1; a value that is not declared counts as background."""
+    numbers = np.zeros(labels.shape, dtype=np.uint8)
+    for number, value in enumerate(label_values):
+        numbers[labels == value] = number
+    return numbers

@@ -1,0 +1,233 @@
+"""kanseg.training.checkpoint and files: whole files or none, and clear words about broken ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kanseg
+from kanseg.errors import UserError
+from kanseg.training import files
+from kanseg.training.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    named,
+    optimizer_tensors,
+    part,
+    restore_optimizer,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+)
+from kanseg.training.files import locked
+from kanseg.training.optimizers import OPTIMIZERS
+
+TENSORS = {"model.weight": torch.arange(6.0).reshape(2, 3), "rng.torch": torch.get_rng_state()}
+INFO = {"model": {"name": "ukanet"}, "labels": {"background": 0, "Länge": 1}}
+
+
+@pytest.fixture()
+def saved(tmp_path):
+    return save_checkpoint(tmp_path / "last.safetensors", TENSORS, INFO)
+
+
+def test_tensors_and_json_come_back(saved):
+    tensors, info = load_checkpoint(saved)
+    assert info == INFO
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    weight = torch.ones(3)
+    path = save_checkpoint(tmp_path / "x.safetensors", {"model.a": weight, "model.b": weight}, {})
+    assert load_checkpoint(path)[0].keys() == {"model.a", "model.b"}
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_checkpoint_that_is_cut_short_is_refused(saved, kept):
+    saved.write_bytes(saved.read_bytes()[:kept])
+    with pytest.raises(UserError, match="cut short"):
+        load_checkpoint(saved)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"weight": torch.ones(1)}, path)
+    with pytest.raises(UserError, match="no safetensors file"):
+        load_checkpoint(path)
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        load_checkpoint(tmp_path / "none.safetensors")
+
+
+def test_a_safetensors_file_of_others_is_refused(tmp_path):
+    save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="not written by kanseg"):
+        load_checkpoint(tmp_path / "other.safetensors")
+
+
+def test_foreign_tensors_in_a_checkpoint_are_named(saved):
+    tensors = {**load_file(saved), **{f"stranger.{i}": torch.ones(1) for i in range(9)}}
+    save_file(tensors, saved, {"kanseg": json.dumps(INFO)})
+    with pytest.raises(UserError, match=r"stranger\.0.*and 5 more"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("bias"), "missing keys: bias"),
+        (lambda w: w.update(extra=torch.ones(1)), "foreign keys: extra"),
+        (lambda w: w.update(bias=torch.ones(9)), r"bias \[9\] instead of \[2\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_none_is_loaded(change, message):
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.clone()
+    weights = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    change(weights)
+    with pytest.raises(UserError, match=message):
+        load_weights(model, weights, "some.safetensors")
+    assert torch.equal(model.weight, before)
+
+
+def test_parts_are_the_inverse_of_names():
+    tensors = {"a.b": torch.ones(1), "c": torch.zeros(1)}
+    assert part({**named("model", tensors), **named("rng", tensors)}, "model") == tensors
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_an_optimizer_goes_on_as_if_nothing_had_been(name):
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = OPTIMIZERS.create(name, model.parameters(), lr=0.01)
+    train(model, optimizer, 3)
+    twin = torch.nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    other = OPTIMIZERS.create(name, twin.parameters(), lr=0.01)
+    restore_optimizer(other, {key: value.clone() for key, value in optimizer_tensors(optimizer).items()})
+    train(model, optimizer, 2)
+    train(twin, other, 2)
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been(tmp_path):
+    def draw():
+        return torch.rand(2).tolist(), random.random(), np.random.rand(), np.random.randn(), random.gauss(0, 1)
+
+    draw()  # leaves half a pair of normal numbers in the generators
+    tensors, info = rng_state()
+    path = save_checkpoint(tmp_path / "last.safetensors", named("rng", tensors), {"rng": info})
+    expected = draw()
+    draw()
+    loaded, loaded_info = load_checkpoint(path)
+    restore_rng(part(loaded, "rng"), loaded_info["rng"])
+    assert draw() == expected
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_temporary_file(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device.*unharmed"):
+        save_checkpoint(saved, TENSORS, {})
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+LIMITED = """
+import resource, signal, sys, torch
+from pathlib import Path
+from kanseg.errors import UserError
+from kanseg.training.checkpoint import save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    save_checkpoint(Path(sys.argv[1]), {"model.big": torch.ones(100_000)}, {})
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX")
+def test_a_write_that_the_system_refuses_leaves_the_last_checkpoint(saved):
+    before = saved.read_bytes()
+    environment = {**os.environ, "PYTHONPATH": str(Path(kanseg.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, saved], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_folder_that_is_a_file_is_one_clear_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_checkpoint(tmp_path / "file" / "x.safetensors", TENSORS, INFO)
+    with pytest.raises(UserError, match="cannot be made"):
+        files.make_folder(tmp_path / "file" / "run")
+
+
+def test_the_best_checkpoint_is_found_from_the_run_folder(tmp_path):
+    fold = tmp_path / "fold_0"
+    fold.mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+    last = save_checkpoint(fold / "last.safetensors", TENSORS, INFO)
+    assert find_checkpoint(tmp_path) == find_checkpoint(fold) == find_checkpoint(last) == last
+    best = save_checkpoint(fold / "best.safetensors", TENSORS, INFO)
+    assert find_checkpoint(tmp_path) == find_checkpoint(fold) == best
+    with pytest.raises(UserError, match="does not exist"):
+        find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_a_lock_is_held_by_one_and_freed_after(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"), locked(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"pid": 1}'])
+def test_a_lock_that_was_cut_short_is_taken_over(tmp_path, content):
+    (tmp_path / ".lock").write_text(content)
+    with locked(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    owner = {"pid": dead.pid, "host": files.socket.gethostname(), "started": "1"}
+    (tmp_path / ".lock").write_text(json.dumps(owner))
+    with locked(tmp_path):
+        pass
+
+
+def test_the_lock_of_another_machine_is_respected(tmp_path):
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "another", "started": "1"}))
+    with pytest.raises(UserError, match="on another"), locked(tmp_path):
+        pass
