@@ -40,19 +40,19 @@ from kanseg.errors import UserError
 
 KEYS = ("image", "label")
 Item = dict[str, Any]
+LINEAR = {2: "bilinear", 3: "trilinear"}
 ROTATION = 0.26  # radians, 15 degrees
 
 
-def preprocessing(plan: Plan, with_label: bool) -> Compose:
+def preprocessing(plan: Plan) -> Compose:
     """The spatial part: axes in RAS order and the plan's spacing; pictures stay as they are. Invertible."""
-    keys = list(KEYS if with_label else KEYS[:1])
     if plan.spatial_dims == 2:
         return Compose([])
-    modes = ["bilinear", "nearest"][: len(keys)]
+    modes = ["bilinear", "nearest"]
     return Compose(
         [
-            Orientationd(keys, axcodes=plan.orientation, labels=None),
-            Spacingd(keys, pixdim=plan.spacing, mode=modes, padding_mode="border"),
+            Orientationd(KEYS, axcodes=plan.orientation, labels=None, allow_missing_keys=True),
+            Spacingd(KEYS, plan.spacing, mode=modes, padding_mode="border", allow_missing_keys=True),
         ]
     )
 
@@ -76,7 +76,8 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
         check_pair(source, label)
         numbers = class_numbers(label_from(label), plan.label_values, case)
         item["label"] = MetaTensor(torch.from_numpy(numbers[None]), affine=affine)
-    item = preprocessing(plan, with_label)(item)
+    spatial = preprocessing(plan)
+    item = {**spatial(item), "preprocessing": spatial}  # MONAI inverts with the instance that was applied
     item["image"] = normalize(item["image"], plan.normalization)
     return item, source
 
@@ -113,7 +114,7 @@ def restore(values: Tensor, item: Item, plan: Plan) -> Tensor:
         return values
     image = item["image"]
     tracked = MetaTensor(values, affine=image.affine, applied_operations=list(image.applied_operations))
-    return preprocessing(plan, with_label=False).inverse({"image": tracked})["image"].as_tensor()
+    return item["preprocessing"].inverse({"image": tracked})["image"].as_tensor()
 
 
 def restored_labels(logits: Tensor, item: Item, plan: Plan) -> np.ndarray:
@@ -158,7 +159,7 @@ def augmentation(plan: Plan) -> Compose:
         RandGaussianNoised("image", prob=0.15, std=0.1),
         RandGaussianSmoothd("image", prob=0.1, **{f"sigma_{a}": (0.5, 1.0) for a in "xyz"}),
         RandScaleIntensityd("image", factors=0.25, prob=0.15),
-        RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0)),
+        RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0), upsample_mode=LINEAR[plan.spatial_dims]),
         RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
     ]
     return Compose([crop, *spatial, *intensity])

@@ -14,6 +14,7 @@ from kanseg.config import InferenceConfig
 from kanseg.data.formats import Case
 from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
+from kanseg.data.transforms import class_numbers
 from kanseg.inference.predict import predict_case, predict_logits
 
 RESAMPLES = 2000
@@ -41,7 +42,7 @@ def validate_case(
     """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does."""
     labels, _ = predict_case(model, case, plan, overlap=options.overlap, tta=options.tta, device=device)
     reference = read_label(case.label, plan.spatial_dims)
-    pair = [torch.from_numpy(_class_numbers(array, plan.label_values)) for array in (labels, reference)]
+    pair = [torch.from_numpy(class_numbers(array, plan.label_values, case)) for array in (labels, reference)]
     return dice_per_class(pair[0], pair[1], len(plan.label_values))
 
 
@@ -78,11 +79,3 @@ def bootstrap_interval(values: np.ndarray, groups: Iterable[str], seed: int) -> 
     drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     return np.percentile(means, (2.5, 97.5)).tolist()
-
-
-def _class_numbers(labels: np.ndarray, label_values: Sequence[int]) -> np.ndarray:
-    """Values in the file -> 0 ... K-1; a value that is not declared counts as background."""
-    numbers = np.zeros(labels.shape, dtype=np.uint8)
-    for number, value in enumerate(label_values):
-        numbers[labels == value] = number
-    return numbers

@@ -1,0 +1,41 @@
+"""Hippocampus (Medical Segmentation Decathlon, Task04): from the folder to Dice on unseen subjects.
+
+Data: T1-weighted MR crops of 1 mm, two classes (anterior, posterior); Vanderbilt University Medical Center, CC BY-SA
+4.0; Simpson et al., arXiv 1902.09063. Two files can be the two hemispheres of one person; `subjects` in dataset.json
+keeps them on one side of the split.
+
+    python pipelines/hippocampus.py DATA -o runs/hippocampus
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from kanseg import Segmenter
+
+OVERRIDES = [
+    "training=sgd",
+    "training.max_minutes=40",
+    "training.steps_per_epoch=50",
+    "training.validate_every=3",
+    "training.validation_cases=16",
+]
+
+
+def main() -> None:
+    """Plan, train fold 0 by subject, and print Dice on its validation subjects."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("data", type=Path, help="folder with dataset.json, imagesTr and labelsTr")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/hippocampus"), help="run folder")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. training.max_minutes=10")
+    given = parser.parse_intermixed_args()
+    segmenter = Segmenter("ukanet", spatial_dims=3)
+    segmenter.fit(given.data, run=given.out, overrides=[*OVERRIDES, *given.overrides], resume=given.resume)
+    print(json.dumps(json.loads((given.out / "fold_0" / "summary.json").read_text()), indent=1))
+
+
+if __name__ == "__main__":
+    main()
