@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,30 +32,38 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which network. Options here go over those of plan.json."""
 
-    name: str | None = Field(None, description="network of kanseg.list_models(); null for the plan's")
-    options: dict[str, Any] = Field({}, description="options of the network: basis, features_per_stage, ...")
+    name: str | None = Field(default=None, description="network of kanseg.list_models(); null for the plan's")
+    options: dict[str, Any] = Field(default={}, description="of the network: basis, features_per_stage, ...")
 
 
 class TrainingConfig(Section):
     """How long, how fast, with what loss, and how often the validation cases are looked at."""
 
-    max_epochs: int | None = Field(None, gt=0, description="null with max_minutes for no end; else 100")
-    max_minutes: float | None = Field(None, gt=0, description="wall-clock budget, counted over resumes")
-    steps_per_epoch: int = Field(100, gt=0)
-    batch_size: int | None = Field(None, gt=0, description="patches a step; null for the plan's")
+    max_epochs: int | None = Field(
+        default=None, gt=0, description="null with max_minutes for no end; else 100"
+    )
+    max_minutes: float | None = Field(
+        default=None, gt=0, description="wall-clock budget, counted over resumes"
+    )
+    steps_per_epoch: int = Field(default=100, gt=0)
+    batch_size: int | None = Field(default=None, gt=0, description="patches a step; null for the plan's")
     optimizer: str = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(3e-5, ge=0)
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of the training in which lr rises")
-    gradient_clip: float = Field(12.0, gt=0, description="largest norm of the gradient")
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=3e-5, ge=0)
+    warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the training in which lr rises")
+    gradient_clip: float = Field(default=12.0, gt=0, description="largest norm of the gradient")
     loss: str = "dice_ce"
-    deep_supervision: bool | None = Field(None, description="null for the plan's")
-    ema_decay: float | None = Field(0.999, gt=0, lt=1, description="moving average of weights; null for none")
-    validate_every: int = Field(1, gt=0, description="epochs between two validations")
-    validation_cases: int | None = Field(None, gt=0, description="cap for the validations within training")
-    final_validation: bool = Field(True, description="all validation cases on their own grid at the end")
+    deep_supervision: bool | None = Field(default=None, description="null for the plan's")
+    ema_decay: float | None = Field(
+        default=0.999, gt=0, lt=1, description="average of weights; null for none"
+    )
+    validate_every: int = Field(default=1, gt=0, description="epochs between two validations")
+    validation_cases: int | None = Field(default=None, gt=0, description="cap, but at the end")
+    final_validation: bool = Field(
+        default=True, description="all validation cases on their own grid at the end"
+    )
     device: Literal["auto", "cpu"] = "auto"
-    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="bf16 only on CUDA")
+    precision: Literal["auto", "float32", "bf16"] = Field(default="auto", description="bf16 only on CUDA")
 
     @property
     def epochs(self) -> int | None:
@@ -66,16 +74,16 @@ class TrainingConfig(Section):
 class DataConfig(Section):
     """Split, randomness and loading."""
 
-    folds: int = Field(5, ge=2)
-    seed: int = Field(0, ge=0, lt=2**31)
-    workers: int = Field(1, ge=0, description="processes that prepare patches")
+    folds: int = Field(default=5, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    workers: int = Field(default=1, ge=0, description="processes that prepare patches")
 
 
 class InferenceConfig(Section):
     """Sliding window over whole images."""
 
-    overlap: float = Field(0.5, ge=0, lt=1, description="share of a window that its neighbour covers too")
-    tta: bool = Field(False, description="average over the plan's mirror axes")
+    overlap: float = Field(default=0.5, ge=0, lt=1, description="share of a window")
+    tta: bool = Field(default=False, description="average over the plan's mirror axes")
 
 
 class LoggingConfig(Section):
@@ -117,7 +125,7 @@ def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
             composed = OmegaConf.to_container(compose(name, overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"The options {overrides} cannot be read: {str(error).splitlines()[0]}") from error
-    return make_config(composed)
+    return make_config(cast("dict[str, Any]", composed))
 
 
 def make_config(values: Mapping[str, Any]) -> Config:

@@ -91,7 +91,7 @@ class Segmenter:
 
         network, plan = self._trained()
         with tempfile.TemporaryDirectory() as folder:
-            case = self._as_case(image, Path(folder))
+            case = _as_case(image, plan, Path(folder))
             labels, source = predict_case(network, case, plan, **options)
             if out is not None:
                 write_label(Path(out), labels, source, dtype=plan.label_dtype)
@@ -111,7 +111,7 @@ class Segmenter:
         from kanseg.training.files import make_folder
 
         network, _ = self._trained()
-        kept = {key: value for key, value in self.info.items() if key not in ("rng", "state")}
+        kept = {key: value for key, value in (self.info or {}).items() if key not in ("rng", "state")}
         return save_checkpoint(
             make_folder(Path(folder)) / EXPORTED, named("model", network.state_dict()), kept
         )
@@ -150,34 +150,33 @@ class Segmenter:
             )
         return plan
 
-    def _as_case(self, image: Path | str | np.ndarray, folder: Path) -> Case:
-        """The image as a case; an array goes through files in `folder`, to be read like any image."""
-        from kanseg.data.formats import Case, find_images
-        from kanseg.data.images import Image, write_array
-
-        if not isinstance(image, np.ndarray):
-            cases = find_images(image)
-            if len(cases) != 1:
-                raise UsageError(
-                    f"{image} holds {len(cases)} images, predict takes one; use `kanseg predict`."
-                )
-            return cases[0]
-        dims, channels = self.plan.spatial_dims, len(self.plan.channel_names)
-        array = image[None] if image.ndim == dims else image
-        if array.ndim != dims + 1 or len(array) != channels:
-            axes = ", ".join("DHW"[-dims:])
-            raise UsageError(f"predict takes an array ({channels}, {axes}), got shape {image.shape}.")
-        array = np.asarray(array, dtype=np.float32)
-        affine = np.diag([*self.plan.spacing, *[1.0] * (4 - dims)])
-        grid = Image(array, affine, folder / "array.mha", dims)
-        names = [folder / f"array_{index:04d}.mha" for index in range(channels)]
-        for name, channel in zip(names, array, strict=True):
-            write_array(name, channel, grid, channel.dtype)
-        return Case("array", tuple(names), None, "array")
-
     def _trained(self) -> tuple[nn.Module, Plan]:
         if self.network is None or self.plan is None:
             raise UsageError(
                 "This Segmenter is not trained: call fit(data, run), or use Segmenter.load(path)."
             )
         return self.network, self.plan
+
+
+def _as_case(image: Path | str | np.ndarray, plan: Plan, folder: Path) -> Case:
+    """The image as a case; an array goes through files in `folder`, to be read like any image."""
+    from kanseg.data.formats import Case, find_images
+    from kanseg.data.images import Image, write_array
+
+    if not isinstance(image, np.ndarray):
+        cases = find_images(image)
+        if len(cases) != 1:
+            raise UsageError(f"{image} holds {len(cases)} images, predict takes one; use `kanseg predict`.")
+        return cases[0]
+    dims, channels = plan.spatial_dims, len(plan.channel_names)
+    array = image[None] if image.ndim == dims else image
+    if array.ndim != dims + 1 or len(array) != channels:
+        axes = ", ".join("DHW"[-dims:])
+        raise UsageError(f"predict takes an array ({channels}, {axes}), got shape {image.shape}.")
+    array = np.asarray(array, dtype=np.float32)
+    affine = np.diag([*plan.spacing, *[1.0] * (4 - dims)])
+    grid = Image(array, affine, folder / "array.mha", dims)
+    names = [folder / f"array_{index:04d}.mha" for index in range(channels)]
+    for name, channel in zip(names, array, strict=True):
+        write_array(name, channel, grid, channel.dtype)
+    return Case("array", tuple(names), None, "array")

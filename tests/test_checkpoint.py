@@ -36,7 +36,7 @@ TENSORS = {"model.weight": torch.arange(6.0).reshape(2, 3), "rng.torch": torch.g
 INFO = {"model": {"name": "ukanet"}, "labels": {"background": 0, "Länge": 1}}
 
 
-@pytest.fixture()
+@pytest.fixture
 def saved(tmp_path):
     return save_checkpoint(tmp_path / "last.safetensors", TENSORS, INFO)
 
@@ -129,7 +129,13 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(name):
 
 def test_random_numbers_go_on_as_if_nothing_had_been(tmp_path):
     def draw():
-        return torch.rand(2).tolist(), random.random(), np.random.rand(), np.random.randn(), random.gauss(0, 1)
+        return (
+            torch.rand(2).tolist(),
+            random.random(),
+            np.random.rand(),
+            np.random.randn(),
+            random.gauss(0, 1),
+        )
 
     draw()  # leaves half a pair of normal numbers in the generators
     tensors, info = rng_state()
@@ -148,7 +154,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_temporary_file(saved, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device.*unharmed"):
+    with pytest.raises(UserError, match=r"No space left on device.*unharmed"):
         save_checkpoint(saved, TENSORS, {})
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -50,6 +50,7 @@ class Dataset:
         label_values: the value that stands for each class in the label files; training sees 0 ... K - 1.
         cases: with labels. `test_cases`: images alone.
         notes: what was detected or mapped.
+        source: what `read_dataset` was given, and id_pattern with it: enough to read the same again.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Dataset:
     cases: tuple[Case, ...]
     test_cases: tuple[Case, ...]
     notes: tuple[str, ...]
+    source: Path = Path()
+    id_pattern: str | None = None
 
 
 def read_dataset(path: Path | str, *, id_pattern: str | None = None) -> Dataset:
@@ -86,11 +89,13 @@ def read_dataset(path: Path | str, *, id_pattern: str | None = None) -> Dataset:
         raise UserError(f"{path} holds no labelled images. Expected: {LAYOUTS}.")
     repeated = _repeated(case.id for case in dataset.cases)
     if repeated:
-        raise UserError(f"{path} has several cases called '{repeated[0]}'. Give every case a name of its own.")
+        raise UserError(
+            f"{path} has several cases called '{repeated[0]}'. Give every case a name of its own."
+        )
     if id_pattern is not None:
         dataset = replace(dataset, cases=tuple(_by_pattern(case, id_pattern) for case in dataset.cases))
     _require_files(dataset)
-    return _with_label_values(dataset)
+    return replace(_with_label_values(dataset), source=path.resolve(), id_pattern=id_pattern)
 
 
 def find_images(path: Path | str) -> list[Case]:
@@ -101,7 +106,9 @@ def find_images(path: Path | str) -> list[Case]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"There is no {path}. Give an image, a folder of images, or a folder with a DICOM series.")
+        raise UserError(
+            f"There is no {path}. Give an image, a folder of images, or a folder with a DICOM series."
+        )
     if path.is_file():
         return [Case(stem_of(path), (path,), None, stem_of(path))]
     cases = _cases_in(path)
@@ -110,7 +117,9 @@ def find_images(path: Path | str) -> list[Case]:
     folders = [path, *sorted(p for p in path.iterdir() if p.is_dir())]
     series = [folder for folder in folders if any(_may_be_dicom(p) for p in folder.iterdir())]
     if not series:
-        raise UserError(f"{path} holds no images. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series.")
+        raise UserError(
+            f"{path} holds no images. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
+        )
     return [Case(folder.name, (folder,), None, folder.name) for folder in series]
 
 
@@ -125,7 +134,9 @@ def _may_be_dicom(path: Path) -> bool:
 
 def _cases_in(folder: Path) -> list[Case]:
     """Images directly in a folder, the channels of nnU-Net's `_0000` names joined."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and suffix_of(p) not in ("", ".dcm") and p.name[0] != ".")
+    files = sorted(
+        p for p in folder.iterdir() if p.is_file() and suffix_of(p) not in ("", ".dcm") and p.name[0] != "."
+    )
     numbered = [CHANNEL.match(stem_of(p)) for p in files]
     if files and all(numbered) and any(match[2] == "0000" for match in numbered if match):
         channels: dict[str, list[Path]] = {}
@@ -145,7 +156,9 @@ def _load_json(path: Path) -> Any:
 def _read_described(root: Path, described: dict[str, Any]) -> Dataset:
     """A folder with dataset.json: the Decathlon's lists its files, nnU-Net's names its labels."""
     if not isinstance(described, dict) or "labels" not in described:
-        raise UserError(f"{root / 'dataset.json'} lacks 'labels', e.g. {{\"0\": \"background\", \"1\": \"organ\"}}.")
+        raise UserError(
+            f'{root / "dataset.json"} lacks \'labels\', e.g. {{"0": "background", "1": "organ"}}.'
+        )
     names, values = _labels(root, described["labels"])
     channels = described.get("channel_names") or described.get("modality") or {"0": "image"}
     channel_names = tuple(str(channels[key]) for key in sorted(channels, key=int))
@@ -158,7 +171,11 @@ def _read_described(root: Path, described: dict[str, Any]) -> Dataset:
         cases = _paired(_cases_in(_folder(root, "imagesTr")), _folder(root, "labelsTr"), groups)
         tests = _cases_in(root / "imagesTs") if (root / "imagesTs").is_dir() else []
         layout = "nnU-Net raw (dataset.json, imagesTr with _0000 names, labelsTr)"
-    notes = [f"{len(set(groups.values()))} subjects from dataset.json keep their images together"] if groups else []
+    notes = (
+        [f"{len(set(groups.values()))} subjects from dataset.json keep their images together"]
+        if groups
+        else []
+    )
     return _dataset(
         str(described.get("name", root.name)), root, layout, cases, tests, channel_names, names, values, notes
     )
@@ -220,7 +237,10 @@ def _folder(root: Path, name: str) -> Path:
 def _paired(cases: Sequence[Case], labels: Path, groups: dict[str, str]) -> list[Case]:
     """Images with the labels of the same name (or name + _mask)."""
     files = {stem_of(p): p for p in sorted(labels.iterdir()) if suffix_of(p) and p.name[0] != "."}
-    files = {**{name.removesuffix(end): p for end in ("_mask", "_label", "_seg") for name, p in files.items()}, **files}
+    files = {
+        **{name.removesuffix(end): p for end in ("_mask", "_label", "_seg") for name, p in files.items()},
+        **files,
+    }
     paired = [replace(c, label=files.get(c.id), group=groups.get(c.id, c.group)) for c in cases]
     without = [case for case in paired if case.label is None]
     if without:
@@ -264,7 +284,9 @@ def _read_csv(path: Path) -> Dataset:
     rows = _rows(path)
     if not rows or "image" not in rows[0]:
         found = ", ".join(rows[0]) if rows else "an empty file"
-        raise UserError(f"{path} needs the columns image and label (also image_2, ..., group, id), found: {found}.")
+        raise UserError(
+            f"{path} needs the columns image and label (also image_2, ..., group, id), found: {found}."
+        )
     columns = ["image", *sorted(c for c in rows[0] if re.fullmatch(r"image_\d+", c or ""))]
     entries = [{**row, "image": [row[c] for c in columns if row.get(c)]} for row in rows]
     return _listed_dataset(path, "CSV (columns image, label)", entries, [])
@@ -281,7 +303,9 @@ def _read_datalist(path: Path, content: Any) -> Dataset:
 def _listed_dataset(path: Path, layout: str, entries: Sequence[Any], held_out: Sequence[Any]) -> Dataset:
     cases = [_listed(path.parent, entry, {}) for entry in entries]
     tests = [*(_listed(path.parent, e, {}) for e in held_out), *(c for c in cases if c.label is None)]
-    return _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, None, None, [])
+    return _dataset(
+        path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, None, None, []
+    )
 
 
 def _dataset(
@@ -301,7 +325,9 @@ def _dataset(
     if channel_names is None and cases and all(image.exists() for image in cases[0].images):
         count = len(read_image(cases[0].images).array)
         colours = flat == {True} and count == 3
-        channel_names = COLOURS if colours else tuple(f"image {i + 1}" if i else "image" for i in range(count))
+        channel_names = (
+            COLOURS if colours else tuple(f"image {i + 1}" if i else "image" for i in range(count))
+        )
     return Dataset(
         name,
         root,

@@ -69,7 +69,9 @@ def read_image(paths: Sequence[Path] | Path, spatial_dims: int | None = None) ->
     images = [_read_one(path) for path in paths]
     first = images[0]
     for other in images[1:]:
-        _require_same_grid(first.array.shape[1:], first.affine, other.array.shape[1:], other.affine, first.path, other.path)
+        _require_same_grid(
+            first.array.shape[1:], first.affine, other.array.shape[1:], other.affine, first.path, other.path
+        )
     image = Image(np.concatenate([i.array for i in images]), first.affine, first.path, first.spatial_dims)
     if spatial_dims is not None and image.spatial_dims != spatial_dims:
         raise UserError(
@@ -126,7 +128,9 @@ def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None 
         )
 
 
-def write_label(path: Path, labels: np.ndarray, like: Image, dtype: str = "uint8", description: str = "") -> Path:
+def write_label(
+    path: Path, labels: np.ndarray, like: Image, dtype: str = "uint8", description: str = ""
+) -> Path:
     """Write a label map on the grid of `like`, atomically; the suffix of `path` decides the format.
 
     NIfTI from NIfTI keeps the header (sform, qform, codes, units); other formats keep origin, direction and spacing.
@@ -165,7 +169,9 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
-        raise UserError(f"{path} cannot be written: {reason}. Free space or choose another folder.") from error
+        raise UserError(
+            f"{path} cannot be written: {reason}. Free space or choose another folder."
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -227,14 +233,23 @@ def _read_one(path: Path) -> Image:
         return _read_itk(path, sitk.ReadImage(str(path)))
     except UserError:
         raise
-    except (OSError, EOFError, RuntimeError, ValueError, nib.filebasedimages.ImageFileError, MemoryError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        nib.filebasedimages.ImageFileError,
+        MemoryError,
+    ) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path} cannot be read ({reason}). It is cut short, damaged, or not what its suffix says. Copy it again "
             "from its source."
         ) from error
     except Exception as error:  # zlib.error and the like, which share no base class
-        raise UserError(f"{path} cannot be read ({error}). It is damaged. Copy it again from its source.") from error
+        raise UserError(
+            f"{path} cannot be read ({error}). It is damaged. Copy it again from its source."
+        ) from error
 
 
 def _read_nifti(path: Path) -> Image:
@@ -253,7 +268,9 @@ def _as_image(array: np.ndarray, affine: np.ndarray, path: Path) -> Image:
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (3, 4) or 0 in array.shape:
-        raise UserError(f"{path} has shape {array.shape}; a 3D volume, or 4D with channels last, is expected.")
+        raise UserError(
+            f"{path} has shape {array.shape}; a 3D volume, or 4D with channels last, is expected."
+        )
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path} has no usable geometry (affine {affine.tolist()}). Repair its header.")
     channels = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
@@ -306,7 +323,9 @@ def _read_dicom(folder: Path) -> Image:
             reader.SetFileNames(names)
             image = reader.Execute()
     except RuntimeError as error:
-        raise UserError(f"{folder} cannot be read as DICOM ({str(error).strip().splitlines()[-1]}).") from error
+        raise UserError(
+            f"{folder} cannot be read as DICOM ({str(error).strip().splitlines()[-1]})."
+        ) from error
     return _read_itk(folder, image)
 
 
@@ -335,19 +354,30 @@ def _check_slices(folder: Path, names: Sequence[str]) -> None:
         raise UserError(f"{folder} misses slices: the distances between them are {shown} mm. {advice}")
     sideways = np.linalg.norm(steps - np.outer(along, normal), axis=1)
     if sideways.max() > 0.02 * np.abs(along).max():
-        raise UserError(f"{folder} was taken with a tilted gantry (slices shift sideways); a box is expected. {advice}")
+        raise UserError(
+            f"{folder} was taken with a tilted gantry (slices shift sideways); a box is expected. {advice}"
+        )
 
 
 def _require_same_grid(
-    shape: tuple[int, ...], affine: np.ndarray, other_shape: tuple[int, ...], other: np.ndarray, path: Path, other_path: Path
+    shape: tuple[int, ...],
+    affine: np.ndarray,
+    other_shape: tuple[int, ...],
+    other: np.ndarray,
+    path: Path,
+    other_path: Path,
 ) -> None:
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*shape, 1, 1)[:3]], indexing="ij")).reshape(3, -1)
     distance = np.abs((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:]).max()
     if shape == other_shape and distance <= GRID_TOLERANCE:
         return
-    what = f"shapes {shape} and {other_shape}" if shape != other_shape else f"grids up to {distance:.3g} mm apart"
+    what = (
+        f"shapes {shape} and {other_shape}"
+        if shape != other_shape
+        else f"grids up to {distance:.3g} mm apart"
+    )
     raise UserError(
-        f"{path} and {other_path} lie on different grids: {what}; one grid is expected. Resample one to the other's grid."
+        f"{path} and {other_path} lie on different grids: {what}; one grid is expected. Resample one to the other."
     )
 
 

@@ -26,7 +26,9 @@ Batch = dict[str, Tensor]
 class Patches(Dataset):
     """Sample `i` is a random patch of a random case, {"image": (C, *patch), "label": (1, *patch)}."""
 
-    def __init__(self, plan: Plan, items: Sequence[Item], augment: Compose, seed: int, epoch: int, count: int) -> None:
+    def __init__(
+        self, plan: Plan, items: Sequence[Item], augment: Compose, seed: int, epoch: int, count: int
+    ) -> None:
         self.plan, self.items, self.augment = plan, items, augment
         self.seed, self.epoch, self.count = seed, epoch, count
 
@@ -34,7 +36,9 @@ class Patches(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> Batch:
-        random = np.random.RandomState(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(4))
+        random = np.random.RandomState(
+            np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(4)
+        )
         item = self.items[random.randint(len(self.items))]
         self.augment.set_random_state(seed=int(random.randint(2**31)))
         (sample,) = self.augment(item)
@@ -66,7 +70,9 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         count = self.steps * self.batch_size
         patches = Patches(self.plan, self.items, self.augment, self.seed, self.epoch, count)
-        return iter(DataLoader(patches, self.batch_size, num_workers=self.workers, worker_init_fn=_one_thread))
+        return iter(
+            DataLoader(patches, self.batch_size, num_workers=self.workers, worker_init_fn=_one_thread)
+        )
 
 
 def _one_thread(worker: int) -> None:

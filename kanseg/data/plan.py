@@ -26,13 +26,25 @@ SAMPLES = 10_000  # intensities kept a case and channel
 FEATURES = {2: 32, 3: 32}
 MOST_FEATURES = {2: 512, 3: 256}
 COARSEST = {2: 8, 3: 4}  # voxels an axis of the coarsest map keeps
-# Bytes of training memory a voxel of the patch and feature of the first stage, measured with UKANet (peak RSS), rounded up.
-BYTES_A_VOXEL = {2: 220, 3: 160}
+# Bytes of training memory a voxel of the batch and feature of the first stage: UKANet's peak resident memory.
+BYTES_A_VOXEL = {2: 330, 3: 330}
 SHARE = 0.6  # of the memory at hand, the rest is for data, optimizer and the system
 LARGEST_BATCH = {2: 12, 3: 2}
 MODEL_OPTIONS = {
-    2: {"encoder": "reskanet10", "basis": "gram", "kan_stages": "deep", "bottleneck": True, "deep_supervision": True},
-    3: {"encoder": "reskanet10", "basis": "gram", "kan_stages": "deep", "bottleneck": True, "deep_supervision": True},
+    2: {
+        "encoder": "reskanet10",
+        "basis": "gram",
+        "kan_stages": "deep",
+        "bottleneck": True,
+        "deep_supervision": True,
+    },
+    3: {
+        "encoder": "reskanet10",
+        "basis": "gram",
+        "kan_stages": "deep",
+        "bottleneck": True,
+        "deep_supervision": True,
+    },
 }
 
 
@@ -40,7 +52,8 @@ MODEL_OPTIONS = {
 class Plan:
     """Everything that preprocessing, training and prediction must agree on; plan.json, and part of each checkpoint.
 
-    Lengths are in mm, axes in the order of `orientation` (R, A, S for volumes; rows, columns for pictures).
+    `data` and `id_pattern` are what `read_dataset` was given. Lengths are in mm, axes in the order of `orientation`
+    (R, A, S for volumes; rows, columns for pictures).
     `normalization` has one entry a channel: {"scheme": "zscore"} (of each image by itself) or {"scheme": "ct", "lower",
     "upper", "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread).
     """
@@ -61,6 +74,7 @@ class Plan:
     strides: list[list[int]]
     kernel_sizes: list[list[int]]
     mirror_axes: list[int] = field(default_factory=list)
+    id_pattern: str | None = None
     orientation: str = "RAS"
     model: str = "ukanet"
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -135,7 +149,9 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _in_ras(array: np.ndarray, affine: np.ndarray, label: np.ndarray, dims: int) -> tuple[dict[str, Any], np.ndarray]:
+def _in_ras(
+    array: np.ndarray, affine: np.ndarray, label: np.ndarray, dims: int
+) -> tuple[dict[str, Any], np.ndarray]:
     """Axes in RAS order, as preprocessing puts them (flips do not matter here)."""
     if dims == 2:
         return {"array": array, "spacing": [1.0, 1.0]}, label
@@ -203,7 +219,9 @@ def make_plan(dataset: Dataset, *, memory: int | None = None, dim: int | None = 
     voxels = math.prod(patch)
     batch = int(np.clip(largest // voxels, 1, LARGEST_BATCH[dims]))
     features = [min(FEATURES[dims] * 2**stage, MOST_FEATURES[dims]) for stage in range(len(strides))]
-    normalization = [_normalization(name, seen["channels"][i]) for i, name in enumerate(dataset.channel_names)]
+    normalization = [
+        _normalization(name, seen["channels"][i]) for i, name in enumerate(dataset.channel_names)
+    ]
     reasons = [
         f"spacing {_numbers(spacing)}: the median of {len(sizes)} cases",
         f"patch {patch} of a median size {[round(float(s)) for s in resampled]} at that spacing, batch {batch}: "
@@ -219,7 +237,8 @@ def make_plan(dataset: Dataset, *, memory: int | None = None, dim: int | None = 
     }
     return Plan(
         dataset_name=dataset.name,
-        data=str(dataset.root),
+        data=str(dataset.source),
+        id_pattern=dataset.id_pattern,
         layout=dataset.layout,
         spatial_dims=dims,
         channel_names=list(dataset.channel_names),
@@ -252,7 +271,9 @@ def _target_spacing(spacings: np.ndarray) -> np.ndarray:
     return np.round(spacing, 4)
 
 
-def _patch(size: np.ndarray, spacing: np.ndarray, largest: float) -> tuple[list[int], list[list[int]], list[list[int]]]:
+def _patch(
+    size: np.ndarray, spacing: np.ndarray, largest: float
+) -> tuple[list[int], list[list[int]], list[list[int]]]:
     """A patch that fits the median image and the budget, with the strides that divide it."""
     dims = len(size)
     patch = np.ceil(size).astype(float)
@@ -272,7 +293,9 @@ def _topology(patch: np.ndarray, spacing: np.ndarray) -> tuple[list[list[int]], 
     size, step = patch.copy(), spacing.copy()
     strides, kernels = [[1] * dims], [[3 if s <= 2 * step.min() else 1 for s in step]]
     while len(strides) < 6:
-        halve = [bool(n / 2 >= COARSEST[dims] and s <= 2 * step.min()) for n, s in zip(size, step, strict=True)]
+        halve = [
+            bool(n / 2 >= COARSEST[dims] and s <= 2 * step.min()) for n, s in zip(size, step, strict=True)
+        ]
         if not any(halve):
             break
         factor = np.where(halve, 2, 1)

@@ -21,8 +21,8 @@ def split(dataset: Dataset, *, folds: int = 5, seed: int = 0) -> list[dict[str, 
         groups.setdefault(case.group, []).append(case.id)
     if len(groups) < folds:
         raise UserError(
-            f"{dataset.name} has {len(groups)} patients, too few for {folds} folds. Set data.folds={max(2, len(groups))}"
-            " or fewer, or add data."
+            f"{dataset.name} has {len(groups)} patients, too few for {folds} folds. "
+            f"Set data.folds={max(2, len(groups))} or fewer, or add data."
         )
     names = sorted(groups)
     np.random.default_rng(seed).shuffle(names)

@@ -24,8 +24,8 @@ from monai.transforms import (
     RandFlipd,
     RandGaussianNoised,
     RandGaussianSmoothd,
-    RandScaleIntensityd,
     RandomizableTransform,
+    RandScaleIntensityd,
     RandSimulateLowResolutiond,
     Spacingd,
     SpatialPadd,
@@ -159,14 +159,16 @@ def augmentation(plan: Plan) -> Compose:
         RandGaussianNoised("image", prob=0.15, std=0.1),
         RandGaussianSmoothd("image", prob=0.1, **{f"sigma_{a}": (0.5, 1.0) for a in "xyz"}),
         RandScaleIntensityd("image", factors=0.25, prob=0.15),
-        RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0), upsample_mode=LINEAR[plan.spatial_dims]),
+        RandSimulateLowResolutiond(
+            "image", prob=0.1, zoom_range=(0.5, 1.0), upsample_mode=LINEAR[plan.spatial_dims]
+        ),
         RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
     ]
     return Compose([crop, *spatial, *intensity])
 
 
 def preparation(plan: Plan) -> Compose:
-    """What `augmentation` needs and does not change between epochs: cases at least a patch large, where foreground is."""
+    """What `augmentation` needs and no epoch changes: cases at least a patch large, where foreground is."""
     return Compose([SpatialPadd(KEYS, plan.patch_size), FgBgToIndicesd("label")])
 
 

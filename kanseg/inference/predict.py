@@ -149,7 +149,9 @@ def _write_probabilities(path: Path, chances: _Probabilities, source: Image, pla
     stem = path.name[: -len(suffix)]
     for number, name in enumerate(plan.label_names):
         safe = "".join(c if c.isalnum() else "_" for c in name)
-        write_array(path.with_name(f"{stem}_prob_{safe}{suffix}"), chances.of(number), source, np.dtype("float32"))
+        write_array(
+            path.with_name(f"{stem}_prob_{safe}{suffix}"), chances.of(number), source, np.dtype("float32")
+        )
 
 
 def _suffix(case: Case) -> str:

@@ -181,7 +181,9 @@ class KANConv(ConvGeometry):
         if self.basis is None:
             return self.convolve(self._drop("input", x), self.base_weight)
         # The norm stays outside: run twice, it would count its statistics twice.
-        inputs = (x,) if self.input_norm is None else (x, normalise(self.input_norm, self._drop("basis_input", x)))
+        inputs = (
+            (x,) if self.input_norm is None else (x, normalise(self.input_norm, self._drop("basis_input", x)))
+        )
         if not self.recompute:
             return self.expand_and_convolve(*inputs)
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)

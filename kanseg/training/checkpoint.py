@@ -209,8 +209,9 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    kind, keys, *rest = np.random.get_state()
-    return tensors, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    state: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    state["state"] = {**state["state"], "key": state["state"]["key"].tolist()}
+    return tensors, {"python": random.getstate(), "numpy": state}
 
 
 def restore_rng(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -220,8 +221,9 @@ def restore_rng(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(tensors["cuda"])
     version, internal, gauss = info["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = info["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    state = info["numpy"]["state"]
+    state = {**state, "key": np.array(state["key"], dtype=np.uint32)}
+    np.random.set_state({**info["numpy"], "state": state})
 
 
 def _few(names: list[str], count: int = 4) -> str:

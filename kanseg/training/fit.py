@@ -118,7 +118,10 @@ class Trainer:
         options = config.training
         self.config, self.options, self.plan, self.folder = config, options, plan, folder
         self.accelerator, self.stop, self.description = accelerator, stop, description
-        self.model, self.state, self.rng = model, State(), None
+        self.model, self.state = model, State()
+        self.rng: tuple[dict[str, Tensor], dict[str, Any]] | None = (
+            None  # to be restored before the next step
+        )
         self.averaged = copy.deepcopy(model).to(accelerator.device).eval() if options.ema_decay else model
         self.loss = create_loss(options.loss)
         optimizer = OPTIMIZERS.create(
@@ -290,7 +293,8 @@ class Trainer:
         """Advance the clock; all processes take the main one's time and signal, to keep one learning rate."""
         self.state.seconds = time.monotonic() - self._start
         if self.accelerator.num_processes > 1:
-            own = torch.tensor([self.state.seconds, self.stop.signal], device=self.accelerator.device)
+            told = [self.state.seconds, self.stop.signal]
+            own = torch.tensor(told, dtype=torch.float64, device=self.accelerator.device)
             seconds, signal = broadcast(own).tolist()
             self.state.seconds, self.stop.signal = seconds, int(signal)
 

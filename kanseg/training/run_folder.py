@@ -77,7 +77,8 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[
         raise UserError(
             f"Fold {fold} of {dataset.root} has no training case. Give more cases or fold '{ALL}'."
         )
-    return tuple([cases[name] for name in splits[fold][key]] for key in ("train", "val"))
+    training, validation = ([cases[name] for name in splits[fold][key]] for key in ("train", "val"))
+    return training, validation
 
 
 def prepare_run(config: Config, plan: Plan, splits: Splits, run: Path, fold: int | str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class StopRequest:
@@ -17,7 +17,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; elsewhere the program's own ones stay.

@@ -23,7 +23,8 @@ RESAMPLES = 2000
 def dice_per_class(prediction: Tensor, reference: Tensor, classes: int) -> list[float]:
     """Dice of classes 1 ... K-1 between class numbers (*S) and (*S); 1 where a class is absent from both."""
     metric = DiceMetric(include_background=False, reduction="none", ignore_empty=False, num_classes=classes)
-    return metric(prediction[None, None].float(), reference[None, None].float())[0].tolist()
+    scores = metric(prediction[None, None].float(), reference[None, None].float())
+    return torch.as_tensor(scores)[0].tolist()
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def validate_case(
 ) -> list[float]:
     """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does."""
     labels, _ = predict_case(model, case, plan, overlap=options.overlap, tta=options.tta, device=device)
-    reference = read_label(case.label, plan.spatial_dims)
+    reference = read_label(case.label, plan.spatial_dims)  # type: ignore[arg-type]  # splits hold labelled cases
     pair = [torch.from_numpy(class_numbers(array, plan.label_values, case)) for array in (labels, reference)]
     return dice_per_class(pair[0], pair[1], len(plan.label_values))
 

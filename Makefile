@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test test-slow smoke check format clean
+
+demo: $(STAMP)  ## train, predict and evaluate on embedded data, in at most 8 minutes on two CPU cores
+	rm -rf runs/demo
+	$(BIN)/kanseg demo -o runs/demo
+
+test: $(STAMP)  ## the whole suite but the slow tests
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+smoke: $(STAMP)  ## a minute of everything
+	rm -rf runs/smoke
+	$(BIN)/kanseg demo -o runs/smoke --minutes 0.3
+
+check: $(STAMP)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

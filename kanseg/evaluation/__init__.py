@@ -1,0 +1,1 @@
+"""Scores of label maps against references, and pictures and tables of them."""

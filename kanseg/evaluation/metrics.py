@@ -1,0 +1,210 @@
+"""Dice, IoU, HD95, NSD and volumes, a case and a class at a time, by MONAI's metrics on the images' own spacing.
+
+What is undefined in MONAI is decided here, and never dropped: a structure that is absent from both label maps scores
+perfectly; one that only one of them has gets Dice, IoU and NSD 0 and the image's diagonal as its distance; a missing
+or unreadable prediction counts as an empty one and as a failure.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
+from rich.progress import track
+
+from kanseg.data.formats import find_images
+from kanseg.data.images import Image, check_pair, label_from, read_image
+from kanseg.errors import UserError
+from kanseg.training.files import make_folder, write_bytes, write_json
+
+METRICS = ("dice", "iou", "hd95", "nsd")
+COLUMNS = (*METRICS, "volume_ml", "reference_volume_ml")
+RESAMPLES = 2000
+TOLERANCE = 1.0
+ENDINGS = ("_mask", "_label", "_seg")
+
+
+def evaluate_case(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    labels: Sequence[int],
+    tolerance: float = TOLERANCE,
+) -> dict[int, dict[str, float]]:
+    """Scores of each label value.
+
+    Args:
+        prediction, reference: label maps (*S), 2D or 3D.
+        spacing: mm, one number an axis.
+        labels: the values to score.
+        tolerance: of the normalised surface distance (NSD), in mm.
+
+    Returns:
+        For each label dice, iou, nsd (0 to 1), hd95 (mm), volume_ml and reference_volume_ml (2D: thickness 1 mm).
+    """
+    if prediction.shape != reference.shape:
+        raise UserError(f"Shapes differ: prediction {prediction.shape}, reference {reference.shape}.")
+    return {label: _score(prediction == label, reference == label, spacing, tolerance) for label in labels}
+
+
+def _score(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
+) -> dict[str, float]:
+    voxel = math.prod(spacing) / 1000
+    scores = {
+        "volume_ml": float(prediction.sum() * voxel),
+        "reference_volume_ml": float(reference.sum() * voxel),
+    }
+    if not prediction.any() and not reference.any():
+        return {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "nsd": 1.0, **scores}
+    if not prediction.any() or not reference.any():
+        diagonal = math.dist(
+            [0.0] * len(spacing), [n * s for n, s in zip(reference.shape, spacing, strict=True)]
+        )
+        return {"dice": 0.0, "iou": 0.0, "hd95": diagonal, "nsd": 0.0, **scores}
+    box = _box(prediction | reference)  # outside it nothing counts, and distances cost time
+    pair = [torch.from_numpy(mask[box])[None, None].float() for mask in (prediction, reference)]
+    spaced = {"include_background": True, "spacing": list(spacing)}
+    return {
+        "dice": float(compute_dice(*pair, ignore_empty=False)),
+        "iou": float(compute_iou(*pair, ignore_empty=False)),
+        "hd95": float(compute_hausdorff_distance(*pair, percentile=95, **spaced)),
+        "nsd": float(compute_surface_dice(*pair, class_thresholds=[tolerance], **spaced)),
+        **scores,
+    }
+
+
+def _box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Where the mask is, with a margin of one voxel."""
+    slices = []
+    for axis in range(mask.ndim):
+        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        slices.append(slice(max(0, hit[0] - 1), hit[-1] + 2))
+    return tuple(slices)
+
+
+def evaluate_folders(
+    prediction: Path | str,
+    reference: Path | str,
+    out: Path | str | None = None,
+    *,
+    labels: Mapping[str, int] | None = None,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score a folder of label maps (or one file) against its references; pairs by file name without suffix.
+
+    Args:
+        out: folder for cases.csv (a row a case and class) and summary.json.
+        labels: name -> value of the classes to score; default every value but 0 in the references and predictions.
+
+    Returns:
+        The summary: mean, median and 95 % bootstrap interval of the mean of each metric, a class and over classes,
+        with the failed cases.
+
+    Raises:
+        UserError: nothing to score, a reference that cannot be read, or label maps on different grids.
+    """
+    references = {_stem(case.id): case.images[0] for case in find_images(reference)}
+    predictions = (
+        {_stem(case.id): case.images[0] for case in find_images(prediction)} if _any(prediction) else {}
+    )
+    if Path(prediction).is_file() and Path(reference).is_file():
+        predictions = dict(zip(references, predictions.values(), strict=True))
+    failures = {name: "no prediction" for name in references if name not in predictions}
+    pairs: dict[str, tuple[np.ndarray, np.ndarray, Image]] = {}
+    for name in track(references, "Reading", disable=len(references) < 20, transient=True):
+        target = read_image(references[name])
+        truth = label_from(target)
+        guess = np.zeros_like(truth)
+        if name in predictions:
+            try:
+                image = read_image(predictions[name])
+                guess_read = label_from(image)
+            except UserError as error:
+                failures[name] = str(error)
+            else:
+                check_pair(target, image)
+                guess = guess_read
+        pairs[name] = (guess.astype(np.int32), truth, target)
+    names = labels or _values(pairs)
+    if not names:
+        raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
+    rows = []
+    for case in track(pairs, "Scoring", disable=len(pairs) < 5, transient=True):
+        guess, truth, target = pairs[case]
+        scores = evaluate_case(guess, truth, target.spacing, list(names.values()), tolerance)
+        rows += [{"case": case, "label": name, **scores[value]} for name, value in names.items()]
+    surplus = sorted(set(predictions) - set(references))
+    summary = {
+        "cases": len(pairs),
+        "failed": failures,
+        "predictions_without_reference": surplus,
+        "labels": dict(names),
+        "nsd_tolerance_mm": tolerance,
+        "interval": f"95 % bootstrap interval of the mean over cases, {RESAMPLES} resamples, seed {seed}",
+        "metrics": summarize_rows(rows, seed),
+    }
+    if out is not None:
+        folder = make_folder(Path(out))
+        write_bytes(folder / "cases.csv", _csv(rows).encode())
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _any(folder: Path | str) -> bool:
+    """Whether there is any prediction at all: an empty folder is a folder of failures, a missing one a mistake."""
+    folder = Path(folder)
+    return not folder.is_dir() or any(path.is_file() for path in folder.iterdir())
+
+
+def _stem(name: str) -> str:
+    for ending in ENDINGS:
+        name = name.removesuffix(ending)
+    return name
+
+
+def _values(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, Image]]) -> dict[str, int]:
+    found: set[int] = set()
+    for guess, truth, _ in pairs.values():
+        found |= {int(v) for v in np.unique(guess)} | {int(v) for v in np.unique(truth)}
+    return {f"label {value}": value for value in sorted(found - {0})}
+
+
+def summarize_rows(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
+    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first."""
+    cases = sorted({row["case"] for row in rows})
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    by_key = {(row["case"], row["label"]): row for row in rows}
+    columns = {name: [[by_key[case, name][m] for m in METRICS] for case in cases] for name in labels}
+    columns["mean"] = np.mean([columns[name] for name in labels], axis=0).tolist()
+    drawn = np.random.default_rng(seed).integers(0, len(cases), (RESAMPLES, len(cases)))
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, column in columns.items():
+        values = np.array(column)
+        low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5), axis=0)
+        summary[name] = {
+            metric: {
+                "mean": float(values[:, i].mean()),
+                "ci95": [float(low[i]), float(high[i])],
+                "median": float(np.median(values[:, i])),
+                "n": len(cases),
+            }
+            for i, metric in enumerate(METRICS)
+        }
+    return summary
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["case", "label", *COLUMNS], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return text.getvalue()

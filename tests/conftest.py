@@ -1,0 +1,59 @@
+"""What the tests share: real data beside the project, and a small data set made of numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(2)
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real labelled scans; tests that need it are skipped where it is not beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip("the real data (../shared/data) is not beside the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MSD data set of 6 volumes with two bright balls each, 3 patients with two volumes."""
+    root = tmp_path_factory.mktemp("blobs")
+    generator = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in (20, 24, 18)], indexing="ij"), -1)
+    entries, subjects = [], {}
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).mkdir()
+    for case in range(6):
+        label = np.zeros((20, 24, 18), dtype=np.uint8)
+        for value, at in ((1, (6, 7, 8)), (2, (13, 16, 9))):
+            centre = np.array(at) + generator.integers(-2, 3, 3)
+            label[np.linalg.norm(grid - centre, axis=-1) < 4] = value
+        image = generator.normal(0, 0.3, label.shape) + 2 * (label == 1) + 4 * (label == 2)
+        affine = np.diag([-1.0, -1.0, 1.5, 1.0])
+        affine[:3, 3] = generator.normal(0, 20, 3)
+        name = f"case_{case}.nii.gz"
+        nib.save(nib.Nifti1Image(image.astype(np.float32), affine), root / "imagesTr" / name)
+        nib.save(nib.Nifti1Image(label, affine), root / "labelsTr" / name)
+        entries.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
+        subjects[f"case_{case}"] = f"p{case // 2}"
+    described = {
+        "name": "Blobs",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "near", "2": "far"},
+        "training": entries,
+        "subjects": subjects,
+    }
+    (root / "dataset.json").write_text(json.dumps(described))
+    return root

@@ -1,0 +1,401 @@
+"""kanseg.training.fit: it learns, it survives kills, it goes on exactly, and it says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from kanseg.config import load_config
+from kanseg.data.formats import read_dataset
+from kanseg.data.plan import Plan, make_plan
+from kanseg.errors import UsageError, UserError
+from kanseg.training import files, monitor
+from kanseg.training.checkpoint import load_checkpoint, load_model
+from kanseg.training.fit import Trainer, fit
+from kanseg.training.monitor import read_log
+from kanseg.training.optimizers import lr_factor, update_average
+from kanseg.training.state import State
+from kanseg.training.validate import bootstrap_interval, dice_per_class, spread
+
+SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def balls(tmp_path_factory):
+    """Six noisy volumes with a bright ball, two a patient, as a data set on disk and its small plan."""
+    folder = tmp_path_factory.mktemp("balls")
+    generator = np.random.default_rng(0)
+    rows = ["image,label,patient"]
+    grid = np.stack(np.meshgrid(*[np.arange(14)] * 3, indexing="ij"), -1)
+    for number in range(6):
+        ball = np.linalg.norm(grid - generator.uniform(5, 9, 3), axis=-1) < 4
+        image = ball * 2.0 + generator.normal(0, 0.3, ball.shape)
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / f"image{number}.nii.gz")
+        nib.save(nib.Nifti1Image(ball.astype(np.uint8) * 7, np.eye(4)), folder / f"label{number}.nii.gz")
+        rows.append(f"image{number}.nii.gz,label{number}.nii.gz,patient{number // 2}")
+    (folder / "cases.csv").write_text("\n".join(rows))
+    dataset = read_dataset(folder / "cases.csv")
+    plan = replace(
+        make_plan(dataset, memory=2**30),
+        patch_size=[8, 8, 8],
+        batch_size=2,
+        features_per_stage=[4, 8, 8],
+        strides=[[1] * 3, [2] * 3, [2] * 3],
+        kernel_sizes=[[3] * 3] * 3,
+        model_options={"basis": "legendre", "kan_stages": [1], "deep_supervision": True},
+    )
+    return dataset, plan
+
+
+def train(balls, run, *overrides, **options):
+    dataset, plan = balls
+    config = load_config(overrides=[*SHORT, *overrides])
+    return fit(config, plan, dataset, run, console=Console(quiet=True), **options)
+
+
+def train_in_process(dataset, plan, run, overrides, seconds_a_step):
+    """Body of a process to kill; a step is slowed down so that signals meet every place."""
+    torch.set_num_threads(1)
+    step = Trainer._train_step
+
+    def slow_step(self, batch):
+        time.sleep(seconds_a_step)
+        return step(self, batch)
+
+    Trainer._train_step = slow_step
+    fit(load_config(overrides=overrides), plan, dataset, run, resume=True, console=Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A context whose processes start at once, with everything imported."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("real kills are tested where processes can be forked")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kanseg.training.fit", "kanseg.config", "hydra", "matplotlib.figure"])
+    return context
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_it_learns_and_leaves_a_complete_run_folder(balls, tmp_path):
+    run = tmp_path / "run"
+    summary = train(
+        balls,
+        run,
+        "training.max_epochs=5",
+        "training.steps_per_epoch=15",
+        "training.lr=0.01",
+        "training.ema_decay=0.9",
+        "training.final_validation=true",
+    )
+    fold = run / "fold_0"
+    written = {path.name for path in fold.iterdir()}
+    assert written == {"log.jsonl", "last.safetensors", "best.safetensors", "summary.json", "progress.png"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "plan.json", "splits.json", "fold_0"}
+    assert summary == json.loads((fold / "summary.json").read_text())
+    assert summary["dice"]["mean"] > 0.7
+    assert summary["ci95"]["mean"][0] <= summary["dice"]["mean"] <= summary["ci95"]["mean"][1]
+    records = read_log(fold / "log.jsonl")
+    assert [record["epoch"] for record in records] == list(range(5))
+    assert records[-1]["loss"] < records[0]["loss"]
+    keys = {"loss", "lr", "dice", "mean_dice", "seconds", "total_seconds", "data_wait", "peak_memory_mb"}
+    assert keys <= records[0].keys()
+    assert summary["best_epoch_dice"] == max(record["mean_dice"] for record in records)
+
+
+def test_the_checkpoint_alone_gives_the_model_its_plan_and_labels(balls, tmp_path):
+    train(balls, tmp_path / "run", "training.max_epochs=1")
+    model, plan, info = load_model(tmp_path / "run")
+    assert plan == Plan.load(tmp_path / "run" / "plan.json")
+    assert not model.training
+    assert list(info["labels"].values()) == [0, 7]
+    assert {"kanseg", "torch", "monai"} <= info["versions"].keys()
+    assert model(torch.zeros(1, 1, 9, 10, 11)).shape == (1, 2, 9, 10, 11)
+
+
+def test_patients_are_on_one_side_of_the_split_and_a_given_split_is_kept(balls, tmp_path):
+    dataset, _ = balls
+    train(balls, tmp_path / "run", "training.max_epochs=1")
+    patient = {case.id: case.group for case in dataset.cases}
+    for fold in json.loads((tmp_path / "run" / "splits.json").read_text()):
+        assert not {patient[case] for case in fold["train"]} & {patient[case] for case in fold["val"]}
+    own = [{"train": ["image0", "image1"], "val": ["image5"]}]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "splits.json").write_text(json.dumps(own))
+    summary = train(balls, tmp_path / "own", "training.max_epochs=1", "training.final_validation=true")
+    assert list(summary["cases"]) == ["image5"]
+    (tmp_path / "own" / "splits.json").write_text(json.dumps([{"train": ["nobody"], "val": []}]))
+    with pytest.raises(UserError, match="nobody"):
+        train(balls, tmp_path / "own", "training.max_epochs=1", resume=True)
+
+
+def test_a_training_on_all_cases_keeps_its_last_weights(balls, tmp_path):
+    summary = train(balls, tmp_path / "run", "training.max_epochs=1", fold="all")
+    assert summary["best_epoch"] is None
+    assert (tmp_path / "run" / "fold_all" / "best.safetensors").exists()
+    with pytest.raises(UsageError, match="no fold 3"):
+        train(balls, tmp_path / "run", "training.max_epochs=1", fold=3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_interrupted_training_ends_with_the_same_bits(balls, tmp_path, monkeypatch, workers):
+    options = ("training.max_epochs=3", f"data.workers={workers}", "model.options.dropout=0.3")
+    train(balls, tmp_path / "straight", *options)
+    step, count = Trainer._train_step, 0
+
+    def interrupted(self, batch):
+        nonlocal count
+        count += 1
+        if count in (2, 4, 9):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    for _ in range(3):
+        with pytest.raises(SystemExit) as stop:
+            train(balls, tmp_path / "stopped", *options, resume=True)
+        assert stop.value.code == 143
+    train(balls, tmp_path / "stopped", *options, resume=True)
+    assert count == 12
+    one, other = (
+        load_checkpoint(tmp_path / name / "fold_0/last.safetensors") for name in ("straight", "stopped")
+    )
+    assert one[0].keys() == other[0].keys()
+    assert [name for name in one[0] if not torch.equal(one[0][name], other[0][name])] == []
+    logs = [read_log(tmp_path / name / "fold_0/log.jsonl") for name in ("straight", "stopped")]
+    for key in ("epoch", "loss", "lr", "dice"):
+        assert [record[key] for record in logs[0]] == [record[key] for record in logs[1]]
+
+
+def test_sigkill_at_any_moment_leaves_a_checkpoint_to_go_on_from(balls, tmp_path, processes):
+    last = tmp_path / "run" / "fold_0" / "last.safetensors"
+    overrides = [*SHORT, "training.max_epochs=1000", "training.steps_per_epoch=1"]
+    chance, updates = random.Random(0), [0]
+
+    def steps_done():
+        return load_checkpoint(last)[1]["state"]["updates"] if last.exists() else 0
+
+    for _ in range(5):
+        arguments = (*balls, tmp_path / "run", overrides, 0.0)
+        process = processes.Process(target=train_in_process, args=arguments, daemon=True)
+        process.start()
+        wait_for(lambda: steps_done() > updates[-1])
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        updates.append(steps_done())
+        load_model(last)
+        load_model(tmp_path / "run")
+    assert updates == sorted(set(updates))
+    epochs = [record["epoch"] for record in read_log(last.parent / "log.jsonl")]
+    assert epochs == list(range(len(epochs)))
+
+
+def test_sigterm_saves_within_the_epoch_and_exits_with_143(balls, tmp_path, processes):
+    last = tmp_path / "run" / "fold_0" / "last.safetensors"
+    overrides = [*SHORT, "training.max_epochs=1000", "training.steps_per_epoch=50"]
+    process = processes.Process(
+        target=train_in_process, args=(*balls, tmp_path / "run", overrides, 0.05), daemon=True
+    )
+    process.start()
+    wait_for(lambda: (last.parent / ".lock").exists() and (last.parent / "log.jsonl").exists())
+    time.sleep(1)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143
+    assert 0 < load_checkpoint(last)[1]["state"]["step"] < 50
+    assert not (last.parent / ".lock").exists()
+
+
+def test_a_second_training_in_the_folder_is_refused(balls, tmp_path):
+    run = tmp_path / "run"
+    train(balls, run, "training.max_epochs=1")
+    with pytest.raises(UsageError, match="--resume"):
+        train(balls, run, "training.max_epochs=1")
+    with pytest.raises(UsageError, match="other options"):
+        train(balls, run, "training.max_epochs=1", "training.lr=0.5", fold=1)
+    with files.locked(run / "fold_0"), pytest.raises(UserError, match="runs in"):
+        train(balls, run, "training.max_epochs=2", resume=True)
+
+
+def test_a_finished_training_goes_on_when_it_gets_more_time(balls, tmp_path):
+    run = tmp_path / "run"
+    train(balls, run, "training.max_epochs=1")
+    assert train(balls, run, "training.max_epochs=1", resume=True)["epochs"] == 1
+    assert train(balls, run, "training.max_epochs=2", resume=True)["epochs"] == 2
+    with pytest.raises(UsageError, match=r"training\.loss"):
+        train(balls, run, "training.loss=dice", resume=True)
+
+
+@pytest.mark.parametrize(
+    "override", ["training.max_epoch=1", "model.name=ukante", "model.options.basis=grma"]
+)
+def test_an_unknown_name_is_refused_before_anything_is_written(balls, tmp_path, override):
+    with pytest.raises(UsageError, match="Did you mean"):
+        train(balls, tmp_path / "run", override)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_do_not_fit_the_model_are_refused_before_anything_is_written(balls, tmp_path):
+    with pytest.raises(UsageError, match="features_per_stage"):
+        train(balls, tmp_path / "run", "model.options.features_per_stage=[4,8]")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_other_data_is_refused(balls, tmp_path):
+    dataset, plan = balls
+    with pytest.raises(UserError, match="label_values"):
+        train((dataset, replace(plan, label_values=[0, 1])), tmp_path / "run")
+    with pytest.raises(UserError, match="channel_names"):
+        train((dataset, replace(plan, channel_names=["T1", "T2"])), tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_numbers_that_stop_being_finite_stop_the_run_with_their_place(balls, tmp_path, monkeypatch, what):
+    step = Trainer._train_step
+
+    def poisoned(self, batch):
+        if self.state.updates == 5 and what == "loss":
+            batch["image"][:] = math.nan
+        elif self.state.updates == 5:
+            next(self.model.parameters()).register_hook(lambda grad: grad * math.inf)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", poisoned)
+    with pytest.raises(UserError, match=f"{what} became .* in epoch 1, step 1"):
+        train(balls, tmp_path / "run", "training.max_epochs=2")
+    assert load_checkpoint(tmp_path / "run/fold_0/last.safetensors")[1]["state"]["epoch"] == 1
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(balls, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(balls, run, "training.max_epochs=1")
+    before = (run / "fold_0" / "last.safetensors").read_bytes()
+    write = files.os.fsync
+
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("last.safetensors.part"):
+            raise OSError(28, "No space left on device")
+        write(descriptor)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to tell one file from another")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        train(balls, run, "training.max_epochs=2", resume=True)
+    assert (run / "fold_0" / "last.safetensors").read_bytes() == before
+    assert not list(run.rglob("*.part"))
+    assert not list(run.rglob(".lock"))
+
+
+def test_a_last_checkpoint_that_lost_its_optimizer_is_refused(balls, tmp_path):
+    train(balls, tmp_path / "run", "training.max_epochs=1")
+    fold = tmp_path / "run" / "fold_0"
+    (fold / "last.safetensors").write_bytes((fold / "best.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"last\.safetensors"):
+        train(balls, tmp_path / "run", "training.max_epochs=2", resume=True)
+
+
+def test_a_tracker_that_fails_never_stops_the_training(balls, tmp_path, monkeypatch):
+    def tracker(folder, config):
+        def track(numbers, epoch):
+            raise ConnectionError("no network")
+
+        return track
+
+    monkeypatch.setattr(monitor, "_tensorboard", tracker)
+    monkeypatch.setattr(monitor, "find_spec", lambda name: True)
+    assert train(balls, tmp_path / "run", "training.max_epochs=1", "logging.tensorboard=true")["epochs"] == 1
+
+
+def test_a_tracker_that_is_not_installed_is_one_clear_message(balls, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train(balls, tmp_path / "run", "training.max_epochs=1", "logging.wandb=true")
+
+
+def test_plain_lines_tell_loss_dice_and_time_left(balls, tmp_path):
+    dataset, plan = balls
+    with (tmp_path / "out.txt").open("w+") as out:
+        config = load_config(overrides=[*SHORT, "training.max_epochs=2"])
+        fit(config, plan, dataset, tmp_path / "run", console=Console(file=out, force_terminal=False))
+        out.seek(0)
+        lines = out.read().splitlines()
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert all(word in lines[0] for word in ("loss", "Dice", "lr", "left"))
+
+
+def test_time_counts_over_resumes_and_ends_the_training(balls, tmp_path):
+    options = load_config(overrides=["training.max_minutes=0.05"]).training
+    assert State(seconds=1.5).fraction(options) == pytest.approx(0.5)
+    began = time.monotonic()
+    summary = train(balls, tmp_path / "run", "training.max_minutes=0.05")
+    assert 0.05 <= summary["minutes"] < (time.monotonic() - began) / 60
+    assert train(balls, tmp_path / "run", resume=True)["updates"] == summary["updates"]
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    factors = [lr_factor(fraction / 1000) for fraction in range(1001)]
+    assert 0 < factors[0] < factors[19]
+    assert factors[20] == max(factors)
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert factors[-1] == 0
+    assert lr_factor(0.5, warmup=0) == 0.5**0.9
+
+
+def test_the_average_of_constant_weights_is_those_weights():
+    model = torch.nn.BatchNorm1d(2)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(1, 5):
+        model.num_batches_tracked += 1
+        update_average(average, model, 0.9, step)
+    assert all(torch.equal(average[name], value) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    update_average(average, model, 0.9, 10_000)
+    assert average["weight"].tolist() == pytest.approx([1.2, 1.2])
+
+
+def test_dice_of_classes_absent_from_both_is_one_and_missed_ones_zero():
+    prediction, reference = torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 2]])
+    assert dice_per_class(prediction, reference, 4) == pytest.approx([2 / 3, 0.0, 1.0])
+
+
+def test_the_interval_draws_patients_not_images():
+    values = np.array([0.0, 1.0] * 8)
+    low, high = bootstrap_interval(values, [str(i) for i in range(16)], 0)
+    assert low < 0.3 < 0.7 < high
+    assert bootstrap_interval(values, [str(i // 2) for i in range(16)], 0) == [0.5, 0.5]
+
+
+def test_the_watched_cases_are_spread_over_all():
+    assert spread(range(10), 3) == [0, 3, 6]
+    assert spread(range(10), None) == range(10)

@@ -1,0 +1,149 @@
+"""kanseg.Segmenter: fit, predict, evaluate, save and load from Python, in 3D and 2D."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+from rich.console import Console
+
+from kanseg import Segmenter
+from kanseg.errors import UsageError, UserError
+
+SMALL = {"basis": "legendre", "features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [3, 3]}
+OVERRIDES = [
+    "training.max_epochs=2",
+    "training.steps_per_epoch=4",
+    "training.final_validation=false",
+    "data.workers=0",
+    "data.folds=2",
+]
+AFFINE = np.array([[-1.5, 0.2, 0, 7], [0.2, 1.0, 0, -3], [0, 0, 2.0, 11], [0, 0, 0, 1]])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """images/ and labels/: four tilted volumes with a bright box of value 3."""
+    root = tmp_path_factory.mktemp("volumes")
+    generator = np.random.default_rng(0)
+    for folder in ("images", "labels", "more"):
+        (root / folder).mkdir()
+    for number in range(4):
+        label = np.zeros((14, 12, 10), np.uint8)
+        label[4:10, 3:9, 3:7] = 3
+        image = (label + generator.normal(0, 0.5, label.shape)).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, AFFINE), root / "images" / f"case{number}.nii.gz")
+        nib.save(nib.Nifti1Image(label, AFFINE), root / "labels" / f"case{number}.nii.gz")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(volumes, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    segmenter = Segmenter("ukanet", spatial_dims=3, **SMALL)
+    return segmenter.fit(volumes, run, overrides=OVERRIDES, console=Console(quiet=True)), run
+
+
+def test_a_prediction_lies_on_the_grid_of_its_image_in_the_values_of_the_labels(trained, volumes, tmp_path):
+    segmenter, _ = trained
+    path = volumes / "images" / "case0.nii.gz"
+    labels = segmenter.predict(path, tmp_path / "out.nii.gz")
+    written = nib.load(tmp_path / "out.nii.gz")
+    assert labels.shape == written.shape == (14, 12, 10)
+    assert np.allclose(written.affine, nib.load(path).affine)
+    assert np.array_equal(np.asarray(written.dataobj), labels)
+    assert set(np.unique(labels)) <= {0, 3}
+
+
+def test_save_and_load_keep_the_prediction(trained, volumes, tmp_path):
+    segmenter, run = trained
+    path = volumes / "images" / "case1.nii.gz"
+    expected = segmenter.predict(path)
+    saved = segmenter.save(tmp_path / "model")
+    assert [file.name for file in saved.parent.iterdir()] == ["model.safetensors"]
+    for source in (run, run / "fold_0", saved, saved.parent):
+        loaded = Segmenter.load(source)
+        assert np.array_equal(loaded.predict(path), expected)
+        assert (loaded.model, loaded.spatial_dims) == ("ukanet", 3)
+        assert loaded.options["basis"] == "legendre"
+        assert list(loaded.info["labels"].values()) == [0, 3]
+
+
+def test_an_array_is_predicted_like_an_image_without_geometry(trained):
+    segmenter, _ = trained
+    array = np.random.default_rng(1).normal(size=(9, 11, 8)).astype(np.float32)
+    labels = segmenter.predict(array)
+    assert labels.shape == array.shape
+    assert np.array_equal(labels, segmenter.predict(array[None]))
+    with pytest.raises(UsageError, match="got shape"):
+        segmenter.predict(array[0])
+
+
+def test_fit_takes_the_plan_that_lies_in_the_run_folder(trained, volumes, tmp_path):
+    segmenter, run = trained
+    (tmp_path / "plan.json").write_text((run / "plan.json").read_text())
+    again = Segmenter(**SMALL).fit(volumes, tmp_path, overrides=OVERRIDES, console=Console(quiet=True))
+    assert again.plan == segmenter.plan
+    with pytest.raises(UsageError, match="is 3D"):
+        Segmenter(spatial_dims=2).fit(volumes, tmp_path, resume=True)
+
+
+def test_pictures_are_segmented_in_2d(tmp_path):
+    generator = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for number in range(4):
+        mask = np.zeros((24, 30), np.uint8)
+        mask[6:18, 8:20] = 255
+        picture = np.clip(generator.normal(80 + mask[..., None] * 0.4, 10, (24, 30, 3)), 0, 255)
+        Picture.fromarray(picture.astype(np.uint8)).save(tmp_path / "images" / f"{number}.png")
+        Picture.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+    segmenter = Segmenter(**SMALL)
+    segmenter.fit(tmp_path, tmp_path / "run", overrides=OVERRIDES, console=Console(quiet=True))
+    labels = segmenter.predict(tmp_path / "images" / "0.png", tmp_path / "out.png")
+    assert labels.shape == (24, 30)
+    assert set(np.unique(labels)) <= {0, 255}
+    assert np.array_equal(np.asarray(Picture.open(tmp_path / "out.png")), labels)
+    array = np.moveaxis(np.asarray(Picture.open(tmp_path / "images" / "0.png")), -1, 0)
+    assert np.array_equal(segmenter.predict(array), labels)
+    with pytest.raises(UsageError, match="predict takes an array"):
+        segmenter.predict(np.zeros((24, 30)))
+
+
+def test_a_folder_of_images_is_for_the_command_line(trained, volumes):
+    with pytest.raises(UsageError, match="4 images"):
+        trained[0].predict(volumes / "images")
+
+
+def test_evaluate_scores_label_maps(trained, volumes):
+    scores = trained[0].evaluate(volumes / "labels", volumes / "labels")
+    assert scores
+
+
+@pytest.mark.parametrize("call", [lambda s: s.predict("x.nii.gz"), lambda s: s.save("folder")])
+def test_an_untrained_segmenter_says_so(call):
+    with pytest.raises(UsageError, match="not trained"):
+        call(Segmenter())
+
+
+def test_wrong_names_are_refused_before_the_data_is_read(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UsageError, match="'ukanet'"):
+        Segmenter("ukante").fit(nowhere, tmp_path / "run")
+    with pytest.raises(UsageError, match="'basis'"):
+        Segmenter(bassis="gram").fit(nowhere, tmp_path / "run")
+    with pytest.raises(UsageError, match="spatial_dims"):
+        Segmenter(spatial_dims=4)
+    with pytest.raises(UserError, match="nowhere"):
+        Segmenter().fit(nowhere, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
