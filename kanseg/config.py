@@ -20,7 +20,9 @@ from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import write_json
 
 DEFAULT_EPOCHS = 100
-BUDGET = ("training.max_epochs", "training.max_minutes")
+# A resumed run may change these: how long, how closely watched, by how many processes; not what is learned.
+CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "final_validation", "device")}
+CHANGEABLE |= {"data.workers", "inference.overlap", "inference.tta", "logging.tensorboard", "logging.wandb"}
 
 
 class Section(BaseModel):
@@ -199,24 +201,23 @@ def read_config(path: Path) -> Config:
 
 
 def resumed_config(path: Path, given: Config) -> Config:
-    """The config in `path` that a resumed run goes on with; only the budget may be set anew.
+    """The config in `path` that a resumed run goes on with; only `CHANGEABLE` keys may be set anew.
 
     Raises:
-        UsageError: an option given now (that is, not at its default) differs from the stored one.
+        UsageError: another option given now (that is, not at its default) differs from the stored one.
     """
     stored = read_config(path)
     old, new, default = (dict(_flat(config.model_dump())) for config in (stored, given, load_config()))
-    changed = [key for key in new if new[key] != old.get(key) and new[key] != default.get(key)]
-    for key in changed:
-        if key not in BUDGET:
+    values = stored.model_dump()
+    for key in [key for key in new if new[key] != old[key] and new[key] != default[key]]:
+        if key not in CHANGEABLE:
             raise UsageError(
-                f"A resumed run keeps its options: {path} has {key}={old.get(key)!r}, not {new[key]!r}. "
+                f"A resumed run keeps its options: {path} has {key}={old[key]!r}, not {new[key]!r}. "
                 "Leave the option away, or start a new run folder."
             )
-    if changed:
-        training = stored.training.model_copy(update={key.partition(".")[2]: new[key] for key in changed})
-        return stored.model_copy(update={"training": training})
-    return stored
+        section, _, name = key.partition(".")
+        values[section][name] = new[key]
+    return make_config(values)
 
 
 def _as_hydra_override(override: str, folder: Path) -> str:

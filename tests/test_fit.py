@@ -153,7 +153,7 @@ def test_patients_are_on_one_side_of_the_split_and_a_given_split_is_kept(balls, 
     assert list(summary["cases"]) == ["image5"]
     (tmp_path / "own" / "splits.json").write_text(json.dumps([{"train": ["nobody"], "val": []}]))
     with pytest.raises(UserError, match="nobody"):
-        train(balls, tmp_path / "own", "training.max_epochs=1", resume=True)
+        train(balls, tmp_path / "own", "training.max_epochs=2", resume=True)
 
 
 def test_a_training_on_all_cases_keeps_its_last_weights(balls, tmp_path):

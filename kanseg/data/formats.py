@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from kanseg.data.images import SUFFIXES_2D, read_image, read_label, stem_of, suffix_of
 from kanseg.errors import UserError
+from kanseg.progress import progress
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")
 LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask")
-SCAN_PROGRESS = 50
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
@@ -237,6 +236,7 @@ def _folder(root: Path, name: str) -> Path:
 def _paired(cases: Sequence[Case], labels: Path, groups: dict[str, str]) -> list[Case]:
     """Images with the labels of the same name (or name + _mask)."""
     files = {stem_of(p): p for p in sorted(labels.iterdir()) if suffix_of(p) and p.name[0] != "."}
+    _refuse_several_masks(cases, files)
     files = {
         **{name.removesuffix(end): p for end in ("_mask", "_label", "_seg") for name, p in files.items()},
         **files,
@@ -249,6 +249,18 @@ def _paired(cases: Sequence[Case], labels: Path, groups: dict[str, str]) -> list
             f"Expected there: {without[0].id} with the suffix of the labels. Add it, or take the image away."
         )
     return paired
+
+
+def _refuse_several_masks(cases: Sequence[Case], files: dict[str, Path]) -> None:
+    """One label an image: `x_mask` and `x_mask_1` for one x are two."""
+    for case in cases:
+        pattern = re.compile(re.escape(case.id) + r"(_mask|_label|_seg)?(_\d+)?")
+        masks = [path for name, path in files.items() if pattern.fullmatch(name)]
+        if len(masks) > 1:
+            raise UserError(
+                f"{case.images[0]} has {len(masks)} masks ({', '.join(p.name for p in masks)}); one label map an "
+                "image is expected. Merge them into one file."
+            )
 
 
 def _read_folders(root: Path) -> Dataset:
@@ -370,7 +382,7 @@ def _with_label_values(dataset: Dataset) -> Dataset:
     declared = set(dataset.label_values)
     found: set[int] = set()
     cases = dataset.cases
-    for case in track(cases, "Reading labels", disable=len(cases) <= SCAN_PROGRESS, transient=True):
+    for case in progress(cases, "Reading labels"):
         values = {int(v) for v in np.unique(read_label(case.label, dataset.spatial_dims))}
         if declared and not values <= declared:
             raise UserError(

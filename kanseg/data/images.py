@@ -6,6 +6,7 @@ format says in its own convention. Every reader of kanseg goes through here, so 
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 from collections.abc import Sequence
@@ -254,6 +255,9 @@ def _read_one(path: Path) -> Image:
 
 def _read_nifti(path: Path) -> Image:
     file = nib.load(path)
+    if path.name.lower().endswith(".gz"):  # nibabel stops before the checksum at the end of the stream
+        with gzip.open(path) as stream:
+            file = type(file).from_bytes(stream.read())
     if file.get_data_dtype().fields is not None:
         raise UserError(
             f"{path} has structured voxels ({file.get_data_dtype()}), e.g. RGB; one number a voxel is expected. "

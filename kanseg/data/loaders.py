@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from monai.transforms import Compose
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +18,7 @@ from kanseg.data.formats import Case
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
+from kanseg.progress import progress
 
 Batch = dict[str, Tensor]
 
@@ -54,7 +54,7 @@ class TrainLoader:
         if not cases:
             raise UserError("There are no cases to train on.")
         prepare = preparation(plan)
-        loaded = track(cases, "Loading cases", disable=len(cases) < 20, transient=True)
+        loaded = progress(cases, "Loading cases")
         self.items = [prepare(load_case(case, plan)[0]) for case in loaded]
         self.plan, self.augment = plan, augmentation(plan)
         self.batch_size, self.steps, self.seed, self.workers = batch_size, steps, seed, workers

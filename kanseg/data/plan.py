@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from kanseg.data.formats import Dataset
 from kanseg.data.images import SUFFIXES_NIFTI, check_pair, header_dtype, label_from, read_image, suffix_of
 from kanseg.errors import UserError, did_you_mean
+from kanseg.progress import progress
 
 VERSION = 1
 SAMPLES = 10_000  # intensities kept a case and channel
@@ -123,7 +123,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     intensities: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
     dtypes = set()
     generator = np.random.default_rng(0)
-    for case in track(dataset.cases, "Reading images", disable=len(dataset.cases) < 20, transient=True):
+    for case in progress(dataset.cases, "Reading images"):
         image = read_image(case.images, dataset.spatial_dims)
         label_image = read_image(case.label, dataset.spatial_dims)
         check_pair(image, label_image)

@@ -7,9 +7,11 @@ or unreadable prediction counts as an empty one and as a failure.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
-from rich.progress import track
 
 from kanseg.data.formats import find_images
-from kanseg.data.images import Image, check_pair, label_from, read_image
+from kanseg.data.images import check_pair, label_from, read_image, read_label
 from kanseg.errors import UserError
+from kanseg.progress import progress
 from kanseg.training.files import make_folder, write_bytes, write_json
 
 METRICS = ("dice", "iou", "hd95", "nsd")
@@ -69,6 +71,15 @@ def _score(
             [0.0] * len(spacing), [n * s for n, s in zip(reference.shape, spacing, strict=True)]
         )
         return {"dice": 0.0, "iou": 0.0, "hd95": diagonal, "nsd": 0.0, **scores}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's distances call a deprecated option of MONAI
+        return {**_overlap_and_distance(prediction, reference, spacing, tolerance), **scores}
+
+
+def _overlap_and_distance(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
+) -> dict[str, float]:
+    """Scores of two masks that both hold something."""
     box = _box(prediction | reference)  # outside it nothing counts, and distances cost time
     pair = [torch.from_numpy(mask[box])[None, None].float() for mask in (prediction, reference)]
     spaced = {"include_background": True, "spacing": list(spacing)}
@@ -77,7 +88,6 @@ def _score(
         "iou": float(compute_iou(*pair, ignore_empty=False)),
         "hd95": float(compute_hausdorff_distance(*pair, percentile=95, **spaced)),
         "nsd": float(compute_surface_dice(*pair, class_thresholds=[tolerance], **spaced)),
-        **scores,
     }
 
 
@@ -119,32 +129,27 @@ def evaluate_folders(
     if Path(prediction).is_file() and Path(reference).is_file():
         predictions = dict(zip(references, predictions.values(), strict=True))
     failures = {name: "no prediction" for name in references if name not in predictions}
-    pairs: dict[str, tuple[np.ndarray, np.ndarray, Image]] = {}
-    for name in track(references, "Reading", disable=len(references) < 20, transient=True):
-        target = read_image(references[name])
-        truth = label_from(target)
-        guess = np.zeros_like(truth)
-        if name in predictions:
-            try:
-                image = read_image(predictions[name])
-                guess_read = label_from(image)
-            except UserError as error:
-                failures[name] = str(error)
-            else:
-                check_pair(target, image)
-                guess = guess_read
-        pairs[name] = (guess.astype(np.int32), truth, target)
-    names = labels or _values(pairs)
+    names = dict(labels) if labels else _found_labels([*references.values(), *predictions.values()])
     if not names:
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
     rows = []
-    for case in track(pairs, "Scoring", disable=len(pairs) < 5, transient=True):
-        guess, truth, target = pairs[case]
+    for case, path in progress(references.items(), "Scoring"):
+        target = read_image(path)
+        truth = label_from(target)
+        guess = np.zeros_like(truth)
+        if case not in failures:
+            try:
+                image = read_image(predictions[case])
+                guess = label_from(image)
+            except UserError as error:
+                failures[case] = str(error)
+            else:
+                check_pair(target, image)
         scores = evaluate_case(guess, truth, target.spacing, list(names.values()), tolerance)
         rows += [{"case": case, "label": name, **scores[value]} for name, value in names.items()]
     surplus = sorted(set(predictions) - set(references))
     summary = {
-        "cases": len(pairs),
+        "cases": len(references),
         "failed": failures,
         "predictions_without_reference": surplus,
         "labels": dict(names),
@@ -171,10 +176,12 @@ def _stem(name: str) -> str:
     return name
 
 
-def _values(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, Image]]) -> dict[str, int]:
+def _found_labels(paths: Sequence[Path]) -> dict[str, int]:
+    """Every value but 0 that stands in any file; a file that cannot be read is reported when it is scored."""
     found: set[int] = set()
-    for guess, truth, _ in pairs.values():
-        found |= {int(v) for v in np.unique(guess)} | {int(v) for v in np.unique(truth)}
+    for path in progress(paths, "Reading"):
+        with contextlib.suppress(UserError):
+            found |= set(np.unique(read_label(path)).tolist())
     return {f"label {value}": value for value in sorted(found - {0})}
 
 

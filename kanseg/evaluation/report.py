@@ -125,9 +125,12 @@ def score_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], title: s
     for heading in columns.values():
         table.add_column(heading, justify="right")
     for label, scores in metrics.items():
-        cells = [
-            f"{scores[m]['mean']:.3f} [{scores[m]['ci95'][0]:.3f}, {scores[m]['ci95'][1]:.3f}]"
-            for m in columns
-        ]
+        cells = [_cell(scores[metric]) for metric in columns]
         table.add_row(label, *cells, style="bold" if label == "mean" else None)
     return table
+
+
+def _cell(score: Mapping[str, Any]) -> str:
+    """Mean [interval]; one case has no interval."""
+    mean = f"{score['mean']:.3f}"
+    return mean if score["n"] == 1 else f"{mean} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"

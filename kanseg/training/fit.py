@@ -65,8 +65,8 @@ def fit(
 
     Args:
         fold: number of the fold whose cases validate; "all" trains on every case, without validation.
-        resume: go on from the last checkpoint with the options in RUN/config.json; only the budget may be set
-            anew. Without a checkpoint the training starts from the beginning.
+        resume: go on from the last checkpoint with the options in RUN/config.json; only those in
+            `kanseg.config.CHANGEABLE` may be set anew. Without a checkpoint it starts from the beginning.
         console: where to report; default standard output.
 
     Raises:

@@ -32,7 +32,7 @@ def lr_factor(fraction: float, warmup: float = 0.02, power: float = 0.9) -> floa
     """Share of the full learning rate at `fraction` of the training: linear warm-up, polynomial decay.
 
     >>> [round(lr_factor(f), 3) for f in (0.01, 0.5, 1.0)]
-    [0.496, 0.536, 0.0]
+    [0.495, 0.536, 0.0]
     """
     fraction = min(max(fraction, 0.0), 1.0)
     rise = min(1.0, max(fraction / warmup, 0.01)) if warmup else 1.0

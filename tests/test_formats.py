@@ -1,0 +1,201 @@
+"""Every layout is recognised and said aloud; what does not fit is explained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.splits import split
+from kanseg.errors import UserError
+
+
+def volumes(folder: Path, names: list[str], values: tuple[int, ...] = (), dtype: type = np.uint8) -> Path:
+    """Small volumes; with `values` they are label maps that hold those values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        array = np.random.default_rng(i).normal(size=(6, 5, 4)).astype(np.float32)
+        if values:
+            array = np.resize(np.array((0, *values), dtype=dtype), (6, 5, 4))
+        nib.save(nib.Nifti1Image(array, np.eye(4)), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_decathlon(blobs: Path) -> None:
+    dataset = read_dataset(blobs)
+    assert "Decathlon" in dataset.layout
+    assert dataset.label_names == ("background", "near", "far")
+    assert dataset.channel_names == ("MRI",)
+    assert [case.group for case in dataset.cases] == ["p0", "p0", "p1", "p1", "p2", "p2"]
+
+
+def test_nnunet_joins_channels(tmp_path: Path) -> None:
+    volumes(tmp_path / "imagesTr", ["a_0000", "a_0001", "b_0000", "b_0001"])
+    volumes(tmp_path / "labelsTr", ["a", "b"], (1,))
+    described = {
+        "channel_names": {"0": "T1", "1": "CT"},
+        "labels": {"background": 0, "organ": 1},
+        "file_ending": ".nii.gz",
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    dataset = read_dataset(tmp_path)
+    assert "nnU-Net" in dataset.layout
+    assert dataset.channel_names == ("T1", "CT")
+    assert [len(case.images) for case in dataset.cases] == [2, 2]
+    assert dataset.label_names == ("background", "organ")
+
+
+@pytest.mark.parametrize("labels", ["labels", "masks"])
+def test_folders(tmp_path: Path, labels: str) -> None:
+    volumes(tmp_path / "images", ["a", "b"])
+    volumes(tmp_path / labels, ["a", "b"], (1, 4))
+    dataset = read_dataset(tmp_path)
+    assert labels in dataset.layout
+    assert dataset.label_values == (0, 1, 4)
+    assert "4 -> 2" in " ".join(dataset.notes)
+
+
+def test_csv_with_groups_and_datalist(tmp_path: Path) -> None:
+    volumes(tmp_path / "scans", ["a", "b", "c"])
+    volumes(tmp_path / "truth", ["a", "b"], (1,))
+    rows = "image,label,patient\nscans/a.nii.gz,truth/a.nii.gz,x\nscans/b.nii.gz,truth/b.nii.gz,x\nscans/c.nii.gz,,y\n"
+    (tmp_path / "list.csv").write_text(rows)
+    dataset = read_dataset(tmp_path / "list.csv")
+    assert [case.group for case in dataset.cases] == ["x", "x"]
+    assert [case.id for case in dataset.test_cases] == ["c"]
+    entries = [{"image": f"scans/{n}.nii.gz", "label": f"truth/{n}.nii.gz"} for n in "ab"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    assert len(read_dataset(tmp_path / "list.json").cases) == 2
+
+
+def test_pictures_with_0_and_255(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for name in "ab":
+        Picture.fromarray(np.zeros((8, 9, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
+        Picture.fromarray(np.array([[0, 255]] * 4, np.uint8).repeat(5, 1)[:, :9]).save(
+            tmp_path / "masks" / f"{name}_mask.png"
+        )
+    dataset = read_dataset(tmp_path)
+    assert dataset.spatial_dims == 2
+    assert dataset.channel_names == ("red", "green", "blue")
+    assert dataset.label_values == (0, 255)
+
+
+def test_whole_numbers_in_floats_are_labels(tmp_path: Path) -> None:
+    volumes(tmp_path / "images", ["a"])
+    volumes(tmp_path / "labels", ["a"], (1, 2), np.float32)
+    assert read_dataset(tmp_path).label_values == (0, 1, 2)
+
+
+def test_id_pattern_gives_the_patient(blobs: Path) -> None:
+    dataset = read_dataset(blobs, id_pattern=r"case_(\d)")
+    assert [case.group for case in dataset.cases] == list("012345")
+    with pytest.raises(UserError, match="does not match the case"):
+        read_dataset(blobs, id_pattern=r"patient(\d)")
+
+
+def test_real_sets_are_split_by_patient(shared_data: Path) -> None:
+    for name, patients in (("hippocampus", 136), ("glas", 15), ("busi", None)):
+        dataset = read_dataset(shared_data / name)
+        groups = {case.id: case.group for case in dataset.cases}
+        assert patients in (None, len(set(groups.values())))
+        assert len(set(groups.values())) < len(groups)
+        for fold in split(dataset, folds=5):
+            assert not {groups[i] for i in fold["train"]} & {groups[i] for i in fold["val"]}
+    hippocampi = read_dataset(shared_data / "hippocampus")
+    number = {case.group: set() for case in hippocampi.cases}
+    for case in hippocampi.cases:
+        number[case.group].add((int(case.id[-3:]) + 1) // 2)
+    assert all(len(subjects) == 1 for subjects in number.values())
+
+
+def test_splits_cover_every_case_once_and_repeat(blobs: Path) -> None:
+    dataset = read_dataset(blobs)
+    folds = split(dataset, folds=3, seed=1)
+    assert sorted(case for fold in folds for case in fold["val"]) == [case.id for case in dataset.cases]
+    assert folds == split(dataset, folds=3, seed=1)
+    with pytest.raises(UserError, match="3 patients, too few for 5 folds"):
+        split(dataset, folds=5)
+
+
+def test_images_to_predict(blobs: Path, tmp_path: Path) -> None:
+    assert [case.id for case in find_images(blobs / "imagesTr" / "case_1.nii.gz")] == ["case_1"]
+    assert len(find_images(blobs / "imagesTr")) == 6
+    volumes(tmp_path, ["a_0000", "a_0001"])
+    assert [len(case.images) for case in find_images(tmp_path)] == [2]
+
+
+def test_dicom_folders_are_found(shared_data: Path) -> None:
+    assert [case.id for case in find_images(shared_data / "dicom" / "mr_hippocrop_1")] == ["mr_hippocrop_1"]
+
+
+def damaged(blobs: Path, root: Path) -> Path:
+    shutil.copytree(blobs, root)
+    return root
+
+
+def test_a_missing_label_is_named(blobs: Path, tmp_path: Path) -> None:
+    root = damaged(blobs, tmp_path / "set")
+    (root / "labelsTr" / "case_3.nii.gz").unlink()
+    with pytest.raises(UserError, match="case_3' .* needs .*labelsTr/case_3.nii.gz, which is not there"):
+        read_dataset(root)
+    (root / "dataset.json").unlink()
+    (root / "imagesTr").rename(root / "images")
+    (root / "labelsTr").rename(root / "labels")
+    with pytest.raises(UserError, match=r"1 of 6 images have no label .* case_3"):
+        read_dataset(root)
+
+
+def test_values_outside_the_declared_set_are_named(blobs: Path, tmp_path: Path) -> None:
+    root = damaged(blobs, tmp_path / "set")
+    described = json.loads((root / "dataset.json").read_text())
+    described["labels"] = {"0": "background", "1": "near"}
+    (root / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"has the values \[2\], which dataset.json does not declare"):
+        read_dataset(root)
+
+
+def test_two_masks_for_one_picture_are_refused(shared_data: Path, tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for path in (shared_data / "bad_inputs" / "png").glob("benign (54)*"):
+        shutil.copy(path, tmp_path / ("masks" if "mask" in path.name else "images"))
+    with pytest.raises(UserError, match="has 2 masks .* Merge them"):
+        read_dataset(tmp_path)
+
+
+def test_empty_masks_alone_teach_nothing(shared_data: Path, tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for path in (shared_data / "bad_inputs" / "png").glob("normal*"):
+        shutil.copy(path, tmp_path / ("masks" if "mask" in path.name else "images"))
+    with pytest.raises(UserError, match="background alone"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"a.txt": "x"}])
+def test_an_unknown_folder_is_told_what_is_known(tmp_path: Path, content: dict[str, str]) -> None:
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"no layout that kanseg knows. Expected: .*dataset.json"):
+        read_dataset(tmp_path)
+    with pytest.raises(UserError, match="holds no images"):
+        find_images(tmp_path)
+
+
+def test_broken_lists_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no"):
+        read_dataset(tmp_path / "nothing")
+    (tmp_path / "list.csv").write_text("scan,mask\n1,2\n")
+    with pytest.raises(UserError, match="needs the columns image and label"):
+        read_dataset(tmp_path / "list.csv")
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        read_dataset(tmp_path)

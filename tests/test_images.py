@@ -1,0 +1,240 @@
+"""Files in and out keep their geometry; damaged ones are refused with a reason, and nothing is half-written."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from kanseg.data import images
+from kanseg.data.images import Image, check_pair, read_image, read_label, write_array, write_label
+from kanseg.errors import UserError
+
+OBLIQUE = np.array(
+    [[-0.9, 0.1, 0.3, 12], [0.2, 1.1, -0.2, -30], [-0.2, 0.3, 2.4, 7], [0, 0, 0, 1]], dtype=float
+)
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray = OBLIQUE) -> Path:
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    array = np.random.default_rng(0).normal(size=(7, 6, 5)).astype(np.float32)
+    return save(tmp_path / "scan.nii.gz", array)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_a_label_map_lies_where_its_image_lies(tmp_path: Path, suffix: str) -> None:
+    rotation, _ = np.linalg.qr(OBLIQUE[:3, :3])  # NRRD and MHA know rotations and spacings, no shear
+    affine = OBLIQUE.copy()
+    affine[:3, :3] = rotation * (0.8, 1.2, 3.0)
+    image = read_image(save(tmp_path / "scan.nii.gz", np.zeros((7, 6, 5), np.float32), affine))
+    labels = np.random.default_rng(1).integers(0, 4, (7, 6, 5))
+    written = write_label(tmp_path / f"mask{suffix}", labels, image)
+    back = read_image(written)
+    np.testing.assert_array_equal(read_label(written), labels)
+    np.testing.assert_allclose(back.affine, affine, atol=1e-5)
+    check_pair(image, back)
+
+
+def test_nifti_keeps_the_header_of_its_image(scan: Path, tmp_path: Path) -> None:
+    source = nib.load(scan)
+    source.header.set_xyzt_units("mm", "sec")
+    source.set_sform(OBLIQUE, 1)
+    source.set_qform(np.diag([1.5, 2.0, 2.5, 1.0]), 3)
+    nib.save(source, tmp_path / "coded.nii.gz")
+    image = read_image(tmp_path / "coded.nii.gz")
+    written = nib.load(write_label(tmp_path / "mask.nii.gz", np.zeros((7, 6, 5), int), image, "uint16"))
+    wanted = nib.load(tmp_path / "coded.nii.gz").header
+    for key in ("sform_code", "qform_code", "xyzt_units"):
+        assert written.header[key] == wanted[key]
+    for key in ("pixdim", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x"):
+        np.testing.assert_allclose(written.header[key], wanted[key], atol=1e-6)
+    assert written.get_data_dtype() == np.uint16
+
+
+def test_real_volumes_come_back_on_their_grid(shared_data: Path, tmp_path: Path) -> None:
+    for case in (
+        "ixi012_dlmuse/label.nii.gz",
+        "pyradiomics_breast1/label.nrrd",
+        "msd_spleen2_crop/label.nii.gz",
+    ):
+        image = read_image(shared_data / "volumes_misc" / case)
+        labels = images.label_from(image)
+        for suffix in (".nii.gz", ".nrrd", ".mha"):
+            back = read_image(write_label(tmp_path / f"mask{suffix}", labels, image, "int32"))
+            check_pair(image, back)
+            np.testing.assert_array_equal(images.label_from(back), labels)
+
+
+def test_nrrd_agrees_with_simpleitk(shared_data: Path) -> None:
+    path = shared_data / "volumes_misc" / "pyradiomics_brain1" / "image.nrrd"
+    image, itk = read_image(path), sitk.ReadImage(str(path))
+    index = (3, 5, 7)
+    lps = np.array(itk.TransformIndexToPhysicalPoint(index))
+    np.testing.assert_allclose((image.affine @ (*index, 1))[:3], lps * (-1, -1, 1), atol=1e-4)
+    assert image.array[(0, *index)] == itk[index]
+    np.testing.assert_allclose(image.spacing, itk.GetSpacing(), rtol=1e-6)
+
+
+def test_dicom_spacing_comes_from_the_positions_of_slices(shared_data: Path) -> None:
+    folder = next(
+        p for p in (shared_data / "dicom" / "ct_chaos_set3").rglob("*") if p.is_dir() and any(p.glob("*.dcm"))
+    )
+    assert read_image(folder, 3).spacing[2] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["mr_hitachi_oblique", "mr_jpeg2000", "mr_jpegls", "mr_hippocrop_1", "mr_philips_enhanced"]
+)
+def test_dicom_series_are_volumes(shared_data: Path, name: str) -> None:
+    image = read_image(shared_data / "dicom" / name, 3)
+    assert image.array.shape[0] == 1
+    assert abs(np.linalg.det(image.affine[:3, :3])) > 0
+
+
+BAD_DICOM = {
+    "ct_gantry_tilt": "tilted gantry",
+    "ct_same_position": "several slices at one position",
+    "ct_missing_slice": "misses slices: the distances between them are 5.00, 10.00 mm",
+    "ct_gantry_tilt_missing_slice": "misses slices",
+    "mr_mixed_orientation": "different orientation",
+}
+
+
+@pytest.mark.parametrize("name", BAD_DICOM)
+def test_dicom_that_is_no_volume_is_refused(shared_data: Path, name: str) -> None:
+    with pytest.raises(UserError, match=BAD_DICOM[name]):
+        read_image(shared_data / "bad_inputs" / "dicom" / name)
+
+
+def test_odd_nifti(shared_data: Path) -> None:
+    """Every file of bad_inputs/nifti that is odd by itself; pairs stand in the next test."""
+    folder = shared_data / "bad_inputs" / "nifti"
+    with pytest.raises(UserError, match=r"structured voxels .* RGB"):
+        read_image(folder / "rgb_voxels_image.nii.gz")
+    assert read_image(folder / "dmri_4d_image.nii.gz").array.shape[0] == 4
+    assert set(np.unique(read_label(folder / "hippocampus_003_label_float32.nii.gz"))) == {0, 1, 2}
+    brain = read_label(folder / "brats_0001_brainmask_float64.nii.gz")
+    assert brain.sum() > 1e6  # truncation would make it empty
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("fpg_t2_image", "fpg_t1space_label"),
+        ("ct_112slices_image", "ct_30slices_label"),
+        ("hippocampus_003_image", "hippocampus_281_label"),
+    ],
+)
+def test_pairs_on_different_grids_are_refused(shared_data: Path, image: str, label: str) -> None:
+    folder = shared_data / "bad_inputs" / "nifti"
+    with pytest.raises(UserError, match="different grids: shapes"):
+        check_pair(read_image(folder / f"{image}.nii.gz"), read_image(folder / f"{label}.nii.gz"))
+
+
+def test_one_shape_in_two_places_is_refused(tmp_path: Path, scan: Path) -> None:
+    moved = OBLIQUE.copy()
+    moved[0, 3] += 5
+    other = save(tmp_path / "moved.nii.gz", np.zeros((7, 6, 5), np.float32), moved)
+    with pytest.raises(UserError, match="grids up to 5 mm apart"):
+        check_pair(read_image(scan), read_image(other))
+
+
+def test_colour_masks_are_read_as_one_channel(shared_data: Path) -> None:
+    folder = shared_data / "bad_inputs" / "png"
+    assert set(np.unique(read_label(folder / "benign (54)_mask_1.png"))) == {0, 255}
+    assert set(np.unique(read_label(folder / "benign (54)_mask.png"))) == {0, 255}
+    assert not read_label(folder / "normal (2)_mask.png").any()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.98])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".png"])
+def test_truncated_files_are_refused(tmp_path: Path, share: float, suffix: str) -> None:
+    path = tmp_path / f"whole{suffix}"
+    if suffix == ".png":
+        from PIL import Image as Picture
+
+        Picture.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)).save(path)
+    else:
+        array = np.random.default_rng(0).normal(size=(20, 20, 20)).astype(np.float32)
+        image = Image(array[None], np.eye(4), path, 3)
+        write_array(path, array, image, np.dtype("float32"))
+    cut = tmp_path / f"cut{suffix}"
+    content = path.read_bytes()
+    cut.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=r"cut.* cannot be read .* (damaged|cut short)"):
+        read_image(cut)
+
+
+def test_corrupted_gzip_and_foreign_content_are_refused(scan: Path, tmp_path: Path) -> None:
+    content = bytearray(scan.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "corrupt.nii.gz").write_bytes(content)
+    (tmp_path / "text.nii.gz").write_text("no image")
+    for name in ("corrupt.nii.gz", "text.nii.gz"):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_not_finite_are_counted_and_refused(tmp_path: Path, value: float) -> None:
+    array = np.zeros((5, 5, 5), np.float32)
+    array[1, 2, 3] = value
+    with pytest.raises(UserError, match="has 1 voxels that are NaN or infinite"):
+        read_image(save(tmp_path / "holes.nii.gz", array))
+
+
+def test_what_is_no_label_map_is_refused(scan: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no label map: it holds"):
+        read_label(scan)
+    with pytest.raises(UserError, match="3 channels that differ"):
+        read_label(save(tmp_path / "three.nii.gz", np.arange(375, dtype=np.float32).reshape(5, 5, 5, 3)))
+
+
+def test_the_wrong_dimension_is_refused(scan: Path, shared_data: Path) -> None:
+    with pytest.raises(UserError, match="is 3D, 2D was expected"):
+        read_image(scan, 2)
+    with pytest.raises(UserError, match="is 2D, 3D was expected"):
+        read_image(shared_data / "bad_inputs" / "png" / "normal (2).png", 3)
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, out = read_image(scan), tmp_path / "out"
+    write_label(out / "mask.nii.gz", np.ones((7, 6, 5), int), image)
+    before = (out / "mask.nii.gz").read_bytes()
+
+    def full(file: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(images.nib, "save", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        write_label(out / "mask.nii.gz", np.zeros((7, 6, 5), int), image)
+    assert [p.name for p in out.iterdir()] == ["mask.nii.gz"]
+    assert (out / "mask.nii.gz").read_bytes() == before
+
+
+def test_an_unwritable_place_is_explained(scan: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_label(tmp_path / "file" / "mask.nii.gz", np.zeros((7, 6, 5), int), read_image(scan))
+
+
+def test_labels_that_do_not_fit_are_refused(scan: Path, tmp_path: Path) -> None:
+    image = read_image(scan)
+    with pytest.raises(UserError, match="do not fit uint8"):
+        write_label(tmp_path / "mask.nii.gz", np.full((7, 6, 5), 300), image)
+    with pytest.raises(UserError, match="shape"):
+        write_label(tmp_path / "mask.nii.gz", np.zeros((7, 6, 4), int), image)
+    with pytest.raises(UserError, match="unknown format"):
+        write_label(tmp_path / "mask.xyz", np.zeros((7, 6, 5), int), image)

@@ -1,0 +1,115 @@
+"""Plans fit the data and the memory, and say why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from kanseg.data.formats import read_dataset
+from kanseg.data.plan import Plan, make_plan
+from kanseg.errors import UserError
+from kanseg.models import create_model
+from kanseg.training.checkpoint import model_spec
+
+GIB = 2**30
+
+
+def volumes(root: Path, size: tuple[int, ...], spacing: tuple[float, ...], channel: str = "MRI") -> Path:
+    import json
+
+    entries = []
+    for i in range(3):
+        label = np.zeros(size, np.uint8)
+        label[tuple(slice(n // 4, n // 2) for n in size)] = 1
+        image = np.random.default_rng(i).normal(40, 10, size) + 100 * label
+        for folder, array in (("images", image.astype(np.float32)), ("labels", label)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.diag([*spacing, 1.0])), root / folder / f"{i}.nii.gz")
+        entries.append({"image": f"images/{i}.nii.gz", "label": f"labels/{i}.nii.gz"})
+    described = {"labels": {"0": "background", "1": "organ"}, "modality": {"0": channel}, "training": entries}
+    (root / "dataset.json").write_text(json.dumps(described))
+    return root
+
+
+def test_hippocampus(shared_data: Path, tmp_path: Path) -> None:
+    plan = make_plan(read_dataset(shared_data / "hippocampus"), memory=8 * GIB)
+    assert plan.patch_size == [40, 56, 40]
+    assert plan.strides == [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+    assert plan.spacing == [1, 1, 1]
+    assert plan.label_dtype == "uint8"
+    assert plan.reasons
+    again = Plan.load(plan.save(tmp_path / "plan.json"))
+    assert again == plan
+
+
+def test_thick_slices_are_halved_within_first(tmp_path: Path) -> None:
+    plan = make_plan(read_dataset(volumes(tmp_path, (64, 64, 12), (1.0, 1.0, 5.0))), memory=8 * GIB)
+    assert plan.strides[1] == [2, 2, 1]
+    assert plan.kernel_sizes[0] == [3, 3, 1]
+    assert plan.spacing == [1.0, 1.0, 5.0]
+    assert all(n % f == 0 for n, f in zip(plan.patch_size, np.prod(plan.strides, axis=0), strict=True))
+
+
+def test_axes_are_counted_in_ras_order(tmp_path: Path) -> None:
+    root = volumes(tmp_path, (40, 32, 48), (1.0, 1.0, 1.0))
+    turned = np.array([[0, 0, 3.0, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]])  # stored P, S, R
+    for path in root.glob("*/*.nii.gz"):
+        nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), turned), path)
+    plan = make_plan(read_dataset(root), memory=8 * GIB)
+    assert plan.spacing == [3.0, 1.0, 1.0]
+
+
+def test_ct_is_clipped_to_its_foreground(tmp_path: Path) -> None:
+    plan = make_plan(read_dataset(volumes(tmp_path, (32, 32, 32), (1.0, 1.0, 1.0), "CT")))
+    (scheme,) = plan.normalization
+    assert scheme["scheme"] == "ct"
+    assert 100 < scheme["lower"] < scheme["mean"] < scheme["upper"] < 180
+
+
+def test_less_memory_gives_smaller_patches(tmp_path: Path) -> None:
+    dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
+    sizes = [math.prod(make_plan(dataset, memory=m * GIB).patch_size) for m in (1, 4, 64)]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_the_planned_network_takes_the_planned_patch(blobs: Path) -> None:
+    import torch
+
+    from kanseg.config import load_config
+
+    plan = make_plan(read_dataset(blobs), memory=2 * GIB)
+    spec = model_spec(
+        load_config(), replace(plan, features_per_stage=[4 * 2**i for i in range(len(plan.strides))])
+    )
+    model = create_model(**spec.pop("options"), **spec).eval()
+    assert model(torch.zeros(1, 1, *plan.patch_size)).shape == (1, 3, *plan.patch_size)
+
+
+def test_a_broken_plan_is_explained(tmp_path: Path, blobs: Path) -> None:
+    values = make_plan(read_dataset(blobs)).to_dict()
+    with pytest.raises(UserError, match="no key 'patchsize'. Did you mean 'patch_size'"):
+        Plan.from_dict({**values, "patchsize": 1})
+    values.pop("spacing")
+    with pytest.raises(UserError, match="not complete: .*spacing"):
+        Plan.from_dict(values)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as a plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_the_wrong_dimension_is_refused(blobs: Path) -> None:
+    with pytest.raises(UserError, match="is 3D and dim=2 was asked for"):
+        make_plan(read_dataset(blobs), dim=2)
+
+
+def test_pairs_on_different_grids_stop_the_plan(tmp_path: Path) -> None:
+    root = volumes(tmp_path, (16, 16, 16), (1.0, 1.0, 1.0))
+    label = root / "labels" / "1.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((16, 16, 15), np.uint8), np.eye(4)), label)
+    with pytest.raises(UserError, match=r"images/1.nii.gz and .*labels/1.nii.gz lie on different grids"):
+        make_plan(read_dataset(root))
