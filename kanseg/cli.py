@@ -23,10 +23,9 @@ app = typer.Typer(
     "Start with [bold]kanseg demo[/bold]; then, with your own data: kanseg plan DATA -o RUN, kanseg train RUN, "
     "kanseg predict -m RUN -i SCANS -o MASKS, kanseg evaluate MASKS REFERENCES.",
 )
-Json = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON to standard output, the rest to stderr.")
-]
+Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or file) to write.")]
+Pattern = Annotated[str | None, typer.Option(help="Regular expression, one group: the patient in an id.")]
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -47,17 +46,11 @@ def demo(
 
 @app.command()
 def plan(
-    data: Annotated[
-        Path, typer.Argument(help="Data set: MSD, nnU-Net raw, images/ + labels/, CSV, datalist JSON.")
-    ],
+    data: Annotated[Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV or datalist JSON.")],
     out: Out,
-    memory: Annotated[
-        str | None, typer.Option(help="Memory to stay within, e.g. 8G; default what is free.")
-    ] = None,
+    memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
     dim: Annotated[str, typer.Option(help="auto, 2 or 3.")] = "auto",
-    id_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression, one group: the patient in an id.")
-    ] = None,
+    id_pattern: Pattern = None,
     json_: Json = False,
 ) -> None:
     """Look at the data and decide spacing, patches, normalisation and network; writes RUN/plan.json.
@@ -67,30 +60,21 @@ def plan(
     if dim not in ("auto", "2", "3"):
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
     budget = _bytes(memory)
-    _refuse_plan(out / "plan.json")
+    if (out / "plan.json").exists() and any(out.glob("fold_*")):
+        raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
     made = _make_plan(data, out, budget, None if dim == "auto" else int(dim), id_pattern, _console(json_))
     _emit(made.to_dict(), json_)
 
 
 @app.command()
 def train(
-    run: Annotated[
-        Path, typer.Argument(help="Run folder with a plan.json, or a data set (then give -o RUN).")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, e.g. training.max_minutes=60")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Run folder, when a data set is given.")
-    ] = None,
-    fold: Annotated[
-        str, typer.Option("-f", "--fold", help="Fold that validates, or all: train on every case.")
-    ] = "0",
+    run: Annotated[Path, typer.Argument(help="Folder with plan.json, or a data set (then give -o RUN).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value: training.max_minutes=60")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder for a data set.")] = None,
+    fold: Annotated[str, typer.Option("-f", "--fold", help="The one to validate on, or all: on none.")] = "0",
     model: Annotated[str | None, typer.Option(help="Network of `kanseg models`; default the plan's.")] = None,
     config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
-    id_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression, one group: the patient in an id.")
-    ] = None,
+    id_pattern: Pattern = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     json_: Json = False,
 ) -> None:
@@ -111,15 +95,18 @@ def train(
     planned = (folder / "plan.json").exists()
     if not planned and out is None:
         raise UsageError(
-            f"{run} has no plan.json. Run: kanseg plan DATA -o {run}, or: kanseg train DATA -o RUN."
+            f"{run} has no plan.json. Run: kanseg plan DATA -o {run}, or give -o RUN after DATA."
         )
     from kanseg.data.formats import read_dataset
     from kanseg.data.plan import Plan
     from kanseg.training.fit import fit
 
-    plan_ = (
-        Plan.load(folder / "plan.json") if planned else _make_plan(run, out, None, None, id_pattern, console)
-    )
+    if not planned:
+        _make_plan(run, folder, None, None, id_pattern, console)
+    plan_ = Plan.load(folder / "plan.json")
+    other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
+    if other or id_pattern not in (None, plan_.id_pattern):
+        raise UsageError(f"{folder} has a plan for {plan_.data} already. Choose another folder with -o.")
     dataset = read_dataset(plan_.data, id_pattern=plan_.id_pattern)
     number = fold if fold == "all" else int(fold)
     _emit(fit(checked, plan_, dataset, folder, fold=number, resume=resume, console=console), json_)
@@ -130,12 +117,8 @@ def predict(
     model: Annotated[Path, typer.Option("-m", "--model", help="Run folder, fold folder, or checkpoint.")],
     images: Annotated[Path, typer.Option("-i", "--input", help="Image, folder of images, or DICOM folder.")],
     out: Out,
-    format_: Annotated[
-        str | None, typer.Option("--format", help="nii.gz, nii, nrrd, mha, png; default that of each input.")
-    ] = None,
-    overlap: Annotated[
-        float, typer.Option(help="Share of a window its neighbour covers.", min=0, max=0.9)
-    ] = 0.5,
+    format_: Annotated[str | None, typer.Option("--format", help="nii.gz, nrrd, mha, png, ...")] = None,
+    overlap: Annotated[float, typer.Option(help="Of neighbouring windows.", min=0, max=0.9)] = 0.5,
     tta: Annotated[bool, typer.Option("--tta", help="Average over the plan's mirror axes.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write a map a class.")] = False,
     json_: Json = False,
@@ -160,19 +143,9 @@ def predict(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network, plan_, _ = load_model(model, device)
-    failures = predict_folder(
-        network,
-        plan_,
-        cases,
-        out,
-        suffix=suffix,
-        overlap=overlap,
-        tta=tta,
-        probabilities=probabilities,
-        device=device,
-        console=_console(True),
-        description=f"kanseg {__version__} {plan_.model} {plan_.dataset_name}",
-    )
+    how: dict[str, Any] = {"overlap": overlap, "tta": tta, "probabilities": probabilities, "device": device}
+    how |= {"suffix": suffix, "description": f"kanseg {__version__} {plan_.model} {plan_.dataset_name}"}
+    failures = predict_folder(network, plan_, cases, out, console=_console(True), **how)
     _emit({"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}, json_)
     if failures:
         raise UserError(f"{len(failures)} of {len(cases)} cases failed: {', '.join(list(failures)[:5])}.")
@@ -182,13 +155,9 @@ def predict(
 def evaluate(
     prediction: Annotated[Path, typer.Argument(help="Folder of label maps, or one file.")],
     reference: Annotated[Path, typer.Argument(help="Folder of references with the same names, or one file.")],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder for cases.csv and summary.json.")
-    ] = None,
-    labels: Annotated[str | None, typer.Option(help="Values to score, e.g. 1,2 or tumour=1,edema=2.")] = None,
-    tolerance: Annotated[
-        float, typer.Option(help="Tolerance of the surface distance NSD, in mm.", min=0)
-    ] = 1.0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="For cases.csv, summary.json.")] = None,
+    labels: Annotated[str | None, typer.Option(help="1,2 or tumour=1,edema=2 or a run folder.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Of the surface distance NSD, in mm.", min=0)] = 1.0,
     json_: Json = False,
 ) -> None:
     """Score label maps: Dice, IoU, HD95, NSD and volumes a case, means with 95 % intervals.
@@ -197,10 +166,11 @@ def evaluate(
 
     Example: kanseg evaluate masks/ labelsTs/ -o scores/
     """
-    from kanseg.evaluation.metrics import evaluate_folders
+    from kanseg.evaluation.metrics import evaluate_folders, parse_labels
     from kanseg.evaluation.report import score_table
 
-    summary = evaluate_folders(prediction, reference, out, labels=_labels(labels), tolerance=tolerance)
+    names = None if labels is None else parse_labels(labels)
+    summary = evaluate_folders(prediction, reference, out, labels=names, tolerance=tolerance)
     console = _console(json_)
     console.print(score_table(summary["metrics"], f"{summary['cases']} cases, mean [95 % interval]"))
     for name in summary["predictions_without_reference"]:
@@ -208,9 +178,8 @@ def evaluate(
     _emit(summary, json_)
     if summary["failed"]:
         shown = "; ".join(f"{case}: {why}" for case, why in list(summary["failed"].items())[:5])
-        raise UserError(
-            f"{len(summary['failed'])} of {summary['cases']} cases failed and count as Dice 0: {shown}"
-        )
+        count = f"{len(summary['failed'])} of {summary['cases']} cases"
+        raise UserError(f"{count} failed and count as Dice 0: {shown}")
 
 
 @app.command()
@@ -225,11 +194,9 @@ def models(json_: Json = False) -> None:
 
     rows = []
     for name in list_models():
-        count = {
-            f"parameters_{d}d": sum(p.numel() for p in create_model(name, d, 1, 3).parameters())
-            for d in (2, 3)
-        }
-        rows.append({"name": name, **count, "description": describe_model(name)})
+        networks = {f"parameters_{d}d": create_model(name, d, 1, 3) for d in (2, 3)}
+        counts = {key: sum(p.numel() for p in net.parameters()) for key, net in networks.items()}
+        rows.append({"name": name, **counts, "description": describe_model(name)})
     table = Table("name", "parameters 2D", "parameters 3D", "description")
     for row in rows:
         millions = [f"{row[f'parameters_{d}d'] / 1e6:.1f} M" for d in (2, 3)]
@@ -275,30 +242,14 @@ def _make_plan(
     dataset = read_dataset(data, id_pattern=id_pattern)
     patients = len({case.group for case in dataset.cases})
     console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
-    console.print(
-        f"{len(dataset.cases)} labelled images of {patients} patients; {', '.join(dataset.label_names)}"
-    )
+    found = f"{len(dataset.cases)} labelled images of {patients} patients"
+    console.print(f"{found}; {', '.join(dataset.label_names)}", highlight=False)
     made = make_plan(dataset, memory=memory, dim=dim)
     for reason in made.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
     path = made.save(make_folder(out) / "plan.json")
     console.print(f"Plan: {path}. Next: kanseg train {out}", highlight=False)
     return made
-
-
-def _refuse_plan(path: Path) -> None:
-    if path.exists() and any(path.parent.glob("fold_*")):
-        raise UsageError(f"{path.parent} holds a training by the plan it has. Choose another folder.")
-
-
-def _labels(text: str | None) -> dict[str, int] | None:
-    """ "1,2" or "tumour=1,edema=2" -> name -> value."""
-    if text is None:
-        return None
-    pairs = [part.rpartition("=") for part in text.split(",")]
-    if not all(value.strip().lstrip("-").isdigit() for _, _, value in pairs):
-        raise UsageError(f"--labels '{text}' is not of the form 1,2 or name=1,name=2.")
-    return {name or f"label {int(value)}": int(value) for name, _, value in pairs}
 
 
 def _bytes(text: str | None) -> int | None:
@@ -336,13 +287,11 @@ def main() -> None:
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     except OSError as error:
         _fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.", 1)
-    except KeyboardInterrupt:
-        _fail("Interrupted.", 130)
 
 
 def _fail(message: str, code: int) -> None:
-    colour = "\033[31m" if sys.stderr.isatty() else ""
-    print(f"{colour}kanseg: {message}{chr(27) + '[0m' if colour else ''}", file=sys.stderr)
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}kanseg: {' '.join(message.splitlines())}{plain}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -22,7 +22,8 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 
 from kanseg.data.formats import find_images
 from kanseg.data.images import check_pair, label_from, read_image, read_label
-from kanseg.errors import UserError
+from kanseg.data.plan import Plan
+from kanseg.errors import UsageError, UserError
 from kanseg.progress import progress
 from kanseg.training.files import make_folder, write_bytes, write_json
 
@@ -89,6 +90,22 @@ def _overlap_and_distance(
         "hd95": float(compute_hausdorff_distance(*pair, percentile=95, **spaced)),
         "nsd": float(compute_surface_dice(*pair, class_thresholds=[tolerance], **spaced)),
     }
+
+
+def parse_labels(text: str) -> dict[str, int]:
+    """Label values by name, from "1,2", from "tumour=1,edema=2", or from the plan of a run folder or plan.json.
+
+    >>> parse_labels("1,edema=2")
+    {'label 1': 1, 'edema': 2}
+    """
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    if all(value.strip().isdigit() for _, _, value in pairs):
+        return {name.strip() or f"label {int(value)}": int(value) for name, _, value in pairs}
+    path = Path(text)
+    if not path.exists():
+        raise UsageError(f"Labels '{text}' are not of the form 1,2 or name=1,name=2, nor a run folder.")
+    plan = Plan.load(path / "plan.json" if path.is_dir() else path)
+    return dict(zip(plan.label_names[1:], plan.label_values[1:], strict=True))
 
 
 def _box(mask: np.ndarray) -> tuple[slice, ...]:

@@ -58,7 +58,8 @@ def picture(
             cell = axes[row, column]
             cell.imshow(_cut(image, axis, index), cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if labels is not None:
-                numbers = np.searchsorted(values, _cut(labels, axis, index)).clip(0, len(values) - 1)
+                cut = _cut(labels, axis, index)
+                numbers = sum(number * (cut == value) for number, value in enumerate(values))
                 cell.imshow(
                     np.ma.masked_equal(numbers, 0),
                     cmap=ListedColormap(colours),
@@ -98,8 +99,8 @@ def _planes(labels: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _cut(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A plane with the upper or front end up, as images are read."""
-    return volume if axis < 0 else np.take(volume, index, axis=axis).T[::-1]
+    """A plane as radiologists read it: upper or front end up, the patient's right (or front) on the left."""
+    return volume if axis < 0 else np.take(volume, index, axis=axis).T[::-1, ::-1]
 
 
 def _aspect(spacing: Sequence[float], axis: int) -> float:
