@@ -192,7 +192,7 @@ def models(json_: Json = False) -> None:
 
     from kanseg.models import create_model, describe_model, list_models
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in list_models():
         networks = {f"parameters_{d}d": create_model(name, d, 1, 3) for d in (2, 3)}
         counts = {key: sum(p.numel() for p in net.parameters()) for key, net in networks.items()}

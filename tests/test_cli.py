@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image as Picture
+from safetensors.numpy import save_file
+from typer.main import get_command
+
+from kanseg.cli import app, main
 
 VERBS = ("demo", "plan", "train", "predict", "evaluate", "models", "info")
 QUICK = [
@@ -26,16 +34,61 @@ QUICK = [
 ]
 
 
-def kanseg(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+Result = subprocess.CompletedProcess[str]
+BAD_PAIRS = [  # image, label, what the message says
+    ("hippocampus_118_image", None, "label"),
+    ("hippocampus_003_image", "hippocampus_281_label", "different grids"),
+    ("fpg_t2_image", "fpg_t1space_label", "different grids"),
+    ("ct_112slices_image", "ct_30slices_label", "different grids"),
+]
+BAD_DICOM = {
+    "ct_gantry_tilt": "tilted gantry",
+    "ct_gantry_tilt_missing_slice": "",
+    "ct_missing_slice": "misses slices",
+    "ct_same_position": "at one position",
+    "mr_mixed_orientation": "",
+}
+
+
+def kanseg(*arguments: object, cwd: Path | None = None) -> Result:
+    """The command in this process (torch is loaded once), with what it printed and its exit code."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(cwd or Path.cwd()))
+        stack.enter_context(mock.patch.object(sys, "argv", ["kanseg", *map(str, arguments)]))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+
+def typed(*arguments: object, **options: object) -> Result:
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "kanseg.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
 
 
-def refused(result: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+def refused(result: Result, code: int, *parts: str) -> None:
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     for part in parts:
         assert part in result.stderr, result.stderr
+    lines = result.stderr.strip().splitlines()
+    if code == 1:
+        assert lines[-1].startswith("kanseg: ")
+        assert sum(line.startswith("kanseg: ") for line in lines) == 1
+
+
+def pair(root: Path, image: Path, label: Path | None) -> Path:
+    """A data set of one image and its label, if it has one."""
+    for folder, source in (("images", image), ("labels", label)):
+        (root / folder).mkdir(parents=True)
+        if source is not None:
+            shutil.copy(source, root / folder / f"case{image.name.removeprefix(image.name.split('.')[0])}")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +112,25 @@ def test_help_teaches_and_is_fast() -> None:
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        kanseg("--help")
+        assert typed("--help").returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 1.0
+
+
+def test_every_verb_shows_an_example_and_has_few_short_options() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert tuple(commands) == VERBS
+    for name, command in commands.items():
+        assert f"Example: kanseg {name}" in command.help
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {o for o in options if not o.startswith("--") and o.startswith("-")} <= {
+            "-i",
+            "-o",
+            "-m",
+            "-f",
+        }
+        assert "--json" in options
 
 
 def test_importing_kanseg_imports_no_torch() -> None:
@@ -85,6 +153,36 @@ def test_plan_train_predict_evaluate(run: Path, blobs: Path, tmp_path: Path) -> 
     assert scored.returncode == 0, scored.stderr
     assert "Dice" in scored.stdout
     assert {p.name for p in (tmp_path / "scores").iterdir()} == {"cases.csv", "summary.json"}
+    named = kanseg("evaluate", tmp_path / "masks", blobs / "labelsTr", "--labels", run, "--json")
+    assert list(json.loads(named.stdout)["metrics"]) == ["near", "far", "mean"]
+    (tmp_path / "masks" / "case_3.nii.gz").unlink()
+    failed = kanseg("evaluate", tmp_path / "masks", blobs / "labelsTr", "--json")
+    refused(failed, 1, "case_3: no prediction")
+    assert list(json.loads(failed.stdout)["failed"]) == ["case_3"]
+
+
+def test_predict_writes_one_file_in_another_format(run: Path, blobs: Path, tmp_path: Path) -> None:
+    image = blobs / "imagesTr" / "case_1.nii.gz"
+    assert kanseg("predict", "-m", run, "-i", image, "-o", tmp_path / "a.nrrd", "--tta").returncode == 0
+    assert kanseg("predict", "-m", run / "fold_0", "-i", image, "-o", tmp_path / "b", "--format", "mha",
+                  "--probabilities", "--overlap", "0.25").returncode == 0  # fmt: skip
+    written = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    chances = [f"case_1_prob_{name}.mha" for name in ("background", "far", "near")]
+    assert written == ["a.nrrd", "case_1.mha", *chances]
+    refused(kanseg("predict", "-m", run, "-i", image, "-o", tmp_path / "c", "--format", "gif"), 2, "gif")
+
+
+def test_a_data_set_without_a_plan_is_planned_first(blobs: Path, tmp_path: Path) -> None:
+    trained = kanseg("train", blobs, *QUICK, "-o", tmp_path / "run", "-f", "all", "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["fold"] == "all"
+    assert "spacing" in trained.stderr
+    assert (tmp_path / "run" / "fold_all" / "last.safetensors").exists()
+    shutil.copytree(blobs, tmp_path / "other")
+    refused(kanseg("train", tmp_path / "other", "-o", tmp_path / "run"), 2, "has a plan for")
+    refused(kanseg("plan", blobs, "-o", tmp_path / "run"), 2, "holds a training")
+    refused(kanseg("train", tmp_path / "run", "-f", "9"), 2, "fold")
+    refused(kanseg("train", tmp_path / "run", "-f", "first"), 2, "first")
 
 
 def test_a_failed_case_is_reported_and_the_exit_code_is_1(run: Path, blobs: Path, tmp_path: Path) -> None:
@@ -113,10 +211,10 @@ def test_models_and_info_print_json() -> None:
         (
             ["train", "{data}", "-o", "run", "training.epochs=3"],
             2,
-            ["Unknown config key", "training.max_epochs"],
+            ["Unknown config key 'training.epochs'", "Did you mean 'max_epochs'"],
         ),
         (["train", "run"], 2, ["has no plan.json"]),
-        (["predict", "-m", "run", "-i", "{data}", "-o", "out"], 1, ["run does not exist"]),
+        (["predict", "-m", "run", "-i", "{data}/imagesTr", "-o", "out"], 1, ["run does not exist"]),
         (["predict", "-i", "{data}", "-o", "out"], 2, ["--model"]),
         (["evaluate", "nowhere", "{data}/labelsTr"], 1, ["There is no nowhere"]),
         (["evaluat"], 2, ["evaluat"]),
@@ -135,8 +233,118 @@ def test_a_cut_checkpoint_is_explained(run: Path, blobs: Path, tmp_path: Path) -
     result = kanseg(
         "predict", "-m", tmp_path / "cut.safetensors", "-i", blobs / "imagesTr", "-o", tmp_path / "out"
     )
-    refused(result, 1, "is not a complete checkpoint")
+    refused(result, 1, "is no complete checkpoint")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_checkpoint_is_explained(run: Path, blobs: Path, tmp_path: Path) -> None:
+    save_file({"layer.weight": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")
+    result = kanseg(
+        "predict", "-m", tmp_path / "foreign.safetensors", "-i", blobs / "imagesTr", "-o", tmp_path / "out"
+    )
+    refused(result, 1, "foreign.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("image", "label", "says"), BAD_PAIRS)
+def test_pairs_that_do_not_fit_are_refused(
+    shared_data: Path, tmp_path: Path, image: str, label: str | None, says: str
+) -> None:
+    files = shared_data / "bad_inputs" / "nifti"
+    data = pair(tmp_path / "data", files / f"{image}.nii.gz", files / f"{label}.nii.gz" if label else None)
+    refused(kanseg("plan", data, "-o", tmp_path / "run"), 1, says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_label_of_whole_floats_is_accepted(shared_data: Path, tmp_path: Path) -> None:
+    files = shared_data / "bad_inputs" / "nifti"
+    label = files / "hippocampus_003_label_float32.nii.gz"
+    data = pair(tmp_path / "data", files / "hippocampus_003_image.nii.gz", label)
+    planned = kanseg("plan", data, "-o", tmp_path / "run", "--memory", "2G", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["label_values"] == [0, 1, 2]
+
+
+def test_pictures_without_a_lesion_or_with_two_masks_are_refused(shared_data: Path, tmp_path: Path) -> None:
+    files = shared_data / "bad_inputs" / "png"
+    for name, says in (("normal", "background alone"), ("benign", "benign (54)")):
+        for path in files.glob(f"{name}*"):
+            folder = tmp_path / name / ("masks" if "_mask" in path.name else "images")
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder)
+        refused(kanseg("plan", tmp_path / name, "-o", tmp_path / "run"), 1, says)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("dmri_4d_image", "4 channels"), ("rgb_voxels_image", "structured voxels")]
+)
+def test_volumes_of_another_kind_are_refused(
+    run: Path, shared_data: Path, tmp_path: Path, name: str, says: str
+) -> None:
+    path = shared_data / "bad_inputs" / "nifti" / f"{name}.nii.gz"
+    refused(kanseg("predict", "-m", run, "-i", path, "-o", tmp_path / "out"), 1, says)
+    assert not list(tmp_path.rglob("*.nii.gz"))
+
+
+@pytest.mark.parametrize(("name", "says"), BAD_DICOM.items())
+def test_broken_series_are_refused(
+    run: Path, shared_data: Path, tmp_path: Path, name: str, says: str
+) -> None:
+    path = shared_data / "bad_inputs" / "dicom" / name
+    refused(kanseg("predict", "-m", run, "-i", path, "-o", tmp_path / "out"), 1, name, says)
+    assert not list(tmp_path.rglob("*.nii.gz"))
+
+
+def test_damaged_voxels_are_refused(run: Path, blobs: Path, tmp_path: Path) -> None:
+    whole = blobs / "imagesTr" / "case_0.nii.gz"
+    image = nib.load(whole)
+    holes = image.get_fdata(dtype=np.float32).copy()
+    holes[2, 2, 2] = np.nan
+    nib.save(nib.Nifti1Image(holes, image.affine), tmp_path / "nan.nii.gz")
+    (tmp_path / "cut.nii.gz").write_bytes(whole.read_bytes()[:-900])
+    for name, says in (("nan", "NaN"), ("cut", "cannot be read")):
+        result = kanseg("predict", "-m", run, "-i", tmp_path / f"{name}.nii.gz", "-o", tmp_path / "out")
+        refused(result, 1, says)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_what_cannot_be_written_is_said_and_leaves_nothing(run: Path, blobs: Path, tmp_path: Path) -> None:
+    image = blobs / "imagesTr" / "case_0.nii.gz"
+    (tmp_path / "file").write_text("in the way")
+    for arguments in (
+        ("predict", "-m", run, "-i", image, "-o", tmp_path / "file" / "masks"),
+        ("plan", blobs, "-o", tmp_path / "file" / "run"),
+        ("evaluate", blobs / "labelsTr", blobs / "labelsTr", "-o", tmp_path / "file"),
+    ):
+        refused(kanseg(*arguments), 1, str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(run: Path, blobs: Path, tmp_path: Path) -> None:
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # no file may grow beyond: as on a full disk
+
+    image = blobs / "imagesTr" / "case_0.nii.gz"
+    result = typed("predict", "-m", run, "-i", image, "-o", tmp_path / "out", preexec_fn=full)
+    refused(result, 1, "cannot be written")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_flat_model_refuses_a_volume(blobs: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[8:20, 8:20] = 255
+        for folder, array in (("images", mask // 2 + generator.integers(0, 90, mask.shape)), ("masks", mask)):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            Picture.fromarray(array.astype(np.uint8)).save(tmp_path / "data" / folder / f"{number}.png")
+    trained = kanseg("train", tmp_path / "data", *QUICK, "-o", tmp_path / "run")
+    assert trained.returncode == 0, trained.stderr
+    picture, volume = tmp_path / "data" / "images" / "0.png", blobs / "imagesTr" / "case_0.nii.gz"
+    assert kanseg("predict", "-m", tmp_path / "run", "-i", picture, "-o", tmp_path / "m").returncode == 0
+    assert set(np.unique(np.asarray(Picture.open(tmp_path / "m" / "0.png")))) <= {0, 255}
+    refused(kanseg("predict", "-m", tmp_path / "run", "-i", volume, "-o", tmp_path / "m"), 1, "is 3D, 2D was")
 
 
 def test_a_model_of_another_dimension_is_refused(run: Path, shared_data: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image as Picture
 
 from kanseg.data.formats import find_images, read_dataset
-from kanseg.data.splits import split
 from kanseg.errors import UserError
 
 
@@ -101,30 +100,6 @@ def test_id_pattern_gives_the_patient(blobs: Path) -> None:
         read_dataset(blobs, id_pattern=r"patient(\d)")
 
 
-def test_real_sets_are_split_by_patient(shared_data: Path) -> None:
-    for name, patients in (("hippocampus", 136), ("glas", 15), ("busi", None)):
-        dataset = read_dataset(shared_data / name)
-        groups = {case.id: case.group for case in dataset.cases}
-        assert patients in (None, len(set(groups.values())))
-        assert len(set(groups.values())) < len(groups)
-        for fold in split(dataset, folds=5):
-            assert not {groups[i] for i in fold["train"]} & {groups[i] for i in fold["val"]}
-    hippocampi = read_dataset(shared_data / "hippocampus")
-    number = {case.group: set() for case in hippocampi.cases}
-    for case in hippocampi.cases:
-        number[case.group].add((int(case.id[-3:]) + 1) // 2)
-    assert all(len(subjects) == 1 for subjects in number.values())
-
-
-def test_splits_cover_every_case_once_and_repeat(blobs: Path) -> None:
-    dataset = read_dataset(blobs)
-    folds = split(dataset, folds=3, seed=1)
-    assert sorted(case for fold in folds for case in fold["val"]) == [case.id for case in dataset.cases]
-    assert folds == split(dataset, folds=3, seed=1)
-    with pytest.raises(UserError, match="3 patients, too few for 5 folds"):
-        split(dataset, folds=5)
-
-
 def test_images_to_predict(blobs: Path, tmp_path: Path) -> None:
     assert [case.id for case in find_images(blobs / "imagesTr" / "case_1.nii.gz")] == ["case_1"]
     assert len(find_images(blobs / "imagesTr")) == 6
@@ -134,6 +109,31 @@ def test_images_to_predict(blobs: Path, tmp_path: Path) -> None:
 
 def test_dicom_folders_are_found(shared_data: Path) -> None:
     assert [case.id for case in find_images(shared_data / "dicom" / "mr_hippocrop_1")] == ["mr_hippocrop_1"]
+    found = [case.id for case in find_images(shared_data / "dicom")]
+    assert {"mr_hippocrop_2", "ct_chaos_set3_series"} <= set(found)
+
+
+def test_numbered_frames_are_no_channels(tmp_path: Path) -> None:
+    names = [f"film_{i:04d}" for i in range(3)]
+    volumes(tmp_path / "images", names)
+    volumes(tmp_path / "labels", names, (1,))
+    assert [case.id for case in read_dataset(tmp_path).cases] == names
+    assert [case.id for case in find_images(tmp_path / "images", channels=1)] == names
+    assert [case.id for case in find_images(tmp_path / "images", channels=3)] == ["film"]
+
+
+def test_a_missing_channel_is_named(tmp_path: Path) -> None:
+    volumes(tmp_path, ["a_0000", "a_0002", "b_0000", "b_0001"])
+    with pytest.raises(UserError, match=r"'a' in .* has the channels \[0, 2\]"):
+        find_images(tmp_path)
+
+
+def test_names_that_end_in_numbers_are_cases_of_their_own(tmp_path: Path) -> None:
+    volumes(tmp_path / "images", ["a", "a_1"])
+    volumes(tmp_path / "labels", ["a", "a_1", "c"], (1,))
+    dataset = read_dataset(tmp_path)
+    assert [case.label.name for case in dataset.cases if case.label] == ["a.nii.gz", "a_1.nii.gz"]
+    assert "1 labels have no image and are not used: c" in dataset.notes
 
 
 def damaged(blobs: Path, root: Path) -> Path:
@@ -198,4 +198,53 @@ def test_broken_lists_are_explained(tmp_path: Path) -> None:
         read_dataset(tmp_path / "list.csv")
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(UserError, match="not readable JSON"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ["background", "near"]}, "lacks 'labels'"),
+        ({"labels": {}}, "lacks 'labels'"),
+        ({"labels": {"background": 0, "near": "one"}}, "'near' has the value 'one'"),
+        ({"labels": {"0": "background", "-1": "near"}}, "whole number from 0"),
+        ({"labels": {"0": "background", "1": "near", "2": "near"}}, "of its own"),
+        ({"labels": {"background": 0, "both": [1, 2]}}, "is a region"),
+        ({"modality": "MRI"}, "the channels are 'MRI'"),
+        ({"modality": {"1": "MRI"}}, "a name for each number from 0"),
+        ({"subjects": ["case_0"]}, "'subjects' must name the cases"),
+        ({"training": {"image": "a"}}, "'training' must be a list"),
+        ({"training": [{"image": [], "label": "a"}]}, "needs a path"),
+        ({"training": [{"image": "a", "label": ["b"]}]}, "needs a path"),
+        ({"training": ["imagesTr/case_0.nii.gz"]}, "'case_0' .* has no label"),
+        (
+            {"training": [{"image": "imagesTr/case_0.nii.gz", "label": "labelsTr/case_0.nii.gz"}] * 2},
+            "several cases",
+        ),
+    ],
+)
+def test_a_wrong_description_is_explained(
+    blobs: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    root = damaged(blobs, tmp_path / "set")
+    described = json.loads((root / "dataset.json").read_text()) | change
+    (root / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=message):
+        read_dataset(root)
+
+
+def test_an_image_in_place_of_a_label_is_refused(tmp_path: Path) -> None:
+    volumes(tmp_path / "images", ["a"])
+    volumes(tmp_path / "labels", ["a"], tuple(range(-60, 60)), np.int16)
+    with pytest.raises(UserError, match=r"is no label map: .* from -60 to 58"):
+        read_dataset(tmp_path)
+
+
+def test_jpeg_masks_are_refused(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    mask = (np.random.default_rng(0).random((32, 32)) > 0.5).astype(np.uint8) * 255
+    Picture.fromarray(mask).save(tmp_path / "images" / "a.png")
+    Picture.fromarray(mask).save(tmp_path / "masks" / "a.jpg", quality=50)
+    with pytest.raises(UserError, match="because JPEG changes numbers"):
         read_dataset(tmp_path)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import shutil
+import struct
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from PIL import Image as Picture
 
 from kanseg.data import images
 from kanseg.data.images import Image, check_pair, read_image, read_label, write_array, write_label
@@ -58,6 +62,8 @@ def test_nifti_keeps_the_header_of_its_image(scan: Path, tmp_path: Path) -> None
     for key in ("pixdim", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x"):
         np.testing.assert_allclose(written.header[key], wanted[key], atol=1e-6)
     assert written.get_data_dtype() == np.uint16
+    raw = gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
+    assert struct.unpack("<2f", raw[112:120]) == (1.0, 0.0)  # scl_slope, scl_inter
 
 
 def test_real_volumes_come_back_on_their_grid(shared_data: Path, tmp_path: Path) -> None:
@@ -115,15 +121,36 @@ def test_dicom_that_is_no_volume_is_refused(shared_data: Path, name: str) -> Non
         read_image(shared_data / "bad_inputs" / "dicom" / name)
 
 
+def test_a_dicom_slice_that_is_cut_short_is_named(shared_data: Path, tmp_path: Path) -> None:
+    """The last slice: without it the others still make a regular volume."""
+    shutil.copytree(shared_data / "dicom" / "mr_ge_oblique", tmp_path / "series")
+    last = sorted((tmp_path / "series").iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=f"{last.name} cannot be read as DICOM"):
+        read_image(tmp_path / "series")
+
+
+def test_two_slices_are_a_volume(shared_data: Path) -> None:
+    """Their positions give the spacing, and nothing contradicts it."""
+    assert read_image(shared_data / "bad_inputs" / "dicom" / "mr_two_slices").array.shape[-1] == 2
+
+
+def test_a_label_drawn_on_a_dicom_series_lies_on_its_grid(shared_data: Path) -> None:
+    folder = shared_data / "dicom" / "ct_chaos_set3"
+    check_pair(read_image(folder / "series"), read_image(folder / "liver_label.nii.gz"))
+
+
 def test_odd_nifti(shared_data: Path) -> None:
     """Every file of bad_inputs/nifti that is odd by itself; pairs stand in the next test."""
     folder = shared_data / "bad_inputs" / "nifti"
-    with pytest.raises(UserError, match=r"structured voxels .* RGB"):
+    with pytest.raises(UserError, match=r"structured or complex voxels .* RGB"):
         read_image(folder / "rgb_voxels_image.nii.gz")
     assert read_image(folder / "dmri_4d_image.nii.gz").array.shape[0] == 4
     assert set(np.unique(read_label(folder / "hippocampus_003_label_float32.nii.gz"))) == {0, 1, 2}
     brain = read_label(folder / "brats_0001_brainmask_float64.nii.gz")
     assert brain.sum() > 1e6  # truncation would make it empty
+    with pytest.raises(UserError, match="channels that differ"):
+        read_label(folder / "dmri_4d_image.nii.gz")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +175,15 @@ def test_one_shape_in_two_places_is_refused(tmp_path: Path, scan: Path) -> None:
         check_pair(read_image(scan), read_image(other))
 
 
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("1", 1), ("L", 1), ("LA", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3)]
+)
+def test_colours_are_channels_and_opacity_is_none(tmp_path: Path, mode: str, channels: int) -> None:
+    picture = Picture.fromarray(np.arange(72, dtype=np.uint8).reshape(8, 9)).convert(mode)
+    picture.save(tmp_path / "picture.tif")
+    assert read_image(tmp_path / "picture.tif", 2).array.shape == (channels, 8, 9)
+
+
 def test_colour_masks_are_read_as_one_channel(shared_data: Path) -> None:
     folder = shared_data / "bad_inputs" / "png"
     assert set(np.unique(read_label(folder / "benign (54)_mask_1.png"))) == {0, 255}
@@ -156,12 +192,10 @@ def test_colour_masks_are_read_as_one_channel(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.98])
-@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".png"])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha", ".png"])
 def test_truncated_files_are_refused(tmp_path: Path, share: float, suffix: str) -> None:
     path = tmp_path / f"whole{suffix}"
     if suffix == ".png":
-        from PIL import Image as Picture
-
         Picture.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)).save(path)
     else:
         array = np.random.default_rng(0).normal(size=(20, 20, 20)).astype(np.float32)
@@ -174,12 +208,15 @@ def test_truncated_files_are_refused(tmp_path: Path, share: float, suffix: str) 
         read_image(cut)
 
 
-def test_corrupted_gzip_and_foreign_content_are_refused(scan: Path, tmp_path: Path) -> None:
-    content = bytearray(scan.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    (tmp_path / "corrupt.nii.gz").write_bytes(content)
+def test_corrupted_and_foreign_content_is_refused(scan: Path, tmp_path: Path) -> None:
+    image = read_image(scan)
+    write_array(tmp_path / "whole.mha", image.array[0], image, np.dtype("float32"))
+    for whole, name in ((scan, "corrupt.nii.gz"), (tmp_path / "whole.mha", "corrupt.mha")):
+        content = bytearray(whole.read_bytes())
+        content[-len(content) // 4] ^= 0xFF
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "text.nii.gz").write_text("no image")
-    for name in ("corrupt.nii.gz", "text.nii.gz"):
+    for name in ("corrupt.nii.gz", "corrupt.mha", "text.nii.gz"):
         with pytest.raises(UserError, match="cannot be read"):
             read_image(tmp_path / name)
 
@@ -236,5 +273,9 @@ def test_labels_that_do_not_fit_are_refused(scan: Path, tmp_path: Path) -> None:
         write_label(tmp_path / "mask.nii.gz", np.full((7, 6, 5), 300), image)
     with pytest.raises(UserError, match="shape"):
         write_label(tmp_path / "mask.nii.gz", np.zeros((7, 6, 4), int), image)
-    with pytest.raises(UserError, match="unknown format"):
-        write_label(tmp_path / "mask.xyz", np.zeros((7, 6, 5), int), image)
+    for name in ("mask.xyz", "mask.jpg", "mask.mhd"):
+        with pytest.raises(UserError, match="unknown format"):
+            write_label(tmp_path / name, np.zeros((7, 6, 5), int), image)
+    with pytest.raises(UserError, match=r"a picture holds 2D labels .* Write .nii.gz"):
+        write_label(tmp_path / "mask.png", np.zeros((7, 6, 5), int), image)
+    assert [p.name for p in tmp_path.iterdir()] == ["scan.nii.gz"]

@@ -1,155 +1,255 @@
-"""Scores are MONAI's where MONAI defines them, known where geometry gives them, and never silently absent."""
+"""Scores: MONAI's numbers where they are defined, closed forms, and the rules where MONAI has none."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.metrics import DiceMetric, HausdorffDistanceMetric, MeanIoU, SurfaceDiceMetric
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
+from monai.networks import one_hot
+from PIL import Image as Picture
 
-from kanseg.errors import UserError
-from kanseg.evaluation.metrics import evaluate_case, evaluate_folders
-from kanseg.evaluation.report import picture, score_table
+from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.metrics import (
+    COLUMNS,
+    METRICS,
+    evaluate_case,
+    evaluate_folders,
+    parse_labels,
+    summarize_rows,
+)
 
-SPACING = (1.0, 0.7, 2.5)
+SPACING = (1.0, 0.8, 2.5)
 
 
-def blob(shift: int = 0, size: tuple[int, ...] = (24, 26, 16)) -> np.ndarray:
-    generator = np.random.default_rng(3)
-    labels = np.zeros(size, np.uint8)
-    labels[5 + shift : 14 + shift, 6:16, 4:10] = 1
-    labels[15:20, 8:20, 5:12] = 2
-    labels[generator.random(size) < 0.01] = 1
+def cube(shape: tuple[int, ...], start: tuple[int, ...], side: int) -> np.ndarray:
+    labels = np.zeros(shape, np.uint8)
+    labels[tuple(slice(s, s + side) for s in start)] = 1
     return labels
 
 
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING])
-def test_scores_are_monais(spacing: tuple[float, ...]) -> None:
-    prediction, reference = blob(2), blob()
-    ours = evaluate_case(prediction, reference, spacing, [1, 2], tolerance=1.0)
-    pair = [
-        torch.nn.functional.one_hot(torch.tensor(a).long(), 3).movedim(-1, 0)[None]
-        for a in (prediction, reference)
-    ]
-    metrics = {
-        "dice": DiceMetric(include_background=False),
-        "iou": MeanIoU(include_background=False),
-        "hd95": HausdorffDistanceMetric(include_background=False, percentile=95),
-        "nsd": SurfaceDiceMetric([1.0, 1.0], include_background=False),
-    }
-    for name, metric in metrics.items():
-        theirs = metric(*pair, spacing=spacing) if name in ("hd95", "nsd") else metric(*pair)
-        for i, label in enumerate((1, 2)):
-            assert ours[label][name] == pytest.approx(float(theirs[0, i]), abs=1e-6), (name, label)
+def ball(radius: float, size: int = 41) -> np.ndarray:
+    distance = np.linalg.norm(np.indices((size,) * 3) - size // 2, axis=0)
+    return (distance <= radius).astype(np.uint8)
 
 
-def test_shifted_cubes_have_the_scores_of_geometry() -> None:
-    reference, prediction = np.zeros((2, 30, 30, 30), np.uint8)
-    reference[5:15, 5:15, 5:15] = 1
-    prediction[9:19, 5:15, 5:15] = 1
-    scores = evaluate_case(prediction, reference, (0.5, 1.0, 1.0), [1])[1]
-    assert scores["dice"] == pytest.approx(0.6)
-    assert scores["iou"] == pytest.approx(6 / 14)
-    assert scores["hd95"] == pytest.approx(4 * 0.5)
-    assert scores["volume_ml"] == pytest.approx(0.5)
+def blocks(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Random label map of three classes in coarse blocks that also touch the border."""
+    coarse = np.random.default_rng(seed).integers(0, 4, [math.ceil(n / 4) for n in shape])
+    for axis in range(len(shape)):
+        coarse = coarse.repeat(4, axis)
+    return coarse[tuple(slice(n) for n in shape)]
 
 
-def test_absent_structures_never_give_nan() -> None:
-    empty, full = np.zeros((10, 10, 10), np.uint8), np.zeros((10, 10, 10), np.uint8)
-    full[2:5, 2:5, 2:5] = 1
-    diagonal = math.sqrt(3 * 20**2)
-    for pair in ((empty, full), (full, empty)):
-        scores = evaluate_case(*pair, (2.0, 2.0, 2.0), [1])[1]
-        assert (scores["dice"], scores["iou"], scores["nsd"]) == (0, 0, 0)
-        assert scores["hd95"] == pytest.approx(diagonal)
-    both = evaluate_case(empty, empty, (2.0, 2.0, 2.0), [1])[1]
-    assert (both["dice"], both["iou"], both["nsd"], both["hd95"]) == (1, 1, 1, 0)
-
-
-def test_pictures_are_scored_too() -> None:
-    reference, prediction = np.zeros((2, 20, 20), np.uint8)
-    reference[4:10, 4:10] = prediction[4:10, 6:12] = 1
-    assert evaluate_case(prediction, reference, (1.0, 1.0), [1])[1]["dice"] == pytest.approx(4 / 6)
+def save(path: Path, labels: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(labels, np.diag([*SPACING, 1.0]) if affine is None else affine), path)
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    for folder, shift in (("pred", 1), ("ref", 0)):
-        (tmp_path / folder).mkdir()
-        for name in "abcd":
-            nib.save(
-                nib.Nifti1Image(blob(shift), np.diag([*SPACING, 1.0])), tmp_path / folder / f"{name}.nii.gz"
-            )
+    """Three cases with two classes; predictions are right but for a shifted class in case c."""
+    for name in "abc":
+        truth = cube((12, 11, 10), (1, 1, 1), 4) + 2 * cube((12, 11, 10), (6, 6, 5), 4)
+        save(tmp_path / "ref" / f"{name}.nii.gz", truth)
+        save(tmp_path / "pred" / f"{name}.nii.gz", truth if name != "c" else np.roll(truth, 1, axis=0))
     return tmp_path / "pred", tmp_path / "ref"
 
 
-def test_folders_give_a_row_a_case_and_class(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    summary = evaluate_folders(*folders, tmp_path / "out")
-    rows = list(csv.DictReader((tmp_path / "out" / "cases.csv").open()))
-    assert [(r["case"], r["label"]) for r in rows] == [(c, f"label {v}") for c in "abcd" for v in (1, 2)]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
-    one = evaluate_case(blob(1), blob(), SPACING, [1])[1]
-    assert float(rows[0]["dice"]) == pytest.approx(one["dice"], rel=1e-5)
-    assert summary["metrics"]["label 1"]["dice"]["mean"] == pytest.approx(one["dice"])
-    assert not summary["failed"]
+@pytest.mark.parametrize("shape", [(13, 17, 11), (30, 22)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scores_equal_monai_on_the_whole_volume(shape: tuple[int, ...], seed: int) -> None:
+    spacing = SPACING[: len(shape)]
+    maps = [blocks(shape, 2 * seed), blocks(shape, 2 * seed + 1)]
+    hot = [one_hot(torch.from_numpy(m)[None, None], 4) for m in maps]
+    wanted = {
+        "dice": compute_dice(*hot, include_background=False)[0],
+        "iou": compute_iou(*hot, include_background=False)[0],
+        "hd95": compute_hausdorff_distance(*hot, percentile=95, spacing=spacing)[0],
+        "nsd": compute_surface_dice(*hot, class_thresholds=[1.5] * 3, spacing=spacing)[0],
+    }
+    scores = evaluate_case(*maps, spacing, [1, 2, 3], tolerance=1.5)
+    for metric, values in wanted.items():
+        found = [scores[label][metric] for label in (1, 2, 3)]
+        np.testing.assert_allclose(found, values.numpy(), rtol=1e-5, err_msg=metric)
 
 
-def test_a_missing_or_broken_prediction_counts_as_a_failure(folders: tuple[Path, Path]) -> None:
-    prediction, reference = folders
-    (prediction / "a.nii.gz").unlink()
-    (prediction / "b.nii.gz").write_bytes(b"broken")
-    summary = evaluate_folders(prediction, reference)
+@pytest.mark.parametrize("shift", [1, 3, 7])
+def test_shifted_cubes_have_their_closed_form(shift: int) -> None:
+    side, shape = 8, (24, 12, 12)
+    pair = cube(shape, (2, 2, 2), side), cube(shape, (2 + shift, 2, 2), side)
+    spacing = (1.5, 1.0, 0.5)
+    scores = evaluate_case(*pair, spacing, [1], tolerance=shift * 1.5 - 0.1)[1]
+    assert scores["dice"] == pytest.approx((side - shift) / side)
+    assert scores["iou"] == pytest.approx((side - shift) / (side + shift))
+    assert scores["volume_ml"] == pytest.approx(side**3 * 0.75 / 1000)
+    if shift < side - 1:  # the far face is more than a twentieth of the surface, and its way is the shift
+        assert scores["hd95"] == pytest.approx(min(shift * 1.5, 8 * 1.5))
+    assert 0 < scores["nsd"] < 1
+    assert evaluate_case(*pair, spacing, [1], tolerance=shift * 1.5)[1]["nsd"] == 1
+
+
+def test_concentric_balls_are_apart_by_their_radii() -> None:
+    inner, outer = ball(9), ball(14)
+    tight = evaluate_case(inner, outer, (1.0, 1.0, 1.0), [1], tolerance=3.0)[1]
+    assert tight["hd95"] == pytest.approx(5.0, abs=0.7)
+    assert tight["dice"] == pytest.approx(2 * inner.sum() / (inner.sum() + outer.sum()))
+    assert tight["dice"] == pytest.approx(2 * 9**3 / (9**3 + 14**3), rel=0.02)
+    assert tight["nsd"] == 0
+    assert evaluate_case(inner, outer, (1.0, 1.0, 1.0), [1], tolerance=6.0)[1]["nsd"] == 1
+
+
+def test_what_both_lack_is_right_and_what_one_lacks_is_worst() -> None:
+    some, none = cube((10, 20, 20), (1, 1, 1), 3), np.zeros((10, 20, 20), np.uint8)
+    perfect = {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "nsd": 1.0}
+    worst = {"dice": 0.0, "iou": 0.0, "hd95": math.dist((0, 0, 0), (10, 16, 50)), "nsd": 0.0}
+    for pair, wanted in (((none, none), perfect), ((some, none), worst), ((none, some), worst)):
+        scores = evaluate_case(*pair, SPACING, [1])[1]
+        assert {metric: scores[metric] for metric in METRICS} == pytest.approx(wanted)
+    with pytest.raises(UserError, match="Shapes differ"):
+        evaluate_case(some, none[:5], SPACING, [1])
+
+
+def test_folders_give_a_row_a_case_and_class_and_a_summary(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    summary = evaluate_folders(*folders, tmp_path / "scores")
+    with (tmp_path / "scores" / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["label"]) for row in rows] == [
+        (case, label) for case in "abc" for label in ("label 1", "label 2")
+    ]
+    assert list(rows[0]) == ["case", "label", *COLUMNS]
+    assert float(rows[0]["reference_volume_ml"]) == pytest.approx(64 * 2 / 1000)
+    assert [float(row["dice"]) for row in rows] == [1, 1, 1, 1, 0.75, 0.75]
+    assert json.loads((tmp_path / "scores" / "summary.json").read_text()) == summary
+    dice = summary["metrics"]["label 1"]["dice"]
+    assert (dice["mean"], dice["median"], dice["n"]) == (pytest.approx(11 / 12), 1.0, 3)
+    assert 0.75 <= dice["ci95"][0] < dice["mean"] < dice["ci95"][1] <= 1
+    assert summary["metrics"]["mean"]["hd95"]["mean"] == pytest.approx(1 / 3)
+    assert summary["failed"] == {}
+    assert evaluate_folders(*folders) == summary  # seeded
+
+
+def test_a_missing_or_broken_prediction_is_a_failure_with_dice_0(folders: tuple[Path, Path]) -> None:
+    pred, ref = folders
+    (pred / "a.nii.gz").unlink()
+    whole = (pred / "b.nii.gz").read_bytes()
+    (pred / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(ref / "a.nii.gz", pred / "x.nii.gz")
+    shutil.copy(ref / "a.nii.gz", ref / "d.nii.gz")
+    (pred / "d.nii.gz").write_bytes(b"broken")
+    summary = evaluate_folders(pred, ref)
+    assert list(summary["failed"]) == ["a", "b", "d"]
     assert summary["failed"]["a"] == "no prediction"
-    assert "cannot be read" in summary["failed"]["b"]
-    good = evaluate_case(blob(1), blob(), SPACING, [2])[2]["dice"]
-    assert summary["metrics"]["label 2"]["dice"]["mean"] == pytest.approx(good / 2)
-    assert summary["metrics"]["label 2"]["hd95"]["n"] == 4
-
-
-def test_interval_holds_the_mean_and_shrinks_to_it_without_spread(folders: tuple[Path, Path]) -> None:
-    low, high = evaluate_folders(*folders)["metrics"]["mean"]["dice"]["ci95"]
-    assert low == pytest.approx(high)
-    nib.save(nib.Nifti1Image(blob(3), np.diag([*SPACING, 1.0])), folders[0] / "a.nii.gz")
-    score = evaluate_folders(*folders)["metrics"]["mean"]["dice"]
-    assert score["ci95"][0] < score["mean"] < score["ci95"][1]
-
-
-def test_different_grids_are_refused_and_surplus_is_named(folders: tuple[Path, Path]) -> None:
-    prediction, reference = folders
-    nib.save(nib.Nifti1Image(blob(), np.eye(4)), prediction / "extra.nii.gz")
-    assert evaluate_folders(prediction, reference)["predictions_without_reference"] == ["extra"]
-    nib.save(nib.Nifti1Image(blob()[1:], np.eye(4)), prediction / "a.nii.gz")
-    with pytest.raises(UserError, match="different grids"):
-        evaluate_folders(prediction, reference)
-
-
-def test_two_single_files_are_a_pair(folders: tuple[Path, Path]) -> None:
-    summary = evaluate_folders(folders[0] / "a.nii.gz", folders[1] / "b.nii.gz")
-    assert summary["cases"] == 1
-    assert not summary["failed"]
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_picture_shows_every_class(tmp_path: Path, dims: int) -> None:
-    from PIL import Image as Picture
-
-    image = np.random.default_rng(0).normal(size=(24, 26, 16))
-    labels = blob()
-    if dims == 2:
-        image, labels = image[..., 6], labels[..., 6]
-    path = picture(
-        image, labels, labels, tmp_path / "p.png", spacing=SPACING[:dims], label_names=["-", "one", "two"]
+    assert all(f"{name}.nii.gz cannot be read" in summary["failed"][name] for name in "bd")
+    assert summary["predictions_without_reference"] == ["x"]
+    assert summary["metrics"]["label 1"]["dice"]["mean"] == pytest.approx(0.75 / 4)
+    assert summary["metrics"]["label 1"]["hd95"]["median"] == pytest.approx(
+        math.dist((0, 0, 0), (12, 8.8, 25))
     )
-    pixels = np.asarray(Picture.open(path).convert("RGB")).reshape(-1, 3).astype(int)
-    spread = pixels.max(axis=1) - pixels.min(axis=1)
-    assert (spread > 60).mean() > 0.01  # colours over a grey image
+    assert "NaN" not in json.dumps(summary)
 
 
-def test_table_has_a_row_a_class(folders: tuple[Path, Path]) -> None:
-    assert score_table(evaluate_folders(*folders)["metrics"]).row_count == 3
+def test_no_prediction_at_all_is_a_folder_of_failures(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    summary = evaluate_folders(tmp_path / "empty", folders[1])
+    assert list(summary["failed"]) == ["a", "b", "c"]
+    assert summary["metrics"]["mean"]["dice"]["mean"] == 0
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate_folders(tmp_path / "nowhere", folders[1])
+    with pytest.raises(UserError, match="holds no images"):
+        evaluate_folders(folders[0], tmp_path / "empty")
+
+
+def test_an_invented_class_counts_unless_the_labels_are_given(folders: tuple[Path, Path]) -> None:
+    pred, ref = folders
+    truth = np.asarray(nib.load(ref / "a.nii.gz").dataobj)
+    save(pred / "a.nii.gz", np.where(truth == 1, 9, truth).astype(np.uint8))
+    assert evaluate_folders(pred, ref)["metrics"]["label 9"]["dice"]["mean"] == pytest.approx(2 / 3)
+    named = evaluate_folders(pred, ref, labels={"far": 2})
+    assert list(named["metrics"]) == ["far", "mean"]
+
+
+def test_another_grid_is_refused_and_nothing_is_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    truth = np.asarray(nib.load(ref / "b.nii.gz").dataobj)
+    save(pred / "b.nii.gz", truth, np.diag([1, 1, 1, 1]))
+    with pytest.raises(UserError, match="different grids"):
+        evaluate_folders(pred, ref, tmp_path / "scores")
+    save(pred / "b.nii.gz", truth[:-1])
+    with pytest.raises(UserError, match="shapes"):
+        evaluate_folders(pred, ref, tmp_path / "scores")
+    assert not (tmp_path / "scores").exists()
+
+
+def test_two_files_are_a_pair_whatever_their_names(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copy(folders[0] / "c.nii.gz", tmp_path / "mine.nii.gz")
+    summary = evaluate_folders(tmp_path / "mine.nii.gz", folders[1] / "c.nii.gz")
+    assert summary["metrics"]["mean"]["dice"] == {
+        "mean": 0.75, "ci95": [0.75, 0.75], "median": 0.75, "n": 1
+    }  # fmt: skip
+
+
+def test_pictures_pair_with_their_masks(tmp_path: Path) -> None:
+    mask = cube((20, 30), (4, 5), 10) * 255
+    for folder, name in (("pred", "p (1).png"), ("ref", "p (1)_mask.png")):
+        (tmp_path / folder).mkdir()
+        Picture.fromarray(mask).save(tmp_path / folder / name)
+    summary = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
+    assert list(summary["metrics"]) == ["label 255", "mean"]
+    assert summary["metrics"]["mean"]["dice"]["mean"] == 1
+
+
+def test_labels_that_are_nearly_whole_numbers_are_rounded(shared_data: Path) -> None:
+    mask = shared_data / "bad_inputs" / "nifti" / "brats_0001_brainmask_float64.nii.gz"
+    summary = evaluate_folders(mask, mask)
+    assert list(summary["labels"].values()) == [1]
+    assert summary["metrics"]["mean"]["dice"]["mean"] == 1
+
+
+def test_background_alone_is_nothing_to_score(tmp_path: Path) -> None:
+    save(tmp_path / "a.nii.gz", np.zeros((4, 4, 4), np.uint8))
+    with pytest.raises(UserError, match="nothing to score"):
+        evaluate_folders(tmp_path / "a.nii.gz", tmp_path / "a.nii.gz")
+    summary = evaluate_folders(tmp_path / "a.nii.gz", tmp_path / "a.nii.gz", labels={"tumour": 1})
+    assert summary["metrics"]["tumour"]["dice"]["mean"] == 1
+
+
+def test_scores_that_cannot_be_written_leave_nothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be made"):
+        evaluate_folders(*folders, tmp_path / "file" / "scores")
+    (tmp_path / "scores" / "cases.csv").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluate_folders(*folders, tmp_path / "scores")
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["cases.csv"]
+
+
+def test_without_spread_the_interval_is_the_mean(folders: tuple[Path, Path]) -> None:
+    shutil.copy(folders[1] / "c.nii.gz", folders[0] / "c.nii.gz")
+    assert evaluate_folders(*folders)["metrics"]["mean"]["dice"]["ci95"] == [1.0, 1.0]
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    values = np.random.default_rng(0).normal(0.8, 0.05, 100)
+    rows = [{"case": str(i), "label": "x", **dict.fromkeys(METRICS, v)} for i, v in enumerate(values)]
+    low, high = summarize_rows(rows)["x"]["dice"]["ci95"]
+    half = 1.96 * values.std() / 10
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.2 * half)
+
+
+def test_labels_are_read_from_text_or_a_plan(tmp_path: Path) -> None:
+    assert parse_labels("1, 3") == {"label 1": 1, "label 3": 3}
+    assert parse_labels("tumour=2,edema=4") == {"tumour": 2, "edema": 4}
+    with pytest.raises(UsageError, match="tumour"):
+        parse_labels("tumour")
+    with pytest.raises(UserError, match="plan"):
+        parse_labels(str(tmp_path))

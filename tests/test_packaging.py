@@ -1,25 +1,33 @@
-"""The wheel holds everything, configs included."""
+"""What is installed: the wheel has all of kanseg, and the command starts fast."""
 
 from __future__ import annotations
 
-import configparser
+import os
+import resource
+import shutil
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE_FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
-def test_every_package_is_listed() -> None:
-    listed = configparser.ConfigParser()
-    listed.read(ROOT / "setup.cfg")
-    found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "kanseg").rglob("__init__.py")}
-    assert set(listed["options"]["packages"].split()) == found | {"kanseg.configs"}
-
-
-def test_the_wheel_holds_code_and_configs(tmp_path: Path) -> None:
-    build = [
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the project, built without network."""
+    for module in ("setuptools", "pip"):
+        pytest.importorskip(module, reason="building the wheel needs setuptools and pip")
+    copy, out = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("dist")
+    for name in PACKAGE_FILES:
+        shutil.copy(ROOT / name, copy)
+    for folder in ("kanseg", "configs"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [
         sys.executable,
         "-m",
         "pip",
@@ -28,14 +36,96 @@ def test_the_wheel_holds_code_and_configs(tmp_path: Path) -> None:
         "--no-build-isolation",
         "-q",
         "-w",
-        tmp_path,
-        ROOT,
+        out,
+        copy,
     ]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("kanseg-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "kanseg").rglob("*.py")}
-    configs = {f"kanseg/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")}
-    assert modules | configs <= names
-    entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "kanseg = kanseg.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = out.glob("kanseg-*.whl")
+    return built
+
+
+def test_the_wheel_has_every_module_and_every_config(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (listed,) = (name for name in names if name.endswith("entry_points.txt"))
+        entry_points = archive.read(listed).decode()
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kanseg").rglob("*.py")}
+    configs = {f"kanseg/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert configs
+    assert modules <= names
+    assert configs <= names
+    assert any(name.endswith("LICENSE") for name in names)
+    assert "kanseg = kanseg.cli:main" in entry_points
+    assert not [name for name in names if name.startswith(("tests", "configs", "notebooks"))]
+
+
+def test_the_installed_wheel_finds_its_configs_far_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = (
+        "import kanseg; from kanseg.config import config_folder, load_config; "
+        "load_config(overrides=['training=sgd']); print(kanseg.__file__); print(config_folder())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith(str(site.resolve())) for line in done.stdout.splitlines()), done.stdout
+
+
+def test_setup_cfg_names_every_package() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    named = set(setup["options"]["packages"].split())
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "kanseg").rglob("__init__.py")}
+    assert named == {".".join(folder.parts) for folder in folders} | {"kanseg.configs"}
+
+
+def test_help_takes_less_than_a_second_of_cpu() -> None:
+    def cpu() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "kanseg.cli", "--help"], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cpu() for _ in range(3)) < 1.0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["plan", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys, kanseg.cli; sys.argv = ['kanseg', *{arguments}]\n"
+        "try: kanseg.cli.main()\n"
+        "except SystemExit as error: assert not error.code\n"
+        "heavy = {'torch', 'monai', 'numpy', 'matplotlib', 'hydra', 'albumentations'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_make_builds_the_environment_of_a_fresh_clone(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for name in (*PACKAGE_FILES, "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    for target in ("demo", "test", "check", "smoke", "test-slow"):
+        done = subprocess.run(
+            ["make", "-n", target, "PYTHON=python3.99"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        steps = done.stdout
+        assert steps.index("python3.99 -m venv .venv") < steps.index("pip install"), target
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -55,6 +56,12 @@ def test_thick_slices_are_halved_within_first(tmp_path: Path) -> None:
     assert all(n % f == 0 for n, f in zip(plan.patch_size, np.prod(plan.strides, axis=0), strict=True))
 
 
+def test_a_few_slices_do_not_stop_the_halving_within_them(tmp_path: Path) -> None:
+    plan = make_plan(read_dataset(volumes(tmp_path, (256, 256, 2), (1.0, 1.0, 3.0))), memory=8 * GIB)
+    assert plan.strides[1:] == [[2, 2, 1]] * 5
+    assert plan.kernel_sizes[-1] == [3, 3, 3]
+
+
 def test_axes_are_counted_in_ras_order(tmp_path: Path) -> None:
     root = volumes(tmp_path, (40, 32, 48), (1.0, 1.0, 1.0))
     turned = np.array([[0, 0, 3.0, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]])  # stored P, S, R
@@ -95,11 +102,32 @@ def test_a_broken_plan_is_explained(tmp_path: Path, blobs: Path) -> None:
     with pytest.raises(UserError, match="no key 'patchsize'. Did you mean 'patch_size'"):
         Plan.from_dict({**values, "patchsize": 1})
     values.pop("spacing")
-    with pytest.raises(UserError, match="not complete: .*spacing"):
+    with pytest.raises(UserError, match="not complete, .*spacing"):
+        Plan.from_dict(values)
+    values |= {"spacing": [1.0, 1.0, 1.0], "batch_size": "two"}
+    with pytest.raises(UserError, match="words for numbers"):
         Plan.from_dict(values)
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as a plan"):
         Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("patch_size", [16, 16], r"patch_size needs a positive number for each of 3 axes, but is \[16, 16\]"),
+        ("spacing", [1, 1, -1], "spacing needs a positive number"),
+        ("normalization", [], "normalization has 0 entries, channel_names has 1"),
+        ("strides", [[1, 1, 1]], "features_per_stage has . entries, strides has 1"),
+        ("label_values", [0, 2, 1], "label_values must rise"),
+        ("batch_size", 0, "batch_size is 0"),
+        ("version", 99, "version 99"),
+    ],
+)
+def test_a_plan_edited_into_nonsense_is_refused(blobs: Path, key: str, value: Any, message: str) -> None:
+    values = make_plan(read_dataset(blobs)).to_dict()
+    with pytest.raises(UserError, match=message):
+        Plan.from_dict({**values, key: value})
 
 
 def test_the_wrong_dimension_is_refused(blobs: Path) -> None:

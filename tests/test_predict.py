@@ -1,4 +1,4 @@
-"""Preprocessing and its inverse, loading, and prediction on the image's own grid."""
+"""Prediction on the image's own grid, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kanseg.data.formats import Case, find_images, read_dataset
-from kanseg.data.images import read_image, read_label, write_label
-from kanseg.data.loaders import train_loader, val_loader
+from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.images import read_image
 from kanseg.data.plan import Plan, make_plan
-from kanseg.data.transforms import load_case, normalize, restored_labels
 from kanseg.errors import UserError
 from kanseg.inference.predict import predict_case, predict_folder, predict_logits
 
-LPS = np.diag([-1.0, -1.0, 1.5, 1.0])
 OBLIQUE = np.array(
     [[-0.9, 0.1, 0.3, 12], [0.2, 1.1, -0.2, -30], [-0.2, 0.3, 2.4, 7], [0, 0, 0, 1]], dtype=float
 )
@@ -62,95 +59,15 @@ def test_prediction_on_turned_axes_is_exact(plan: Plan, tmp_path: Path, affine: 
     np.testing.assert_allclose(image.affine, affine)
 
 
-def test_labels_survive_resampling_there_and_back(plan: Plan, blobs: Path, tmp_path: Path) -> None:
-    label = read_label(blobs / "labelsTr" / "case_0.nii.gz")
-    for folder, array in (("i", label.astype(np.float32)), ("l", label.astype(np.uint8))):
-        (tmp_path / folder).mkdir()
-        nib.save(
-            nib.Nifti1Image(np.kron(array, np.ones((2, 2, 2), array.dtype)), OBLIQUE),
-            tmp_path / folder / "a.nii.gz",
-        )
-    case = Case("a", (tmp_path / "i" / "a.nii.gz",), tmp_path / "l" / "a.nii.gz", "a")
-    item, source = load_case(case, plan)
-    assert item["image"].shape[1:] != source.array.shape[1:]
-    onehot = torch.nn.functional.one_hot(item["label"][0].as_tensor().long(), 3).movedim(-1, 0).float()
-    back, wanted = restored_labels(onehot, item, plan), read_label(case.label)
-    assert back.shape == wanted.shape
-    for value in (1, 2):
-        overlap = (
-            2
-            * ((back == value) & (wanted == value)).sum()
-            / ((back == value).sum() + (wanted == value).sum())
-        )
-        assert overlap > 0.93  # nearest neighbour there, linear back
-
-
-def test_real_psr_volume_comes_back_exactly(plan: Plan, shared_data: Path, tmp_path: Path) -> None:
-    image = shared_data / "volumes_misc" / "ixi012_dlmuse" / "image.nii.gz"
-    label = read_label(image.with_name("label.nii.gz")) % 3
-    path = write_label(tmp_path / "label.nii.gz", label, read_image(image))
-    item, _ = load_case(Case("a", (image,), path, "a"), replace(plan, spacing=[2.0, 2.0, 2.0]))
-    assert item["image"].shape[1:] != label.shape
-    onehot = torch.stack([item["label"][0].as_tensor() == i for i in range(3)]).float()
-    np.testing.assert_array_equal(restored_labels(onehot, item, plan), label)
-
-
-def test_normalisation_is_its_formula() -> None:
-    image = torch.randn(2, 5, 5, 5) * 100
-    ct = {"scheme": "ct", "lower": -50.0, "upper": 80.0, "mean": 10.0, "std": 20.0}
-    done = normalize(image.clone(), [{"scheme": "zscore"}, ct])
-    torch.testing.assert_close(done[0], (image[0] - image[0].mean()) / image[0].std(correction=0))
-    torch.testing.assert_close(done[1], (image[1].clamp(-50, 80) - 10) / 20)
-    assert torch.isfinite(normalize(torch.zeros(1, 4, 4, 4), [{"scheme": "zscore"}])).all()
-
-
-def test_a_patch_depends_on_seed_epoch_and_place_alone(plan: Plan, blobs: Path) -> None:
-    cases = read_dataset(blobs).cases
-
-    def batches(seed: int, epoch: int, workers: int) -> list[Tensor]:
-        loader = train_loader(plan, cases, batch_size=2, steps=3, seed=seed, workers=workers)
-        loader.set_epoch(epoch)
-        return [torch.cat([batch["image"], batch["label"]]) for batch in loader]
-
-    first = batches(0, 1, 0)
-    assert all(torch.equal(a, b) for a, b in zip(first, batches(0, 1, 2), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, batches(0, 2, 0), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, batches(1, 1, 0), strict=True))
-
-
-def test_patches_hold_foreground_and_keep_image_and_label_together(plan: Plan, blobs: Path) -> None:
-    loader = train_loader(plan, read_dataset(blobs).cases, batch_size=4, steps=10, seed=0)
-    with_foreground, bright, dark = 0, [], []
-    for batch in loader:
-        assert batch["image"].shape == (4, 1, 16, 16, 16)
-        assert batch["label"].shape == (4, 1, 16, 16, 16)
-        with_foreground += int((batch["label"] > 0).flatten(1).any(1).sum())
-        bright.append(batch["image"][batch["label"] == 2])
-        dark.append(batch["image"][batch["label"] == 0])
-    assert with_foreground >= 20
-    assert torch.cat(bright).mean() > torch.cat(dark).mean() + 2
-
-
-def test_pictures_are_augmented_by_albumentations(shared_data: Path, tmp_path: Path) -> None:
-    for folder in ("images", "masks"):
-        (tmp_path / folder).mkdir()
-        for path in sorted((shared_data / "busi" / folder).iterdir())[:4]:
-            shutil.copy(path, tmp_path / folder)
-    dataset = read_dataset(tmp_path)
-    plan = replace(make_plan(dataset, memory=2**31), patch_size=[64, 64])
-    loaders = [train_loader(plan, dataset.cases, batch_size=2, steps=2, seed=0, workers=w) for w in (0, 1)]
-    for one, other in zip(*loaders, strict=True):
-        assert one["image"].shape == (2, 1, 64, 64)
-        assert set(one["label"].unique().tolist()) <= {0.0, 1.0}
-        assert torch.equal(one["image"], other["image"])
-
-
-def test_validation_sees_whole_cases(plan: Plan, blobs: Path) -> None:
-    case = read_dataset(blobs).cases[0]
-    (batch,) = val_loader(plan, [case])
-    assert batch["image"].shape == (1, 1, 20, 24, 18)
-    label = torch.from_numpy(read_label(case.label)).flip((0, 1))  # LPS in the file, RAS in the network
-    assert torch.equal(batch["label"][0, 0].int(), label)
+def test_prediction_on_an_oblique_grid_keeps_it(plan: Plan, tmp_path: Path) -> None:
+    places = np.indices((40, 36, 20))
+    array = np.sin(places[0] / 6) + np.cos(places[1] / 5) + np.sin(places[2] / 4)
+    nib.save(nib.Nifti1Image(array.astype(np.float32), OBLIQUE), tmp_path / "scan.nii.gz")
+    assert not predict_folder(Brightness(), plan, find_images(tmp_path / "scan.nii.gz"), tmp_path / "out")
+    mask = nib.load(tmp_path / "out" / "scan.nii.gz")
+    np.testing.assert_allclose(mask.affine, OBLIQUE, atol=1e-6)
+    assert mask.shape == array.shape
+    assert (np.asarray(mask.dataobj) == by_brightness(array)).mean() > 0.9  # normalised on another grid
 
 
 def test_an_image_smaller_than_the_patch_is_predicted(plan: Plan) -> None:
@@ -185,6 +102,38 @@ def test_a_folder_goes_on_when_a_case_fails(plan: Plan, blobs: Path, tmp_path: P
     np.testing.assert_allclose(mask.affine, nib.load(scans / "case_0.nii.gz").affine)
     chances = [read_image(p).array for p in sorted((tmp_path / "out").glob("case_0_prob_*"))]
     np.testing.assert_allclose(sum(chances), 1, atol=1e-5)
+
+
+def test_a_case_that_needs_too_much_memory_does_not_stop_the_others(
+    plan: Plan, blobs: Path, tmp_path: Path
+) -> None:
+    class Greedy(Brightness):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("can't allocate memory")
+            return super().forward(x)
+
+    cases = find_images(blobs / "imagesTr")[:3]
+    assert predict_folder(Greedy(), plan, cases, tmp_path) == {"case_0": "can't allocate memory"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["case_1.nii.gz", "case_2.nii.gz"]
+
+
+def test_a_label_map_never_replaces_an_image_or_another(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    scan = Path(shutil.copy(blobs / "imagesTr" / "case_0.nii.gz", scans))
+    before = scan.read_bytes()
+    for out in (scans, scan):
+        with pytest.raises(UserError, match="would replace .*an image to be segmented"):
+            predict_folder(Brightness(), plan, find_images(scans), out)
+    assert scan.read_bytes() == before
+    nib.save(nib.load(scan), scans / "case_0.nii")
+    with pytest.raises(UserError, match="would replace .*the label map of"):
+        predict_folder(Brightness(), plan, find_images(scans), tmp_path / "out", suffix=".mha")
+    assert not (tmp_path / "out").exists()
 
 
 def test_dicom_is_predicted_to_nifti_on_its_grid(plan: Plan, shared_data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import from_matvec
 
 from kanseg.data.images import Image, write_array
 from kanseg.errors import UserError
@@ -77,7 +78,7 @@ def load_template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     labels = np.where(mask > 0.5, tissue, 0).astype(np.uint8)
     template = nib.as_closest_canonical(template)
     box = tuple(slice(hit.min(), hit.max() + 1) for hit in np.nonzero(labels))
-    affine = template.affine @ nib.affines.from_matvec(np.eye(3), [s.start for s in box])
+    affine = template.affine @ from_matvec(np.eye(3), [s.start for s in box])
     image = np.asarray(template.dataobj, dtype=np.float32)[box]
     return image, labels[box], affine
 
@@ -93,7 +94,7 @@ def _write_block(
     stop: int,
 ) -> None:
     """Slices start ... stop - 1 along the second axis (back to front), where they lie in the template."""
-    shifted = affine @ nib.affines.from_matvec(np.eye(3), [0, start, 0])
+    shifted = affine @ from_matvec(np.eye(3), [0, start, 0])
     for kind, array, dtype in (("images", image, "float32"), ("labels", labels, "uint8")):
         path = make_folder(folder / f"{kind}{part}") / f"{name}.nii.gz"
         block = array[:, start:stop]

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.data.images import SUFFIXES_2D, read_image, read_label, stem_of, suffix_of
+from kanseg.data.images import LOSSY, SUFFIXES_2D, read_image, read_label, stem_of, suffix_of
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")
 LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask")
+MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a label map
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
@@ -78,6 +79,8 @@ def read_dataset(path: Path | str, *, id_pattern: str | None = None) -> Dataset:
     path = Path(path)
     if not path.exists():
         raise UserError(f"There is no {path}. Expected: {LAYOUTS}.")
+    if path.is_file() and path.suffix.lower() not in (".csv", ".json"):
+        raise UserError(f"{path} is one file, not a data set. Expected: {LAYOUTS}.")
     if path.is_file():
         dataset = _read_csv(path) if path.suffix.lower() == ".csv" else _read_datalist(path, _load_json(path))
     elif (path / "dataset.json").is_file():
@@ -89,7 +92,7 @@ def read_dataset(path: Path | str, *, id_pattern: str | None = None) -> Dataset:
     repeated = _repeated(case.id for case in dataset.cases)
     if repeated:
         raise UserError(
-            f"{path} has several cases called '{repeated[0]}'. Give every case a name of its own."
+            f"{path} has several cases called '{repeated[0]}'. Give every case a name of its own (in lists: 'id')."
         )
     if id_pattern is not None:
         dataset = replace(dataset, cases=tuple(_by_pattern(case, id_pattern) for case in dataset.cases))
@@ -97,8 +100,12 @@ def read_dataset(path: Path | str, *, id_pattern: str | None = None) -> Dataset:
     return replace(_with_label_values(dataset), source=path.resolve(), id_pattern=id_pattern)
 
 
-def find_images(path: Path | str) -> list[Case]:
-    """Images to predict: a file, a folder of images (`_0000` channels joined), or a folder with a DICOM series.
+def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
+    """Images to predict: a file, a folder of images (`_0000` channels joined), or folders with one DICOM series each.
+
+    Args:
+        channels: how many the model takes. Files numbered `_0000`, `_0001`, ... are joined only where some image has
+            just so many of them; otherwise they are images of their own, such as the frames of a video.
 
     Raises:
         UserError: nothing there that can be read.
@@ -110,20 +117,23 @@ def find_images(path: Path | str) -> list[Case]:
         )
     if path.is_file():
         return [Case(stem_of(path), (path,), None, stem_of(path))]
-    cases = _cases_in(path)
-    if cases:
-        return cases
-    folders = [path, *sorted(p for p in path.iterdir() if p.is_dir())]
+    files = _image_files(path)
+    if files:
+        joined = _by_channel(files)
+        fits = channels is None or any(len(paths) == channels for paths in joined.values())
+        return _cases(files, join=fits)
+    folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
     series = [folder for folder in folders if any(_may_be_dicom(p) for p in folder.iterdir())]
     if not series:
         raise UserError(
             f"{path} holds no images. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
         )
-    return [Case(folder.name, (folder,), None, folder.name) for folder in series]
+    names = ["_".join(folder.relative_to(path).parts) or folder.resolve().name for folder in series]
+    return [Case(name, (folder,), None, name) for name, folder in zip(names, series, strict=True)]
 
 
 def _may_be_dicom(path: Path) -> bool:
-    if not path.is_file() or path.name.startswith("."):
+    if not path.is_file() or path.name.startswith(".") or path.name == "DICOMDIR":
         return False
     if suffix_of(path) == ".dcm":
         return True
@@ -131,16 +141,36 @@ def _may_be_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _cases_in(folder: Path) -> list[Case]:
-    """Images directly in a folder, the channels of nnU-Net's `_0000` names joined."""
-    files = sorted(
+def _image_files(folder: Path) -> list[Path]:
+    """Images directly in a folder; hidden files and other things are passed over."""
+    return sorted(
         p for p in folder.iterdir() if p.is_file() and suffix_of(p) not in ("", ".dcm") and p.name[0] != "."
     )
-    numbered = [CHANNEL.match(stem_of(p)) for p in files]
-    if files and all(numbered) and any(match[2] == "0000" for match in numbered if match):
-        channels: dict[str, list[Path]] = {}
-        for file, match in zip(files, numbered, strict=True):
-            channels.setdefault(match[1] if match else file.stem, []).append(file)
+
+
+def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files named as nnU-Net does, name -> files of its channels; empty unless every file is, from _0000 on."""
+    channels: dict[str, list[Path]] = {}
+    for file in files:
+        match = CHANNEL.match(stem_of(file))
+        if match is None:
+            return {}
+        channels.setdefault(match[1], []).append(file)
+    first = any(stem_of(file).endswith("_0000") for file in files)
+    return channels if first else {}
+
+
+def _cases(files: Sequence[Path], *, join: bool = True) -> list[Case]:
+    """A case for each file, or for each group of nnU-Net channels."""
+    channels = _by_channel(files) if join else {}
+    for name, paths in channels.items():
+        numbers = [int(stem_of(p)[-4:]) for p in paths]
+        if numbers != list(range(len(paths))):
+            raise UserError(
+                f"Image '{name}' in {paths[0].parent} has the channels {numbers}; 0, 1, ... without gaps and each "
+                "once are expected. Add the missing file, or remove the surplus one."
+            )
+    if channels:
         return [Case(name, tuple(paths), None, name) for name, paths in channels.items()]
     return [Case(stem_of(p), (p,), None, stem_of(p)) for p in files]
 
@@ -152,55 +182,94 @@ def _load_json(path: Path) -> Any:
         raise UserError(f"{path} is not readable JSON ({error}). Repair it.") from error
 
 
-def _read_described(root: Path, described: dict[str, Any]) -> Dataset:
+def _read_described(root: Path, described: Any) -> Dataset:
     """A folder with dataset.json: the Decathlon's lists its files, nnU-Net's names its labels."""
-    if not isinstance(described, dict) or "labels" not in described:
-        raise UserError(
-            f'{root / "dataset.json"} lacks \'labels\', e.g. {{"0": "background", "1": "organ"}}.'
-        )
-    names, values = _labels(root, described["labels"])
-    channels = described.get("channel_names") or described.get("modality") or {"0": "image"}
-    channel_names = tuple(str(channels[key]) for key in sorted(channels, key=int))
-    groups = _subjects(described)
+    file = root / "dataset.json"
+    if (
+        not isinstance(described, dict)
+        or not isinstance(described.get("labels"), dict)
+        or not described["labels"]
+    ):
+        raise UserError(f'{file} lacks \'labels\', e.g. {{"0": "background", "1": "organ"}}.')
+    names, values, notes = _labels(file, described["labels"])
+    groups = _subjects(file, described.get("subjects") or {})
     if "training" in described:
-        cases = [_listed(root, entry, groups) for entry in described["training"]]
-        tests = [_listed(root, entry, groups) for entry in described.get("test", [])]
+        cases, tests = (
+            [_listed(root, entry, groups) for entry in _entries(file, described, key)]
+            for key in ("training", "test")
+        )
         layout = "Medical Segmentation Decathlon (dataset.json with a list of files)"
     else:
-        cases = _paired(_cases_in(_folder(root, "imagesTr")), _folder(root, "labelsTr"), groups)
-        tests = _cases_in(root / "imagesTs") if (root / "imagesTs").is_dir() else []
+        cases = _cases(_image_files(_folder(root, "imagesTr")))
+        cases, unused = _paired(cases, _folder(root, "labelsTr"), groups)
+        tests = _test_cases(root)
+        notes += unused
         layout = "nnU-Net raw (dataset.json, imagesTr with _0000 names, labelsTr)"
-    notes = (
-        [f"{len(set(groups.values()))} subjects from dataset.json keep their images together"]
-        if groups
-        else []
-    )
-    return _dataset(
-        str(described.get("name", root.name)), root, layout, cases, tests, channel_names, names, values, notes
-    )
+    if isinstance(described.get("numTraining"), int) and described["numTraining"] != len(cases):
+        notes.append(
+            f"dataset.json says numTraining {described['numTraining']}; {len(cases)} cases are there"
+        )
+    if groups:
+        notes.append(f"{len(set(groups.values()))} subjects from dataset.json keep their images together")
+    name = str(described.get("name", root.name))
+    return _dataset(name, root, layout, cases, tests, _channel_names(file, described), names, values, notes)
 
 
-def _labels(root: Path, labels: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and values by value: the Decathlon writes {"1": "organ"}, nnU-Net {"organ": 1}."""
-    pairs = []
+def _entries(file: Path, content: dict[str, Any], key: str) -> list[Any]:
+    entries = content.get(key) or []
+    if not isinstance(entries, list):
+        raise UserError(f"{file}: '{key}' must be a list of images, found {type(entries).__name__}.")
+    return entries
+
+
+def _test_cases(root: Path) -> list[Case]:
+    return _cases(_image_files(root / "imagesTs")) if (root / "imagesTs").is_dir() else []
+
+
+def _channel_names(file: Path, described: dict[str, Any]) -> tuple[str, ...] | None:
+    """From nnU-Net's `channel_names` or the Decathlon's `modality`, {"0": "MRI"}; None where it is not said."""
+    names = described.get("channel_names") or described.get("modality")
+    if names is None:
+        return None
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or sorted(map(str, names)) != sorted(str(i) for i in range(len(names))):
+        raise UserError(
+            f'{file}: the channels are {names!r}; expected is a name for each number from 0, e.g. {{"0": "MRI"}}.'
+        )
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def _labels(file: Path, labels: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...], list[str]]:
+    """Names and values by value, and notes: the Decathlon writes {"1": "organ"}, nnU-Net {"organ": 1}."""
+    by_value: dict[int, str] = {}
     for key, value in labels.items():
         number, name = (key, value) if str(key).lstrip("-").isdigit() else (value, key)
         if isinstance(number, list):
             raise UserError(
-                f"{root / 'dataset.json'}: label '{name}' is a region {number}; overlapping regions are not supported "
-                "yet. Give each class one value."
+                f"{file}: label '{name}' is a region {number}; overlapping regions are not supported yet. Give each "
+                "class one value."
             )
-        pairs.append((int(number), str(name)))
-    pairs.sort()
-    if pairs[0][0] != 0:
-        pairs.insert(0, (0, "background"))
-    return tuple(name for _, name in pairs), tuple(number for number, _ in pairs)
+        if not str(number).isdigit() or int(number) in by_value or str(name) in by_value.values():
+            raise UserError(
+                f"{file}: label '{name}' has the value {number!r}; each label needs a name and a whole number from 0 "
+                "of its own."
+            )
+        by_value[int(number)] = str(name)
+    by_value.setdefault(0, "background")
+    notes = ["label 'ignore' is learnt as a class like the others"] if "ignore" in by_value.values() else []
+    values = tuple(sorted(by_value))
+    return tuple(by_value[value] for value in values), values, notes
 
 
-def _subjects(described: dict[str, Any]) -> dict[str, str]:
+def _subjects(file: Path, subjects: Any) -> dict[str, str]:
     """Case id -> subject, from `subjects` (subject -> ids, or id -> subject)."""
+    if not isinstance(subjects, dict):
+        raise UserError(
+            f'{file}: \'subjects\' must name the cases of each subject, e.g. {{"p1": ["case_1"]}}.'
+        )
     groups: dict[str, str] = {}
-    for key, value in (described.get("subjects") or {}).items():
+    for key, value in subjects.items():
         if isinstance(value, list):
             groups.update({stem_of(Path(str(case))): str(key) for case in value})
         else:
@@ -212,15 +281,20 @@ def _listed(root: Path, entry: Any, groups: dict[str, str]) -> Case:
     """One entry of a list: a path, or {"image": path or paths, "label": path}."""
     if isinstance(entry, str):
         entry = {"image": entry}
-    if not isinstance(entry, dict) or "image" not in entry:
-        raise UserError(f"{root}: entry {entry!r} has no 'image'.")
-    images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+    if not isinstance(entry, dict):
+        raise UserError(f"{root}: entry {entry!r} is neither a path nor has it an 'image' and a 'label'.")
+    images = entry.get("image")
+    images = images if isinstance(images, list) else [images]
+    label = entry.get("label")
+    if not images or not all(isinstance(i, str) and i for i in images) or not isinstance(label, str | None):
+        raise UserError(
+            f"{root}: entry {entry} needs a path (or a list of paths) as 'image', and one as 'label'."
+        )
     paths = tuple(_inside(root, image) for image in images)
     stem = CHANNEL.sub(r"\1", stem_of(paths[0])) if len(paths) > 1 else stem_of(paths[0])
     name = str(entry.get("id") or stem)
-    label = _inside(root, entry["label"]) if entry.get("label") else None
     group = entry.get("group") or entry.get("patient") or entry.get("subject") or groups.get(name, name)
-    return Case(name, paths, label, str(group))
+    return Case(name, paths, _inside(root, label) if label else None, str(group))
 
 
 def _inside(root: Path, name: str) -> Path:
@@ -233,34 +307,35 @@ def _folder(root: Path, name: str) -> Path:
     return root / name
 
 
-def _paired(cases: Sequence[Case], labels: Path, groups: dict[str, str]) -> list[Case]:
-    """Images with the labels of the same name (or name + _mask)."""
-    files = {stem_of(p): p for p in sorted(labels.iterdir()) if suffix_of(p) and p.name[0] != "."}
-    _refuse_several_masks(cases, files)
-    files = {
-        **{name.removesuffix(end): p for end in ("_mask", "_label", "_seg") for name, p in files.items()},
-        **files,
-    }
-    paired = [replace(c, label=files.get(c.id), group=groups.get(c.id, c.group)) for c in cases]
+def _paired(cases: Sequence[Case], labels: Path, groups: dict[str, str]) -> tuple[list[Case], list[str]]:
+    """Images with the labels of the same name (or name + _mask), and a note on labels that belong to none."""
+    files = {stem_of(p): p for p in _image_files(labels)}
+    of_case = {case.id: _label_names(case.id, files) for case in cases}
+    unused = set(files) - {names[0] for names in of_case.values() if names}
+    paired = []
+    for case in cases:
+        numbered = re.compile(re.escape(case.id) + r"(_mask|_label|_seg)?_\d+")
+        names = [*of_case[case.id], *(name for name in sorted(unused) if numbered.fullmatch(name))]
+        if len(names) > 1:
+            raise UserError(
+                f"{case.images[0]} has {len(names)} masks ({', '.join(files[n].name for n in names)}); one label map "
+                "an image is expected. Merge them into one file."
+            )
+        label = files[names[0]] if names else None
+        paired.append(replace(case, label=label, group=groups.get(case.id, case.group)))
     without = [case for case in paired if case.label is None]
     if without:
         raise UserError(
             f"{len(without)} of {len(paired)} images have no label in {labels}, the first is {without[0].images[0]}. "
             f"Expected there: {without[0].id} with the suffix of the labels. Add it, or take the image away."
         )
-    return paired
+    shown = ", ".join(sorted(unused)[:3])
+    return paired, [f"{len(unused)} labels have no image and are not used: {shown}"] if unused else []
 
 
-def _refuse_several_masks(cases: Sequence[Case], files: dict[str, Path]) -> None:
-    """One label an image: `x_mask` and `x_mask_1` for one x are two."""
-    for case in cases:
-        pattern = re.compile(re.escape(case.id) + r"(_mask|_label|_seg)?(_\d+)?")
-        masks = [path for name, path in files.items() if pattern.fullmatch(name)]
-        if len(masks) > 1:
-            raise UserError(
-                f"{case.images[0]} has {len(masks)} masks ({', '.join(p.name for p in masks)}); one label map an "
-                "image is expected. Merge them into one file."
-            )
+def _label_names(case: str, files: Iterable[str]) -> list[str]:
+    """Names of the label files that are called as the case is."""
+    return [name for name in (case, f"{case}_mask", f"{case}_label", f"{case}_seg") if name in files]
 
 
 def _read_folders(root: Path) -> Dataset:
@@ -276,12 +351,13 @@ def _read_folders(root: Path) -> Dataset:
         column = next((c for c in ("group", "patient", "subject") if rows and c in rows[0]), None)
         key = next((c for c in ("id", "case", "image", "name", "file") if rows and c in rows[0]), None)
         if column and key:
-            groups = {stem_of(Path(row[key])): row[column] for row in rows}
+            groups = {stem_of(Path(row[key])): row[column] for row in rows if row[key] and row[column]}
             notes.append(f"column '{column}' of cases.csv keeps the images of one {column} together")
-    cases = _paired(_cases_in(images), labels, groups)
-    tests = _cases_in(root / "imagesTs") if (root / "imagesTs").is_dir() else []
+    files, named = _image_files(images), {stem_of(p) for p in _image_files(labels)}
+    own = bool(files) and all(_label_names(stem_of(file), named) for file in files)  # x_0000 may be a frame
+    cases, unused = _paired(_cases(files, join=not own), labels, groups)
     layout = f"folders {images.name}/ and {labels.name}/"
-    return _dataset(root.name, root, layout, cases, tests, None, None, None, notes)
+    return _dataset(root.name, root, layout, cases, _test_cases(root), None, None, None, [*notes, *unused])
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -294,7 +370,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def _read_csv(path: Path) -> Dataset:
     rows = _rows(path)
-    if not rows or "image" not in rows[0]:
+    if not rows or not {"image", "label"} <= set(rows[0]):
         found = ", ".join(rows[0]) if rows else "an empty file"
         raise UserError(
             f"{path} needs the columns image and label (also image_2, ..., group, id), found: {found}."
@@ -307,8 +383,8 @@ def _read_csv(path: Path) -> Dataset:
 def _read_datalist(path: Path, content: Any) -> Dataset:
     if not isinstance(content, dict) or "training" not in content:
         raise UserError(f"{path} is no datalist: it has no 'training' list. Expected: {LAYOUTS}.")
-    held_out = content.get("test") or content.get("testing") or []
-    entries = [*content["training"], *content.get("validation", [])]
+    held_out = _entries(path, content, "test") or _entries(path, content, "testing")
+    entries = [*_entries(path, content, "training"), *_entries(path, content, "validation")]
     return _listed_dataset(path, "MONAI datalist (JSON)", entries, held_out)
 
 
@@ -372,21 +448,44 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 def _require_files(dataset: Dataset) -> None:
     for case in dataset.cases:
+        if case.label is None:
+            raise UserError(
+                f"Case '{case.id}' of {dataset.root} has no label for {case.images[0]}. Add it to the list, or take "
+                "the case out of the training list."
+            )
         for path in (*case.images, case.label):
-            if path is None or not path.exists():
-                raise UserError(f"Case '{case.id}' of {dataset.root} needs {path}, which is not there.")
+            if not path.exists():
+                raise UserError(
+                    f"Case '{case.id}' of {dataset.root} needs {path}, which is not there. Put it there, or take the "
+                    "case out of the list."
+                )
+
+
+def _values_in(path: Path, spatial_dims: int) -> set[int]:
+    """Numbers in a label file; refuse what only looks like one."""
+    values = np.unique(read_label(path, spatial_dims))
+    if len(values) > MOST_VALUES or values.min(initial=0) < 0:
+        raise UserError(
+            f"{path} is no label map: it has {len(values)} different values from {values.min()} to {values.max()}. "
+            "Expected are few whole numbers from 0; is it an image?"
+        )
+    if suffix_of(path) in LOSSY and len(values) > 2:
+        raise UserError(
+            f"{path} has {len(values)} different values because JPEG changes numbers. Save labels as PNG."
+        )
+    return {int(value) for value in values}
 
 
 def _with_label_values(dataset: Dataset) -> Dataset:
     """Look into the label files: which values stand there, and do they fit what is declared."""
     declared = set(dataset.label_values)
     found: set[int] = set()
-    cases = dataset.cases
-    for case in progress(cases, "Reading labels"):
-        values = {int(v) for v in np.unique(read_label(case.label, dataset.spatial_dims))}
+    labels = [case.label for case in dataset.cases if case.label is not None]
+    for label in progress(labels, "Reading labels"):
+        values = _values_in(label, dataset.spatial_dims)
         if declared and not values <= declared:
             raise UserError(
-                f"{case.label} has the values {sorted(values - declared)[:5]}, which dataset.json does not declare "
+                f"{label} has the values {sorted(values - declared)[:5]}, which dataset.json does not declare "
                 f"(it has {sorted(declared)}). Declare them, or correct the label."
             )
         found |= values

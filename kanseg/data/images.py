@@ -7,8 +7,10 @@ format says in its own convention. Every reader of kanseg goes through here, so 
 from __future__ import annotations
 
 import gzip
+import logging
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,14 @@ SUFFIXES_NIFTI = (".nii.gz", ".nii")
 SUFFIXES_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
 SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+LOSSY = (".jpg", ".jpeg")
+TWO_FILES = {".mhd": ".mha", ".nhdr": ".nrrd"}  # a header beside its data cannot be replaced in one step
+# DICOM objects that lie beside images and hold none: directory, presentation states, reports, documents, RT
+NO_IMAGES = (
+    b"1.2.840.10008.1.3.10",
+    *(b"1.2.840.10008.5.1.4.1.1." + n for n in (b"11.", b"66", b"88.", b"104.", b"481.")),
+)
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
 
@@ -102,8 +112,6 @@ def read_label(path: Path, spatial_dims: int | None = None) -> np.ndarray:
 def label_from(image: Image) -> np.ndarray:
     """The label map in an image that was read."""
     array = image.array
-    if image.spatial_dims == 2 and array.shape[0] in (2, 4):  # grey or colour with opacity
-        array = array[:-1]
     if array.shape[0] > 1 and not all(np.array_equal(array[0], channel) for channel in array[1:]):
         raise UserError(
             f"{image.path} has {array.shape[0]} channels that differ; a label map has one number a voxel. Save it "
@@ -155,8 +163,16 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
             raise UserError(f"{path}: values {array.min()} to {array.max()} do not fit {dtype}")
     writers = {**dict.fromkeys(SUFFIXES_NIFTI, _write_nifti), **dict.fromkeys(SUFFIXES_ITK, _write_itk)}
     writers |= dict.fromkeys(SUFFIXES_2D, _write_picture)
+    for unfit in (*TWO_FILES, *LOSSY):
+        del writers[unfit]
     if suffix not in writers:
-        raise UserError(f"{path}: unknown format. Known: {', '.join(sorted(writers))}.")
+        why = " (JPEG would change them)" if suffix in LOSSY else ""
+        raise UserError(f"{path}: unknown format to write{why}. Known: {', '.join(sorted(writers))}.")
+    if suffix in SUFFIXES_2D and (array.ndim != 2 or array.max(initial=0) > np.iinfo(np.uint16).max):
+        raise UserError(
+            f"{path}: a picture holds 2D labels up to 65535, these are {array.ndim}D up to {array.max(initial=0)}. "
+            "Write .nii.gz instead."
+        )
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,9 +185,8 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
         raise UserError(
-            f"{path} cannot be written: {reason}. Free space or choose another folder."
+            f"{path} cannot be written: {_reason(error)}. Free space or choose another folder."
         ) from error
     finally:
         if temporary is not None:
@@ -212,8 +227,6 @@ def _write_itk(path: Path, array: np.ndarray, like: Image, description: str) -> 
 
 
 def _write_picture(path: Path, array: np.ndarray, like: Image, description: str) -> None:
-    if array.ndim != 2:
-        raise UserError(f"{path}: a picture is 2D, these labels are {array.ndim}D; write .nii.gz instead")
     Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16)).save(path)
 
 
@@ -231,26 +244,28 @@ def _read_one(path: Path) -> Image:
             return _read_nifti(path)
         if suffix in SUFFIXES_2D:
             return _read_picture(path)
+        if suffix == ".mha":
+            _require_intact(path)
         return _read_itk(path, sitk.ReadImage(str(path)))
     except UserError:
         raise
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        nib.filebasedimages.ImageFileError,
-        MemoryError,
-    ) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}. Allow reading it.") from error
+    except Exception as error:  # the errors of nibabel, ITK, Pillow and zlib share no base class
         raise UserError(
-            f"{path} cannot be read ({reason}). It is cut short, damaged, or not what its suffix says. Copy it again "
-            "from its source."
+            f"{path} cannot be read ({_reason(error)}). It is cut short, damaged, or not what its suffix says. Copy it "
+            "again from its source."
         ) from error
-    except Exception as error:  # zlib.error and the like, which share no base class
-        raise UserError(
-            f"{path} cannot be read ({error}). It is damaged. Copy it again from its source."
-        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line; of ITK's many lines the last one that does not guess at errno."""
+    if getattr(error, "strerror", None):
+        return str(error.strerror)  # type: ignore[attr-defined]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Reason:" not in line]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if isinstance(error, RuntimeError) else " ".join(lines)
 
 
 def _read_nifti(path: Path) -> Image:
@@ -258,12 +273,14 @@ def _read_nifti(path: Path) -> Image:
     if path.name.lower().endswith(".gz"):  # nibabel stops before the checksum at the end of the stream
         with gzip.open(path) as stream:
             file = type(file).from_bytes(stream.read())
-    if file.get_data_dtype().fields is not None:
+    dtype = file.get_data_dtype()
+    if dtype.fields is not None or np.issubdtype(dtype, np.complexfloating):
         raise UserError(
-            f"{path} has structured voxels ({file.get_data_dtype()}), e.g. RGB; one number a voxel is expected. "
-            "Save each colour as a channel."
+            f"{path} has structured or complex voxels ({dtype}), e.g. RGB; one number a voxel is expected. Save each "
+            "colour or part as a channel."
         )
-    array = np.asarray(file.dataobj, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        array = np.asarray(file.dataobj, dtype=np.float32)
     return _as_image(array, np.asarray(file.affine, dtype=np.float64), path)
 
 
@@ -279,6 +296,13 @@ def _as_image(array: np.ndarray, affine: np.ndarray, path: Path) -> Image:
         raise UserError(f"{path} has no usable geometry (affine {affine.tolist()}). Repair its header.")
     channels = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
     return Image(np.ascontiguousarray(channels), affine, path, 3)
+
+
+def _require_intact(path: Path) -> None:
+    """ITK reads a damaged compressed MHA as zeros without an error; zlib's checksum tells."""
+    header, local, data = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
+    if local and b"CompressedData = True" in header:
+        zlib.decompress(data)
 
 
 def _read_itk(path: Path, image: sitk.Image) -> Image:
@@ -297,13 +321,15 @@ def _read_itk(path: Path, image: sitk.Image) -> Image:
 
 
 def _read_picture(path: Path) -> Image:
+    """Grey is one channel, colour three; opacity is no channel."""
     with Picture.open(path) as picture:
         if getattr(picture, "n_frames", 1) > 1:
             raise UserError(f"{path} has {picture.n_frames} frames; one picture a file is expected.")
-        if picture.mode == "P":
-            picture = picture.convert("RGB")
-        elif picture.mode == "1":
-            picture = picture.convert("L")
+        one_mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L"}.get(
+            picture.mode
+        )
+        if one_mode:
+            picture = picture.convert(one_mode)
         array = np.asarray(picture, dtype=np.float32)
     channels = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     return Image(np.ascontiguousarray(channels), np.eye(4), path, 2)
@@ -318,19 +344,34 @@ def _read_dicom(folder: Path) -> Image:
         what = "no DICOM series" if not series else f"{len(series)} DICOM series"
         raise UserError(f"{folder} has {what}; one is expected. Give each series a folder of its own.")
     names = reader.GetGDCMSeriesFileNames(str(folder), series[0])
-    if len(names) > 1:
-        _check_slices(folder, names)
     try:
+        _require_readable(folder, names)
+        if len(names) > 1:
+            _check_slices(folder, names)
         if len(names) == 1:
             image = sitk.ReadImage(names[0])
         else:
             reader.SetFileNames(names)
             image = reader.Execute()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{folder} cannot be read as DICOM ({str(error).strip().splitlines()[-1]})."
+            f"{folder} cannot be read as DICOM ({_reason(error)}). Copy it again from its source."
         ) from error
     return _read_itk(folder, image)
+
+
+def _require_readable(folder: Path, names: Sequence[str]) -> None:
+    """GDCM passes over files that are cut short; a slice at the end would be lost without a gap to show it."""
+    known = {Path(name).name for name in names}
+    for path in sorted(folder.glob("*.dcm")):
+        if path.name in known:
+            continue
+        with path.open("rb") as file:
+            start = file.read(2048)
+        if not any(uid in start for uid in NO_IMAGES):
+            raise UserError(
+                f"{path} cannot be read as DICOM. It is cut short or damaged. Copy it again from its source."
+            )
 
 
 def _check_slices(folder: Path, names: Sequence[str]) -> None:

@@ -16,35 +16,30 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.data.formats import Dataset
+from kanseg.data.formats import Case, Dataset
 from kanseg.data.images import SUFFIXES_NIFTI, check_pair, header_dtype, label_from, read_image, suffix_of
 from kanseg.errors import UserError, did_you_mean
 from kanseg.progress import progress
 
 VERSION = 1
 SAMPLES = 10_000  # intensities kept a case and channel
-FEATURES = {2: 32, 3: 32}
+FEATURES = 32  # of the first stage; doubled at each halving
 MOST_FEATURES = {2: 512, 3: 256}
+MOST_STAGES = 6
 COARSEST = {2: 8, 3: 4}  # voxels an axis of the coarsest map keeps
 # Bytes of training memory a voxel of the batch and feature of the first stage: UKANet's peak resident memory.
-BYTES_A_VOXEL = {2: 330, 3: 330}
+BYTES_A_VOXEL = 330
 SHARE = 0.6  # of the memory at hand, the rest is for data, optimizer and the system
 LARGEST_BATCH = {2: 12, 3: 2}
+# Lists of a plan that have one entry for each entry of another.
+PARALLEL = {"normalization": "channel_names", "label_names": "label_values"}
+PARALLEL |= {"features_per_stage": "strides", "kernel_sizes": "strides"}
 MODEL_OPTIONS = {
-    2: {
-        "encoder": "reskanet10",
-        "basis": "gram",
-        "kan_stages": "deep",
-        "bottleneck": True,
-        "deep_supervision": True,
-    },
-    3: {
-        "encoder": "reskanet10",
-        "basis": "gram",
-        "kan_stages": "deep",
-        "bottleneck": True,
-        "deep_supervision": True,
-    },
+    "encoder": "reskanet10",
+    "basis": "gram",
+    "kan_stages": "deep",
+    "bottleneck": True,
+    "deep_supervision": True,
 }
 
 
@@ -89,15 +84,23 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """The inverse of `to_dict`; an unknown or missing key raises `UserError`."""
+        """The inverse of `to_dict`; keys that are unknown or missing, or do not fit together, raise `UserError`."""
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
                 raise UserError(f"A plan has no key '{key}'.{did_you_mean(key, known)}")
         try:
-            return cls(**values)
+            plan = cls(**values)
+            misfit = _misfit(plan)
         except TypeError as error:
-            raise UserError(f"The plan is not complete: {error}. Run `kanseg plan` again.") from error
+            raise UserError(
+                f"The plan is not complete, or has words for numbers: {error}. Run `kanseg plan` again."
+            ) from error
+        if misfit:
+            raise UserError(
+                f"The plan does not fit together: {misfit}. Correct it, or run `kanseg plan` again."
+            )
+        return plan
 
     def save(self, path: Path | str) -> Path:
         """Write plan.json, atomically."""
@@ -117,6 +120,23 @@ class Plan:
         return cls.from_dict(values)
 
 
+def _misfit(plan: Plan) -> str | None:
+    """What a plan edited by hand has wrong, or None."""
+    if plan.version != VERSION:
+        return f"it has version {plan.version}, this kanseg knows {VERSION}"
+    axes: dict[str, list[Any]] = {"spacing": [plan.spacing], "patch_size": [plan.patch_size]}
+    axes |= {"strides": plan.strides, "kernel_sizes": plan.kernel_sizes}
+    for key, rows in axes.items():
+        if not all(len(row) == plan.spatial_dims and min(row) > 0 for row in rows):
+            return f"{key} needs a positive number for each of {plan.spatial_dims} axes, but is {getattr(plan, key)}"
+    for key, other in PARALLEL.items():
+        if len(getattr(plan, key)) != len(getattr(plan, other)):
+            return f"{key} has {len(getattr(plan, key))} entries, {other} has {len(getattr(plan, other))}"
+    if plan.label_values != sorted(set(plan.label_values)):
+        return f"label_values must rise, but are {plan.label_values}"
+    return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
+
+
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """Size, spacing, class frequencies and foreground intensities of every case; each pair is checked on the way."""
     cases: dict[str, dict[str, Any]] = {}
@@ -125,7 +145,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     for case in progress(dataset.cases, "Reading images"):
         image = read_image(case.images, dataset.spatial_dims)
-        label_image = read_image(case.label, dataset.spatial_dims)
+        label_image = read_image(label_path(case), dataset.spatial_dims)
         check_pair(image, label_image)
         label = label_from(label_image)
         if image.array.shape[0] != len(dataset.channel_names):
@@ -133,15 +153,15 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
                 f"{image.path} has {image.array.shape[0]} channels, {len(dataset.channel_names)} are expected "
                 f"({', '.join(dataset.channel_names)}). Give every case the same channels."
             )
-        image, label = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
+        array, label, spacing = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
         foreground = label > 0
-        for channel, samples in zip(image["array"], intensities, strict=True):
+        for channel, samples in zip(array, intensities, strict=True):
             values = channel[foreground] if foreground.any() else channel.ravel()
             samples.append(generator.choice(values, min(SAMPLES, values.size), replace=False))
-        if suffix_of(case.label) in SUFFIXES_NIFTI:
-            dtypes.add(np.dtype(header_dtype(case.label)))
+        if suffix_of(label_path(case)) in SUFFIXES_NIFTI:
+            dtypes.add(np.dtype(header_dtype(label_path(case))))
         counts = {str(value): int((label == value).sum()) for value in dataset.label_values}
-        cases[case.id] = {"size": list(label.shape), "spacing": image["spacing"], "voxels": counts}
+        cases[case.id] = {"size": list(label.shape), "spacing": spacing, "voxels": counts}
     return {
         "cases": cases,
         "channels": [_intensity(np.concatenate(samples)) for samples in intensities],
@@ -151,16 +171,22 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
 
 def _in_ras(
     array: np.ndarray, affine: np.ndarray, label: np.ndarray, dims: int
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Axes in RAS order, as preprocessing puts them (flips do not matter here)."""
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Image, label and spacing, axes in RAS order, as preprocessing puts them (flips do not matter here)."""
     if dims == 2:
-        return {"array": array, "spacing": [1.0, 1.0]}, label
+        return array, label, [1.0, 1.0]
     import nibabel as nib
 
     order = np.argsort(nib.io_orientation(affine)[:, 0])
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
-    turned = {"array": array.transpose(0, *(order + 1)), "spacing": [float(s) for s in spacing]}
-    return turned, label.transpose(order)
+    return array.transpose(0, *(order + 1)), label.transpose(order), [float(s) for s in spacing]
+
+
+def label_path(case: Case) -> Path:
+    """The label file of a case; `UserError` where it has none."""
+    if case.label is None:
+        raise UserError(f"{case.images[0]} has no label. Give its label, or leave the case out.")
+    return case.label
 
 
 def _intensity(values: np.ndarray) -> dict[str, float]:
@@ -214,11 +240,11 @@ def make_plan(dataset: Dataset, *, memory: int | None = None, dim: int | None = 
     spacing = _target_spacing(spacings)
     resampled = np.median(sizes * spacings / spacing, axis=0)
     budget = memory_at_hand() if memory is None else memory
-    largest = budget * SHARE / (BYTES_A_VOXEL[dims] * FEATURES[dims])
+    largest = budget * SHARE / (BYTES_A_VOXEL * FEATURES)
     patch, strides, kernels = _patch(resampled, spacing, largest / 2)
     voxels = math.prod(patch)
     batch = int(np.clip(largest // voxels, 1, LARGEST_BATCH[dims]))
-    features = [min(FEATURES[dims] * 2**stage, MOST_FEATURES[dims]) for stage in range(len(strides))]
+    features = [min(FEATURES * 2**stage, MOST_FEATURES[dims]) for stage in range(len(strides))]
     normalization = [
         _normalization(name, seen["channels"][i]) for i, name in enumerate(dataset.channel_names)
     ]
@@ -254,7 +280,7 @@ def make_plan(dataset: Dataset, *, memory: int | None = None, dim: int | None = 
         kernel_sizes=kernels,
         mirror_axes=[0, 1] if dims == 2 else [],
         orientation="RAS" if dims == 3 else "",
-        model_options=dict(MODEL_OPTIONS[dims]),
+        model_options=dict(MODEL_OPTIONS),
         memory_bytes=budget,
         fingerprint=summary,
         reasons=reasons,
@@ -289,19 +315,17 @@ def _patch(
 
 
 def _topology(patch: np.ndarray, spacing: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
+    """nnU-Net's rule: of the axes long enough to be halved, those within twice the finest spacing of them are."""
     dims = len(patch)
     size, step = patch.copy(), spacing.copy()
-    strides, kernels = [[1] * dims], [[3 if s <= 2 * step.min() else 1 for s in step]]
-    while len(strides) < 6:
-        halve = [
-            bool(n / 2 >= COARSEST[dims] and s <= 2 * step.min()) for n, s in zip(size, step, strict=True)
-        ]
-        if not any(halve):
-            break
-        factor = np.where(halve, 2, 1)
+    wide = step <= 2 * step.min()  # kernel 3; once wide, an axis stays so
+    strides, kernels = [[1] * dims], [np.where(wide, 3, 1).tolist()]
+    while len(strides) < MOST_STAGES and (long := size / 2 >= COARSEST[dims]).any():
+        factor = np.where(long & (step <= 2 * step[long].min()), 2, 1)
         size, step = size / factor, step * factor
+        wide = wide | (step <= 2 * step.min())
         strides.append(factor.tolist())
-        kernels.append([3 if s <= 2 * step.min() else 1 for s in step])
+        kernels.append(np.where(wide, 3, 1).tolist())
     if len(strides) == 1:
         strides.append([1] * dims)
         kernels.append([3] * dims)

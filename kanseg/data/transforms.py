@@ -35,13 +35,14 @@ from torch import Tensor
 
 from kanseg.data.formats import Case
 from kanseg.data.images import Image, check_pair, label_from, read_image
-from kanseg.data.plan import Plan
+from kanseg.data.plan import Plan, label_path
 from kanseg.errors import UserError
 
 KEYS = ("image", "label")
 Item = dict[str, Any]
 LINEAR = {2: "bilinear", 3: "trilinear"}
 ROTATION = 0.26  # radians, 15 degrees
+BLUR = (0.5, 1.0)  # sigma in voxels
 
 
 def preprocessing(plan: Plan) -> Compose:
@@ -72,7 +73,7 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
     affine = torch.from_numpy(source.affine)
     item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}
     if with_label:
-        label = read_image(case.label, plan.spatial_dims)
+        label = read_image(label_path(case), plan.spatial_dims)
         check_pair(source, label)
         numbers = class_numbers(label_from(label), plan.label_values, case)
         item["label"] = MetaTensor(torch.from_numpy(numbers[None]), affine=affine)
@@ -157,7 +158,7 @@ def augmentation(plan: Plan) -> Compose:
         ]
     intensity = [
         RandGaussianNoised("image", prob=0.15, std=0.1),
-        RandGaussianSmoothd("image", prob=0.1, **{f"sigma_{a}": (0.5, 1.0) for a in "xyz"}),
+        RandGaussianSmoothd("image", prob=0.1, sigma_x=BLUR, sigma_y=BLUR, sigma_z=BLUR),
         RandScaleIntensityd("image", factors=0.25, prob=0.15),
         RandSimulateLowResolutiond(
             "image", prob=0.1, zoom_range=(0.5, 1.0), upsample_mode=LINEAR[plan.spatial_dims]

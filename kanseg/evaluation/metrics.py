@@ -82,13 +82,13 @@ def _overlap_and_distance(
 ) -> dict[str, float]:
     """Scores of two masks that both hold something."""
     box = _box(prediction | reference)  # outside it nothing counts, and distances cost time
-    pair = [torch.from_numpy(mask[box])[None, None].float() for mask in (prediction, reference)]
-    spaced = {"include_background": True, "spacing": list(spacing)}
+    y_pred, y = (torch.from_numpy(mask[box])[None, None].float() for mask in (prediction, reference))
+    spaced: dict[str, Any] = {"include_background": True, "spacing": list(spacing)}
     return {
-        "dice": float(compute_dice(*pair, ignore_empty=False)),
-        "iou": float(compute_iou(*pair, ignore_empty=False)),
-        "hd95": float(compute_hausdorff_distance(*pair, percentile=95, **spaced)),
-        "nsd": float(compute_surface_dice(*pair, class_thresholds=[tolerance], **spaced)),
+        "dice": float(compute_dice(y_pred, y, ignore_empty=False)),
+        "iou": float(compute_iou(y_pred, y, ignore_empty=False)),
+        "hd95": float(compute_hausdorff_distance(y_pred, y, percentile=95, **spaced)),
+        "nsd": float(compute_surface_dice(y_pred, y, [tolerance], **spaced)),
     }
 
 

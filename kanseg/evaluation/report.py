@@ -108,7 +108,7 @@ def _aspect(spacing: Sequence[float], axis: int) -> float:
     return rest[1] / rest[0]
 
 
-def _colours(count: int) -> list[tuple[float, ...]]:
+def _colours(count: int) -> list[tuple[float, float, float, float]]:
     from matplotlib import colormaps
 
     return [

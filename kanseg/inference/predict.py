@@ -43,14 +43,18 @@ def predict_logits(
     image = torch.as_tensor(image).to(device)
     axes = plan.mirror_axes if tta else []
     flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
-    total: Tensor | None = None
-    for flip in flips:
+
+    def logits_of(flip: Sequence[int]) -> Tensor:
         dims = [axis + 2 for axis in flip]
         logits = sliding_window_inference(
             image.flip(dims), plan.patch_size, WINDOWS_AT_ONCE, model, overlap=overlap, mode="gaussian"
-        ).flip(dims)
-        total = logits if total is None else total + logits
-    return total / len(flips)
+        )
+        return torch.as_tensor(logits).flip(dims)
+
+    total = logits_of(flips[0])
+    for flip in flips[1:]:
+        total += logits_of(flip)
+    return total.div_(len(flips))
 
 
 def predict_case(
@@ -118,28 +122,51 @@ def predict_folder(
 
     Returns:
         Message of each case that failed, by its id.
+
+    Raises:
+        UserError: before anything is written, where an output would replace an image or another output.
     """
     failures: dict[str, str] = {}
-    single = suffix_of(out) in (*SUFFIXES_3D, *SUFFIXES_2D)
-    if single and len(cases) != 1:
-        raise UserError(f"-o {out} is one file, but {len(cases)} images are given. Give a folder.")
+    paths = _outputs(cases, out, suffix)
     console = console or Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Predicting", total=len(cases))
-        for case in cases:
-            path = out if single else out / f"{case.id}{suffix or _suffix(case)}"
+        for case, path in zip(cases, paths, strict=True):
             try:
                 labels, source, chances = _predict(model, case, plan, overlap, tta, device)
                 write_label(path, labels, source, plan.label_dtype, description)
                 if probabilities:
                     _write_probabilities(path, chances, source, plan)
-            except UserError as error:
+            except (
+                UserError,
+                MemoryError,
+                RuntimeError,
+            ) as error:  # torch runs out of memory by RuntimeError
                 failures[case.id] = str(error)
                 console.print(f"[red]{case.id} failed:[/red] {error}", highlight=False, soft_wrap=True)
             else:
                 console.print(f"{case.id} -> {path}", highlight=False, soft_wrap=True)
             progress.advance(task)
     return failures
+
+
+def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]:
+    """Where each label map goes."""
+    if suffix_of(out) in (*SUFFIXES_3D, *SUFFIXES_2D):
+        if len(cases) != 1:
+            raise UserError(f"-o {out} is one file, but {len(cases)} images are given. Give a folder.")
+        paths = [out]
+    else:
+        paths = [out / f"{case.id}{suffix or _suffix(case)}" for case in cases]
+    taken = {image.resolve(): "an image to be segmented" for case in cases for image in case.images}
+    for case, path in zip(cases, paths, strict=True):
+        if other := taken.get(path.resolve()):
+            raise UserError(
+                f"The label map of {case.images[0]} would replace {path}, {other}. Choose another folder or other "
+                "names."
+            )
+        taken[path.resolve()] = f"the label map of {case.images[0]}"
+    return paths
 
 
 def _write_probabilities(path: Path, chances: _Probabilities, source: Image, plan: Plan) -> None:

@@ -1,0 +1,52 @@
+"""Folds cover every case once and never part a patient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kanseg.data.formats import read_dataset
+from kanseg.data.splits import split
+from kanseg.errors import UserError
+
+
+def test_splits_cover_every_case_once_and_repeat(blobs: Path) -> None:
+    dataset = read_dataset(blobs)
+    folds = split(dataset, folds=3, seed=1)
+    assert sorted(case for fold in folds for case in fold["val"]) == [case.id for case in dataset.cases]
+    assert folds == split(replace(dataset, cases=dataset.cases[::-1]), folds=3, seed=1)
+    for fold in folds:
+        assert sorted(fold["train"] + fold["val"]) == [case.id for case in dataset.cases]
+
+
+def test_the_seed_deals_the_patients(shared_data: Path) -> None:
+    dataset = read_dataset(shared_data / "hippocampus")
+    assert split(dataset, seed=0) == split(dataset, seed=0)
+    assert split(dataset, seed=0) != split(dataset, seed=1)
+    sizes = [len(fold["val"]) for fold in split(dataset)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_too_few_patients_are_refused(blobs: Path) -> None:
+    with pytest.raises(UserError, match="3 patients, too few for 5 folds"):
+        split(read_dataset(blobs), folds=5)
+
+
+@pytest.mark.parametrize(("name", "patients"), [("hippocampus", 136), ("glas", 15), ("busi", None)])
+def test_real_sets_are_split_by_patient(shared_data: Path, name: str, patients: int | None) -> None:
+    dataset = read_dataset(shared_data / name)
+    groups = {case.id: case.group for case in dataset.cases}
+    assert patients in (None, len(set(groups.values())))
+    assert len(set(groups.values())) < len(groups)
+    for fold in split(dataset):
+        assert not {groups[i] for i in fold["train"]} & {groups[i] for i in fold["val"]}
+
+
+def test_both_hemispheres_of_a_subject_stay_together(shared_data: Path) -> None:
+    """Numbers 2k - 1 and 2k of the hippocampus set are one person, as its README says."""
+    numbers: dict[str, set[int]] = {}
+    for case in read_dataset(shared_data / "hippocampus").cases:
+        numbers.setdefault(case.group, set()).add((int(case.id[-3:]) + 1) // 2)
+    assert all(len(subjects) == 1 for subjects in numbers.values())
