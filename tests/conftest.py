@@ -26,6 +26,12 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random numbers."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MSD data set of 6 volumes with two bright balls each, 3 patients with two volumes."""

@@ -277,7 +277,7 @@ def test_pictures_without_a_lesion_or_with_two_masks_are_refused(shared_data: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("dmri_4d_image", "4 channels"), ("rgb_voxels_image", "structured voxels")]
+    ("name", "says"), [("dmri_4d_image", "4 channels"), ("rgb_voxels_image", "structured or complex voxels")]
 )
 def test_volumes_of_another_kind_are_refused(
     run: Path, shared_data: Path, tmp_path: Path, name: str, says: str

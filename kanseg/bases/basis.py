@@ -40,14 +40,18 @@ def as_squash(squash: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
 
 
 class Basis(nn.Module):
-    """K functions phi_k. Subclasses set `num_functions` and implement `evaluate`.
+    """K functions phi_k. Subclasses set `num_functions` and implement `functions`.
 
     Attributes:
         num_functions: K.
         domain: the interval on which `evaluate` is meant to be used.
+        constant: "first" where phi_0 is 1, "sum" where all functions add up to 1, so that a convolution can do without
+            phi_0; else None.
+        pointwise: whether `squash` looks at one number alone; only what compat makes does not.
     """
 
     domain: tuple[float, float] = (-1.0, 1.0)
+    constant: str | None = None
 
     def __init__(self, num_functions: int, squash: str | Callable[[Tensor], Tensor] = "identity") -> None:
         super().__init__()
@@ -55,23 +59,32 @@ class Basis(nn.Module):
             raise UsageError(f"{type(self).__name__} needs at least one function, got {num_functions}")
         self.num_functions = num_functions
         self.squash = as_squash(squash)
+        self.pointwise: bool = getattr(squash, "pointwise", True)
+
+    def functions(self, t: Tensor) -> list[Tensor]:
+        """phi_0(t) ... phi_{K-1}(t) for t in the domain, each (N, C, *spatial) as t is."""
+        raise NotImplementedError(f"{type(self).__name__} does not define its functions")
 
     def evaluate(self, t: Tensor) -> Tensor:
         """phi_k(t) for t in the domain: (N, C, *spatial) -> (N, C, K, *spatial)."""
-        raise NotImplementedError(f"{type(self).__name__} does not define its functions")
+        return torch.stack(self.functions(t), dim=2)
+
+    def of(self, x: Tensor) -> list[Tensor]:
+        """phi_k(squash(x)), each (N, C, *spatial), in float32 also under autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.functions(self.squash(x.float() if x.dtype.itemsize < 4 else x))
 
     def forward(self, x: Tensor) -> Tensor:
         """phi_k(squash(x)): (N, C, *spatial) -> (N, C, K, *spatial), in float32 also under autocast."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.evaluate(self.squash(x.float() if x.dtype.itemsize < 4 else x))
+        return torch.stack(self.of(x), dim=2)
 
     def extra_repr(self) -> str:
         return f"num_functions={self.num_functions}"
 
 
 def beside(parameter: Tensor, t: Tensor) -> Tensor:
-    """View a (..., K) parameter so that it broadcasts against t.unsqueeze(2), (N, C, 1, *spatial)."""
-    return parameter.to(t.dtype).reshape(*parameter.shape, *[1] * (t.dim() - 2))
+    """View numbers a channel, (C,), so that they broadcast against t, (N, C, *spatial)."""
+    return parameter.to(t.dtype).reshape(-1, *[1] * (t.dim() - 2))
 
 
 def create_basis(basis: str | Basis, channels: int, **options: Any) -> Basis:

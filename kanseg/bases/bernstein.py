@@ -21,6 +21,7 @@ class Bernstein(Basis):
     """
 
     domain = (0.0, 1.0)
+    constant = "sum"
 
     def __init__(
         self,
@@ -33,12 +34,10 @@ class Bernstein(Basis):
         super().__init__(degree + 1, squash)
         self.degree = degree
 
-    def evaluate(self, t: Tensor) -> Tensor:
+    def functions(self, t: Tensor) -> list[Tensor]:
         powers, rest = [torch.ones_like(t)], [torch.ones_like(t)]
         for _ in range(self.degree):
             powers.append(powers[-1] * t)
             rest.append(rest[-1] * (1 - t))
-        return torch.stack(
-            [math.comb(self.degree, k) * powers[k] * rest[self.degree - k] for k in range(self.degree + 1)],
-            dim=2,
-        )
+        degree = self.degree
+        return [math.comb(degree, k) * powers[k] * rest[degree - k] for k in range(degree + 1)]

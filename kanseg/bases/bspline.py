@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from kanseg.bases.basis import BASES, Basis, beside
+from kanseg.bases.basis import BASES, Basis
 from kanseg.errors import UsageError
 
 
@@ -60,10 +60,7 @@ class BSpline(Basis):
         self.domain = (low, high)
         self.spline_order = spline_order
         self.spacing = (high - low) / grid_size
-        centres = low + self.spacing * (
-            torch.arange(self.num_functions, dtype=torch.float64) + (1 - spline_order) / 2
-        )
-        self.register_buffer("centres", centres.to(torch.get_default_dtype()), persistent=False)
+        self.centres = [low + self.spacing * (k + (1 - spline_order) / 2) for k in range(self.num_functions)]
 
-    def evaluate(self, t: Tensor) -> Tensor:
-        return cardinal_bspline((t.unsqueeze(2) - beside(self.centres, t)) / self.spacing, self.spline_order)
+    def functions(self, t: Tensor) -> list[Tensor]:
+        return [cardinal_bspline((t - centre) / self.spacing, self.spline_order) for centre in self.centres]

@@ -27,6 +27,8 @@ class OrthogonalPolynomials(Basis):
         squash: map of the input into [-1, 1].
     """
 
+    constant = "first"
+
     def __init__(
         self,
         degree: int,
@@ -39,13 +41,13 @@ class OrthogonalPolynomials(Basis):
         self.degree = degree
         self.recurrence = [coefficients(n) for n in range(1, degree + 1)]
 
-    def evaluate(self, t: Tensor) -> Tensor:
+    def functions(self, t: Tensor) -> list[Tensor]:
         functions = [torch.ones_like(t)]
         for n, (a, b, c) in enumerate(self.recurrence, start=1):
             slope = t if (a, b) == (1.0, 0.0) else a * t + b
             following = slope * functions[-1] if n > 1 else slope
             functions.append(following - self.weight(n, c) * functions[-2] if c else following)
-        return torch.stack(functions, dim=2)
+        return functions
 
     def weight(self, n: int, c: float) -> float | Tensor:
         """The factor of P_{n-2}; learned bases scale it."""

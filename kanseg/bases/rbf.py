@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kanseg.bases.basis import BASES, Basis, beside
+from kanseg.bases.basis import BASES, Basis
 from kanseg.errors import UsageError
 
 
@@ -31,7 +31,7 @@ class GaussianRBF(Basis):
         super().__init__(grid_size, squash)
         self.domain = (low, high)
         self.width = (high - low) / (grid_size - 1)
-        self.register_buffer("centres", torch.linspace(low, high, grid_size), persistent=False)
+        self.centres = [low + k * self.width for k in range(grid_size)]
 
-    def evaluate(self, t: Tensor) -> Tensor:
-        return torch.exp(-(((t.unsqueeze(2) - beside(self.centres, t)) / self.width) ** 2))
+    def functions(self, t: Tensor) -> list[Tensor]:
+        return [torch.exp(-(((t - centre) / self.width) ** 2)) for centre in self.centres]

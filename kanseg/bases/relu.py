@@ -41,8 +41,10 @@ class ReLUBumps(Basis):
         self.phase_high = nn.Parameter(low + (order + 1) / grid_size, requires_grad=train_phases)
         self.scale = 4 * grid_size**2 / (order + 1) ** 2
 
-    def evaluate(self, t: Tensor) -> Tensor:
+    def functions(self, t: Tensor) -> list[Tensor]:
         repeats = t.shape[1] // len(self.phase_low) if len(self.phase_low) > 1 else 1
-        low, high = (beside(phase.repeat(repeats, 1), t) for phase in (self.phase_low, self.phase_high))
-        t = t.unsqueeze(2)
-        return ((t - low).relu() * (high - t).relu() * self.scale) ** 2
+        edges = (phase.repeat(repeats, 1).unbind(1) for phase in (self.phase_low, self.phase_high))
+        return [
+            ((t - beside(low, t)).relu() * (beside(high, t) - t).relu() * self.scale) ** 2
+            for low, high in zip(*edges, strict=True)
+        ]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kanseg.bases.basis import BASES, Basis, beside
+from kanseg.bases.basis import BASES, Basis
 from kanseg.errors import UsageError, did_you_mean
 
 
@@ -85,10 +85,10 @@ class WaveletShifts(Basis):
         self.domain = (low, high)
         self.psi = get_wavelet(wavelet)
         self.width = (high - low) / (grid_size - 1)
-        self.register_buffer("shifts", torch.linspace(low, high, grid_size), persistent=False)
+        self.shifts = [low + k * self.width for k in range(grid_size)]
 
-    def evaluate(self, t: Tensor) -> Tensor:
-        return self.psi((t.unsqueeze(2) - beside(self.shifts, t)) / self.width)
+    def functions(self, t: Tensor) -> list[Tensor]:
+        return [self.psi((t - shift) / self.width) for shift in self.shifts]
 
 
 def _register(name: str) -> None:

@@ -30,6 +30,8 @@ def multiplied_gram(degree: int) -> Gram:
 class BatchMinMax(nn.Module):
     """2 (x - min) / (max - min) - 1 with the extremes of all samples, channels of the group and positions."""
 
+    pointwise = False
+
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
@@ -44,8 +46,8 @@ class BatchMinMax(nn.Module):
 class Ones(Basis):
     """K functions that are all 1."""
 
-    def evaluate(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t).unsqueeze(2).repeat_interleave(self.num_functions, dim=2)
+    def functions(self, t: Tensor) -> list[Tensor]:
+        return [torch.ones_like(t)] * self.num_functions
 
 
 def negative_mexican_hat(z: Tensor) -> Tensor:
@@ -61,6 +63,8 @@ def channel_windowed_shannon(z: Tensor) -> Tensor:
 
 class DegreeMajorKANConv(KANConv):
     """A grouped layer whose expansion is ordered by function first and only then cut into groups (KAGN "V2")."""
+
+    folds = False
 
     def expand(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         base = self.base_act(x).unflatten(1, (self.groups, -1))

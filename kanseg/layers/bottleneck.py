@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.errors import UsageError
-from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, recomputed
+from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, lean, recomputed
 
 
 class NoiseInjection(nn.Module):
@@ -83,7 +83,7 @@ class BottleneckKANConv(ConvGeometry):
             basis=basis,
             basis_act=basis_act,
             base=False,
-            recompute=False,  # the whole layer is recomputed
+            recompute=recompute,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -95,10 +95,15 @@ class BottleneckKANConv(ConvGeometry):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.noise(x)
-        return (
-            recomputed(self._convolve, x, preserve_rng_state=False) if self.recompute else self._convolve(x)
-        )
+        if not self.recompute:
+            return self._convolve(x)
+        if not lean(x):
+            return recomputed(self._convolve, x, preserve_rng_state=False)
+        base = self.convolve_expanded([x], lambda rows: [self.base_act(rows)], self.base_weight)
+        return base + recomputed(self._narrow, x, preserve_rng_state=False)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        y = self.pointwise(self.inner(self.pointwise(x, self.down_weight)), self.up_weight)
-        return y + self.convolve(self.base_act(x), self.base_weight)
+        return self._narrow(x) + self.convolve(self.base_act(x), self.base_weight)
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.inner(self.pointwise(x, self.down_weight)), self.up_weight)

@@ -1,8 +1,8 @@
 """The KAN convolution: an ordinary convolution over a pointwise basis expansion.
 
 y = conv(act(x); W_base) + conv(Phi(x); W_basis), where Phi gives K numbers a channel. Both terms run as ONE convolution
-over (K + 1) C channels, channel by channel, so `groups` is the native one. The expansion is not kept for the backward
-pass but computed again there: the layer keeps its input, like a plain convolution.
+over (K + 1) C channels, group by group, so `groups` is the native one. The expansion is not kept for the backward pass
+but computed again there (`kanseg.layers.kernels`): the layer keeps its input, like a plain convolution.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kanseg.bases import Basis, create_basis
 from kanseg.errors import UsageError
+from kanseg.layers.kernels import expanded_conv
+from kanseg.layers.kernels.expanded_conv import Geometry
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ActSpec = str | tuple[str, dict[str, Any]] | None
@@ -98,6 +100,24 @@ class ConvGeometry(nn.Module):
             x, weight, None, self.stride, self.padding, self.dilation, groups or self.groups
         )
 
+    def convolve_expanded(
+        self,
+        inputs: Sequence[Tensor],
+        branches: Callable[..., list[Tensor]],
+        weight: Tensor,
+        constant: Tensor | None = None,
+        parameters: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The convolution over an expansion that is not kept; see `expanded_conv`. 1D runs as 2D of height one."""
+        axes = (self.kernel_size, self.stride, self.padding, self.dilation)
+        if self.spatial_dims > 1:
+            geometry = Geometry(*axes, self.groups)
+            return expanded_conv(inputs, branches, weight, constant, parameters, geometry)
+        flat = Geometry(*((fill, *axis) for fill, axis in zip((1, 1, 0, 1), axes, strict=True)), self.groups)
+        constant = None if constant is None else constant.unsqueeze(1)
+        inputs = [x.unsqueeze(2) for x in inputs]
+        return expanded_conv(inputs, branches, weight.unsqueeze(2), constant, parameters, flat).squeeze(2)
+
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """A grouped 1x1 convolution, no bias."""
         return CONVOLUTIONS[self.spatial_dims](x, weight, groups=self.groups)
@@ -107,6 +127,16 @@ class ConvGeometry(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
         )
+
+
+def lean(x: Tensor) -> bool:
+    """Whether the kernels that work on rows serve here; elsewhere torch's own steps and compilers do better."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.device.type == "cpu" or (
+        x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+    )
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
@@ -129,7 +159,8 @@ class KANConv(ConvGeometry):
         input_norm: MONAI norm spec for the input of the basis branch (FastKAN).
         dropout: channel dropout probability; `dropout_at` says where: "input" (both branches), "basis_input",
             "basis" or "output" (handled by `ConvLayer`).
-        recompute: compute the expansion again in backward instead of keeping it.
+        recompute: compute the expansion again in backward instead of keeping it (it is not kept under dropout and
+            torch.compile either, by other ways).
         basis_options: arguments of the basis (degree, grid_size, ...).
 
     >>> conv = KANConv(3, 4, 8, basis="gram", groups=2)
@@ -177,6 +208,8 @@ class KANConv(ConvGeometry):
         self.dropout_at = dropout_at
         self.recompute = recompute
 
+    folds = True  # whether `branches` and `folded_weights` say what `expand` and `weight` do
+
     def forward(self, x: Tensor) -> Tensor:
         if self.basis is None:
             return self.convolve(self._drop("input", x), self.base_weight)
@@ -186,6 +219,9 @@ class KANConv(ConvGeometry):
         )
         if not self.recompute:
             return self.expand_and_convolve(*inputs)
+        if self.folds and self.basis.pointwise and not self._drops() and lean(x):
+            learned = [p for p in self.basis.parameters() if p.requires_grad]
+            return self.convolve_expanded(inputs, self.branches, *self.folded_weights(), learned)
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)
 
     def expand_and_convolve(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
@@ -206,6 +242,36 @@ class KANConv(ConvGeometry):
             return self.basis_weight
         by_channel = self.basis_weight.unflatten(1, (-1, self.basis.num_functions))
         return torch.cat([self.base_weight.unsqueeze(2), by_channel], dim=2).flatten(1, 2)
+
+    def branches(self, x: Tensor, normed: Tensor | None = None) -> list[Tensor]:
+        """[act(x), phi_k(x), ...] of rows (P, C), each (P, C), without a phi_0 that `folded_weights` does away with."""
+        functions = self.basis.of(x if normed is None else normed)[int(self._constant() is not None) :]
+        base = [] if self.base_weight is None else [self.base_act(x)]
+        return [*base, *(self.basis_act(f) for f in functions)]
+
+    def folded_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weights over `branches`, (out_channels, R * C / groups, *kernel), and of the constant that phi_0 is."""
+        by_function = self.basis_weight.unflatten(1, (-1, self.basis.num_functions)).transpose(1, 2)
+        base = [] if self.base_weight is None else [self.base_weight.unsqueeze(1)]
+        kind, constant = self._constant(), None
+        if kind is not None:
+            first, by_function = by_function[:, :1], by_function[:, 1:]
+            if kind == "sum":
+                by_function = by_function - first
+            one = self.basis_act(first.new_ones(())) if kind == "first" else 1.0
+            constant = first.sum((1, 2)) * one
+        return torch.cat([*base, by_function], dim=1).flatten(1, 2), constant
+
+    def _constant(self) -> str | None:
+        """How phi_0 is known without evaluating it; it stays where it is the only function."""
+        kind = self.basis.constant
+        bent = kind == "sum" and not isinstance(self.basis_act, nn.Identity)
+        return None if bent or self.basis.num_functions == 1 else kind
+
+    def _drops(self) -> bool:
+        """Whether dropout acts inside the expansion now."""
+        outside = self.input_norm is not None and self.dropout_at == "basis_input"
+        return self.dropout is not None and self.training and not outside
 
     def _expanded_basis(self, x: Tensor) -> Tensor:
         return self._drop("basis", self.basis_act(self.basis(x)))

@@ -1,0 +1,33 @@
+"""Views of tensors as rows: (N, C, *S) in channels-last memory is (N, voxels, C)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ROW_BLOCK = 1 << 17  # numbers worked on at a time: half a megabyte of float32, so that steps meet in the cache
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(N, C, *S) with two or three spatial axes in channels-last memory, copied where it is not."""
+    return x.contiguous(memory_format=FORMATS[x.dim()])
+
+
+def empty_channels_last(size: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (N, C, *S) in channels-last memory."""
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=FORMATS[len(size)])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(N, C, *S) in channels-last memory -> (N, voxels, C), the same memory."""
+    return x.movedim(1, -1).flatten(1, -2)
+
+
+def blocks(count: int, width: int) -> Iterator[slice]:
+    """Cut `count` rows of `width` numbers into blocks of about ROW_BLOCK numbers."""
+    step = max(1, ROW_BLOCK // width)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
