@@ -135,14 +135,21 @@ def predict(
     suffix = None if format_ is None else f".{format_.lstrip('.')}"
     if suffix is not None and suffix not in (*SUFFIXES_3D, *SUFFIXES_2D):
         raise UsageError(f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, png, tif.")
-    cases = find_images(images)
+    if not images.exists():
+        raise UserError(
+            f"There is no {images}. Give an image, a folder of images, or a folder with a DICOM series."
+        )
     import torch
 
     from kanseg.inference.predict import predict_folder
     from kanseg.training.checkpoint import load_model
+    from kanseg.training.devices import keep_freed_memory
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
     network, plan_, _ = load_model(model, device)
+    cases = find_images(images, channels=len(plan_.channel_names))
     how: dict[str, Any] = {"overlap": overlap, "tta": tta, "probabilities": probabilities, "device": device}
     how |= {"suffix": suffix, "description": f"kanseg {__version__} {plan_.model} {plan_.dataset_name}"}
     failures = predict_folder(network, plan_, cases, out, console=_console(True), **how)

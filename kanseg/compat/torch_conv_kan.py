@@ -8,17 +8,19 @@ reference's numbers in `eval()`, its errors included (`compat.legacy`); new netw
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kanseg.compat import legacy
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.layers import ConvLayer
 from kanseg.layers.families import FAMILIES
+from kanseg.layers.wavelet_conv import WaveletConv
 
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "dropout")
 DEFAULT_PADDING = 0
@@ -130,6 +132,12 @@ LAYERS: dict[str, Family] = {
 }
 
 
+class ReferenceLayer(ConvLayer):
+    """A layer that knows where its weights are in the reference."""
+
+    reference_links: list[Link]
+
+
 @dataclass(frozen=True)
 class Link:
     """One tensor of ours and the reference's tensors it is made of, with the maps both ways."""
@@ -142,7 +150,7 @@ class Link:
 
 def from_torch_conv_kan(
     class_name: str, args: Mapping[str, Any], state_dict: Mapping[str, Tensor]
-) -> nn.Module:
+) -> ReferenceLayer:
     """Our module with the reference's weights, in `eval()`; same output and gradients.
 
     Args:
@@ -161,17 +169,17 @@ def from_torch_conv_kan(
     return layer.eval()
 
 
-def to_torch_conv_kan(module: nn.Module) -> dict[str, Tensor]:
+def to_torch_conv_kan(module: ReferenceLayer) -> dict[str, Tensor]:
     """The reference's state_dict of a module made by `from_torch_conv_kan` (without its constant buffers)."""
     return _spread(module, module.state_dict())
 
 
-def reference_gradients(module: nn.Module) -> dict[str, Tensor]:
+def reference_gradients(module: ReferenceLayer) -> dict[str, Tensor]:
     """Gradients after `backward()` under the reference's parameter names and in its layout."""
     return _spread(module, {name: p.grad for name, p in module.named_parameters() if p.grad is not None})
 
 
-def _spread(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _spread(module: ReferenceLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     spread: dict[str, Tensor] = {}
     for link in module.reference_links:
         if link.ours in tensors:
@@ -189,7 +197,7 @@ def _find(class_name: str) -> tuple[Family, int]:
     return LAYERS[name], int(match[2])
 
 
-def _build(spec: Family, spatial_dims: int, args: dict[str, Any]) -> ConvLayer:
+def _build(spec: Family, spatial_dims: int, args: dict[str, Any]) -> ReferenceLayer:
     channels = [args.pop(name) for name in ("input_dim", "output_dim")]
     for unused in ("ndim", "conv_class", "conv_class_plus1"):
         args.pop(unused, None)
@@ -207,7 +215,7 @@ def _build(spec: Family, spatial_dims: int, args: dict[str, Any]) -> ConvLayer:
         norm,
         args,
     )  # what is left goes to the norm
-    return ConvLayer(spatial_dims, *channels, **options)
+    return ReferenceLayer(spatial_dims, *channels, **options)
 
 
 def _norm(norm: Any, default: str) -> str:
@@ -259,9 +267,13 @@ def _links(spec: Family, layer: ConvLayer, spatial_dims: int, state: Mapping[str
         link = many(f"{norm_name}.{key}", pattern)
         if key == "num_batches_tracked":
             count = len(link.theirs)
-            link = Link(link.ours, link.theirs, lambda p: p[0], lambda t, count=count: [t] * count)
+            link = Link(link.ours, link.theirs, lambda p: p[0], partial(_repeated, count=count))
         links.append(link)
     return links
+
+
+def _repeated(t: Tensor, count: int) -> list[Tensor]:
+    return [t] * count
 
 
 def _pairs(t: Tensor) -> Tensor:
@@ -305,7 +317,7 @@ def _basis(spec: Family, layer: ConvLayer) -> Link:
     return Link(ours, names, to_ours, to_theirs)
 
 
-def _wavelet_links(conv: nn.Module, state: Mapping[str, Tensor]) -> list[Link]:
+def _wavelet_links(conv: WaveletConv, state: Mapping[str, Tensor]) -> list[Link]:
     """Scale, translation, mixing, and the weights in whichever of the three storages the state has."""
     groups, dims = conv.groups, conv.spatial_dims
 
@@ -345,9 +357,9 @@ def _wavelet_links(conv: nn.Module, state: Mapping[str, Tensor]) -> list[Link]:
     ]
 
 
-def _load(layer: ConvLayer, class_name: str, state: Mapping[str, Tensor]) -> None:
+def _load(layer: ReferenceLayer, class_name: str, state: Mapping[str, Tensor]) -> None:
     """Copy the weights, or say which keys do not fit. Constant buffers of the reference are not needed."""
-    links: Sequence[Link] = layer.reference_links
+    links = layer.reference_links
     expected = {name for link in links for name in link.theirs}
     ignored = {"arange", "rbf.grid"} | {key for key in state if key.endswith("num_batches_tracked")}
     missing = sorted(expected - set(state) - ignored)

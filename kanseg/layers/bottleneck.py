@@ -63,8 +63,16 @@ class BottleneckKANConv(ConvGeometry):
         recompute: bool = True,
         **basis_options: Any,
     ) -> None:
-        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        super().__init__(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
+        super().__init__(
+            spatial_dims,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
         if dim_reduction <= 0:
             raise UsageError(f"dim_reduction must be positive, got {dim_reduction}")
         inputs, outputs = in_channels // self.groups, out_channels // self.groups

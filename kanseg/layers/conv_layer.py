@@ -19,12 +19,13 @@ from kanseg.layers.kan_conv import ActSpec, KANConv, activation, lean, normalise
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.rows import channels_last
 
-
 FUSED: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.SiLU: "silu", nn.ReLU: "relu"}
 
 
 class GroupPReLU(nn.Module):
     """PReLU with one slope a group of channels."""
+
+    weight: nn.Parameter
 
     def __init__(self, groups: int = 1) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class GroupPReLU(nn.Module):
 class FrozenStatistics:
     """Run a norm once more on the same batch without counting it in its running statistics; may be entered again."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         self.norm = norm
 
     def __enter__(self) -> None:
@@ -65,6 +66,9 @@ class ConvLayer(nn.Module):
         dropout: channel dropout; `dropout_at="output"` puts it here, every other place inside the convolution.
         options: go to `conv` (basis, stride, groups, ...).
     """
+
+    conv: Any
+    norm: Any
 
     def __init__(
         self,

@@ -27,6 +27,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kaln": {"basis": "legendre", "base_act": None},
     "kacn": {"basis": "chebyshev", "base": False, "act": None, "dropout_at": "output"},
     "kagn": {"basis": "gram", "basis_act": "silu"},
+    "kagn_v2": {
+        "basis": "gram",
+        "basis_act": "silu",
+    },  # one grouped convolution and one norm, as all rows here
     "kajn": {"basis": "jacobi", "base_act": None, "dropout_at": "basis"},
     "kabn": {"basis": "bernstein", "base_act": None},
     "relukan": {"basis": "relu", "dropout_at": "input"},
@@ -40,6 +44,7 @@ NAMES = {
     "kaln": "KALNConv",
     "kacn": "KACNConv",
     "kagn": "KAGNConv",
+    "kagn_v2": "KAGNV2Conv",
     "kajn": "KAJNConv",
     "kabn": "KABNConv",
     "relukan": "ReLUKANConv",
@@ -47,12 +52,13 @@ NAMES = {
     "bottleneck_kagn": "BottleneckKAGNConv",
     "bottleneck_relukan": "BottleneckReLUKANConv",
 }
-BY_BASIS = {
-    row["basis"]: family for family, row in FAMILIES.items() if row.get("basis") and "conv" not in row
-}
+BY_BASIS: dict[str, str] = {}  # the first family of each basis
+for _family, _row in FAMILIES.items():
+    if _row.get("basis") and "conv" not in _row:
+        BY_BASIS.setdefault(_row["basis"], _family)
 
 
-def family_name(basis: str | None) -> str | None:
+def family_name(basis: str | None) -> str:
     """The family of a basis ("gram" -> "kagn"); a family's own name stays; None and "plain" are the plain twin.
 
     A basis without a family of its own (say "mexican_hat" with shared shifts) is returned as it is.
@@ -89,7 +95,7 @@ def _thin_name(family: str, spatial_dims: int) -> type[nn.Module]:
     name = f"{NAMES[family]}{spatial_dims}d"
 
     def __init__(  # noqa: N807
-        self: nn.Module, in_channels: int, out_channels: int, kernel_size: Any = 3, **options: Any
+        self: ConvLayer, in_channels: int, out_channels: int, kernel_size: Any = 3, **options: Any
     ) -> None:
         row = {**FAMILIES[family], **options}
         ConvLayer.__init__(self, spatial_dims, in_channels, out_channels, kernel_size, **row)

@@ -23,6 +23,7 @@ from kanseg.bases import Basis, create_basis
 from kanseg.errors import UsageError
 from kanseg.layers.kernels import expanded_conv
 from kanseg.layers.kernels.expanded_conv import Geometry
+from kanseg.layers.kernels.rows import FORMATS
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ActSpec = str | tuple[str, dict[str, Any]] | None
@@ -109,11 +110,12 @@ class ConvGeometry(nn.Module):
         parameters: Sequence[Tensor] = (),
     ) -> Tensor:
         """The convolution over an expansion that is not kept; see `expanded_conv`. 1D runs as 2D of height one."""
-        axes = (self.kernel_size, self.stride, self.padding, self.dilation)
         if self.spatial_dims > 1:
-            geometry = Geometry(*axes, self.groups)
+            geometry = Geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
             return expanded_conv(inputs, branches, weight, constant, parameters, geometry)
-        flat = Geometry(*((fill, *axis) for fill, axis in zip((1, 1, 0, 1), axes, strict=True)), self.groups)
+        flat = Geometry(
+            (1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
+        )
         constant = None if constant is None else constant.unsqueeze(1)
         inputs = [x.unsqueeze(2) for x in inputs]
         return expanded_conv(inputs, branches, weight.unsqueeze(2), constant, parameters, flat).squeeze(2)
@@ -133,10 +135,7 @@ def lean(x: Tensor) -> bool:
     """Whether the kernels that work on rows serve here; elsewhere torch's own steps and compilers do better."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.device.type == "cpu" or (
-        x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
-    )
+    return x.device.type == "cpu" or (x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()]))
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
@@ -159,14 +158,18 @@ class KANConv(ConvGeometry):
         input_norm: MONAI norm spec for the input of the basis branch (FastKAN).
         dropout: channel dropout probability; `dropout_at` says where: "input" (both branches), "basis_input",
             "basis" or "output" (handled by `ConvLayer`).
-        recompute: compute the expansion again in backward instead of keeping it (it is not kept under dropout and
-            torch.compile either, by other ways).
+        recompute: compute the expansion again in backward instead of keeping it.
         basis_options: arguments of the basis (degree, grid_size, ...).
 
     >>> conv = KANConv(3, 4, 8, basis="gram", groups=2)
     >>> conv(torch.zeros(1, 4, 5, 6, 7)).shape
     torch.Size([1, 8, 5, 6, 7])
     """
+
+    basis: Any  # a Basis; None makes the plain convolution
+    base_weight: Any  # parameters; None where the layer has no such branch
+    basis_weight: Any
+    folds = True  # whether `branches` and `folded_weights` say the same as `expand` and `weight`
 
     def __init__(
         self,
@@ -189,8 +192,16 @@ class KANConv(ConvGeometry):
         recompute: bool = True,
         **basis_options: Any,
     ) -> None:
-        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        super().__init__(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
+        super().__init__(
+            spatial_dims,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
         channels = in_channels // self.groups
         if basis is None:
             base, base_act = True, None
@@ -207,8 +218,6 @@ class KANConv(ConvGeometry):
         self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else None
         self.dropout_at = dropout_at
         self.recompute = recompute
-
-    folds = True  # whether `branches` and `folded_weights` say what `expand` and `weight` do
 
     def forward(self, x: Tensor) -> Tensor:
         if self.basis is None:

@@ -66,7 +66,7 @@ class WaveletConv(ConvGeometry):
             self.mix_weight,
             self.base_weight,
         )
-        terms = [
+        terms: list[Callable[..., Tensor]] = [
             self._base_term,
             *(partial(self._edge_term, first) for first in range(0, self._edges(), self.step)),
         ]
@@ -122,7 +122,7 @@ class SumOfTerms(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
-        total: list[Tensor | None] = [None] * len(wanted)
+        total: list[Any] = [None] * len(wanted)
         for term in ctx.terms:
             leaves = [
                 t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)

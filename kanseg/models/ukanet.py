@@ -152,7 +152,7 @@ class UKANet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         self._check(x)
         *skips, decoded = self.encoder(x)
-        maps = []
+        maps: list[Tensor] = []
         for stage, skip in zip(self.decoder, reversed(skips), strict=True):
             decoded = stage(decoded, skip)
             maps.insert(0, decoded)

@@ -161,9 +161,7 @@ class Slab:
         return geometry.padding if self.whole else (0, *geometry.padding[1:])
 
 
-def _slabs(
-    shape: Sequence[int], channels: int, dtype: torch.dtype, geometry: Geometry
-) -> Iterator[Slab]:
+def _slabs(shape: Sequence[int], channels: int, dtype: torch.dtype, geometry: Geometry) -> Iterator[Slab]:
     samples, _, planes, *rest = shape
     plane_bytes = channels * dtype.itemsize * torch.Size(rest).numel()
     outputs = geometry.out_size(shape[2:])[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kanseg.layers.kernels.rows import as_rows, blocks
+from kanseg.layers.kernels.rows import as_rows, blocks, channels_last
 
 # activation: in place, and the gradient at its input from the gradient at its output
 ACTIVATIONS: dict[str, tuple[Any, Any]] = {
@@ -72,7 +72,7 @@ class _NormAct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, mean, inverse = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=_format(y))
+        grad = channels_last(grad)
         result = torch.empty_like(y)
         rows, upper, lower = as_rows(y), as_rows(grad), as_rows(result)
         count, channels = rows.shape[1:]
@@ -96,7 +96,3 @@ class _NormAct(torch.autograd.Function):
         gain = None if weight is None else sums[1].sum((0, 1))
         offsets = None if bias is None else sums[0].sum((0, 1))
         return result, gain, offsets, None, None
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
