@@ -229,12 +229,17 @@ def info(json_: Json = False) -> None:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    from kanseg.layers.kernels.native import available
+
+    found["compiled kernels"] = (
+        available() or "none (was there a compiler at installation?)"
+    )
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     console = _console(json_)
     for name, value in found.items():
-        console.print(f"{name:14} {value}", highlight=False)
+        console.print(f"{name:16} {value}", highlight=False)
     _emit(found, json_)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE_FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+PACKAGE_FILES = ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,10 @@ def test_the_wheel_has_every_module_and_every_config(wheel: Path) -> None:
     assert any(name.endswith("LICENSE") for name in names)
     assert "kanseg = kanseg.cli:main" in entry_points
     assert not [name for name in names if name.startswith(("tests", "configs", "notebooks"))]
+    if shutil.which("g++"):
+        assert [name for name in names if name.startswith("kanseg/layers/kernels/_native")], (
+            "the kernels are compiled"
+        )
 
 
 def test_the_installed_wheel_finds_its_configs_far_from_the_checkout(wheel: Path, tmp_path: Path) -> None:

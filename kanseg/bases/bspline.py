@@ -59,8 +59,8 @@ class BSpline(Basis):
         super().__init__(grid_size + spline_order, squash)
         self.domain = (low, high)
         self.spline_order = spline_order
-        self.spacing = (high - low) / grid_size
-        self.centres = [low + self.spacing * (k + (1 - spline_order) / 2) for k in range(self.num_functions)]
+        self.width = (high - low) / grid_size
+        self.centres = [low + self.width * (k + (1 - spline_order) / 2) for k in range(self.num_functions)]
 
     def functions(self, t: Tensor) -> list[Tensor]:
-        return [cardinal_bspline((t - centre) / self.spacing, self.spline_order) for centre in self.centres]
+        return [cardinal_bspline((t - centre) / self.width, self.spline_order) for centre in self.centres]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, lean, recomputed
+from kanseg.layers.kernels import native
+from kanseg.layers.kernels.expansion import Branches
 
 
 class NoiseInjection(nn.Module):
@@ -107,7 +109,9 @@ class BottleneckKANConv(ConvGeometry):
             return self._convolve(x)
         if not lean(x):
             return recomputed(self._convolve, x, preserve_rng_state=False)
-        base = self.convolve_expanded([x], lambda rows: [self.base_act(rows)], self.base_weight)
+        compiled = native.describe(None, self.base_act, nn.Identity(), 0, 1)
+        activated = Branches(lambda rows: [self.base_act(rows)], (), compiled)
+        base = self.convolve_expanded([x], activated, self.base_weight)
         return base + recomputed(self._narrow, x, preserve_rng_state=False)
 
     def _convolve(self, x: Tensor) -> Tensor:

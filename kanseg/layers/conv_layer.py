@@ -19,8 +19,6 @@ from kanseg.layers.kan_conv import ActSpec, KANConv, activation, lean, normalise
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.rows import channels_last
 
-FUSED: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.SiLU: "silu", nn.ReLU: "relu"}
-
 
 class GroupPReLU(nn.Module):
     """PReLU with one slope a group of channels."""
@@ -31,8 +29,20 @@ class GroupPReLU(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((groups,), 0.25))
 
+    def slopes(self, channels: int) -> Tensor:
+        """The slope of each channel, (channels,)."""
+        return self.weight.repeat_interleave(channels // len(self.weight))
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.prelu(x, self.weight.repeat_interleave(x.shape[1] // len(self.weight)).to(x.dtype))
+        return F.prelu(x, self.slopes(x.shape[1]).to(x.dtype))
+
+
+FUSED: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    GroupPReLU: "prelu",
+}
 
 
 class FrozenStatistics:
@@ -105,7 +115,8 @@ class ConvLayer(nn.Module):
             return self.dropout(self._norm_act(y))
         if self.fused_act is not None and not self.norm.track_running_stats and _fits(y):
             norm = self.norm
-            y = instance_norm_act(channels_last(y), norm.weight, norm.bias, norm.eps, self.fused_act)
+            below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
+            y = instance_norm_act(channels_last(y), norm.weight, norm.bias, norm.eps, self.fused_act, below)
             return self.dropout(y)
         contexts = partial(_first_and_second_run, self.norm)
         y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)

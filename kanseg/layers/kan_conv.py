@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kanseg.bases import Basis, create_basis
 from kanseg.errors import UsageError
-from kanseg.layers.kernels import expanded_conv
-from kanseg.layers.kernels.expanded_conv import Geometry
+from kanseg.layers.kernels import expanded_conv, native
+from kanseg.layers.kernels.expansion import Branches, Geometry
+from kanseg.layers.kernels.plain_conv import plain_conv
 from kanseg.layers.kernels.rows import FORMATS
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -101,24 +102,26 @@ class ConvGeometry(nn.Module):
             x, weight, None, self.stride, self.padding, self.dilation, groups or self.groups
         )
 
+    def geometry(self) -> Geometry:
+        """Kernel, stride, padding, dilation and groups."""
+        return Geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+
     def convolve_expanded(
         self,
         inputs: Sequence[Tensor],
-        branches: Callable[..., list[Tensor]],
+        branches: Branches,
         weight: Tensor,
         constant: Tensor | None = None,
-        parameters: Sequence[Tensor] = (),
     ) -> Tensor:
         """The convolution over an expansion that is not kept; see `expanded_conv`. 1D runs as 2D of height one."""
         if self.spatial_dims > 1:
-            geometry = Geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-            return expanded_conv(inputs, branches, weight, constant, parameters, geometry)
+            return expanded_conv(inputs, branches, weight, constant, self.geometry())
         flat = Geometry(
             (1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
         )
         constant = None if constant is None else constant.unsqueeze(1)
         inputs = [x.unsqueeze(2) for x in inputs]
-        return expanded_conv(inputs, branches, weight.unsqueeze(2), constant, parameters, flat).squeeze(2)
+        return expanded_conv(inputs, branches, weight.unsqueeze(2), constant, flat).squeeze(2)
 
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """A grouped 1x1 convolution, no bias."""
@@ -221,7 +224,9 @@ class KANConv(ConvGeometry):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.basis is None:
-            return self.convolve(self._drop("input", x), self.base_weight)
+            x = self._drop("input", x)
+            fast = plain_conv(x, self.base_weight, self.geometry()) if self.recompute and lean(x) else None
+            return self.convolve(x, self.base_weight) if fast is None else fast
         # The norm stays outside: run twice, it would count its statistics twice.
         inputs = (
             (x,) if self.input_norm is None else (x, normalise(self.input_norm, self._drop("basis_input", x)))
@@ -230,7 +235,11 @@ class KANConv(ConvGeometry):
             return self.expand_and_convolve(*inputs)
         if self.folds and self.basis.pointwise and not self._drops() and lean(x):
             learned = [p for p in self.basis.parameters() if p.requires_grad]
-            return self.convolve_expanded(inputs, self.branches, *self.folded_weights(), learned)
+            base = None if self.base_weight is None else self.base_act
+            skip = int(self._constant() is not None)
+            compiled = native.describe(self.basis, base, self.basis_act, skip, len(inputs))
+            branches = Branches(self.branches, learned, compiled)
+            return self.convolve_expanded(inputs, branches, *self.folded_weights())
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)
 
     def expand_and_convolve(self, x: Tensor, normed: Tensor | None = None) -> Tensor:

@@ -2,97 +2,168 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kanseg.layers.kernels import native
+from kanseg.layers.kernels.native import Affine
 from kanseg.layers.kernels.rows import as_rows, blocks, channels_last
 
-# activation: in place, and the gradient at its input from the gradient at its output
-ACTIVATIONS: dict[str, tuple[Any, Any]] = {
-    "identity": (lambda z: z, lambda g, z: g),
-    "silu": (lambda z: F.silu(z, inplace=True), torch.ops.aten.silu_backward),
-    "relu": (torch.relu_, lambda g, z: g * (z > 0)),
-}
 
-
-def instance_norm_act(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str) -> Tensor:
+def instance_norm_act(
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    below: Tensor | None = None,
+) -> Tensor:
     """act((y - mean) / sqrt(var + eps) * weight + bias), (N, C, *S) in channels-last memory, float32 or float64.
 
     Mean and variance are of each sample and channel, the variance by a second pass over the centred values.
     Without gradients the result is written over `y`.
+
+    Args:
+        act: "identity", "silu", "relu" or "prelu".
+        below: slopes below zero of "prelu", (C,).
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, weight, bias)):
-        return _NormAct.apply(y, weight, bias, eps, act)
-    return _forward(y, y, weight, bias, eps, act)[0]
+    given = (y, weight, bias, below)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return _NormAct.apply(y, weight, bias, below, eps, act)
+    return _forward(y, y, weight, bias, below, eps, act)[0]
+
+
+def activate(z: Tensor, to: Affine) -> Tensor:
+    """The activation, in place."""
+    if to.act == "silu":
+        return F.silu(z, inplace=True)
+    if to.act == "relu":
+        return z.relu_()
+    return z.copy_(torch.where(z > 0, z, z * to.below)) if to.act == "prelu" else z
+
+
+def before(grad: Tensor, z: Tensor, to: Affine) -> Tensor:
+    """The gradient at z from that at act(z)."""
+    if to.act == "silu":
+        return torch.ops.aten.silu_backward(grad, z)
+    if to.act == "relu":
+        return grad * (z > 0)
+    return torch.where(z > 0, grad, grad * to.below) if to.act == "prelu" else grad
 
 
 def _forward(
-    y: Tensor, out: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str
+    y: Tensor,
+    out: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    below: Tensor | None,
+    eps: float,
+    act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, written = as_rows(y), as_rows(out)
-    count, channels = rows.shape[1:]
-    mean = rows.sum(1, keepdim=True) / count
-    squares = torch.zeros_like(mean)
-    for sample in range(len(rows)):
-        for block in blocks(count, channels):
-            squares[sample] += (rows[sample, block] - mean[sample]).square_().sum(0)
-    inverse = (squares / count + eps).rsqrt()
-    scale, shift = _affine(mean, inverse, weight, bias)
-    activate = ACTIVATIONS[act][0]
-    for sample in range(len(rows)):
-        for block in blocks(count, channels):
-            into = written[sample, block]
-            torch.addcmul(shift[sample], rows[sample, block], scale[sample], out=into)
-            activate(into)
+    compiled = native.serves(y)
+    moments = [native.norm_statistics(part) if compiled else _statistics(part) for part in rows]
+    mean, variance = (torch.stack(part) for part in zip(*moments, strict=True))
+    inverse = (variance + eps).rsqrt()
+    for part, into, to in zip(rows, written, _affine(mean, inverse, weight, bias, below, act), strict=True):
+        if compiled:
+            native.norm_forward(part, into, to)
+            continue
+        for block in blocks(*part.shape):
+            torch.addcmul(to.shift, part[block], to.scale, out=into[block])
+            activate(into[block], to)
     return out, mean, inverse
 
 
+def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of (voxels, C)."""
+    mean = rows.mean(0)
+    squares = torch.zeros_like(mean)
+    for block in blocks(*rows.shape):
+        squares += (rows[block] - mean).square_().sum(0)
+    return mean, squares / len(rows)
+
+
 def _affine(
-    mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Factor and summand that take y to the normalised value, (N, 1, C)."""
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    below: Tensor | None,
+    act: str,
+) -> Iterator[Affine]:
+    """What takes y to the normalised value, a sample at a time."""
     scale = inverse if weight is None else inverse * weight
-    return scale, -mean * scale if bias is None else bias - mean * scale
+    shift = -mean * scale if bias is None else bias - mean * scale
+    slopes = torch.zeros_like(scale[0]) if below is None else below.contiguous()
+    for sample in range(len(scale)):
+        yield Affine(scale[sample], shift[sample], slopes, act)
 
 
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        below: Tensor | None,
+        eps: float,
+        act: str,
     ) -> Tensor:
-        out, mean, inverse = _forward(y, torch.empty_like(y), weight, bias, eps, act)
+        out, mean, inverse = _forward(y, torch.empty_like(y), weight, bias, below, eps, act)
         ctx.act = act
-        ctx.save_for_backward(y, weight, bias, mean, inverse)
+        ctx.save_for_backward(y, weight, bias, below, mean, inverse)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, mean, inverse = ctx.saved_tensors
-        grad = channels_last(grad)
-        result = torch.empty_like(y)
-        rows, upper, lower = as_rows(y), as_rows(grad), as_rows(result)
-        count, channels = rows.shape[1:]
-        scale, shift = _affine(mean, inverse, weight, bias)
-        before = ACTIVATIONS[ctx.act][1]
-        sums = torch.zeros(2, *mean.shape, dtype=mean.dtype, device=mean.device)
-        for sample in range(len(rows)):
-            for block in blocks(count, channels):
-                z = torch.addcmul(shift[sample], rows[sample, block], scale[sample])
-                g = before(upper[sample, block], z)
-                lower[sample, block] = g
-                sums[0, sample] += g.sum(0)
-                sums[1, sample] += (rows[sample, block] - mean[sample]).mul_(g).sum(0)
-        sums[1] *= inverse  # of g times the normalised value
-        slope = -scale * inverse * sums[1] / count
-        offset = -scale * sums[0] / count - slope * mean
-        for sample in range(len(rows)):
-            for block in blocks(count, channels):
-                g = lower[sample, block].mul_(scale[sample]).addcmul_(rows[sample, block], slope[sample])
-                g += offset[sample]
-        gain = None if weight is None else sums[1].sum((0, 1))
-        offsets = None if bias is None else sums[0].sum((0, 1))
-        return result, gain, offsets, None, None
+        y, weight, bias, below, mean, inverse = ctx.saved_tensors
+        grad, result = channels_last(grad), torch.empty_like(y)
+        samples = zip(as_rows(y), as_rows(grad), as_rows(result), strict=True)
+        compiled = native.serves(y, grad)
+        sums = torch.zeros(3, *mean.shape, dtype=mean.dtype, device=mean.device)
+        count = y[0, 0].numel()
+        steps = _affine(mean, inverse, weight, bias, below, ctx.act)
+        for number, ((rows, upper, lower), to) in enumerate(zip(samples, steps, strict=True)):
+            reduce = native.norm_sums if compiled else _sums
+            part = reduce(rows, upper, to, mean[number])
+            part[1] *= inverse[number]  # of g times the normalised value
+            sums[:, number] = part
+            gain = -to.scale * inverse[number] * part[1] / count
+            offset = -to.scale * part[0] / count - gain * mean[number]
+            (native.norm_backward if compiled else _backward)(rows, upper, to, gain, offset, lower)
+        plain, weighted, negative = sums.sum(1)
+        return (
+            result,
+            None if weight is None else weighted,
+            None if bias is None else plain,
+            None if below is None else negative,
+            None,
+            None,
+        )
+
+
+def _sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
+    """As `native.norm_sums`."""
+    sums = torch.zeros(3, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    for block in blocks(*rows.shape):
+        z = torch.addcmul(to.shift, rows[block], to.scale)
+        g = before(grad[block], z, to)
+        sums[0] += g.sum(0)
+        sums[1] += (rows[block] - mean).mul_(g).sum(0)
+        if to.act == "prelu":
+            sums[2] += (grad[block] * z.clamp(max=0)).sum(0)
+    return sums
+
+
+def _backward(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: Tensor, out: Tensor) -> None:
+    """As `native.norm_backward`."""
+    for block in blocks(*rows.shape):
+        z = torch.addcmul(to.shift, rows[block], to.scale)
+        out[block] = before(grad[block], z, to).mul(to.scale).addcmul_(rows[block], gain).add_(offset)

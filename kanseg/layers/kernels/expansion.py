@@ -10,15 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kanseg.layers.kernels import native
 from kanseg.layers.kernels.rows import as_rows, blocks, channels_last, empty_channels_last
 
-SLAB_BYTES = 64 * 2**20  # of an expansion; a smaller one starves the gradient of the weight
-Branches = Callable[..., list[Tensor]]
+SLAB_BYTES = 32 * 2**20  # of an expansion; a smaller one starves the gradient of the weight
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The pointwise functions f_r.
+
+    Attributes:
+        evaluate: rows (P, C) of each input -> R tensors (P, C).
+        parameters: what is learned in them.
+        native: channels -> how the compiled kernels make the same; None where they cannot.
+    """
+
+    evaluate: Callable[..., list[Tensor]]
+    parameters: Sequence[Tensor] = ()
+    native: Callable[[int], list[native.Part]] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,19 +58,18 @@ def expanded_conv(
     branches: Branches,
     weight: Tensor,
     constant: Tensor | None,
-    parameters: Sequence[Tensor],
     geometry: Geometry,
 ) -> Tensor:
     """(N, C, *S) -> (N, out_channels, *S'), two or three spatial axes, channels-last.
 
     Args:
-        inputs: one tensor or several of one shape, given to `branches` together.
-        branches: pointwise, rows (P, C) of each input -> R tensors (P, C); uses `parameters`.
+        inputs: one tensor or several of one shape, given to the branches together.
         weight: (out_channels, R * C / groups, *kernel), function by function within a group.
         constant: (out_channels, *kernel), the weight of a channel that is 1 everywhere, or None.
     """
     inputs = [channels_last(x) for x in inputs]
-    return _ExpandedConv.apply(branches, geometry, len(inputs), weight, constant, *inputs, *parameters)
+    tensors = (*inputs, *branches.parameters)
+    return _ExpandedConv.apply(branches, geometry, len(inputs), weight, constant, *tensors)
 
 
 class _ExpandedConv(torch.autograd.Function):
@@ -71,21 +86,28 @@ class _ExpandedConv(torch.autograd.Function):
         inputs = tensors[:count]
         first = inputs[0]
         dtype = torch.get_autocast_dtype(first.device.type) if _autocast(first) else weight.dtype
-        ctx.branches, ctx.geometry, ctx.count, ctx.dtype = branches, geometry, count, dtype
+        suits = branches.native is not None and dtype == torch.float32 and native.serves(*inputs)
+        parts = branches.native(first.shape[1]) if suits and branches.native is not None else None
+        made = _Made(branches, parts, geometry)
+        ctx.made, ctx.count, ctx.dtype = made, count, dtype
         ctx.save_for_backward(weight, constant, *tensors)
         size = geometry.out_size(first.shape[2:])
         out: Tensor | None = None
         with torch.autocast(first.device.type, enabled=False):
             kernel = weight.to(dtype)
+            fast = made.fast(first, kernel, size)
+            turned = native.winograd_kernel(kernel) if fast else None
             for slab in _slabs(first.shape, weight.shape[1] * geometry.groups, dtype, geometry):
-                buffer = _expansion(slab, inputs, branches, kernel, geometry)
-                y = _convolve(buffer, kernel, slab, geometry)
-                if slab.whole:
-                    out = channels_last(y)
-                    break
-                if out is None:
+                buffer = _expansion(slab, inputs, made, kernel)
+                if out is None and (fast or not slab.whole):
                     out = empty_channels_last((len(first), len(weight), *size), first, dtype)
-                out[slab.sample, :, slab.out] = y
+                if turned is not None:
+                    native.winograd(buffer, turned, _outputs(out, slab), slab.padding(geometry))
+                elif slab.whole:
+                    out = channels_last(_convolve(buffer, kernel, slab, geometry))
+                else:
+                    _outputs(out, slab).copy_(_convolve(buffer, kernel, slab, geometry))
+                del buffer  # before the next is made
             assert out is not None
             if constant is not None:
                 _add_constant(out, constant, first.shape[2:], geometry)
@@ -95,7 +117,7 @@ class _ExpandedConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, constant, *tensors = ctx.saved_tensors
-        geometry, inputs, parameters = ctx.geometry, tensors[: ctx.count], tensors[ctx.count :]
+        geometry, inputs, parameters = ctx.made.geometry, tensors[: ctx.count], tensors[ctx.count :]
         needs = ctx.needs_input_grad
         wants = [x if need else None for x, need in zip(tensors, needs[5:], strict=True)]
         grad = channels_last(grad)
@@ -103,10 +125,23 @@ class _ExpandedConv(torch.autograd.Function):
         totals = [None if t is None else torch.zeros_like(t) for t in wants]
         total_weight = torch.zeros_like(weight) if needs[3] else None
         expands = any(t is not None for t in wants)
+        fast = ctx.made.fast(inputs[0], kernel, grad.shape[2:])
+        turned = native.winograd_kernel(kernel, backward=True) if fast and expands else None
+        sums: Tensor | None = None
         with torch.autocast(grad.device.type, enabled=False):
             for slab in _slabs(inputs[0].shape, weight.shape[1] * geometry.groups, ctx.dtype, geometry):
-                buffer = _expansion(slab, inputs, ctx.branches, kernel, geometry)
-                upper = grad if slab.whole else grad[slab.sample, :, slab.out]
+                buffer = _expansion(slab, inputs, ctx.made, kernel)
+                upper = _outputs(grad, slab)
+                if fast:
+                    padding = slab.padding(geometry)
+                    if needs[3]:
+                        part = native.winograd_weight(buffer, upper, padding)
+                        sums = part if sums is None else sums.add_(part)
+                    if turned is not None:
+                        native.winograd(upper, turned, buffer, [2 - pad for pad in padding])
+                        _contract(buffer, slab, inputs, parameters, ctx.made, totals)
+                    del buffer
+                    continue
                 through, of_weight, _ = torch.ops.aten.convolution_backward(
                     channels_last(upper),
                     buffer,
@@ -124,13 +159,29 @@ class _ExpandedConv(torch.autograd.Function):
                 if total_weight is not None:
                     total_weight += of_weight
                 if expands:
-                    _contract(through, slab, inputs, parameters, ctx.branches, geometry, totals)
+                    _contract(through, slab, inputs, parameters, ctx.made, totals)
+            if sums is not None:
+                total_weight = native.winograd_weight_back(sums, len(geometry.stride))
             of_constant = (
                 None
                 if constant is None or not needs[4]
                 else _constant_gradient(grad, constant, inputs[0].shape[2:], geometry)
             )
         return None, None, None, total_weight, of_constant, *totals
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The branches, how the compiled kernels make them here (None: they do not), and the convolution."""
+
+    branches: Branches
+    parts: list[native.Part] | None
+    geometry: Geometry
+
+    def fast(self, x: Tensor, weight: Tensor, size: Sequence[int]) -> bool:
+        """Whether Winograd's convolution serves."""
+        voxels = len(x) * torch.Size(size).numel()
+        return self.parts is not None and native.winograd_serves(x, weight, self.geometry, voxels)
 
 
 def _autocast(x: Tensor) -> bool:
@@ -187,27 +238,34 @@ def _slabs(shape: Sequence[int], channels: int, dtype: torch.dtype, geometry: Ge
             )
 
 
+def _outputs(y: Tensor | None, slab: Slab) -> Tensor:
+    assert y is not None
+    return y if slab.whole else y[slab.sample, :, slab.out]
+
+
 def _planes(x: Tensor, slab: Slab) -> Tensor:
     return x if slab.whole else x[slab.sample, :, slab.source]
 
 
-def _expansion(
-    slab: Slab, inputs: Sequence[Tensor], branches: Branches, weight: Tensor, geometry: Geometry
-) -> Tensor:
+def _expansion(slab: Slab, inputs: Sequence[Tensor], made: _Made, weight: Tensor) -> Tensor:
     """The f_r of a slab, (N, groups * R * C, *S), channels-last, with zeros around it."""
     sources = [_planes(x, slab) for x in inputs]
     samples, channels, planes, *rest = sources[0].shape
-    width, groups = weight.shape[1] * geometry.groups, geometry.groups
+    groups = made.geometry.groups
+    width = weight.shape[1] * groups
     size = (samples, width, planes + slab.before + slab.after, *rest)
     buffer = empty_channels_last(size, weight)
     buffer[:, :, : slab.before] = 0
     buffer[:, :, slab.before + planes :] = 0
     inside = as_rows(buffer[:, :, slab.before : slab.before + planes])
+    if made.parts is not None:
+        native.expand(made.parts, sources, inside, channels // groups)
+        return buffer
     rows = [as_rows(x) for x in sources]
     for sample in range(samples):
         into = inside[sample].unflatten(1, (groups, -1, channels // groups))
         for block in blocks(into.shape[0], channels):
-            for number, part in enumerate(branches(*(x[sample, block] for x in rows))):
+            for number, part in enumerate(made.branches.evaluate(*(x[sample, block] for x in rows))):
                 into[block, :, number] = part.unflatten(1, (groups, -1))
     return buffer
 
@@ -224,17 +282,19 @@ def _contract(
     slab: Slab,
     inputs: Sequence[Tensor],
     parameters: Sequence[Tensor],
-    branches: Branches,
-    geometry: Geometry,
+    made: _Made,
     totals: Sequence[Tensor | None],
 ) -> None:
     """Add the gradients at inputs and parameters that the gradient `through` the expansion of a slab gives."""
     sources = [_planes(x, slab) for x in inputs]
-    planes = sources[0].shape[2]
+    channels, planes = sources[0].shape[1:3]
+    groups = made.geometry.groups
     inside = as_rows(channels_last(through)[:, :, slab.before : slab.before + planes])
-    rows = [as_rows(x) for x in sources]
     sums = [None if t is None else as_rows(_planes(t, slab)) for t in totals[: len(inputs)]]
-    channels, groups = sources[0].shape[1], geometry.groups
+    if made.parts is not None:
+        native.contract(made.parts, sources, inside, sums, totals[len(inputs) :], channels // groups)
+        return
+    rows = [as_rows(x) for x in sources]
     for sample in range(len(inside)):
         upper = inside[sample].unflatten(1, (groups, -1, channels // groups))
         for block in blocks(upper.shape[0], channels):
@@ -243,7 +303,7 @@ def _contract(
                     x[sample, block].detach().requires_grad_(t is not None)
                     for x, t in zip(rows, sums, strict=True)
                 ]
-                parts = branches(*leaves)
+                parts = made.branches.evaluate(*leaves)
             sought = [leaf for leaf, t in zip(leaves, sums, strict=True) if t is not None]
             learned = [p for p, t in zip(parameters, totals[len(inputs) :], strict=True) if t is not None]
             depend = [number for number, part in enumerate(parts) if part.requires_grad]
@@ -268,21 +328,33 @@ def _valid_taps(size: int, outputs: int, axis: int, geometry: Geometry, like: Te
     return ((at >= 0) & (at < size)).to(like.dtype)
 
 
+def _runs(taps: Tensor) -> list[tuple[int, int]]:
+    """Stretches of output positions that see the same taps."""
+    changes = (taps[1:] != taps[:-1]).any(1).nonzero().flatten() + 1
+    edges = [0, *changes.tolist(), len(taps)]
+    return list(pairwise(edges))
+
+
 def _add_constant(out: Tensor, constant: Tensor, size: Sequence[int], geometry: Geometry) -> None:
-    """out += conv(1; constant), by one small product an axis."""
+    """out += conv(1; constant); one response for all planes of the first axis that see the same taps."""
     response = constant.movedim(0, -1)  # (*kernel, out_channels)
     axes = range(len(size))
     taps = [_valid_taps(size[axis], out.shape[axis + 2], axis, geometry, constant) for axis in axes]
     for axis in axes[1:]:
         response = torch.tensordot(response, taps[axis], ([axis], [1])).movedim(-1, axis)
     planes = out.movedim(1, -1)  # (N, *S, out_channels)
-    for plane, valid in enumerate(taps[0]):
-        planes[:, plane] += torch.tensordot(valid, response, 1).to(out.dtype)
+    for start, stop in _runs(taps[0]):
+        planes[:, start:stop] += torch.tensordot(taps[0][start], response.contiguous(), 1).to(out.dtype)
 
 
 def _constant_gradient(grad: Tensor, constant: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
-    total = grad.movedim(1, -1).sum(0, dtype=constant.dtype)  # (*S, out_channels)
-    for axis in range(len(size)):
+    planes = grad.movedim(1, -1)
+    taps = _valid_taps(size[0], grad.shape[2], 0, geometry, constant)
+    total = torch.zeros(taps.shape[1], *planes.shape[2:], dtype=constant.dtype, device=grad.device)
+    for start, stop in _runs(taps):
+        run = planes[:, start:stop].sum((0, 1), dtype=constant.dtype)
+        total[taps[start] > 0] += run
+    for axis in range(1, len(size)):
         taps = _valid_taps(size[axis], grad.shape[axis + 2], axis, geometry, constant)
         total = torch.tensordot(total, taps, ([axis], [0])).movedim(-1, axis)
     return total.movedim(-1, 0)

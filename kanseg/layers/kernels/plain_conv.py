@@ -1,0 +1,49 @@
+"""The ordinary convolution by Winograd's products, where the compiled kernels make it faster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kanseg.layers.kernels import native
+from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last
+
+if TYPE_CHECKING:
+    from kanseg.layers.kernels.expansion import Geometry
+
+
+def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
+    """conv(x; weight), (N, C, *S) -> (N, out_channels, *S'), or None where torch's own serves better."""
+    if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type):
+        return None
+    size = geometry.out_size(x.shape[2:])
+    if not native.winograd_serves(x, weight, geometry, len(x) * torch.Size(size).numel()):
+        return None
+    return _PlainConv.apply(channels_last(x), weight, geometry)
+
+
+class _PlainConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, weight)
+        out = empty_channels_last((len(x), len(weight), *geometry.out_size(x.shape[2:])), x)
+        native.winograd(x, native.winograd_kernel(weight), out, geometry.padding)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, padding = channels_last(grad), ctx.geometry.padding
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.empty_like(x)
+            turned = native.winograd_kernel(weight, backward=True)
+            native.winograd(grad, turned, of_x, [2 - pad for pad in padding])
+        if ctx.needs_input_grad[1]:
+            sums = native.winograd_weight(x, grad, padding)
+            of_weight = native.winograd_weight_back(sums, len(padding))
+        return of_x, of_weight, None

@@ -1,0 +1,213 @@
+"""Time and memory of KAN layers against the plain convolution of the same channels, as ratios from one run.
+
+Every case is one layer (convolution, norm and activation), kernel 3, stride 1, float32. The rivals take turns within
+each round, so that whatever else the machine does meets them alike; a ratio is the median of the rounds' ratios. The
+plain rival is `torch.nn.Conv2d/3d` alone, channels-last, without norm or activation. `--reference PATH` adds the layers
+of a clone of torch-conv-kan (MIT) with their defaults; nothing of it is needed otherwise.
+
+    python pipelines/benchmarks/layers.py -o pipelines/benchmarks/results/layers.json
+    python pipelines/benchmarks/layers.py --threads 2 --families kagn kan --reference ../torch-conv-kan
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+CASES = {  # spatial_dims, batch, channels, size
+    "3d 32 -> 32, 48^3": (3, 1, 32, 48),
+    "2d 64 -> 64, 128^2": (2, 2, 64, 128),
+    "2d 32 -> 32, 128^2": (2, 2, 32, 128),
+}
+FAMILIES = ("kagn", "kaln", "kacn", "kajn", "kabn", "kan", "fastkan", "relukan", "wavkan")
+REFERENCES = {
+    "kagn": "KAGNConv",
+    "kaln": "KALNConv",
+    "kacn": "KACNConv",
+    "kajn": "KAJNConv",
+    "kabn": "KABNConv",
+    "kan": "KANConv",
+    "fastkan": "FastKANConv",
+    "relukan": "ReLUKANConv",
+    "wavkan": "WavKANConv",
+}
+INFERENCE = """
+import torch
+from kanseg.layers import conv_layer
+def memory(name):  # MB; getrusage would also count what the parent of this process had
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
+layer = conv_layer("{family}")(3, 16, 16).eval()
+x = torch.empty(1, 16, 128, 128, 128, memory_format=torch.channels_last_3d).normal_()
+with torch.inference_mode():
+    layer(torch.zeros(1, 16, 16, 16, 16))
+    before = memory("VmRSS")
+    y = layer(x)
+print(memory("VmHWM") - before - y.numel() * 4 / 2**20)
+"""
+
+
+def main() -> None:
+    """Run the cases, print a table and write the numbers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("-o", "--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--reference", type=Path, help="a clone of torch-conv-kan")
+    given = parser.parse_args()
+
+    import torch
+
+    from kanseg.layers.kernels.native import available
+    from kanseg.training.devices import keep_freed_memory
+
+    torch.set_num_threads(given.threads)
+    keep_freed_memory()
+    if given.reference:
+        sys.path.insert(0, str(given.reference))
+    results: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor()}",
+        "torch": torch.__version__,
+        "threads": given.threads,
+        "compiled kernels": available(),
+        "layers": [],
+    }
+    print(json.dumps({key: value for key, value in results.items() if key != "layers"}))
+    print(f"{'case':22}{'family':10}{'rival':12}{'forward':>10}{'training':>10}{'saved':>8}{'peak MB':>9}")
+    for case in given.cases:
+        for family in given.families:
+            for row in measure(case, family, given.rounds, bool(given.reference)):
+                results["layers"].append(row)
+                shown = [f"{row[key]:.2f} x" for key in ("forward", "training")]
+                saved = f"{row['saved']:.2f}" if "saved" in row else ""
+                peak = f"{row['inference_mb']:.0f}" if "inference_mb" in row else ""
+                line = f"{case:22}{family:10}{row['rival']:12}{shown[0]:>10}{shown[1]:>10}{saved:>8}{peak:>9}"
+                print(line, flush=True)
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(case: str, family: str, rounds: int, reference: bool) -> list[dict[str, Any]]:
+    """Ratios of kanseg's layer to the plain convolution, and with a reference of that to kanseg's."""
+    import torch
+
+    from kanseg.layers import conv_layer
+
+    dims, batch, channels, size = CASES[case]
+    memory = torch.channels_last if dims == 2 else torch.channels_last_3d
+    x = torch.randn(batch, channels, *[size] * dims).contiguous(memory_format=memory)
+    plain = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(channels, channels, 3, padding=1, bias=False)
+    layers: dict[str, torch.nn.Module] = {
+        "plain": plain.to(memory_format=memory),
+        "kanseg": conv_layer(family)(dims, channels, channels),
+    }
+    if reference:
+        module = import_module("kan_convs")
+        layers["reference"] = getattr(module, f"{REFERENCES[family]}{dims}DLayer")(
+            channels, channels, 3, padding=1
+        )
+    times = {
+        key: _take_turns(layers, x, rounds, train) for key, train in (("forward", False), ("training", True))
+    }
+    row = {"case": case, "family": family, "rival": "plain"}
+    row |= {key: _ratio(taken["kanseg"], taken["plain"]) for key, taken in times.items()}
+    row |= {f"{key}_ms": 1e3 * statistics.median(taken["kanseg"]) for key, taken in times.items()}
+    row["saved"] = _saved(layers["kanseg"], x)
+    if dims == 3 and sys.platform == "linux":
+        row["inference_mb"] = _inference_peak(family)
+    rows = [row]
+    if reference:
+        against = {key: _ratio(taken["reference"], taken["kanseg"]) for key, taken in times.items()}
+        rows.append({"case": case, "family": family, "rival": "reference", **against})
+    return rows
+
+
+def _take_turns(layers: dict[str, Any], x: Any, rounds: int, train: bool) -> dict[str, list[float]]:
+    """Seconds of every layer in every round, after one round that is not counted."""
+    calls = {name: _training(layer, x) if train else _forward(layer, x) for name, layer in layers.items()}
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            if number:
+                times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def _forward(layer: Any, x: Any) -> Callable[[], Any]:
+    import torch
+
+    def call() -> None:
+        with torch.inference_mode():
+            layer(x)
+
+    return call
+
+
+def _training(layer: Any, x: Any) -> Callable[[], Any]:
+    leaf = x.detach().requires_grad_()
+
+    def call() -> None:
+        leaf.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+        y = layer(leaf)
+        y.backward(y.detach())
+
+    return call
+
+
+def _ratio(one: list[float], other: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def _saved(layer: Any, x: Any) -> float:
+    """Bytes kept for backward, each tensor's memory once, in units of the input's; weights do not count."""
+    import torch
+
+    seen: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = layer(x.detach().requires_grad_())
+    del kept
+    return sum(seen.values()) / (x.numel() * x.element_size())
+
+
+def _inference_peak(family: str) -> float:
+    """MB of a fresh process above input and output, 16 channels x 128^3."""
+    done = subprocess.run(
+        [sys.executable, "-c", INFERENCE.format(family=family)], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
+
+
+if __name__ == "__main__":
+    main()

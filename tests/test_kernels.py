@@ -1,0 +1,222 @@
+"""The kernels, eager and compiled, give the numbers of the formula in float64; what they keep and need is bounded."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kanseg.layers import FAMILIES, KANConv, conv_layer
+from kanseg.layers.kernels import expansion, instance_norm_act, native
+from kanseg.layers.kernels.rows import channels_last
+
+BUILT = sorted(Path(native.__file__).parent.glob("_native*.so"))
+FORMULA = {"degree": 4}
+SIZES = {1: (33,), 2: (13, 18), 3: (9, 11, 10)}
+LARGE = {2: (47, 50), 3: (13, 15, 14)}  # enough for Winograd's products
+GEOMETRIES = [{}, {"groups": 2, "stride": 2}, {"dilation": 2, "padding": 1}, {"padding": 0}, {"padding": 2}]
+
+
+def _kernels(name: str) -> Any:
+    if name == "eager":
+        return None
+    if not BUILT:
+        pytest.skip("the extension is not built here (no compiler at installation)")
+    loaded = ctypes.CDLL(str(BUILT[0]))
+    if native.INSTRUCTION_SETS.index(name) > loaded.kanseg_instruction_set():
+        pytest.skip(f"this processor has no {name}")
+    return native.Kernels(loaded, name)
+
+
+@pytest.fixture(params=["eager", *native.INSTRUCTION_SETS])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every set of kernels in turn."""
+    kernels = _kernels(request.param)
+    monkeypatch.setattr(native, "library", lambda: kernels)
+    return request.param
+
+
+def gradients(layer: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """Output, gradient of the input, gradients of the parameters."""
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    layer.zero_grad()
+    y.backward(cotangent.to(y.dtype))
+    return [y.detach(), leaf.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+
+
+def assert_like_float64(make: Callable[..., nn.Module], x: Tensor, tolerance: float = 3e-5) -> None:
+    """The layer in float32 agrees with the one that keeps its expansion, in float64, output and all gradients."""
+    torch.manual_seed(1)
+    layer, exact = make(), make(recompute=False).double()
+    exact.load_state_dict({key: value.double() for key, value in layer.state_dict().items()})
+    cotangent = torch.randn(layer(x).shape)
+    for ours, theirs in zip(
+        gradients(layer, x, cotangent), gradients(exact, x.double(), cotangent.double()), strict=True
+    ):
+        if theirs is None:  # a parameter without entries
+            continue
+        error = (ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3)
+        assert error < tolerance, f"relative error {error:.1e} for shape {tuple(ours.shape)}"
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"plain"}))
+def test_every_family_is_its_formula(backend: str, family: str, spatial_dims: int) -> None:
+    x = torch.randn(2, 4, *SIZES[spatial_dims])
+    assert_like_float64(lambda **options: conv_layer(family, **options)(spatial_dims, 4, 6), x, 1e-4)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("basis", ["gram", "bspline", "relu", "bernstein"])
+def test_every_geometry_is_its_formula(backend: str, basis: str, geometry: dict, spatial_dims: int) -> None:
+    x = torch.randn(1, 6, *SIZES[spatial_dims])
+    assert_like_float64(lambda **o: KANConv(spatial_dims, 6, 4, basis=basis, **geometry, **o), x)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("family", ["plain", "kagn", "kan", "fastkan", "bottleneck_kagn"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_winograds_products_are_the_convolution(
+    backend: str, family: str, spatial_dims: int, padding: int
+) -> None:
+    x = torch.randn(2, 32, *LARGE[spatial_dims])
+    options = {
+        "padding": padding,
+        **({"act": "silu"} if family == "kan" else {}),
+    }  # PReLU bends: signs may flip
+    assert_like_float64(lambda **o: conv_layer(family, **options, **o)(spatial_dims, 32, 16), x, 2e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"degree": 0}, {"degree": 1}, {"degree": 7}, {"basis_act": None}, {"base": False}]
+)
+def test_options_of_the_basis(backend: str, options: dict) -> None:
+    x = torch.randn(1, 5, 9, 9)
+    assert_like_float64(lambda **o: KANConv(2, 5, 3, **{"basis_act": "silu", **options}, **o), x)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3, 5])
+def test_splines_of_every_order(backend: str, order: int) -> None:
+    x = torch.randn(1, 5, 9, 9)
+    assert_like_float64(lambda **o: KANConv(2, 5, 3, basis="bspline", spline_order=order, **o), x, 1e-4)
+
+
+@pytest.mark.parametrize("act", ["identity", "silu", "relu", "prelu"])
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_norm_and_activation(backend: str, act: str, offset: float) -> None:
+    y = channels_last(torch.randn(2, 5, 9, 8, 7) * 3 + offset)
+    weight, bias, below = torch.randn(3, 5)
+    cotangent = torch.randn(y.shape)
+    functions = {
+        "identity": lambda z, k: z,
+        "silu": lambda z, k: F.silu(z),
+        "relu": lambda z, k: F.relu(z),
+        "prelu": F.prelu,
+    }
+    ours = [t.clone().requires_grad_() for t in (y, weight, bias, below)]
+    exact = [t.double().requires_grad_() for t in (y, weight, bias, below)]
+    one = instance_norm_act(*ours[:3], 1e-5, act, ours[3] if act == "prelu" else None)
+    other = functions[act](F.instance_norm(exact[0], weight=exact[1], bias=exact[2]), exact[3])
+    scale = 1 + offset
+    torch.testing.assert_close(one.double(), other, atol=2e-6 * scale, rtol=1e-5)
+    count = 4 if act == "prelu" else 3
+    found = torch.autograd.grad(one, ours[:count], cotangent)
+    expected = torch.autograd.grad(other, exact[:count], cotangent.double())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=5e-5 * scale, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            instance_norm_act(y.clone(), weight, bias, 1e-5, act, below), one.detach(), atol=0, rtol=0
+        )
+
+
+@pytest.mark.parametrize("family", ["kagn", "kan", "fastkan"])
+@pytest.mark.parametrize("channels", [6, 16])
+def test_slabs_change_nothing(
+    backend: str, family: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces of a few planes: the same output, bit by bit where Winograd's tiles meet the slabs, and gradients."""
+    x = torch.randn(2, channels, 24, 12, 12)
+    layer = conv_layer(family)(3, channels, 16)
+    cotangent = torch.randn(layer(x).shape)
+    whole = gradients(layer, x, cotangent)
+    monkeypatch.setattr(expansion, "SLAB_BYTES", 400_000)
+    pieces = gradients(layer, x, cotangent)
+    torch.testing.assert_close(pieces[0], whole[0], atol=2e-5, rtol=1e-5)
+    for one, other in zip(pieces[1:], whole[1:], strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp(min=1e-3)
+
+
+def test_dropout_keeps_to_the_formula(backend: str) -> None:
+    """Dropped channels are the same in forward and backward: the gradient at a dropped input is 0."""
+    layer = conv_layer("kagn", dropout=0.5, norm=None, act=None)(2, 8, 4)
+    x = torch.randn(1, 8, 6, 6, requires_grad=True)
+    layer(x).sum().backward()
+    dead = (x.grad == 0).all(dim=(0, 2, 3))
+    assert not dead.any(), "the base branch still sees every channel"
+    torch.manual_seed(0)
+    first = layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(first, layer(x))
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"plain", "wavkan"}))
+def test_a_layer_keeps_two_maps(family: str) -> None:
+    """Its input and the output of its convolution, whatever basis, degree and grid; FastKAN its normed input too."""
+    options = {"grid_size": 12} if family in ("kan", "fastkan", "relukan") else {}
+    layer = conv_layer(family, **options)(3, 16, 16)
+    x = torch.randn(1, 16, 40, 40, 40).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    assert y.requires_grad
+    assert sum(kept.values()) <= (2.25 if family != "fastkan" else 3.25) * x.numel() * 4
+
+
+@pytest.mark.parametrize("family", ["kagn", "kan"])
+def test_inference_needs_little_memory(family: str) -> None:
+    """16 channels x 128^3 in a fresh process: less than 170 MB above input and output; the expansion has 0.6 GB."""
+    if sys.platform != "linux":
+        pytest.skip("peak memory is read from Linux's counters")
+    code = f"""
+import torch
+from kanseg.layers import conv_layer
+def memory(name):  # MB; of getrusage the child of a large process would inherit its peak
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
+layer = conv_layer("{family}")(3, 16, 16).eval()
+x = torch.empty(1, 16, 128, 128, 128, memory_format=torch.channels_last_3d).normal_()
+with torch.inference_mode():
+    layer(torch.zeros(1, 16, 16, 16, 16))
+    before = memory("VmRSS")
+    y = layer(x)
+print(memory("VmHWM") - before - y.numel() * 4 / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) < 170
+
+
+def test_the_kernels_are_named_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library.cache_clear()
+    monkeypatch.setenv("KANSEG_NATIVE", "0")
+    assert native.available() is None
+    native.library.cache_clear()
+    monkeypatch.delenv("KANSEG_NATIVE")
+    assert native.available() in ((None,) if not BUILT else native.INSTRUCTION_SETS)
