@@ -231,9 +231,7 @@ def info(json_: Json = False) -> None:
             found[package] = "not installed"
     from kanseg.layers.kernels.native import available
 
-    found["compiled kernels"] = (
-        available() or "none (was there a compiler at installation?)"
-    )
+    found["compiled kernels"] = available() or "none (was there a compiler at installation?)"
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

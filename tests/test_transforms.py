@@ -117,7 +117,18 @@ def test_normalisation_is_its_formula() -> None:
     done = normalize(image.clone(), [{"scheme": "zscore"}, ct])
     torch.testing.assert_close(done[0], (image[0] - image[0].mean()) / image[0].std(correction=0))
     torch.testing.assert_close(done[1], (image[1].clamp(-50, 80) - 10) / 20)
-    assert torch.isfinite(normalize(torch.zeros(1, 4, 4, 4), [{"scheme": "zscore"}])).all()
+    for scheme in ("zscore", "zscore_nonzero"):
+        assert torch.isfinite(normalize(torch.zeros(1, 4, 4, 4), [{"scheme": scheme}])).all()
+
+
+def test_what_was_cut_away_does_not_change_the_normalization() -> None:
+    """More or less empty surroundings: the same organ gets the same numbers, and 0 stays 0."""
+    organ = torch.randn(1, 6, 6, 6) * 20 + 300
+    tight = normalize(torch.nn.functional.pad(organ, [2] * 6), [{"scheme": "zscore_nonzero"}])
+    wide = normalize(torch.nn.functional.pad(organ, [9] * 6), [{"scheme": "zscore_nonzero"}])
+    torch.testing.assert_close(tight[:, 2:8, 2:8, 2:8], wide[:, 9:15, 9:15, 9:15])
+    torch.testing.assert_close(tight[:, 2:8, 2:8, 2:8].std(correction=0), torch.tensor(1.0))
+    assert (wide[:, :9] == 0).all()
 
 
 def test_values_that_the_plan_does_not_know_are_refused(blobs: Path) -> None:

@@ -29,6 +29,7 @@ MOST_STAGES = 6
 COARSEST = {2: 8, 3: 4}  # voxels an axis of the coarsest map keeps
 # Bytes of training memory a voxel of the batch and feature of the first stage: UKANet's peak resident memory.
 BYTES_A_VOXEL = 330
+EMPTY = 0.25  # share of zeros from which on an image counts as cut out
 SHARE = 0.6  # of the memory at hand, the rest is for data, optimizer and the system
 LARGEST_BATCH = {2: 12, 3: 2}
 # Lists of a plan that have one entry for each entry of another.
@@ -49,8 +50,9 @@ class Plan:
 
     `data` and `id_pattern` are what `read_dataset` was given. Lengths are in mm, axes in the order of `orientation`
     (R, A, S for volumes; rows, columns for pictures).
-    `normalization` has one entry a channel: {"scheme": "zscore"} (of each image by itself) or {"scheme": "ct", "lower",
-    "upper", "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread).
+    `normalization` has one entry a channel: {"scheme": "zscore"} (of each image by itself), {"scheme": "zscore_nonzero"}
+    (of what is not 0, and 0 stays 0: images whose surroundings were cut away) or {"scheme": "ct", "lower", "upper",
+    "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread).
     """
 
     dataset_name: str
@@ -141,6 +143,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """Size, spacing, class frequencies and foreground intensities of every case; each pair is checked on the way."""
     cases: dict[str, dict[str, Any]] = {}
     intensities: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
+    zeros: list[list[float]] = []  # share of voxels that are 0, a channel
     dtypes = set()
     generator = np.random.default_rng(0)
     for case in progress(dataset.cases, "Reading images"):
@@ -155,6 +158,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
             )
         array, label, spacing = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
         foreground = label > 0
+        zeros.append([float((channel == 0).mean()) for channel in array])
         for channel, samples in zip(array, intensities, strict=True):
             values = channel[foreground] if foreground.any() else channel.ravel()
             samples.append(generator.choice(values, min(SAMPLES, values.size), replace=False))
@@ -164,7 +168,10 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
         cases[case.id] = {"size": list(label.shape), "spacing": spacing, "voxels": counts}
     return {
         "cases": cases,
-        "channels": [_intensity(np.concatenate(samples)) for samples in intensities],
+        "channels": [
+            {**_intensity(np.concatenate(samples)), "zeros": float(share)}
+            for samples, share in zip(intensities, np.median(zeros, axis=0), strict=True)
+        ],
         "label_dtype": _label_dtype(dtypes, dataset.label_values),
     }
 
@@ -336,7 +343,7 @@ def _normalization(channel: str, intensity: dict[str, float]) -> dict[str, Any]:
     if channel.strip().upper() == "CT":
         keys = ("lower", "upper", "mean", "std")
         return {"scheme": "ct", **{key: intensity[key] for key in keys}}
-    return {"scheme": "zscore"}
+    return {"scheme": "zscore_nonzero" if intensity["zeros"] >= EMPTY else "zscore"}
 
 
 def _range(values: np.ndarray) -> dict[str, list[float]]:

@@ -95,7 +95,7 @@ def class_numbers(label: np.ndarray, label_values: Sequence[int], case: Case) ->
 
 
 def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Channel by channel: z-score of the image itself, or CT clipped and scaled by the data set's foreground."""
+    """Channel by channel: z-score of the image (or of what is not 0), or CT scaled by the data set's foreground."""
     for channel, scheme in enumerate(schemes):
         values = image[channel]
         if scheme["scheme"] == "ct":
@@ -103,8 +103,15 @@ def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
             mean, std = scheme["mean"], scheme["std"]
         elif scheme["scheme"] == "zscore":
             mean, std = values.mean(), values.std(correction=0)
+        elif scheme["scheme"] == "zscore_nonzero":
+            inside = values != 0
+            chosen = values[inside] if inside.any() else values.flatten()
+            mean, std = chosen.mean(), chosen.std(correction=0)
+            values = torch.where(inside, values, mean)
         else:
-            raise UserError(f"Unknown normalization '{scheme['scheme']}' in the plan. Known: ct, zscore.")
+            raise UserError(
+                f"Unknown normalization '{scheme['scheme']}' in the plan. Known: ct, zscore, zscore_nonzero."
+            )
         image[channel] = (values - mean) / max(float(std), 1e-6)
     return image
 
