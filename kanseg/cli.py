@@ -32,7 +32,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Minutes of training.", min=0.1)] = 4.0,
+    minutes: Annotated[float, typer.Option(help="Minutes of training.", min=0.1)] = 5.0,
     json_: Json = False,
 ) -> None:
     """Plan, train, predict and evaluate on embedded data, offline, in minutes on two CPU cores.

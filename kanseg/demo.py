@@ -18,7 +18,7 @@ from kanseg.evaluation.metrics import evaluate_folders
 from kanseg.evaluation.report import picture, score_table
 from kanseg.training.files import make_folder, write_json
 
-MINUTES = 4.0  # of training; reading, prediction and evaluation take about one more on two cores
+MINUTES = 5.0  # of training; reading, prediction and evaluation take half a minute more on two cores
 PATCH = [48, 48, 48]
 FEATURES = [16, 32, 64]
 OVERRIDES = ["training.steps_per_epoch=25", "training.validate_every=1000", "training.final_validation=false"]

@@ -17,7 +17,7 @@ from kanseg import Segmenter
 
 OVERRIDES = [
     "training=sgd",
-    "training.max_minutes=40",
+    "training.max_minutes=30",
     "training.steps_per_epoch=50",
     "training.validate_every=3",
     "training.validation_cases=16",
