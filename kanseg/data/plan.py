@@ -50,7 +50,7 @@ class Plan:
 
     `data` and `id_pattern` are what `read_dataset` was given. Lengths are in mm, axes in the order of `orientation`
     (R, A, S for volumes; rows, columns for pictures).
-    `normalization` has one entry a channel: {"scheme": "zscore"} (of each image by itself), {"scheme": "zscore_nonzero"}
+    `normalization` has one entry a channel: {"scheme": "zscore"} (of each image), {"scheme": "zscore_nonzero"}
     (of what is not 0, and 0 stays 0: images whose surroundings were cut away) or {"scheme": "ct", "lower", "upper",
     "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread).
     """

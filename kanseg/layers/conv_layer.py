@@ -13,9 +13,15 @@ from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from kanseg.layers.kan_conv import ActSpec, KANConv, activation, lean, normalise, recomputed
+from kanseg.layers.kan_conv import (
+    ActSpec,
+    KANConv,
+    activation,
+    fused_norm_serves,
+    normalise,
+    recomputed,
+)
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.rows import channels_last
 
@@ -107,16 +113,16 @@ class ConvLayer(nn.Module):
         )
         pointwise = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
         self.recompute = recompute and not pointwise
-        self.fused_act = FUSED.get(type(self.act)) if isinstance(self.norm, _InstanceNorm) else None
+        self.fused_act = FUSED.get(type(self.act))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         if not self.recompute:
             return self.dropout(self._norm_act(y))
-        if self.fused_act is not None and not self.norm.track_running_stats and _fits(y):
-            norm = self.norm
+        if self.fused_act is not None and fused_norm_serves(self.norm, y):
+            norm, y = self.norm, channels_last(y)
             below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
-            y = instance_norm_act(channels_last(y), norm.weight, norm.bias, norm.eps, self.fused_act, below)
+            y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, self.fused_act, below, over=True)
             return self.dropout(y)
         contexts = partial(_first_and_second_run, self.norm)
         y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
@@ -124,11 +130,6 @@ class ConvLayer(nn.Module):
 
     def _norm_act(self, y: Tensor) -> Tensor:
         return self.act(normalise(self.norm, y))
-
-
-def _fits(y: Tensor) -> bool:
-    """Whether the step that normalises and activates rows serves here."""
-    return y.dim() in (4, 5) and y.dtype.itemsize >= 4 and lean(y)
 
 
 def _first_and_second_run(norm: nn.Module) -> tuple[Any, Any]:

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kanseg.bases import Basis, create_basis
 from kanseg.errors import UsageError
-from kanseg.layers.kernels import expanded_conv, native
+from kanseg.layers.kernels import expanded_conv, instance_norm_act, native
 from kanseg.layers.kernels.expansion import Branches, Geometry
 from kanseg.layers.kernels.plain_conv import plain_conv
-from kanseg.layers.kernels.rows import FORMATS
+from kanseg.layers.kernels.rows import FORMATS, channels_last
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ActSpec = str | tuple[str, dict[str, Any]] | None
@@ -50,6 +50,13 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
     return norm(x)
+
+
+def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
+    """Whether `instance_norm_act` computes this norm."""
+    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats:
+        return False
+    return x.dim() in FORMATS and x.dtype.itemsize >= 4 and lean(x)
 
 
 class ConvGeometry(nn.Module):
@@ -228,9 +235,7 @@ class KANConv(ConvGeometry):
             fast = plain_conv(x, self.base_weight, self.geometry()) if self.recompute and lean(x) else None
             return self.convolve(x, self.base_weight) if fast is None else fast
         # The norm stays outside: run twice, it would count its statistics twice.
-        inputs = (
-            (x,) if self.input_norm is None else (x, normalise(self.input_norm, self._drop("basis_input", x)))
-        )
+        inputs = (x,) if self.input_norm is None else (x, self._normed(self._drop("basis_input", x)))
         if not self.recompute:
             return self.expand_and_convolve(*inputs)
         if self.folds and self.basis.pointwise and not self._drops() and lean(x):
@@ -241,6 +246,12 @@ class KANConv(ConvGeometry):
             branches = Branches(self.branches, learned, compiled)
             return self.convolve_expanded(inputs, branches, *self.folded_weights())
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        norm: Any = self.input_norm
+        if self.recompute and fused_norm_serves(norm, x):
+            return instance_norm_act(channels_last(x), norm.weight, norm.bias, norm.eps, "identity")
+        return normalise(norm, x)
 
     def expand_and_convolve(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         """Expansion and convolution. The convolution comes last, so recomputing stops just before it."""

@@ -21,20 +21,22 @@ def instance_norm_act(
     eps: float,
     act: str,
     below: Tensor | None = None,
+    *,
+    over: bool = False,
 ) -> Tensor:
     """act((y - mean) / sqrt(var + eps) * weight + bias), (N, C, *S) in channels-last memory, float32 or float64.
 
     Mean and variance are of each sample and channel, the variance by a second pass over the centred values.
-    Without gradients the result is written over `y`.
 
     Args:
         act: "identity", "silu", "relu" or "prelu".
         below: slopes below zero of "prelu", (C,).
+        over: without gradients, write the result over `y`.
     """
     given = (y, weight, bias, below)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _NormAct.apply(y, weight, bias, below, eps, act)
-    return _forward(y, y, weight, bias, below, eps, act)[0]
+    return _forward(y, y if over else torch.empty_like(y), weight, bias, below, eps, act)[0]
 
 
 def activate(z: Tensor, to: Affine) -> Tensor:
