@@ -6,11 +6,11 @@ keeps them on one side of the split.
 
     python pipelines/hippocampus.py DATA -o runs/hippocampus
 
-Last run by this command: 209 cases of 136 subjects, fold 0 of 5 by subject (167 cases train, 42 validate), seed 0, 2 cores
-(AMD EPYC, AVX-512, shared with other work), 30 minutes, 1957 steps of batch 2, UKANet 7.3 M parameters (Gram layers in
-their narrow form from the second stage on). Dice of the validation cases on their own grids, mean [95 % bootstrap by
-subject]: anterior 0.874 [0.860, 0.887], posterior 0.863 [0.851, 0.876], both 0.869 [0.856, 0.881]. One seed, and the
-weights with the best Dice on 16 of these cases were kept, so this is a check of the pipeline and no benchmark.
+Last run by this command: 209 cases of 136 subjects, fold 0 of 5 by subject (167 cases train, 42 validate), seed 0, two
+cores (AMD EPYC, AVX-512, shared with other work), 30 minutes, 1957 steps of batch 2, UKANet of 7.3 M parameters (Gram
+layers in their narrow form from the second stage on). Dice of the validation cases on their own grids, mean [95 %
+bootstrap by subject]: anterior 0.874 [0.860, 0.887], posterior 0.863 [0.851, 0.876], both 0.869 [0.856, 0.881]. One
+seed, and the weights with the best Dice on 16 of these cases were kept: a check of the pipeline, no benchmark.
 """
 
 from __future__ import annotations

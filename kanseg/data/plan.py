@@ -255,8 +255,9 @@ def make_plan(dataset: Dataset, *, memory: int | None = None, dim: int | None = 
     normalization = [
         _normalization(name, seen["channels"][i]) for i, name in enumerate(dataset.channel_names)
     ]
+    grid = f"spacing {_numbers(spacing)}: the median of {len(sizes)} cases"
     reasons = [
-        f"spacing {_numbers(spacing)}: the median of {len(sizes)} cases",
+        grid if dims == 3 else f"pixels as they are: {len(sizes)} pictures without a physical spacing",
         f"patch {patch} of a median size {[round(float(s)) for s in resampled]} at that spacing, batch {batch}: "
         f"what {budget / 2**30:.1f} GiB allow",
         f"strides {strides}: an axis is halved while it is within twice the finest spacing and long enough",
