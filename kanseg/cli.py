@@ -135,10 +135,6 @@ def predict(
     suffix = None if format_ is None else f".{format_.lstrip('.')}"
     if suffix is not None and suffix not in (*SUFFIXES_3D, *SUFFIXES_2D):
         raise UsageError(f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, png, tif.")
-    if not images.exists():
-        raise UserError(
-            f"There is no {images}. Give an image, a folder of images, or a folder with a DICOM series."
-        )
     import torch
 
     from kanseg.inference.predict import predict_folder

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from kanseg.layers.kernels import expansion, instance_norm_act, native
 from kanseg.layers.kernels.rows import channels_last
 
 BUILT = sorted(Path(native.__file__).parent.glob("_native*.so"))
-FORMULA = {"degree": 4}
 SIZES = {1: (33,), 2: (13, 18), 3: (9, 11, 10)}
 LARGE = {2: (47, 50), 3: (13, 15, 14)}  # enough for Winograd's products
 GEOMETRIES = [{}, {"groups": 2, "stride": 2}, {"dilation": 2, "padding": 1}, {"padding": 0}, {"padding": 2}]
@@ -42,6 +42,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     kernels = _kernels(request.param)
     monkeypatch.setattr(native, "library", lambda: kernels)
     return request.param
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """The benchmark of the layers, which measures what is bounded here."""
+    path = Path(__file__).parents[1] / "pipelines" / "benchmarks" / "layers.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_layers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def gradients(layer: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
@@ -171,46 +183,19 @@ def test_dropout_keeps_to_the_formula(backend: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"plain", "wavkan"}))
-def test_a_layer_keeps_two_maps(family: str) -> None:
+def test_a_layer_keeps_two_maps(benchmark: ModuleType, family: str) -> None:
     """Its input and the output of its convolution (FastKAN: the normed input), whatever basis, degree and grid."""
     options = {"grid_size": 12} if family in ("kan", "fastkan", "relukan") else {}
-    layer = conv_layer(family, **options)(3, 16, 16)
-    x = torch.randn(1, 16, 40, 40, 40).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
-    assert y.requires_grad
-    assert sum(kept.values()) <= 2.25 * x.numel() * 4
+    x = torch.randn(1, 16, 40, 40, 40).contiguous(memory_format=torch.channels_last_3d)
+    assert 1 < benchmark.saved(conv_layer(family, **options)(3, 16, 16), x) <= 2.25
 
 
 @pytest.mark.parametrize("family", ["kagn", "kan"])
-def test_inference_needs_little_memory(family: str) -> None:
+def test_inference_needs_little_memory(benchmark: ModuleType, family: str) -> None:
     """16 channels x 128^3 in a fresh process: less than 170 MB above input and output; the expansion has 0.6 GB."""
     if sys.platform != "linux":
         pytest.skip("peak memory is read from Linux's counters")
-    code = f"""
-import torch
-from kanseg.layers import conv_layer
-def memory(name):  # MB; of getrusage the child of a large process would inherit its peak
-    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
-layer = conv_layer("{family}")(3, 16, 16).eval()
-x = torch.empty(1, 16, 128, 128, 128, memory_format=torch.channels_last_3d).normal_()
-with torch.inference_mode():
-    layer(torch.zeros(1, 16, 16, 16, 16))
-    before = memory("VmRSS")
-    y = layer(x)
-print(memory("VmHWM") - before - y.numel() * 4 / 2**20)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0 < float(done.stdout) < 170
+    assert 0 < benchmark.inference_peak(family) < 170
 
 
 def test_the_kernels_are_named_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

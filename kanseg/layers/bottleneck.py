@@ -65,16 +65,8 @@ class BottleneckKANConv(ConvGeometry):
         recompute: bool = True,
         **basis_options: Any,
     ) -> None:
-        super().__init__(
-            spatial_dims,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-        )
+        geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+        super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
         if dim_reduction <= 0:
             raise UsageError(f"dim_reduction must be positive, got {dim_reduction}")
         inputs, outputs = in_channels // self.groups, out_channels // self.groups
@@ -94,10 +86,8 @@ class BottleneckKANConv(ConvGeometry):
             basis_act=basis_act,
             base=False,
             recompute=recompute,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
+            groups=groups,
+            **geometry,
             **basis_options,
         )
         self.noise = NoiseInjection(dropout)

@@ -202,16 +202,8 @@ class KANConv(ConvGeometry):
         recompute: bool = True,
         **basis_options: Any,
     ) -> None:
-        super().__init__(
-            spatial_dims,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-        )
+        geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+        super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
         channels = in_channels // self.groups
         if basis is None:
             base, base_act = True, None

@@ -124,9 +124,9 @@ def measure(case: str, family: str, rounds: int, reference: bool) -> list[dict[s
     row = {"case": case, "family": family, "rival": "plain"}
     row |= {key: _ratio(taken["kanseg"], taken["plain"]) for key, taken in times.items()}
     row |= {f"{key}_ms": 1e3 * statistics.median(taken["kanseg"]) for key, taken in times.items()}
-    row["saved"] = _saved(layers["kanseg"], x)
+    row["saved"] = saved(layers["kanseg"], x)
     if dims == 3 and sys.platform == "linux":
-        row["inference_mb"] = _inference_peak(family)
+        row["inference_mb"] = inference_peak(family)
     rows = [row]
     if reference:
         against = {key: _ratio(taken["reference"], taken["kanseg"]) for key, taken in times.items()}
@@ -174,7 +174,7 @@ def _ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
-def _saved(layer: Any, x: Any) -> float:
+def saved(layer: Any, x: Any) -> float:
     """Bytes kept for backward, each tensor's memory once, in units of the input's; weights do not count."""
     import torch
 
@@ -193,7 +193,7 @@ def _saved(layer: Any, x: Any) -> float:
     return sum(seen.values()) / (x.numel() * x.element_size())
 
 
-def _inference_peak(family: str) -> float:
+def inference_peak(family: str) -> float:
     """MB of a fresh process above input and output, 16 channels x 128^3."""
     done = subprocess.run(
         [sys.executable, "-c", INFERENCE.format(family=family)], capture_output=True, text=True, check=True

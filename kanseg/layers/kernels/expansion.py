@@ -86,8 +86,9 @@ class _ExpandedConv(torch.autograd.Function):
         inputs = tensors[:count]
         first = inputs[0]
         dtype = torch.get_autocast_dtype(first.device.type) if _autocast(first) else weight.dtype
-        suits = branches.native is not None and dtype == torch.float32 and native.serves(*inputs)
-        parts = branches.native(first.shape[1]) if suits and branches.native is not None else None
+        parts = None
+        if branches.native is not None and dtype == torch.float32 and native.serves(*inputs):
+            parts = branches.native(first.shape[1])
         made = _Made(branches, parts, geometry)
         ctx.made, ctx.count, ctx.dtype = made, count, dtype
         ctx.save_for_backward(weight, constant, *tensors)
@@ -123,11 +124,10 @@ class _ExpandedConv(torch.autograd.Function):
         grad = channels_last(grad)
         kernel = weight.to(ctx.dtype)
         totals = [None if t is None else torch.zeros_like(t) for t in wants]
-        total_weight = torch.zeros_like(weight) if needs[3] else None
+        of_weight: Tensor | None = None  # of the transformed weight in the fast way
         expands = any(t is not None for t in wants)
         fast = ctx.made.fast(inputs[0], kernel, grad.shape[2:])
         turned = native.winograd_kernel(kernel, backward=True) if fast and expands else None
-        sums: Tensor | None = None
         with torch.autocast(grad.device.type, enabled=False):
             for slab in _slabs(inputs[0].shape, weight.shape[1] * geometry.groups, ctx.dtype, geometry):
                 buffer = _expansion(slab, inputs, ctx.made, kernel)
@@ -135,14 +135,13 @@ class _ExpandedConv(torch.autograd.Function):
                 if fast:
                     padding = slab.padding(geometry)
                     if needs[3]:
-                        part = native.winograd_weight(buffer, upper, padding)
-                        sums = part if sums is None else sums.add_(part)
+                        of_weight = _plus(of_weight, native.winograd_weight(buffer, upper, padding))
                     if turned is not None:
                         native.winograd(upper, turned, buffer, [2 - pad for pad in padding])
                         _contract(buffer, slab, inputs, parameters, ctx.made, totals)
                     del buffer
                     continue
-                through, of_weight, _ = torch.ops.aten.convolution_backward(
+                through, part, _ = torch.ops.aten.convolution_backward(
                     channels_last(upper),
                     buffer,
                     kernel,
@@ -156,18 +155,27 @@ class _ExpandedConv(torch.autograd.Function):
                     [expands, bool(needs[3]), False],
                 )
                 del buffer
-                if total_weight is not None:
-                    total_weight += of_weight
+                if needs[3]:
+                    of_weight = _plus(of_weight, part)
                 if expands:
                     _contract(through, slab, inputs, parameters, ctx.made, totals)
-            if sums is not None:
-                total_weight = native.winograd_weight_back(sums, len(geometry.stride))
+            if fast and of_weight is not None:
+                of_weight = native.winograd_weight_back(of_weight, len(geometry.stride))
             of_constant = (
                 None
                 if constant is None or not needs[4]
                 else _constant_gradient(grad, constant, inputs[0].shape[2:], geometry)
             )
-        return None, None, None, total_weight, of_constant, *totals
+        if of_weight is not None:
+            of_weight = of_weight.to(weight.dtype)
+        return None, None, None, of_weight, of_constant, *totals
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    """The running total, in at least float32."""
+    if total is None:
+        return part.float() if part.dtype.itemsize < 4 else part
+    return total.add_(part)
 
 
 @dataclass(frozen=True)

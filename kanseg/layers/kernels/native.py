@@ -322,40 +322,30 @@ class Affine:
         return self.scale.data_ptr(), self.shift.data_ptr(), self.below.data_ptr()
 
 
+def _sizes(rows: Tensor, to: Affine) -> tuple[int, int, int, int]:
+    """Activation, voxels, channels, threads: the last arguments of the kernels of a norm."""
+    count, channels = rows.shape
+    return ACT_NAMES[to.act], count, channels, _threads(rows.numel())
+
+
 def norm_forward(rows: Tensor, out: Tensor, to: Affine) -> None:
     """out = act(z), both (voxels, C), contiguous; `out` may be `rows`."""
-    count, channels = rows.shape
-    act, threads = ACT_NAMES[to.act], _threads(rows.numel())
-    library().norm_forward(rows.data_ptr(), out.data_ptr(), *to.pointers(), act, count, channels, threads)
+    library().norm_forward(rows.data_ptr(), out.data_ptr(), *to.pointers(), *_sizes(rows, to))
 
 
 def norm_sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
     """Sums over the rows of g, of g (rows - mean), and of what `below` gets, (3, C); g is the gradient at z."""
-    count, channels = rows.shape
-    act, threads = ACT_NAMES[to.act], _threads(rows.numel())
-    sums = torch.zeros(threads, 3, channels, dtype=torch.float64)
-    library().norm_reduce(
-        *(rows.data_ptr(), grad.data_ptr(), *to.pointers(), mean.data_ptr(), sums.data_ptr()),
-        *(act, count, channels, threads),
-    )
+    sizes = _sizes(rows, to)
+    sums = torch.zeros(sizes[-1], 3, rows.shape[1], dtype=torch.float64)
+    about = (*to.pointers(), mean.data_ptr(), sums.data_ptr())
+    library().norm_reduce(rows.data_ptr(), grad.data_ptr(), *about, *sizes)
     return sums.sum(0).float()
 
 
 def norm_backward(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: Tensor, out: Tensor) -> None:
     """out = g * scale + rows * gain + offset, all contiguous."""
-    count, channels = rows.shape
-    act, threads = ACT_NAMES[to.act], _threads(rows.numel())
-    library().norm_backward(
-        *(
-            rows.data_ptr(),
-            grad.data_ptr(),
-            *to.pointers(),
-            gain.data_ptr(),
-            offset.data_ptr(),
-            out.data_ptr(),
-        ),
-        *(act, count, channels, threads),
-    )
+    about = (*to.pointers(), gain.data_ptr(), offset.data_ptr(), out.data_ptr())
+    library().norm_backward(rows.data_ptr(), grad.data_ptr(), *about, *_sizes(rows, to))
 
 
 # Winograd's transforms of a kernel of 3: F(2, 3) along depth, F(4, 3) along rows and columns.

@@ -93,14 +93,34 @@ INLINE Size tile_count(const Volume& v, int deep) {
   return (Size)v.samples * ((v.out_depth + deep - 1) / deep) * ((v.out_height + 3) / 4) * ((v.out_width + 3) / 4);
 }
 
-INLINE bool inside(int first, int count, int size) { return first >= 0 && first + count <= size; }
+INLINE bool inside(int index, int size) { return index >= 0 && index < size; }
+
+// N voxels of a line, zero but for those from `low` up to `high`.
+template <int N>
+INLINE void read_line(V* line, const float* from, Size across, int low, int high) {
+  if (low <= 0 && high >= N) {
+    for (int q = 0; q < N; ++q) line[q] = load(from + q * across);
+  } else {
+    for (int q = 0; q < N; ++q) line[q] = q >= low && q < high ? load(from + q * across) : V{};
+  }
+}
+
+// Steps between the columns, rows and planes of the outputs, and where those of a tile begin.
+struct Place {
+  Size across, down, deep, corner;
+};
+
+INLINE Place outputs_of(const Volume& v, Tile t) {
+  const Size across = v.out, down = across * v.out_width, deep = down * v.out_height;
+  return {across, down, deep,
+          ((Size)t.sample * v.out_depth + t.depth) * deep + t.row * down + t.column * across};
+}
 
 // Transformed inputs of one tile, channels first ... first + count: to[position * stride + channel].
 template <int DI>
 void read_tile(const Volume& v, const float* x, Tile t, int first, int count, float* to, Size stride) {
   V d[DI * 36];
   const int depth = t.depth - v.pad_depth, row = t.row - v.pad_height, column = t.column - v.pad_width;
-  const bool whole = inside(depth, DI, v.depth) && inside(row, 6, v.height) && inside(column, 6, v.width);
   const Size across = v.in, down = across * v.width, deep = down * v.height;
   const float* corner = x + ((Size)t.sample * v.depth + depth) * deep + row * down + column * across + first;
   for (int c = 0; c < count; c += W) {
@@ -108,12 +128,8 @@ void read_tile(const Volume& v, const float* x, Tile t, int first, int count, fl
       for (int r = 0; r < 6; ++r) {
         V* line = d + (z * 6 + r) * 6;
         const float* from = corner + z * deep + r * down + c;
-        if (whole) {
-          for (int q = 0; q < 6; ++q) line[q] = load(from + q * across);
-        } else {
-          const bool there = inside(depth + z, 1, v.depth) && inside(row + r, 1, v.height);
-          for (int q = 0; q < 6; ++q) line[q] = there && inside(column + q, 1, v.width) ? load(from + q * across) : V{};
-        }
+        const bool there = inside(depth + z, v.depth) && inside(row + r, v.height);
+        read_line<6>(line, from, across, there ? -column : 6, v.width - column);
         filter_six(line, 1);
       }
       for (int q = 0; q < 6; ++q) filter_six(d + z * 36 + q, 6);
@@ -132,8 +148,7 @@ void write_tile(const Volume& v, float* y, Tile t, const float* from, Size strid
   const int planes = v.out_depth - t.depth < DO ? v.out_depth - t.depth : DO;
   const int rows = v.out_height - t.row < 4 ? v.out_height - t.row : 4;
   const int columns = v.out_width - t.column < 4 ? v.out_width - t.column : 4;
-  const Size across = v.out, down = across * v.out_width, deep = down * v.out_height;
-  float* corner = y + ((Size)t.sample * v.out_depth + t.depth) * deep + t.row * down + t.column * across;
+  const Place at = outputs_of(v, t);
   for (int c = 0; c < v.out; c += W) {
     for (int p = 0; p < 36; ++p) {
       for (int z = 0; z < DI; ++z) m[z * 36 + p] = load(from + (z * 36 + p) * stride + c);
@@ -144,12 +159,8 @@ void write_tile(const Volume& v, float* y, Tile t, const float* from, Size strid
       for (int r = 0; r < rows; ++r) {
         V* line = m + z * 36 + r * 6;
         gather_six(line, 1);
-        float* to = corner + z * deep + r * down + c;
-        if (columns == 4) {
-          for (int q = 0; q < 4; ++q) store(to + q * across, line[q]);
-        } else {
-          for (int q = 0; q < columns; ++q) store(to + q * across, line[q]);
-        }
+        float* to = y + at.corner + z * at.deep + r * at.down + c;
+        for (int q = 0; q < columns; ++q) store(to + q * at.across, line[q]);
       }
     }
   }
@@ -159,20 +170,14 @@ void write_tile(const Volume& v, float* y, Tile t, const float* from, Size strid
 template <int DI, int DO>
 void read_gradient(const Volume& v, const float* y, Tile t, float* to, Size stride) {
   V m[DI * 36];
-  const int columns = v.out_width - t.column < 4 ? v.out_width - t.column : 4;
-  const Size across = v.out, down = across * v.out_width, deep = down * v.out_height;
-  const float* corner = y + ((Size)t.sample * v.out_depth + t.depth) * deep + t.row * down + t.column * across;
+  const Place at = outputs_of(v, t);
   for (int c = 0; c < v.out; c += W) {
     for (int z = 0; z < DO; ++z) {
       for (int r = 0; r < 4; ++r) {
         V* line = m + z * 36 + r * 6;
         const bool there = t.depth + z < v.out_depth && t.row + r < v.out_height;
-        const float* from = corner + z * deep + r * down + c;
-        if (there && columns == 4) {
-          for (int q = 0; q < 4; ++q) line[q] = load(from + q * across);
-        } else {
-          for (int q = 0; q < 4; ++q) line[q] = there && q < columns ? load(from + q * across) : V{};
-        }
+        const float* from = y + at.corner + z * at.deep + r * at.down + c;
+        read_line<4>(line, from, at.across, there ? 0 : 4, v.out_width - t.column);
         spread_six(line, 1);
       }
       for (int q = 0; q < 6; ++q) spread_six(m + z * 36 + q, 6);
