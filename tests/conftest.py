@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
