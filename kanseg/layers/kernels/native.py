@@ -103,12 +103,15 @@ class Kernels:
             "winograd_back": (at, number, *[at] * 4, size, number),
             "winograd_weight": (at, number, *[at] * 4, size, number),
             "winograd_scratch": (at, *[number] * 4),
+            "wavelet_forward": (at, number, *[at] * 3, size, number),
+            "wavelet_back": (at, number, *[at] * 7, size, number),
+            "wavelet_scratch": (at,),
         }
         for function, arguments in signatures.items():
             entry = getattr(loaded, f"kanseg_{function}_{name}")
-            entry.argtypes, entry.restype = arguments, None
+            entry.argtypes = arguments
+            entry.restype = size if function.endswith("scratch") else None
             setattr(self, function, entry)
-        self.winograd_scratch.restype = size  # type: ignore[attr-defined]
         _share_threads(loaded)
 
 

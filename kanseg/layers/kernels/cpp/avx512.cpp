@@ -6,4 +6,5 @@
 #define NAME(f) kanseg_##f##_avx512
 #include "rows.h"
 #include "winograd.h"
+#include "wavelet.h"
 #endif

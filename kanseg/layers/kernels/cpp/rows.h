@@ -71,6 +71,9 @@ INLINE V smaller(V a, V b) { return a < b ? a : b; }
 INLINE V positive(V a) { return larger(a, V{}); }
 
 INLINE float total(V v) {
+#if W == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float lanes[W], sum = 0;
   store(lanes, v);
   for (int i = 0; i < W; ++i) sum += lanes[i];
