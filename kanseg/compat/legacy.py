@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def wavelet(name: str, channel_axis: int = 3) -> str | Callable[[Tensor], Tensor
         "mexican_hat": negative_mexican_hat,
         "shannon": partial(channel_windowed_shannon, channel_axis),
     }
-    return changed[name] if name in changed else name
+    return changed.get(name, name)
 
 
 def negative_mexican_hat(z: Tensor) -> Tensor:
