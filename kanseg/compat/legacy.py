@@ -62,7 +62,7 @@ class Ones(Basis):
 
 def wavelet(name: str, channel_axis: int = 3) -> str | Callable[[Tensor], Tensor]:
     """The reference's wavelet: the Mexican hat times -1, and sin(z) / z times a Hamming window over the channels."""
-    changed = {
+    changed: dict[str, Any] = {
         "mexican_hat": negative_mexican_hat,
         "shannon": partial(channel_windowed_shannon, channel_axis),
     }
