@@ -80,9 +80,10 @@ class KANLinear(nn.Module):
         self.input_norm = feature_norm(input_norm, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputed(self._map, x, self.input_norm(x), preserve_rng_state=False)
+        return recomputed(self.expand_and_map, x, self.input_norm(x), preserve_rng_state=False)
 
-    def _map(self, x: Tensor, normed: Tensor) -> Tensor:
+    def expand_and_map(self, x: Tensor, normed: Tensor) -> Tensor:
+        """The layer of rows and of what the basis sees of them."""
         y = None if self.base_weight is None else F.linear(self.base_act(x), self.base_weight, self.bias)
         if self.basis is None:
             return y  # type: ignore[return-value]
@@ -150,7 +151,12 @@ class BottleneckKANLinear(nn.Module):
         self.base_act = activation(base_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.inner(self.down(x))) + F.linear(self.base_act(x), self.base_weight)
+        return recomputed(self._map, x, preserve_rng_state=False)
+
+    def _map(self, x: Tensor) -> Tensor:
+        h = self.down(x)
+        y = self.up(self.inner.expand_and_map(h, h))
+        return y + F.linear(self.base_act(x), self.base_weight)
 
 
 class LinearLayer(nn.Module):
