@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from monai.losses import DiceLoss
+from monai.metrics import (
+    compute_confusion_matrix_metric,
+    compute_hausdorff_distance,
+    get_confusion_matrix,
+)
 from safetensors.torch import load_file
 
 from kanseg.compat import from_torch_conv_kan, reference_gradients, to_torch_conv_kan
 from kanseg.errors import UsageError, UserError
+from kanseg.training.schedules import polynomial_with_warmup
 
 PARITY = Path(__file__).parents[1] / ".." / "shared" / "parity"
 
 
-def cases() -> list[dict]:
+ABSENT = "the parity data (../shared/parity) is not beside the project"
+
+
+def cases(*kinds: str) -> list:
     manifest = PARITY / "manifest.json"
-    if not manifest.exists():
-        return []
-    listed = json.loads(manifest.read_text())["cases"]
-    return [case for case in listed if case["kind"] in ("layer", "fc")]
+    listed = json.loads(manifest.read_text())["cases"] if manifest.exists() else []
+    return [case for case in listed if case["kind"] in kinds] or [
+        pytest.param(None, marks=pytest.mark.skip(reason=ABSENT))
+    ]
+
+
+def name(case: dict | None) -> str:
+    return case["id"] if case else "absent"
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.detach() - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
 
 
-@pytest.mark.skipif(not cases(), reason="the parity data (../shared/parity) is not beside the project")
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case["id"])
+@pytest.mark.parametrize("case", cases("layer", "fc"), ids=name)
 def test_layer_gives_the_numbers_of_the_reference(case: dict) -> None:
     data = load_file(PARITY / case["file"])
     state = {key.removeprefix("state."): value for key, value in data.items() if key.startswith("state.")}
@@ -52,6 +66,66 @@ def test_layer_gives_the_numbers_of_the_reference(case: dict) -> None:
             assert relative(gradients[name], theirs) <= 1e-4, name
     back = to_torch_conv_kan(layer)
     assert all(torch.equal(back[key], state[key]) for key in back if not key.endswith("beta_weights"))
+
+
+def pooled(data: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Masks of all samples as one volume, (1, 1, N, H, W): probabilities and target above one half."""
+    return [(data[key] > 0.5).float().transpose(0, 1)[None] for key in ("probabilities", "target")]
+
+
+def overlap(data: dict[str, torch.Tensor], args: dict) -> torch.Tensor:
+    matrix = get_confusion_matrix(*pooled(data))
+    names = {"IoU": "threat score", "dice": "f1 score", "f1_score": "f1 score"}
+    values = [compute_confusion_matrix_metric(names.get(key, key), matrix) for key in args["order"]]
+    return torch.cat(values).flatten()
+
+
+def hausdorff(data: dict[str, torch.Tensor], args: dict) -> torch.Tensor:
+    distance = partial(compute_hausdorff_distance, *pooled(data), include_background=True)
+    return torch.cat([distance(), distance(percentile=95)]).flatten()
+
+
+def schedule(data: dict[str, torch.Tensor], args: dict) -> torch.Tensor:
+    names = {"lr": "lr", "num_warmup_steps": "warmup_steps", "num_training_steps": "total_steps"}
+    options = {names.get(key, key.removeprefix("lr_")): value for key, value in args.items()}
+    steps = range(len(data["output"]))
+    return torch.tensor([polynomial_with_warmup(step, **options) for step in steps], dtype=torch.float64)
+
+
+def soft_dice(data: dict[str, torch.Tensor], args: dict) -> torch.Tensor:
+    return 1 - DiceLoss(smooth_nr=1, smooth_dr=1)(data["probabilities"], data["target"])
+
+
+FUNCTIONS = {
+    "metric_medseg_overlap": overlap,
+    "metric_medseg_hausdorff": hausdorff,
+    "metric_dice_soft": soft_dice,
+    "schedule": schedule,
+}
+MODULES = {"norm_self_spatial_norm": "SelfSpatialNorm", "norm_spatial_norm": "SpatialNorm"}
+
+
+@pytest.mark.parametrize("case", cases("functional"), ids=name)
+def test_function_gives_the_numbers_of_the_reference(case: dict) -> None:
+    data = load_file(PARITY / case["file"])
+    function = next((f for start, f in FUNCTIONS.items() if case["id"].startswith(start)), None)
+    if function is not None:
+        assert relative(function(data, case["args"]), data["output"]) <= 1e-6
+        return
+    state = {key.removeprefix("state."): value for key, value in data.items() if key.startswith("state.")}
+    class_name = MODULES.get(case["id"], case["description"])
+    module = from_torch_conv_kan(class_name, case["args"], state)
+    inputs = [data[key].clone() for key in ("logits", "target", "input", "input0", "input1") if key in data]
+    inputs[0].requires_grad_()
+    result = module(*inputs)
+    outputs = result if isinstance(result, tuple) else (result,)
+    keys = [f"output.{n}" for n in range(len(outputs))] if isinstance(result, tuple) else ["output"]
+    for key, output in zip(keys, outputs, strict=True):
+        assert relative(output, data[key].view(output.shape)) <= 1e-5
+    if "grad_input" in data:
+        outputs[0].sum().backward()
+        assert relative(inputs[0].grad, data["grad_input"]) <= 1e-4
+    assert all(torch.equal(value, state[key]) for key, value in to_torch_conv_kan(module).items())
 
 
 def kagn_state() -> dict[str, torch.Tensor]:

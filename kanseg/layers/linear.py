@@ -146,7 +146,7 @@ class BottleneckKANLinear(nn.Module):
         super().__init__()
         inner = inner_width(in_features, out_features, dim_reduction, min_internal)
         self.down, self.up = nn.Linear(in_features, inner), nn.Linear(inner, out_features)
-        self.inner = KANLinear(inner, inner, base=False, **options)
+        self.inner = KANLinear(inner, inner, base=False, input_norm=None, **options)
         self.base_weight = new_weight(out_features, in_features)
         self.base_act = activation(base_act)
 
