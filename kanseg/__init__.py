@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "KANConv": "kanseg.layers",
     "ConvLayer": "kanseg.layers",
+    "FocalModulation": "kanseg.layers",
+    "KANAttention": "kanseg.layers",
+    "KANLinear": "kanseg.layers",
+    "KANMLP": "kanseg.layers",
+    "MixtureOfExperts": "kanseg.layers",
     "UKANet": "kanseg.models",
     "create_model": "kanseg.models",
     "list_models": "kanseg.models",

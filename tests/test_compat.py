@@ -15,8 +15,11 @@ from monai.metrics import (
     get_confusion_matrix,
 )
 from safetensors.torch import load_file
+from torch import nn
 
 from kanseg.compat import from_torch_conv_kan, reference_gradients, to_torch_conv_kan
+from kanseg.compat.links import spread
+from kanseg.compat.torch_conv_kan import find
 from kanseg.errors import UsageError, UserError
 from kanseg.training.schedules import polynomial_with_warmup
 
@@ -126,6 +129,61 @@ def test_function_gives_the_numbers_of_the_reference(case: dict) -> None:
         outputs[0].sum().backward()
         assert relative(inputs[0].grad, data["grad_input"]) <= 1e-4
     assert all(torch.equal(value, state[key]) for key, value in to_torch_conv_kan(module).items())
+
+
+BLOCKS = {"padding": 1, "kernel_size": 3}
+ELSEWHERE = [
+    ("KAGNConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "kernel_size": 5, "degree": 5, "groups": 2}),
+    ("WavKANConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "kernel_size": 1, "wavelet_type": "dog"}),
+    ("KALNConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "kernel_size": 3, "norm_layer": nn.Identity}),
+    ("MoEKACNConv{n}DLayer", {"input_size": 4, "output_size": 6, "num_experts": 1, "k": 1}),
+    ("MoEKAGNConv{n}DLayer", {"input_size": 4, "output_size": 6, "noisy_gating": False, "groups": 2}),
+    ("MoEBottleNeckKAGNConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "dropout": 0.1, **BLOCKS}),
+    ("SelfKAGNtention{n}D", {"input_dim": 4, "norm_layer": nn.Identity, **BLOCKS}),
+    ("SelfReLUKANtention{n}D", {"input_dim": 4, "g": 3, "k": 2, "train_ab": False, **BLOCKS}),
+    ("BottleNeckSelfReLUKANtention{n}D", {"input_dim": 4, "inner_projection": 8, "groups": 2, **BLOCKS}),
+    ("RoPEBottleNeckSelfKAGNtention{n}D", {"input_dim": 4, "rope_mixed": False, **BLOCKS}),
+    ("KAGNFocalModulation{n}D", {"input_dim": 4, "focal_level": 3, "degree": 1, "dropout": 0.1}),
+]
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize(("class_name", "args"), ELSEWHERE, ids=lambda value: str(value)[:30])
+def test_other_arguments_convert_there_and_back(class_name: str, args: dict, spatial_dims: int) -> None:
+    name = class_name.replace("{n}", str(spatial_dims))
+    convert, _ = find(name, args)
+    made = convert(spatial_dims, dict(args), {})
+    state = {**spread(made.links, made.module.state_dict()), **{key: torch.zeros(1) for key in made.unused}}
+    loaded = from_torch_conv_kan(name, args, state)
+    x = torch.randn(3, 4, *(9, 6, 5)[:spatial_dims])
+    torch.testing.assert_close(loaded(x), made.module.eval()(x), rtol=0, atol=0)
+    back = to_torch_conv_kan(loaded)
+    assert back.keys() == state.keys() - set(made.unused)
+    assert all(torch.equal(back[key], state[key]) for key in back)
+
+
+def test_the_numbers_of_a_network_s_layers_move_with_its_dropouts() -> None:
+    sizes = {1: (5, 4), 3: (4, 3)}
+    state = {}
+    for position, (inputs, outputs) in sizes.items():
+        state[f"layers.{position}.cheby_coeffs"] = torch.randn(inputs, outputs, 3)
+    args = {"layers_hidden": [5, 4, 3], "degree": 2, "dropout": 0.3}
+    network, x = from_torch_conv_kan("kans.KACN", args, state), torch.randn(6, 5)
+    y = x
+    for position in sizes:
+        t = torch.arccos(torch.tanh(y)).unsqueeze(-1) * torch.arange(3)
+        y = torch.einsum("bid,iod->bo", t.cos(), state[f"layers.{position}.cheby_coeffs"])
+    torch.testing.assert_close(network(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_that_are_missing_or_unknown_are_named() -> None:
+    with pytest.raises(UsageError, match="KAGNConv1DLayer needs the argument 'output_dim'"):
+        from_torch_conv_kan("KAGNConv1DLayer", {"input_dim": 2, "kernel_size": 3}, {})
+    args = {"input_dim": 2, "output_dim": 2, "kernel_size": 3, "degre": 3}
+    with pytest.raises(UsageError, match="does not take"):
+        from_torch_conv_kan("KAGNConv1DLayer", args, {})
+    with pytest.raises(UsageError, match=r"does not take \['degre'\]"):
+        from_torch_conv_kan("GRAMLayer", {"in_channels": 2, "out_channels": 2, "degre": 3}, {})
 
 
 def kagn_state() -> dict[str, torch.Tensor]:

@@ -210,7 +210,7 @@ def _links(spec: Layer, layer: nn.Module, state: State) -> list[Link]:
     own, links = layer.state_dict(), []
     for ours, theirs in spec.keys.items():
         if ours.endswith("beta"):
-            links.append(beta_link(ours, theirs, state))
+            links.append(beta_link(ours, theirs))
         elif ours in own:
             links.append(Link(ours, (theirs,)))
     if spec.basis is not None:
