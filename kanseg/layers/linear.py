@@ -23,6 +23,7 @@ from kanseg.layers.bottleneck import inner_width
 from kanseg.layers.families import family_name
 from kanseg.layers.kan_conv import ActSpec, activation, recomputed
 
+EDGES_AT_ONCE = 1 << 18  # (row, output, input) triples whose wavelet is evaluated together: they stay in the cache
 NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
 
 
@@ -117,7 +118,9 @@ class WaveletLinear(nn.Module):
         self.base_weight = new_weight(out_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputed(self._map, x, preserve_rng_state=False)
+        rows = max(1, EDGES_AT_ONCE // self.scale.numel())
+        parts = [recomputed(self._map, part, preserve_rng_state=False) for part in x.split(rows)]
+        return torch.cat(parts)
 
     def _map(self, x: Tensor) -> Tensor:
         z = (x.unsqueeze(1) - self.translation) / self.scale
