@@ -23,7 +23,9 @@ from kanseg.layers.bottleneck import inner_width
 from kanseg.layers.families import family_name
 from kanseg.layers.kan_conv import ActSpec, activation, recomputed
 
-EDGES_AT_ONCE = 1 << 18  # (row, output, input) triples whose wavelet is evaluated together: they stay in the cache
+EDGES_AT_ONCE = (
+    1 << 18
+)  # (row, output, input) triples whose wavelet is evaluated together: they stay in the cache
 NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
 
 
@@ -89,7 +91,9 @@ class KANLinear(nn.Module):
         if self.basis is None:
             return y  # type: ignore[return-value]
         bias = self.bias if y is None else None
-        term = F.linear(self.basis_act(self.basis(normed)).flatten(1), self.basis_weight, bias)
+        functions = torch.cat([self.basis_act(f) for f in self.basis.of(normed)], dim=1)
+        by_function = self.basis_weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
+        term = F.linear(functions, by_function, bias)
         return term if y is None else y + term
 
 
