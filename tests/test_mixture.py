@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -148,6 +150,21 @@ def test_noise_is_drawn_in_training_alone() -> None:
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+def test_a_model_can_be_copied_in_the_middle_of_a_step() -> None:
+    layer, x = conv_layer("kagn", num_experts=3)(2, 4, 4), torch.randn(4, 4, 5, 6)
+    layer(x)
+    copied = copy.deepcopy(layer)
+    assert take_balance_loss(copied) == 0
+    assert take_balance_loss(layer) > 0
+    torch.testing.assert_close(copied.eval()(x), layer.eval()(x))
+
+
+def test_an_exported_mixture_gives_the_same_numbers() -> None:
+    layer, x = conv_layer("bottleneck_kagn", num_experts=3)(2, 4, 4).eval(), torch.randn(4, 4, 5, 6)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(-x), layer(-x))
 
 
 def test_impossible_numbers_of_experts_are_explained() -> None:
