@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
+    ClassesToIndicesd,
     Compose,
     FgBgToIndicesd,
     Orientationd,
     RandAdjustContrastd,
     RandAffined,
+    RandCropByLabelClassesd,
     RandCropByPosNegLabeld,
     RandFlipd,
     RandGaussianNoised,
@@ -139,29 +141,35 @@ def restored_labels(logits: Tensor, item: Item, plan: Plan) -> np.ndarray:
     return labels.numpy()
 
 
-def augmentation(plan: Plan) -> Compose:
-    """Patches from prepared cases: a crop that holds foreground every second time, then random changes.
+def augmentation(
+    plan: Plan, *, foreground: float = 0.5, balanced: bool = False, changes: bool = True
+) -> Compose:
+    """Patches from prepared cases: a crop that holds foreground in a share of the patches, then random changes.
 
     Returns a list with one sample, as MONAI's crop does. Seeded by `Compose.set_random_state`.
+
+    Args:
+        foreground: share of the patches whose centre lies in the foreground.
+        balanced: every foreground class of the case is as likely a centre as any other.
+        changes: False for the crop alone; what changes the patches then runs in batches on the device.
     """
-    keys, patch = KEYS, plan.patch_size
     modes = ("bilinear", "nearest")
-    crop = RandCropByPosNegLabeld(
-        keys, "label", patch, fg_indices_key="label_fg_indices", bg_indices_key="label_bg_indices"
-    )
+    crop = _balanced_crop(plan, foreground) if balanced else _crop(plan, foreground)
+    if not changes:
+        return Compose([crop])
     if plan.spatial_dims == 2:
         spatial: list[Transform] = [AlbumentationsSpatial(plan)]
     else:
         spatial = [
             RandAffined(
-                keys,
+                KEYS,
                 prob=0.3,
                 rotate_range=_rotation(plan),
                 scale_range=(0.15,) * 3,
                 mode=modes,
                 padding_mode="border",
             ),
-            *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes),
+            *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes),
         ]
     intensity = [
         RandGaussianNoised("image", prob=0.15, std=0.1),
@@ -175,9 +183,36 @@ def augmentation(plan: Plan) -> Compose:
     return Compose([crop, *spatial, *intensity])
 
 
-def preparation(plan: Plan) -> Compose:
+def _crop(plan: Plan, foreground: float) -> Transform:
+    return RandCropByPosNegLabeld(
+        KEYS,
+        "label",
+        plan.patch_size,
+        pos=foreground,
+        neg=1 - foreground,
+        fg_indices_key="label_fg_indices",
+        bg_indices_key="label_bg_indices",
+    )
+
+
+def _balanced_crop(plan: Plan, foreground: float) -> Transform:
+    classes = len(plan.label_values)
+    return RandCropByLabelClassesd(
+        KEYS,
+        "label",
+        plan.patch_size,
+        ratios=[1 - foreground, *[foreground / (classes - 1)] * (classes - 1)],
+        num_classes=classes,
+        indices_key="label_cls_indices",
+        warn=False,
+    )
+
+
+def preparation(plan: Plan, balanced: bool = False) -> Compose:
     """What `augmentation` needs and no epoch changes: cases at least a patch large, where foreground is."""
-    return Compose([SpatialPadd(KEYS, plan.patch_size), FgBgToIndicesd("label")])
+    classes = len(plan.label_values)
+    indices = ClassesToIndicesd("label", num_classes=classes) if balanced else FgBgToIndicesd("label")
+    return Compose([SpatialPadd(KEYS, plan.patch_size), indices])
 
 
 def _rotation(plan: Plan) -> tuple[float, ...]:
