@@ -117,7 +117,8 @@ def test_it_learns_and_leaves_a_complete_run_folder(balls, tmp_path):
     )
     fold = run / "fold_0"
     written = {path.name for path in fold.iterdir()}
-    assert written == {"log.jsonl", "last.safetensors", "best.safetensors", "summary.json", "progress.png"}
+    files = {"log.jsonl", "last.safetensors", "best.safetensors", "summary.json", "progress.png"}
+    assert written == files | {"manifest.json", "validation"}
     assert {path.name for path in run.iterdir()} == {"config.json", "plan.json", "splits.json", "fold_0"}
     assert summary == json.loads((fold / "summary.json").read_text())
     assert summary["dice"]["mean"] > 0.7
@@ -157,9 +158,9 @@ def test_patients_are_on_one_side_of_the_split_and_a_given_split_is_kept(balls, 
 
 
 def test_a_training_on_all_cases_keeps_its_last_weights(balls, tmp_path):
-    summary = train(balls, tmp_path / "run", "training.max_epochs=1", fold="all")
+    summary = train(balls, tmp_path / "run", "training.max_epochs=1", fold="final")
     assert summary["best_epoch"] is None
-    assert (tmp_path / "run" / "fold_all" / "best.safetensors").exists()
+    assert (tmp_path / "run" / "fold_final" / "best.safetensors").exists()
     with pytest.raises(UsageError, match="no fold 3"):
         train(balls, tmp_path / "run", "training.max_epochs=1", fold=3)
 
@@ -284,7 +285,7 @@ def test_numbers_that_stop_being_finite_stop_the_run_with_their_place(balls, tmp
 
     def poisoned(self, batch):
         if self.state.updates == 5 and what == "loss":
-            batch["image"][:] = math.nan
+            batch[0]["image"][:] = math.nan
         elif self.state.updates == 5:
             next(self.model.parameters()).register_hook(lambda grad: grad * math.inf)
         return step(self, batch)

@@ -96,6 +96,7 @@ class TrainLoader:
         return iter(loader)
 
     def _places(self, epoch: int, step: int) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = epoch + step // self.steps, step % self.steps
         while True:
             first = (step * self.ranks + self.rank) * self.batch_size
             yield [(epoch, index) for index in range(first, first + self.batch_size)]

@@ -164,7 +164,7 @@ def augmentation(
             RandAffined(
                 KEYS,
                 prob=0.3,
-                rotate_range=_rotation(plan),
+                rotate_range=rotation(plan),
                 scale_range=(0.15,) * 3,
                 mode=modes,
                 padding_mode="border",
@@ -215,7 +215,7 @@ def preparation(plan: Plan, balanced: bool = False) -> Compose:
     return Compose([SpatialPadd(KEYS, plan.patch_size), indices])
 
 
-def _rotation(plan: Plan) -> tuple[float, ...]:
+def rotation(plan: Plan) -> tuple[float, ...]:
     """All axes; for thick slices only within them."""
     coarse = int(np.argmax(plan.spacing))
     if plan.spacing[coarse] <= 3 * min(plan.spacing):

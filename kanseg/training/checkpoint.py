@@ -184,24 +184,32 @@ def named(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of an optimizer as `INDEX.NAME` -> tensor (the index is the parameter's)."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value
-        for index, entries in state.items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
-    }
+def pack(tree: Any, name: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Take the tensors out of nested dictionaries and lists: tensors by path, and JSON with paths where they were.
+
+    >>> pack({0: {"exp_avg": torch.zeros(1), "step": 3}})
+    ({'0.exp_avg': tensor([0.])}, {'0': {'exp_avg': {'tensor': '0.exp_avg'}, 'step': 3}})
+    """
+    if isinstance(tree, Tensor):
+        return {name: tree}, {"tensor": name}
+    if not isinstance(tree, dict | list | tuple):
+        return {}, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    packed = {key: pack(value, f"{name}.{key}" if name else str(key)) for key, value in items}
+    tensors = {path: tensor for part, _ in packed.values() for path, tensor in part.items()}
+    plain = {str(key): rest for key, (_, rest) in packed.items()}
+    return tensors, plain if isinstance(tree, dict) else list(plain.values())
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `optimizer_tensors` gave into an optimizer of the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def unpack(tensors: Mapping[str, Tensor], tree: Any) -> Any:
+    """The inverse of `pack`; numbers that were keys come back as numbers."""
+    if isinstance(tree, list):
+        return [unpack(tensors, value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if tree.keys() == {"tensor"}:
+        return tensors[tree["tensor"]]
+    return {int(key) if key.isdigit() else key: unpack(tensors, value) for key, value in tree.items()}
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

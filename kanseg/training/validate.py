@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kanseg.config import InferenceConfig
 from kanseg.data.formats import Case
-from kanseg.data.images import read_label
+from kanseg.data.images import read_label, write_label
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import class_numbers
 from kanseg.inference.predict import predict_case, predict_logits
@@ -38,13 +39,29 @@ def validate_batch(
 
 
 def validate_case(
-    model: nn.Module, case: Case, plan: Plan, options: InferenceConfig, device: torch.device
+    model: nn.Module,
+    case: Case,
+    plan: Plan,
+    options: InferenceConfig,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> list[float]:
-    """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does."""
-    labels, _ = predict_case(model, case, plan, overlap=options.overlap, tta=options.tta, device=device)
+    """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does.
+
+    Args:
+        folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
+    """
+    labels, source = predict_case(model, case, plan, overlap=options.overlap, tta=options.tta, device=device)
+    if folder is not None:
+        write_label(kept_prediction(folder, case, plan), labels, source, plan.label_dtype)
     reference = read_label(case.label, plan.spatial_dims)  # type: ignore[arg-type]  # splits hold labelled cases
     pair = [torch.from_numpy(class_numbers(array, plan.label_values, case)) for array in (labels, reference)]
     return dice_per_class(pair[0], pair[1], len(plan.label_values))
+
+
+def kept_prediction(folder: Path, case: Case, plan: Plan) -> Path:
+    """Where the label map of a validation case is kept."""
+    return folder / f"{case.id}{'.png' if plan.spatial_dims == 2 else '.nii.gz'}"
 
 
 def summarize(
