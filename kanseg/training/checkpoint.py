@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,8 +125,14 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
     return create_model(**{key: value for key, value in spec.items() if key != "options"}, **spec["options"])
 
 
-def model_spec(config: Config, plan: Plan) -> dict[str, Any]:
-    """What `build_model` needs: the plan's network with the config's options over it, all of it JSON."""
+def model_spec(config: Config, plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `build_model` needs: the plan's network with the config's options over it, all of it JSON.
+
+    Args:
+        known: {"name", "options"} of the network whose weights are started from; it goes before the plan's.
+    """
+    if known and config.model.name in (None, known["name"]):
+        plan = replace(plan, model=known["name"], model_options=known["options"])
     name = config.model.name or plan.model
     known = model_options(name)
     planned = {

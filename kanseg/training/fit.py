@@ -15,13 +15,15 @@ from typing import Any
 
 from accelerate.utils import set_seed
 from rich.console import Console
+from torch import nn
 
 from kanseg.config import Config, check_names
 from kanseg.data.formats import Dataset
 from kanseg.data.plan import Plan
-from kanseg.training.checkpoint import build_model, describe, model_spec
+from kanseg.training.checkpoint import LAST, build_model, describe, load_checkpoint, model_spec
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked
+from kanseg.training.finetune import read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.run_folder import SUMMARY, check_data, fold_cases, prepare_run, run_config, run_splits
@@ -65,8 +67,7 @@ def fit(
     training, validation = fold_cases(splits, dataset, fold)
     accelerator = make_accelerator(config.training)
     set_seed(config.data.seed)
-    spec = model_spec(config, plan)
-    model = build_model(spec)  # before anything is written: its options may not fit
+    spec, model, started = _model(config, plan, folder)  # before anything is written: options may not fit
     if accelerator.is_main_process:
         prepare_run(config, plan, splits, run, fold)
     accelerator.wait_for_everyone()
@@ -79,6 +80,8 @@ def fit(
             if trainer.at_end() and (folder / SUMMARY).exists():
                 trainer.monitor.say(f"{folder} is trained to its end already.")
                 return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            if started:
+                trainer.monitor.say(started)
             manifest = None
             if accelerator.is_main_process:
                 facts = {"fold": fold, "seed": config.data.seed, "config": config.model_dump()}
@@ -90,3 +93,17 @@ def fit(
                 if manifest:
                     peak = peak_memory_mb(accelerator.device)
                     manifest.write(peak_memory_mb=peak, minutes=round(trainer.state.seconds / 60, 2))
+
+
+def _model(config: Config, plan: Plan, folder: Path) -> tuple[dict[str, Any], nn.Module, str]:
+    """The description of the network, the network, and what was said about the weights it starts from."""
+    if config.training.weights is None:
+        spec = model_spec(config, plan)
+        return spec, build_model(spec), ""
+    if (folder / LAST).exists():  # the weights have done their part, and may be gone
+        spec = model_spec(config, plan, load_checkpoint(folder / LAST)[1].get("model"))
+        return spec, build_model(spec), ""
+    start = read_start(config.training.weights)
+    spec = model_spec(config, plan, start.model)
+    model = build_model(spec)
+    return spec, model, transfer(model, start, plan.label_names, plan.channel_names)
