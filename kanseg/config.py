@@ -22,7 +22,7 @@ from kanseg.training.files import write_json
 DEFAULT_EPOCHS = 100
 # A resumed run may change these: how long, how closely watched, by how many processes; not what is learned.
 CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "final_validation", "device")}
-CHANGEABLE |= {"data.workers", "inference.overlap", "inference.tta", "logging.tensorboard", "logging.wandb"}
+CHANGEABLE |= {"data.workers", "inference.overlap", "inference.blending", "inference.tta", "logging.tensorboard", "logging.wandb"}
 
 
 class Section(BaseModel):
@@ -85,6 +85,7 @@ class InferenceConfig(Section):
     """Sliding window over whole images."""
 
     overlap: float = Field(default=0.5, ge=0, lt=1, description="share of a window")
+    blending: Literal["gaussian", "constant"] = Field(default="gaussian", description="weights in a window")
     tta: bool = Field(default=False, description="average over the plan's mirror axes")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kanseg.data.formats import Case
+from kanseg.data.labels import targets
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
@@ -42,7 +43,8 @@ class Patches(Dataset):
         item = self.items[random.randint(len(self.items))]
         self.augment.set_random_state(seed=int(random.randint(2**31)))
         (sample,) = self.augment(item)
-        return {key: torch.as_tensor(np.asarray(sample[key])).contiguous() for key in KEYS}
+        image, label = (torch.as_tensor(np.asarray(sample[key])) for key in KEYS)
+        return {"image": image.contiguous(), "label": targets(label, self.plan).contiguous()}
 
 
 class TrainLoader:
@@ -87,6 +89,9 @@ def train_loader(
 
 
 def val_loader(plan: Plan, cases: Sequence[Case]) -> list[Batch]:
-    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1, *S)}, kept in memory."""
+    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1 or K, *S)}, kept in memory."""
     items = (load_case(case, plan)[0] for case in cases)
-    return [{key: item[key].as_tensor()[None] for key in KEYS} for item in items]
+    return [
+        {"image": item["image"].as_tensor()[None], "label": targets(item["label"].as_tensor(), plan)[None]}
+        for item in items
+    ]

@@ -140,7 +140,7 @@ def model_spec(config: Config, plan: Plan) -> dict[str, Any]:
     spec = {
         "name": name,
         "spatial_dims": plan.spatial_dims,
-        "in_channels": len(plan.channel_names),
+        "in_channels": plan.in_channels,
         "out_channels": len(plan.label_names),
         "options": options,
     }
