@@ -1,8 +1,10 @@
-"""The command line: one function a verb, nothing but arguments and calls; heavy imports stand inside the verbs."""
+"""The command line: one function a verb, nothing but arguments and calls; heavy imports stand inside the verbs.
+
+The verbs of the main path stand here; those around it in `kanseg.verbs`, by theme.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,11 @@ import typer
 
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError
+from kanseg.verbs import data, results
+from kanseg.verbs.common import Json, Out, Pattern
+from kanseg.verbs.common import console as _console
+from kanseg.verbs.common import emit as _emit
+from kanseg.verbs.common import size_in_bytes as _bytes
 
 app = typer.Typer(
     name="kanseg",
@@ -23,10 +30,6 @@ app = typer.Typer(
     "Start with [bold]kanseg demo[/bold]; then, with your own data: kanseg plan DATA -o RUN, kanseg train RUN, "
     "kanseg predict -m RUN -i SCANS -o MASKS, kanseg evaluate MASKS REFERENCES.",
 )
-Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or file) to write.")]
-Pattern = Annotated[str | None, typer.Option(help="Regular expression, one group: the patient in an id.")]
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @app.command()
@@ -258,31 +261,8 @@ def _make_plan(
     return made
 
 
-def _bytes(text: str | None) -> int | None:
-    """ "8G" -> bytes."""
-    if text is None:
-        return None
-    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
-    if number and number[-1] in UNITS:
-        number, unit = number[:-1], number[-1]
-    try:
-        size = float(number) * UNITS[unit]
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise UsageError(f"--memory '{text}' is not a size such as 8G or 500M.")
-    return int(size)
-
-
-def _console(to_stderr: bool) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=to_stderr)
-
-
-def _emit(result: Any, json_: bool) -> None:
-    if json_:
-        print(json.dumps(result, indent=1, default=str))
+for _theme in (data, results):
+    app.add_typer(_theme.app)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ DEFAULT_EPOCHS = 100
 CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "patience", "final_validation")}
 CHANGEABLE |= {f"training.{key}" for key in ("device", "save_minutes", "compile", "gradient_checkpointing")}
 CHANGEABLE |= {f"logging.{key}" for key in ("tensorboard", "wandb", "mlflow", "project")}
-CHANGEABLE |= {"data.workers", "inference.overlap", "inference.tta"}
+CHANGEABLE |= {"data.workers", "inference.overlap", "inference.blending", "inference.tta"}
 
 
 class Section(BaseModel):
@@ -119,6 +119,7 @@ class InferenceConfig(Section):
     """Sliding window over whole images."""
 
     overlap: float = Field(default=0.5, ge=0, lt=1, description="share of a window")
+    blending: Literal["gaussian", "constant"] = Field(default="gaussian", description="weights in a window")
     tta: bool = Field(default=False, description="average over the plan's mirror axes")
 
 

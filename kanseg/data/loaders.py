@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kanseg.data.formats import Case
+from kanseg.data.labels import known_values, targets
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
@@ -24,7 +25,7 @@ Batch = dict[str, Tensor]
 
 
 class Patches(Dataset):
-    """Random patches of random cases: {"image": (C, *patch), "label": (1, *patch), "seed": ()}.
+    """Random patches of random cases: {"image": (C, *patch), "label": (1 or K, *patch), "seed": ()}.
 
     A patch is asked for by (epoch, index); its `seed` is what further random changes of it may start from.
 
@@ -32,8 +33,8 @@ class Patches(Dataset):
         pools: a pool is chosen first, then a case of it: one pool of all, or one a class for balance.
     """
 
-    def __init__(self, pools: Sequence[Sequence[Item]], augment: Compose, seed: int) -> None:
-        self.pools, self.augment, self.seed = pools, augment, seed
+    def __init__(self, plan: Plan, pools: Sequence[Sequence[Item]], augment: Compose, seed: int) -> None:
+        self.plan, self.pools, self.augment, self.seed = plan, pools, augment, seed
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         random = np.random.RandomState(np.random.SeedSequence((self.seed, *place)).generate_state(4))
@@ -42,8 +43,9 @@ class Patches(Dataset):
         seed = int(random.randint(2**31))
         self.augment.set_random_state(seed=seed)
         (sample,) = self.augment(item)
-        patch = {key: torch.as_tensor(np.asarray(sample[key])).contiguous() for key in KEYS}
-        return {**patch, "seed": torch.tensor(seed)}
+        image, label = (torch.as_tensor(np.asarray(sample[key])) for key in KEYS)
+        label = targets(label, self.plan).contiguous()
+        return {"image": image.contiguous(), "label": label, "seed": torch.tensor(seed)}
 
 
 class TrainLoader:
@@ -79,7 +81,8 @@ class TrainLoader:
         loaded = progress(cases, "Loading cases")
         items = [prepare(load_case(case, plan)[0]) for case in loaded]
         augment = augmentation(plan, foreground=foreground, balanced=balanced, changes=changes)
-        self.patches = Patches(_pools(items, len(plan.label_values)) if balanced else [items], augment, seed)
+        pools = _pools(items, len(known_values(plan))) if balanced else [items]
+        self.patches = Patches(plan, pools, augment, seed)
         self.batch_size, self.steps, self.workers, self.pin = batch_size, steps, workers, pin
         self.rank, self.ranks = rank, ranks
 
@@ -116,6 +119,9 @@ def _one_thread(worker: int) -> None:
 
 
 def val_loader(plan: Plan, cases: Sequence[Case]) -> list[Batch]:
-    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1, *S)}, kept in memory."""
+    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1 or K, *S)}, kept in memory."""
     items = (load_case(case, plan)[0] for case in cases)
-    return [{key: item[key].as_tensor()[None] for key in KEYS} for item in items]
+    return [
+        {"image": item["image"].as_tensor()[None], "label": targets(item["label"].as_tensor(), plan)[None]}
+        for item in items
+    ]

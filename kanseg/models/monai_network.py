@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from monai.networks import nets
@@ -50,7 +51,12 @@ class MonaiNetwork(nn.Module):
         padding = [n for axis in reversed(size) for n in (0, -axis % DIVISIBLE)]
         output = self.network(F.pad(x, padding) if any(padding) else x)
         maps = output.unbind(1) if isinstance(output, Tensor) and output.dim() > x.dim() else output
-        cut = (..., *(slice(n) for n in size))
         if isinstance(maps, Tensor):
-            return maps[cut].float()
-        return [one[cut].float() for one in maps] if self.training else maps[0][cut].float()
+            return _cut(maps, size).float()
+        return [_cut(one, size).float() for one in maps] if self.training else _cut(maps[0], size).float()
+
+
+def _cut(x: Tensor, size: Sequence[int]) -> Tensor:
+    for axis, length in enumerate(size, start=2):
+        x = x.narrow(axis, 0, length)
+    return x

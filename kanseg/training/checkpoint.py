@@ -134,7 +134,7 @@ def model_spec(config: Config, plan: Plan, known: Mapping[str, Any] | None = Non
     if known and config.model.name in (None, known["name"]):
         plan = replace(plan, model=known["name"], model_options=known["options"])
     name = config.model.name or plan.model
-    known = model_options(name)
+    options = model_options(name)
     planned = {
         "features_per_stage": plan.features_per_stage,
         "strides": plan.strides,
@@ -143,13 +143,13 @@ def model_spec(config: Config, plan: Plan, known: Mapping[str, Any] | None = Non
     }
     if config.training.deep_supervision is not None:
         planned["deep_supervision"] = config.training.deep_supervision
-    options = {**{key: value for key, value in planned.items() if key in known}, **config.model.options}
+    chosen = {**{key: value for key, value in planned.items() if key in options}, **config.model.options}
     spec = {
         "name": name,
         "spatial_dims": plan.spatial_dims,
-        "in_channels": len(plan.channel_names),
+        "in_channels": plan.in_channels,
         "out_channels": len(plan.label_names),
-        "options": options,
+        "options": chosen,
     }
     return json.loads(json.dumps(spec))
 

@@ -106,4 +106,5 @@ def _model(config: Config, plan: Plan, folder: Path) -> tuple[dict[str, Any], nn
     start = read_start(config.training.weights)
     spec = model_spec(config, plan, start.model)
     model = build_model(spec)
-    return spec, model, transfer(model, start, plan.label_names, plan.channel_names)
+    channels = plan.channel_names * plan.slices
+    return spec, model, transfer(model, start, plan.label_names, channels)

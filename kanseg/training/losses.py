@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kanseg.errors import UsageError, did_you_mean, refused_options
 from kanseg.registry import Registry
+from kanseg.training.annotation import Annotated
 
 Terms = Sequence[tuple[float, Callable[..., nn.Module], Mapping[str, Any]]]
 
@@ -69,7 +70,7 @@ def create_loss(name: str, **options: Any) -> DeepSupervisionLoss:
         UsageError: unknown loss, or an option that none of its terms has; the nearest is named.
     """
     with refused_options(f"The loss '{name}'"):
-        return DeepSupervisionLoss(LOSSES.create(name, **options))
+        return DeepSupervisionLoss(Annotated(LOSSES.create(name, **options)))
 
 
 def _register(name: str, terms: Terms) -> None:

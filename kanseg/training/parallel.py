@@ -53,7 +53,7 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
 def whole_batch(output: T, accelerator: Accelerator) -> T:
     """Outputs or targets (a tensor, a list or a dictionary) of all processes, joined along the batch.
 
-    The gradient goes back to each process. A Dice of the whole batch is not the mean of the processes' own ones, so each
+    The gradient goes back to each process. A Dice of the whole batch is not the mean of the processes' own, so each
     computes the loss of all.
     """
     if accelerator.num_processes == 1:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from kanseg.config import Config, read_config, resumed_config, unlike
+from kanseg.data.fingerprint import check_unchanged, load_fingerprint
 from kanseg.data.formats import Case, Dataset
 from kanseg.data.plan import Plan
-from kanseg.data.splits import split
+from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError
 from kanseg.training.checkpoint import LAST
 from kanseg.training.files import make_folder, write_json
@@ -42,17 +43,25 @@ def run_config(config: Config, run: Path, fold: int | str, resume: bool, overrid
 
 
 def run_splits(dataset: Dataset, config: Config, run: Path) -> Splits:
-    """The folds of RUN/splits.json where it exists (also one written by hand), else new ones by patient."""
+    """The folds of RUN/splits.json where it exists (also one written by hand), else new ones by patient.
+
+    Raises:
+        UserError: the data are not those of the plan, or a fold trains on a patient that it validates on.
+    """
+    check_unchanged(dataset, run)
+    same = (load_fingerprint(run) or {"same": []})["same"]
     path = run / SPLITS
     if not path.exists():
-        return split(dataset, folds=config.data.folds, seed=config.data.seed)
+        return split(dataset, folds=config.data.folds, seed=config.data.seed, same=same)
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
-        return [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in splits]
+        read = json.loads(path.read_text(encoding="utf-8"))
+        splits = [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in read]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a list of folds with 'train' and 'val' ({error}). Correct or delete it."
         ) from error
+    check_leaks(splits, dataset, same)
+    return splits
 
 
 def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[Case], list[Case]]:
@@ -94,14 +103,17 @@ def prepare_run(config: Config, plan: Plan, splits: Splits, run: Path, fold: int
 
 def check_data(plan: Plan, dataset: Dataset) -> None:
     """Raise `UserError` if the plan was made for data of another kind."""
-    for what in ("spatial_dims", "channel_names", "label_values"):
-        planned, found = _plain(getattr(plan, what)), _plain(getattr(dataset, what))
+    wanted = {
+        "spatial_dims": (plan.image_dims, dataset.spatial_dims),
+        "channel_names": (plan.channel_names, dataset.channel_names),
+        "label_values": (plan.label_values, dataset.label_values),
+        "regions": (plan.regions, dataset.regions),
+        "ignore_value": (plan.ignore_value, dataset.ignore_value),
+    }
+    for what, pair in wanted.items():
+        planned, found = (json.loads(json.dumps(value)) for value in pair)
         if planned != found:
             raise UserError(
                 f"The plan does not fit {dataset.root}: its {what} is {planned}, the data's {found}. "
                 "Plan this data set in a run folder of its own."
             )
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, list | tuple) else value
