@@ -12,17 +12,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from kanseg.config import load_config
-from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
-from kanseg.training import files, monitor
+from kanseg.training import files
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
 from kanseg.training.monitor import read_log
@@ -39,33 +37,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def balls(tmp_path_factory):
-    """Six noisy volumes with a bright ball, two a patient, as a data set on disk and its small plan."""
-    folder = tmp_path_factory.mktemp("balls")
-    generator = np.random.default_rng(0)
-    rows = ["image,label,patient"]
-    grid = np.stack(np.meshgrid(*[np.arange(14)] * 3, indexing="ij"), -1)
-    for number in range(6):
-        ball = np.linalg.norm(grid - generator.uniform(5, 9, 3), axis=-1) < 4
-        image = ball * 2.0 + generator.normal(0, 0.3, ball.shape)
-        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / f"image{number}.nii.gz")
-        nib.save(nib.Nifti1Image(ball.astype(np.uint8) * 7, np.eye(4)), folder / f"label{number}.nii.gz")
-        rows.append(f"image{number}.nii.gz,label{number}.nii.gz,patient{number // 2}")
-    (folder / "cases.csv").write_text("\n".join(rows))
-    dataset = read_dataset(folder / "cases.csv")
-    plan = replace(
-        make_plan(dataset, memory=2**30),
-        patch_size=[8, 8, 8],
-        batch_size=2,
-        features_per_stage=[4, 8, 8],
-        strides=[[1] * 3, [2] * 3, [2] * 3],
-        kernel_sizes=[[3] * 3] * 3,
-        model_options={"basis": "legendre", "kan_stages": [1], "deep_supervision": True},
-    )
-    return dataset, plan
 
 
 def train(balls, run, *overrides, **options):
@@ -323,24 +294,6 @@ def test_a_last_checkpoint_that_lost_its_optimizer_is_refused(balls, tmp_path):
     (fold / "last.safetensors").write_bytes((fold / "best.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"last\.safetensors"):
         train(balls, tmp_path / "run", "training.max_epochs=2", resume=True)
-
-
-def test_a_tracker_that_fails_never_stops_the_training(balls, tmp_path, monkeypatch):
-    def tracker(folder, config):
-        def track(numbers, epoch):
-            raise ConnectionError("no network")
-
-        return track
-
-    monkeypatch.setattr(monitor, "_tensorboard", tracker)
-    monkeypatch.setattr(monitor, "find_spec", lambda name: True)
-    assert train(balls, tmp_path / "run", "training.max_epochs=1", "logging.tensorboard=true")["epochs"] == 1
-
-
-def test_a_tracker_that_is_not_installed_is_one_clear_message(balls, tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        train(balls, tmp_path / "run", "training.max_epochs=1", "logging.wandb=true")
 
 
 def test_plain_lines_tell_loss_dice_and_time_left(balls, tmp_path):
