@@ -12,9 +12,9 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import write_json
@@ -84,7 +84,9 @@ class TrainingConfig(Section):
         default=None, description="to start from: run, model, checkpoint, state_dict or MONAI bundle"
     )
     freeze: list[str] = Field(default=[], description="patterns of parameters that stay: ['encoder.*']")
-    lr_scale: dict[str, float] = Field(default={}, description="pattern of parameters: share of lr")
+    lr_scale: list[Annotated[str, StringConstraints(pattern=r"^[^=]+=[0-9.eE+-]+$")]] = Field(
+        default=[], description="patterns of parameters and their share of lr: ['encoder.*=0.1']"
+    )
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="lr of a layer by the next one's")
     validate_every: int = Field(default=1, gt=0, description="epochs between two validations")
     validation_cases: int | None = Field(default=None, gt=0, description="cap, but at the end")

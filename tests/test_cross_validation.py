@@ -1,4 +1,4 @@
-"""kanseg.training.cross_validation: each case is predicted by a network that never saw it, whatever happens to a fold."""
+"""kanseg.training.cross_validation: every case is predicted by a network that never saw it, come what may."""
 
 from __future__ import annotations
 

@@ -45,13 +45,19 @@ def train(balls, run, *overrides, **options):
     return fit(config, plan, dataset, run, console=Console(quiet=True), **options)
 
 
-def train_in_process(dataset, plan, run, overrides, seconds_a_step):
-    """Body of a process to kill; a step is slowed down so that signals meet every place."""
+def train_in_process(dataset, plan, run, overrides, seconds_a_step, kill_at=-1):
+    """Body of a process to kill; a step is slowed down so that signals meet every place.
+
+    Args:
+        kill_at: step, of all epochs, in which the process kills itself.
+    """
     torch.set_num_threads(1)
     step = Trainer._train_step
 
     def slow_step(self, batch):
         time.sleep(seconds_a_step)
+        if self.state.updates == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch)
 
     Trainer._train_step = slow_step
@@ -164,6 +170,32 @@ def test_an_interrupted_training_ends_with_the_same_bits(balls, tmp_path, monkey
     logs = [read_log(tmp_path / name / "fold_0/log.jsonl") for name in ("straight", "stopped")]
     for key in ("epoch", "loss", "lr", "dice"):
         assert [record[key] for record in logs[0]] == [record[key] for record in logs[1]]
+
+
+@pytest.mark.parametrize("minutes", [1e-9, 10], ids=["a checkpoint a step", "a checkpoint an epoch"])
+def test_a_training_killed_at_several_steps_repeats_the_uninterrupted_loss_curve(
+    balls, tmp_path, processes, minutes
+):
+    overrides = [
+        *SHORT,
+        "training.max_epochs=3",
+        "model.options.dropout=0.3",
+        f"training.save_minutes={minutes}",
+    ]
+    train(balls, tmp_path / "straight", *overrides)
+    for kill_at in (1, 5, 11, -1):  # within epochs, and in the first and last step of one
+        arguments = (*balls, tmp_path / "killed", overrides, 0.0, kill_at)
+        process = processes.Process(target=train_in_process, args=arguments, daemon=True)
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if kill_at >= 0 else 0)
+    logs = [read_log(tmp_path / name / "fold_0/log.jsonl") for name in ("straight", "killed")]
+    for key in ("epoch", "loss", "lr", "dice"):
+        assert [record[key] for record in logs[0]] == [record[key] for record in logs[1]]
+    one, other = (
+        load_checkpoint(tmp_path / n / "fold_0/last.safetensors")[0] for n in ("straight", "killed")
+    )
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_sigkill_at_any_moment_leaves_a_checkpoint_to_go_on_from(balls, tmp_path, processes):

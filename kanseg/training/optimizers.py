@@ -108,7 +108,10 @@ def lr_factor(fraction: float, warmup: float = 0.02, schedule: str = "poly") -> 
 
 def create_optimizer(model: nn.Module, options: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer of a config over the parameters that are trained, each group with its share `lr_scale` of lr."""
-    groups = parameter_groups(model, options.lr_scale, options.layer_decay)
+    scales = {
+        pattern: float(share) for pattern, _, share in (text.rpartition("=") for text in options.lr_scale)
+    }
+    groups = parameter_groups(model, scales, options.layer_decay)
     given = {"lr": options.lr, "weight_decay": options.weight_decay, **options.optimizer_options}
     with refused_options(f"The optimizer '{options.optimizer}'"):
         return OPTIMIZERS.create(options.optimizer, groups, **given)
