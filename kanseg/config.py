@@ -22,7 +22,8 @@ from kanseg.training.files import write_json
 DEFAULT_EPOCHS = 100
 # A resumed run may change these: how long, how closely watched, by how many processes; not what is learned.
 CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "final_validation", "device")}
-CHANGEABLE |= {"data.workers", "inference.overlap", "inference.blending", "inference.tta", "logging.tensorboard", "logging.wandb"}
+CHANGEABLE |= {f"inference.{key}" for key in ("overlap", "blending", "tta")}
+CHANGEABLE |= {"data.workers", "logging.tensorboard", "logging.wandb"}
 
 
 class Section(BaseModel):

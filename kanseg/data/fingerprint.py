@@ -150,5 +150,3 @@ def _label_dtype(dtypes: set[np.dtype], values: Sequence[int]) -> str:
     if len(dtypes) == 1 and (dtype := next(iter(dtypes))).kind in "iu" and dtype.itemsize <= 2:
         return dtype.name
     return np.result_type(np.min_scalar_type(max(values)), np.min_scalar_type(min(values))).name
-
-

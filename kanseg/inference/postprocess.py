@@ -15,6 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from kanseg.errors import UserError, did_you_mean
+from kanseg.evaluation.metrics import dice
 
 Rule = dict[str, Any]
 Pair = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, Sequence[float]]
@@ -110,13 +111,8 @@ def _scores(
     scores = []
     for candidate in candidates:
         after = apply_postprocessing(before, [candidate], spacing)
-        scores.append(float(np.mean([_dice(after == value, reference == value) for value in group])))
+        scores.append(float(np.mean([dice(after == value, reference == value) for value in group])))
     return scores
-
-
-def _dice(one: np.ndarray, other: np.ndarray) -> float:
-    total = int(one.sum()) + int(other.sum())
-    return 1.0 if total == 0 else 2 * int((one & other).sum()) / total
 
 
 def _cleaned(mask: np.ndarray, rule: Rule, spacing: Sequence[float] | None) -> np.ndarray:

@@ -15,6 +15,7 @@ from monai.losses import (
 )
 
 from kanseg.registry import Registry
+from kanseg.training.annotation import Annotated
 
 LOSSES = Registry("loss")
 # Dice over the whole batch of patches: one patch alone often lacks a class, and its Dice would then jump.
@@ -30,7 +31,7 @@ TABLE: dict[str, Callable[..., Any]] = {
 
 def create_loss(name: str, **options: Any) -> DeepSupervisionLoss:
     """A loss that also takes the list of a deeply supervised network; weights halve with every level."""
-    return DeepSupervisionLoss(LOSSES.create(name, **options))
+    return DeepSupervisionLoss(Annotated(LOSSES.create(name, **options)))
 
 
 def _register(name: str, loss: Callable[..., Any]) -> None:
