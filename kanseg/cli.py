@@ -84,14 +84,17 @@ def train(
     run: Annotated[Path, typer.Argument(help="Folder with plan.json, or a data set (then give -o RUN).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value: training.max_minutes=60")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder for a data set.")] = None,
-    fold: Annotated[str, typer.Option("-f", "--fold", help="The one to validate on, or all: on none.")] = "0",
+    fold: Annotated[
+        str, typer.Option("-f", "--fold", help="Number; all: each in turn; final: all cases.")
+    ] = "0",
     model: Annotated[str | None, typer.Option(help="Network of `kanseg models`; default the plan's.")] = None,
     config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
     id_pattern: Pattern = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    override: Annotated[bool, typer.Option("--override", help="Go on with other options.")] = False,
     json_: Json = False,
 ) -> None:
-    """Train one fold of a planned run. A data set without a plan is planned first.
+    """Train a planned run: one fold, or all of them (cross-validation). A data set without a plan is planned first.
 
     Example: kanseg train runs/hippocampus training.max_minutes=45 training=sgd
 
@@ -99,8 +102,8 @@ def train(
     """
     from kanseg.config import load_config
 
-    if fold != "all" and not fold.isdigit():
-        raise UsageError(f"-f is a number or all, got '{fold}'.")
+    if fold not in ("all", "final") and not fold.isdigit():
+        raise UsageError(f"-f is a number, all or final, got '{fold}'.")
     given = [*(overrides or []), *([f"model.name={model}"] if model else [])]
     checked = load_config(config, given)  # before anything is read or written
     console = _console(json_)
@@ -111,6 +114,8 @@ def train(
             f"{run} has no plan.json. Run: kanseg plan DATA -o {run}, or give -o RUN after DATA."
         )
     from kanseg.data.plan import Plan, planned_dataset
+    from kanseg.evaluation.report import score_table
+    from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
 
     if not planned:
@@ -120,8 +125,16 @@ def train(
     if other or id_pattern not in (None, plan_.id_pattern):
         raise UsageError(f"{folder} has a plan for {plan_.data} already. Choose another folder with -o.")
     dataset = planned_dataset(plan_)
-    number = fold if fold == "all" else int(fold)
-    _emit(fit(checked, plan_, dataset, folder, fold=number, resume=resume, console=console), json_)
+    how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
+    if fold == "all":
+        found = cross_validate(checked, plan_, dataset, folder, **how)
+        console.print(score_table(found["metrics"], f"{found['cases']} unseen cases, mean [95 % interval]"))
+        _emit(found, json_)
+        if found["failed"]:
+            raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}")
+        return
+    number = int(fold) if fold.isdigit() else fold
+    _emit(fit(checked, plan_, dataset, folder, fold=number, **how), json_)
 
 
 @app.command()

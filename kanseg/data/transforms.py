@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
+    ClassesToIndicesd,
     Compose,
     FgBgToIndicesd,
     Orientationd,
     RandAdjustContrastd,
     RandAffined,
+    RandCropByLabelClassesd,
     RandCropByPosNegLabeld,
     RandFlipd,
     RandGaussianNoised,
@@ -35,7 +37,7 @@ from torch import Tensor
 
 from kanseg.data.formats import Case, label_path
 from kanseg.data.images import Image, check_pair, label_from, read_image
-from kanseg.data.labels import class_numbers
+from kanseg.data.labels import class_numbers, known_values
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 
@@ -150,29 +152,36 @@ def probability(logits: Tensor, number: int, plan: Plan) -> Tensor:
     return logits[number].sigmoid() if number else 1 - logits[1:].sigmoid().amax(0)
 
 
-def augmentation(plan: Plan) -> Compose:
-    """Patches from prepared cases: a crop that holds foreground every second time, then random changes.
+def augmentation(
+    plan: Plan, *, foreground: float = 0.5, balanced: bool = False, changes: bool = True
+) -> Compose:
+    """Patches from prepared cases: a crop that holds foreground in a share of the patches, then random changes.
 
     Returns a list with one sample, as MONAI's crop does. Seeded by `Compose.set_random_state`.
+
+    Args:
+        foreground: share of the patches whose centre lies in the foreground.
+        balanced: every foreground class of the case is as likely a centre as any other.
+        changes: False for the crop alone; what changes the patches then runs in batches on the device.
     """
-    keys = KEYS
     modes = ("bilinear", "nearest")
-    crop = RandCropByPosNegLabeld(
-        keys, "label", _patch(plan), fg_indices_key="label_fg_indices", bg_indices_key="label_bg_indices"
-    )
+    sliced = [] if plan.slice_axis is None else [SlicesAsChannels(plan.slice_axis)]
+    crop = [_balanced_crop(plan, foreground) if balanced else _crop(plan, foreground), *sliced]
+    if not changes:
+        return Compose(crop)
     if plan.spatial_dims == 2:
         spatial: list[Transform] = [AlbumentationsSpatial(plan)]
     else:
         spatial = [
             RandAffined(
-                keys,
+                KEYS,
                 prob=0.3,
-                rotate_range=_rotation(plan),
+                rotate_range=rotation(plan),
                 scale_range=(0.15,) * 3,
                 mode=modes,
                 padding_mode="border",
             ),
-            *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes),
+            *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes),
         ]
     intensity = [
         RandGaussianNoised("image", prob=0.15, std=0.1),
@@ -183,14 +192,40 @@ def augmentation(plan: Plan) -> Compose:
         ),
         RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
     ]
-    sliced = [] if plan.slice_axis is None else [SlicesAsChannels(plan.slice_axis)]
-    return Compose([crop, *sliced, *spatial, *intensity])
+    return Compose([*crop, *spatial, *intensity])
 
 
-def preparation(plan: Plan) -> Compose:
+def _crop(plan: Plan, foreground: float) -> Transform:
+    return RandCropByPosNegLabeld(
+        KEYS,
+        "label",
+        _patch(plan),
+        pos=foreground,
+        neg=1 - foreground,
+        fg_indices_key="label_fg_indices",
+        bg_indices_key="label_bg_indices",
+    )
+
+
+def _balanced_crop(plan: Plan, foreground: float) -> Transform:
+    classes = len(known_values(plan))
+    return RandCropByLabelClassesd(
+        KEYS,
+        "label",
+        _patch(plan),
+        ratios=[1 - foreground, *[foreground / (classes - 1)] * (classes - 1)],
+        num_classes=classes,
+        indices_key="label_cls_indices",
+        warn=False,
+    )
+
+
+def preparation(plan: Plan, balanced: bool = False) -> Compose:
     """What `augmentation` needs and no epoch changes: cases at least a patch large, where foreground is."""
+    classes = len(known_values(plan))
+    indices = ClassesToIndicesd("label", num_classes=classes) if balanced else FgBgToIndicesd("label")
     beyond = [] if plan.slice_axis is None else [NeighboursBeyond(plan)]
-    return Compose([*beyond, SpatialPadd(KEYS, _patch(plan)), FgBgToIndicesd("label")])
+    return Compose([*beyond, SpatialPadd(KEYS, _patch(plan)), indices])
 
 
 def _patch(plan: Plan) -> list[int]:
@@ -239,7 +274,7 @@ class SlicesAsChannels(Transform):
         return {**item, "image": image.flatten(0, 1), "label": label[len(label) // 2]}
 
 
-def _rotation(plan: Plan) -> tuple[float, ...]:
+def rotation(plan: Plan) -> tuple[float, ...]:
     """All axes; for thick slices only within them."""
     coarse = int(np.argmax(plan.spacing))
     if plan.spacing[coarse] <= 3 * min(plan.spacing):

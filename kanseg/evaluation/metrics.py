@@ -215,7 +215,7 @@ def evaluate_folders(
     }
     if out is not None:
         folder = make_folder(Path(out))
-        write_bytes(folder / "cases.csv", _csv(rows).encode())
+        write_bytes(folder / "cases.csv", rows_as_csv(rows).encode())
         write_json(folder / "summary.json", summary)
     return summary
 
@@ -241,18 +241,29 @@ def _found_labels(paths: Sequence[Path]) -> dict[str, Label]:
     return {f"label {value}": value for value in sorted(found - {0})}
 
 
-def summarize_rows(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
-    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first."""
+def summarize_rows(
+    rows: Sequence[Mapping[str, Any]], seed: int = 0, groups: Mapping[str, str] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first.
+
+    Args:
+        groups: patient of each case; the intervals then draw whole patients, else cases.
+    """
     cases = sorted({row["case"] for row in rows})
     labels = list(dict.fromkeys(row["label"] for row in rows))
     by_key = {(row["case"], row["label"]): row for row in rows}
     columns = {name: [[by_key[case, name][m] for m in METRICS] for case in cases] for name in labels}
     columns["mean"] = np.mean([columns[name] for name in labels], axis=0).tolist()
-    drawn = np.random.default_rng(seed).integers(0, len(cases), (RESAMPLES, len(cases)))
+    _, index = np.unique([(groups or {}).get(case, case) for case in cases], return_inverse=True)
+    sizes = np.bincount(index)
+    drawn = np.random.default_rng(seed).integers(0, len(sizes), (RESAMPLES, len(sizes)))
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for name, column in columns.items():
         values = np.array(column)
-        low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5), axis=0)
+        sums = np.zeros((len(sizes), len(METRICS)))
+        np.add.at(sums, index, values)
+        means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]
+        low, high = np.percentile(means, (2.5, 97.5), axis=0)
         summary[name] = {
             metric: {
                 "mean": float(values[:, i].mean()),
@@ -265,7 +276,8 @@ def summarize_rows(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str
     return summary
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row a case and class, as in cases.csv."""
     text = io.StringIO()
     writer = csv.DictWriter(text, ["case", "label", *COLUMNS], lineterminator="\n")
     writer.writeheader()

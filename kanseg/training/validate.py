@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kanseg.config import InferenceConfig
 from kanseg.data.formats import Case, label_path
-from kanseg.data.images import read_label
+from kanseg.data.images import read_label, write_label
 from kanseg.data.plan import Plan
 from kanseg.evaluation.metrics import dice, label_dice
 from kanseg.inference.predict import predict_case, predict_logits
@@ -41,13 +42,28 @@ def validate_batch(
 
 
 def validate_case(
-    model: nn.Module, case: Case, plan: Plan, options: InferenceConfig, device: torch.device
+    model: nn.Module,
+    case: Case,
+    plan: Plan,
+    options: InferenceConfig,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> list[float]:
-    """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does."""
-    labels, _ = predict_case(
-        model, case, plan, overlap=options.overlap, blending=options.blending, tta=options.tta, device=device
-    )
+    """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does.
+
+    Args:
+        folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
+    """
+    how: dict[str, Any] = {"overlap": options.overlap, "blending": options.blending, "tta": options.tta}
+    labels, source = predict_case(model, case, plan, device=device, **how)
+    if folder is not None:
+        write_label(kept_prediction(folder, case, plan), labels, source, plan.label_dtype)
     return label_dice(labels, read_label(label_path(case), plan.image_dims), plan)
+
+
+def kept_prediction(folder: Path, case: Case, plan: Plan) -> Path:
+    """Where the label map of a validation case is kept."""
+    return folder / f"{case.id}{'.png' if plan.image_dims == 2 else '.nii.gz'}"
 
 
 def summarize(
