@@ -166,7 +166,7 @@ def test_predict_writes_one_file_in_another_format(run: Path, blobs: Path, tmp_p
     assert kanseg("predict", "-m", run, "-i", image, "-o", tmp_path / "a.nrrd", "--tta").returncode == 0
     assert kanseg("predict", "-m", run / "fold_0", "-i", image, "-o", tmp_path / "b", "--format", "mha",
                   "--probabilities", "--overlap", "0.25").returncode == 0  # fmt: skip
-    written = sorted(path.name for path in tmp_path.rglob("*") if path.is_file() and path.name[0] != ".")
+    written = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     chances = [f"case_1_prob_{name}.mha" for name in ("background", "far", "near")]
     assert written == ["a.nrrd", "case_1.mha", *chances]
     refused(kanseg("predict", "-m", run, "-i", image, "-o", tmp_path / "c", "--format", "gif"), 2, "gif")

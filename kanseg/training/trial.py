@@ -28,12 +28,12 @@ from kanseg.training.checkpoint import (
     build_model,
     model_spec,
     named,
-    optimizer_tensors,
+    pack,
     save_checkpoint,
 )
 from kanseg.training.devices import keep_freed_memory
 from kanseg.training.losses import create_loss
-from kanseg.training.optimizers import OPTIMIZERS
+from kanseg.training.optimizers import create_optimizer
 
 LARGEST_TRIAL = {"cpu": 300_000, "cuda": 8_000_000}  # voxels of a step
 STEPS = 2  # the second finds the state of the optimizer there, as all later ones do
@@ -79,7 +79,7 @@ def trial(plan: Plan) -> dict[str, float]:
     model = build_model(model_spec(config, plan)).to(device).train()
     average = copy.deepcopy(model)
     loss = create_loss(config.training.loss)
-    optimizer = OPTIMIZERS.create("adamw", model.parameters(), lr=1e-4, weight_decay=0.0)
+    optimizer = create_optimizer(model, config.training)
     sizes, peaks = [], []
     for size, count in ((_smallest(plan), 1), (patch, batch)):
         for _ in range(STEPS):
@@ -88,9 +88,8 @@ def trial(plan: Plan) -> dict[str, float]:
         peaks.append(_peak(device))
     tensors = {**named("model", model.state_dict()), **named("average", average.state_dict())}
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(
-            Path(folder) / LAST, tensors | named("optimizer", optimizer_tensors(optimizer)), plan.to_dict()
-        )
+        state, _ = pack(optimizer.state_dict(), "optimizer")
+        save_checkpoint(Path(folder) / LAST, {**tensors, **state}, plan.to_dict())
     if sizes[1] <= sizes[0]:
         raise UserError("the patch is the smallest that the strides allow")
     per_voxel = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
