@@ -24,7 +24,7 @@ DEFAULT_EPOCHS = 100
 CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "patience", "final_validation")}
 CHANGEABLE |= {f"training.{key}" for key in ("device", "save_minutes", "compile", "gradient_checkpointing")}
 CHANGEABLE |= {f"logging.{key}" for key in ("tensorboard", "wandb", "mlflow", "project")}
-CHANGEABLE |= {"data.workers", "inference.overlap", "inference.blending", "inference.tta"}
+CHANGEABLE |= {"data.workers", *(f"inference.{key}" for key in ("overlap", "blending", "tta"))}
 
 
 class Section(BaseModel):

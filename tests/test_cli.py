@@ -95,7 +95,7 @@ def pair(root: Path, image: Path, label: Path | None) -> Path:
 def run(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A planned and trained run, by the two commands."""
     folder = tmp_path_factory.mktemp("run") / "blobs"
-    planned = kanseg("plan", blobs, "-o", folder, "--memory", "2G")
+    planned = kanseg("plan", blobs, "-o", folder, "--memory", "2G", "--no-trial")
     assert planned.returncode == 0, planned.stderr
     assert "Decathlon" in planned.stdout
     trained = kanseg("train", folder, *QUICK)
@@ -205,7 +205,7 @@ def test_models_and_info_print_json() -> None:
         (["plan", "nowhere", "-o", "run"], 1, ["There is no nowhere"]),
         (["plan", ".", "-o", "run"], 1, ["no layout that kanseg knows"]),
         (["plan", "{data}", "-o", "run", "--memory", "much"], 2, ["--memory 'much'"]),
-        (["plan", "{data}", "-o", "run", "--dim", "2"], 1, ["is 3D and dim=2"]),
+        (["plan", "{data}", "-o", "run", "--slices", "3"], 2, ["slices=3 does not fit"]),
         (["train", "{data}", "-o", "run", "model.name=uknet"], 2, ["Did you mean 'ukanet'"]),
         (["train", "{data}", "-o", "run", "model.options.basis=grma"], 2, ["Did you mean 'gram'"]),
         (
@@ -260,7 +260,7 @@ def test_a_label_of_whole_floats_is_accepted(shared_data: Path, tmp_path: Path) 
     files = shared_data / "bad_inputs" / "nifti"
     label = files / "hippocampus_003_label_float32.nii.gz"
     data = pair(tmp_path / "data", files / "hippocampus_003_image.nii.gz", label)
-    planned = kanseg("plan", data, "-o", tmp_path / "run", "--memory", "2G", "--json")
+    planned = kanseg("plan", data, "-o", tmp_path / "run", "--memory", "2G", "--no-trial", "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["label_values"] == [0, 1, 2]
 
@@ -314,7 +314,7 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(run: Path, blobs: Pat
     (tmp_path / "file").write_text("in the way")
     for arguments in (
         ("predict", "-m", run, "-i", image, "-o", tmp_path / "file" / "masks"),
-        ("plan", blobs, "-o", tmp_path / "file" / "run"),
+        ("plan", blobs, "--no-trial", "-o", tmp_path / "file" / "run"),
         ("evaluate", blobs / "labelsTr", blobs / "labelsTr", "-o", tmp_path / "file"),
     ):
         refused(kanseg(*arguments), 1, str(tmp_path / "file"))

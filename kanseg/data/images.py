@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from PIL import Image as Picture
+from PIL.PngImagePlugin import PngInfo
 
 from kanseg.errors import UserError
 
@@ -36,6 +37,7 @@ NO_IMAGES = (
 )
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+TIFF_REMARK = 270  # the tag ImageDescription
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
 
 
@@ -227,7 +229,34 @@ def _write_itk(path: Path, array: np.ndarray, like: Image, description: str) -> 
 
 
 def _write_picture(path: Path, array: np.ndarray, like: Image, description: str) -> None:
-    Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16)).save(path)
+    picture = Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16))
+    if suffix_of(path) == ".png":
+        text = PngInfo()
+        text.add_text("Description", description)
+        picture.save(path, pnginfo=text)
+    elif suffix_of(path) in (".tif", ".tiff"):
+        picture.save(path, description=description)
+    else:
+        picture.save(path)
+
+
+def read_description(path: Path) -> str:
+    """The remark in the header of an image that kanseg wrote; "" where there is none, or no such file."""
+    suffix = suffix_of(path)
+    try:
+        if suffix in SUFFIXES_NIFTI:
+            return bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode("ascii", "replace")
+        if suffix in SUFFIXES_ITK:
+            tags = sitk.ImageFileReader()
+            tags.SetFileName(str(path))
+            tags.ReadImageInformation()
+            return tags.GetMetaData("description") if tags.HasMetaDataKey("description") else ""
+        with Picture.open(path) as picture:
+            return str(
+                getattr(picture, "text", {}).get("Description") or picture.getexif().get(TIFF_REMARK, "")
+            )
+    except Exception:  # of nibabel, ITK and Pillow, without a common class: what cannot be read has no remark
+        return ""
 
 
 def _read_one(path: Path) -> Image:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.data.fingerprint import fingerprint
+from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import Dataset, read_dataset
 from kanseg.errors import UsageError, UserError, did_you_mean
 
@@ -28,13 +28,13 @@ COARSEST = {2: 8, 3: 4}  # voxels an axis of the coarsest map keeps
 BYTES_A_VOXEL = 330
 EMPTY = 0.25  # share of zeros from which on an image counts as cut out
 SHARE = 0.6  # of the memory at hand where nothing is measured, the rest is for data, optimizer and the system
-MEASURED_SHARE = 0.85  # of the memory where a step was measured
+MEASURED_SHARE = 0.9  # of the memory where a step was measured
 CACHE_SHARE = 0.25  # of the memory that prepared cases may take; the others wait on the disk
 BYTES_A_CASE_VOXEL = 8  # of a prepared case beside its channels: label and the places of its foreground
 LARGEST_BATCH = {2: 12, 3: 2}
 LEAST_VOXELS = {2: 128**2, 3: 40**3}  # a patch that sees less (and less than the image) costs width first
 LEAST_FEATURES = 8
-TRIALS = 3
+TRIALS = 4
 THICK = 3  # times the other spacings: slices from there on count as thick
 # Lists of a plan that have one entry for each entry of another.
 PARALLEL = {"normalization": "channel_names", "label_names": "label_values"}
@@ -184,6 +184,21 @@ def _misfit(plan: Plan) -> str | None:
     return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
 
 
+def plan_run(dataset: Dataset, run: Path, **how: Any) -> Plan:
+    """Plan, and write what later steps need to the run folder: plan.json and fingerprint.json.
+
+    Args:
+        how: see `make_plan`.
+    """
+    from kanseg.training.files import make_folder
+
+    seen = fingerprint(dataset)
+    plan = make_plan(dataset, seen=seen, **how)
+    save_fingerprint(seen, make_folder(run))
+    plan.save(run / "plan.json")
+    return plan
+
+
 def planned_dataset(plan: Plan) -> Dataset:
     """The data set of a plan, read as it was for planning."""
     return read_dataset(plan.data, id_pattern=plan.id_pattern, regions=plan.given_regions)
@@ -300,11 +315,11 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of a training step, in bytes: what the program takes before it, the step itself, and its voxels."""
+    """Memory of training in bytes: base + per_voxel * voxels of the batch, and at any patch at least `least`."""
 
-    base: int
-    step: int
-    voxels: int
+    base: float
+    per_voxel: float
+    least: float = 0.0
 
 
 def _within_memory(
@@ -317,24 +332,29 @@ def _within_memory(
         cache: bytes that prepared cases will take.
     """
     features = SIZES[plan.size].features
-    per_voxel, rest = float(BYTES_A_VOXEL * features), plan.memory_bytes * SHARE
-    sized = _sized(plan, image, features, rest / per_voxel)
-    said = f"{plan.memory_bytes / 2**30:.1f} GiB, at {per_voxel / 1e3:.0f} kB a voxel as a rule"
+    per_voxel = float(BYTES_A_VOXEL * features)
+    sized = _sized(plan, image, features, plan.memory_bytes * SHARE / per_voxel)
+    budget = f"{plan.memory_bytes / 2**30:.1f} GiB"
+    said = f"{budget}, at {per_voxel / 1e3:.0f} kB a voxel as a rule"
     for _ in range(TRIALS if measure else 0):
         assert measure is not None
-        need = measure(sized)
-        per_voxel, features = need.step / need.voxels, sized.features_per_stage[0]
+        need, features = measure(sized), sized.features_per_stage[0]
         rest = plan.memory_bytes * MEASURED_SHARE - need.base - cache
-        if rest <= 0:
+        missing = max(need.least, need.base) + cache - plan.memory_bytes * MEASURED_SHARE
+        if missing > 0 and features <= LEAST_FEATURES:
             raise UserError(
                 f"{plan.memory_bytes / 2**20:.0f} MiB are too few: the program and the prepared cases alone take "
                 f"{(need.base + cache) / 2**20:.0f} MiB. Give more with --memory."
             )
         said = (
-            f"{plan.memory_bytes / 2**30:.1f} GiB: a trial step took {per_voxel / 1e3:.1f} kB a voxel, the program "
-            f"takes {need.base / 2**30:.2f} GiB, prepared cases {cache / 2**30:.2f} GiB"
+            f"{budget}: trial steps took {need.per_voxel / 1e3:.1f} kB a voxel beside {need.base / 2**30:.2f} GiB, "
+            f"prepared cases take {cache / 2**30:.2f} GiB"
         )
-        last, sized = sized, _sized(plan, image, features, rest / per_voxel)
+        last = sized
+        if missing > 0:  # the network itself is too large, whatever the patch
+            sized = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
+            continue
+        sized = _sized(plan, image, features, rest / need.per_voxel)
         if sized.features_per_stage == last.features_per_stage and sized.strides == last.strides:
             break
     size = [round(float(s)) for s in image]

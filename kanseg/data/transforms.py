@@ -147,7 +147,9 @@ def restored_labels(logits: Tensor, item: Item, plan: Plan) -> np.ndarray:
 
 def probability(logits: Tensor, number: int, plan: Plan) -> Tensor:
     """Probability of one class, (K, *S) -> (*S): softmax over the classes, of regions each for itself."""
-    return logits[number].sigmoid() if plan.regions else logits.softmax(0)[number]
+    if not plan.regions:
+        return logits.softmax(0)[number]
+    return logits[number].sigmoid() if number else 1 - logits[1:].sigmoid().amax(0)
 
 
 def augmentation(

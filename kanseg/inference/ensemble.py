@@ -1,4 +1,4 @@
-"""Several networks, or several predictions, as one: folds of a run, models of different plans, folders of label maps."""
+"""Several networks or predictions as one: folds of a run, models of different plans, folders of label maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 from kanseg.inference.postprocess import Rule, check_rule
-from kanseg.inference.predict import decide, load_classes, probability_path
+from kanseg.inference.predict import decide, find_probabilities
 from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model
 
@@ -140,18 +140,19 @@ def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | No
             raise UserError(
                 f"{folders[0]} and {folder} do not hold the same cases: only one has {', '.join(differing[:5])}."
             )
-    classes = [load_classes(folder) for folder in folders]
     by = {}
     for name, first in progress(found[0].items(), "Combining"):
         paths = [cases[name].images[0] for cases in found]
         images = [read_image(path) for path in paths]
         for image in images[1:]:
             check_pair(images[0], image)
-        chances = _chances(paths, classes)
-        by[name] = "vote" if chances is None else "probability"
-        labels = _vote([label_from(image) for image in images])
-        if chances is not None and classes[0] is not None:
-            labels = decide(chances, classes[0]["values"], classes[0]["regions"])
+        maps = [find_probabilities(path) for path in paths]
+        known = {(tuple(m[1]), m[2]) for m in maps if m is not None}
+        if None in maps or len(known) > 1:
+            by[name], labels = "vote", _vote([label_from(image) for image in images])
+        else:
+            ((values, regions),) = known
+            by[name], labels = "probability", decide(_mean_of([m[0] for m in maps if m]), values, regions)
         dtype = np.result_type(np.min_scalar_type(int(labels.max(initial=0))), np.uint8).name
         write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble")
     if console is not None:
@@ -166,15 +167,10 @@ def _predictions(folder: Path) -> dict[str, Case]:
     return {case.id: case for case in find_images(folder, channels=1) if "_prob_" not in case.id}
 
 
-def _chances(paths: Sequence[Path], classes: Sequence[dict[str, Any] | None]) -> Iterator[np.ndarray] | None:
-    """Mean probability of each class in turn; None where a folder has no maps, or maps of other classes."""
-    first = classes[0]
-    if first is None or any(other != first for other in classes):
-        return None
-    files = [[probability_path(path, name) for path in paths] for name in first["names"]]
-    if not all(file.exists() for row in files for file in row):
-        return None
-    return (np.mean([read_image(file).array[0] for file in row], axis=0) for row in files)
+def _mean_of(maps: Sequence[Sequence[Path]]) -> Iterator[np.ndarray]:
+    """Mean probability of each class in turn, from the maps of each prediction."""
+    for files in zip(*maps, strict=True):
+        yield np.mean([read_image(file).array[0] for file in files], axis=0)
 
 
 def _vote(labels: Sequence[np.ndarray]) -> np.ndarray:

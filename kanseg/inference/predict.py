@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,18 +21,24 @@ from torch import Tensor, nn
 
 from kanseg.data.digests import signature
 from kanseg.data.formats import Case
-from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D, Image, suffix_of, write_array, write_label
+from kanseg.data.images import (
+    SUFFIXES_2D,
+    SUFFIXES_3D,
+    Image,
+    read_description,
+    suffix_of,
+    write_array,
+    write_label,
+)
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import Item, load_case, probability, restore, restored_labels, slices_as_channels
 from kanseg.errors import UserError
 from kanseg.inference.postprocess import Rule, apply_postprocessing
-from kanseg.training.files import make_folder, write_json
 
 WINDOWS_AT_ONCE = 2
 NIFTI = ".nii.gz"
 LOSSY = (".jpg", ".jpeg")
-DONE = "predictions.jsonl"  # in the folder of outputs: a line a finished case
-CLASSES = "classes.json"  # beside probabilities: what the classes are called and painted as
+PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
 Network = nn.Module | Sequence[nn.Module]
 Plans = Plan | Sequence[Plan]
 Watch = Callable[[int, int], None]  # windows that are done, of how many
@@ -115,7 +123,7 @@ class Prediction:
             restore(probability(logits, number, p)[None], item, p)[0].numpy()
             for logits, item, p in self.parts
         ]
-        return np.mean(maps, axis=0, dtype=np.float32)
+        return np.asarray(np.mean(maps, axis=0, dtype=np.float32))
 
 
 def decide(chances: Iterable[np.ndarray], values: Sequence[int], regions: bool) -> np.ndarray:
@@ -178,6 +186,7 @@ def predict_folder(
     probabilities: bool = False,
     rules: Sequence[Rule] = (),
     settings: Mapping[str, Any] | None = None,
+    again: bool = False,
     console: Console | None = None,
     description: str = "kanseg",
     **how: Any,
@@ -191,7 +200,7 @@ def predict_folder(
         probabilities: also write <id>_prob_<class><suffix>, float32, one file a class.
         rules: post-processing, see `kanseg.inference.postprocess`.
         settings: what the outputs depend on (model digests, options); where given, cases of unchanged images that
-            an earlier call finished with the same settings are passed over.
+            an earlier call finished with the same settings are passed over, unless `again`.
         how: overlap, blending, tta, device; see `predict_logits`.
 
     Returns:
@@ -203,18 +212,17 @@ def predict_folder(
     failures: dict[str, str] = {}
     paths = _outputs(cases, out, suffix)
     console = console or Console(stderr=True)
-    log = None if settings is None or paths == [out] else out / DONE
-    finished = _finished(log, settings)
     first = plan if isinstance(plan, Plan) else plan[0]
-    if probabilities and cases:
-        _save_classes(first, paths[0].parent)
+    if settings is not None:
+        settings = {**settings, "probabilities": probabilities}
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Predicting", total=len(cases))
         within = progress.add_task("")
         for case, path in zip(cases, paths, strict=True):
             progress.update(within, description=case.id, completed=0, total=None)
             try:
-                if path.exists() and finished.get(path.name) == _state(case):
+                remark = _remark(description, settings, case)
+                if settings is not None and not again and read_description(path) == remark:
                     console.print(f"{case.id} is there already", highlight=False, soft_wrap=True)
                     progress.advance(task)
                     continue
@@ -228,9 +236,7 @@ def predict_folder(
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
                 if probabilities:
                     _write_probabilities(path, predicted, first)
-                write_label(path, labels, predicted.source, first.label_dtype, description)
-                if log is not None:
-                    _note(log, {"output": path.name, "image": _state(case), "settings": settings})
+                write_label(path, labels, predicted.source, first.label_dtype, remark)
             except (
                 UserError,
                 MemoryError,
@@ -244,35 +250,13 @@ def predict_folder(
     return failures
 
 
-def _state(case: Case) -> list[dict[str, Any]]:
-    """What tells whether an image has changed."""
-    return [{"path": str(path.resolve()), **signature(path)} for path in case.images]
-
-
-def _finished(log: Path | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Output name -> state of its image, of all cases that were finished with these settings."""
-    if log is None or not log.exists():
-        return {}
-    states: dict[str, Any] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            name, state, used = entry["output"], entry["image"], entry["settings"]
-        except (ValueError, KeyError, TypeError):
-            continue  # cut short by a kill: that case is made again
-        states.pop(name, None)
-        if used == json.loads(json.dumps(settings)):
-            states[name] = state
-    return states
-
-
-def _note(log: Path, entry: Mapping[str, Any]) -> None:
-    try:
-        cut = log.exists() and not log.read_bytes().endswith(b"\n")
-        with log.open("a", encoding="utf-8") as file:
-            file.write("\n" * cut + json.dumps(entry) + "\n")
-    except OSError as error:
-        raise UserError(f"{log} cannot be written: {error.strerror or error}.") from error
+def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) -> str:
+    """What the header of a label map says: the description, and a digest of all that the label map depends on."""
+    if settings is None:
+        return description
+    images = [{"path": str(path.resolve()), **signature(path)} for path in case.images]
+    known = json.dumps([settings, images], sort_keys=True, default=str)
+    return f"{description[:50]} {hashlib.sha256(known.encode()).hexdigest()[:24]}"
 
 
 def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]:
@@ -301,29 +285,30 @@ def probability_path(path: Path, name: str) -> Path:
     return path.with_name(f"{path.name[: -len(suffix)]}_prob_{safe}{suffix}")
 
 
-def _save_classes(plan: Plan, folder: Path) -> None:
-    classes = {"names": plan.label_names, "values": plan.label_values, "regions": bool(plan.regions)}
-    write_json(make_folder(folder) / CLASSES, classes)
-
-
-def load_classes(folder: Path) -> dict[str, Any] | None:
-    """Names and values of the classes whose probabilities a folder holds; None where it holds none."""
-    path = folder / CLASSES
-    if not path.is_file():
-        return None
-    try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
-        return {key: classes[key] for key in ("names", "values", "regions")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Predict again with --probabilities.") from error
-
-
 def _write_probabilities(path: Path, predicted: Prediction, plan: Plan) -> None:
+    """Maps beside the label map; their headers tell `kanseg ensemble` what the classes are painted as."""
     if suffix_of(path) in SUFFIXES_2D:
         raise UserError("Probabilities need a format with floating-point numbers; add --format nii.gz")
-    for number, name in enumerate(plan.label_names):
+    kind = "region" if plan.regions else "class"
+    for number, (name, value) in enumerate(zip(plan.label_names, plan.label_values, strict=True)):
+        remark = f"probability of {kind} {number}, painted as {value}"
         chance = predicted.probability(number)
-        write_array(probability_path(path, name), chance, predicted.source, np.dtype("float32"))
+        write_array(probability_path(path, name), chance, predicted.source, np.dtype("float32"), remark)
+
+
+def find_probabilities(path: Path) -> tuple[list[Path], list[int], bool] | None:
+    """Maps beside a label map, in the order of the classes, the value of each, and whether they are regions."""
+    suffix = suffix_of(path)
+    stem = f"{path.name[: -len(suffix)]}_prob_"
+    found = []
+    for file in path.parent.iterdir():
+        said = PROBABILITY.fullmatch(read_description(file)) if file.name.startswith(stem) else None
+        if said and suffix_of(file) == suffix:
+            found.append((int(said[2]), file, int(said[3]), said[1] == "region"))
+    found.sort()
+    if not found or [number for number, *_ in found] != list(range(len(found))):
+        return None
+    return [file for _, file, *_ in found], [value for *_, value, _ in found], found[0][3]
 
 
 def _suffix(case: Case) -> str:

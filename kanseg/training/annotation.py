@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
 
 CERTAIN = 30.0  # logit of an answer without doubt: its loss and its gradient are 0
 
 
-class Annotated(nn.Module):
+class Annotated(_Loss):
     """A loss of logits (N, K, *S) and class numbers (N, 1, *S), for labels as `kanseg.data.labels.targets` gives them.
 
     Voxels with a negative label add nothing: they count as background that was answered rightly. Memberships
@@ -16,7 +19,7 @@ class Annotated(nn.Module):
     region" (so the probability is the sigmoid of its logit); the losses of all are averaged.
     """
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.loss = loss
 

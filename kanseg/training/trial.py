@@ -1,16 +1,18 @@
 """What a training step takes in memory, measured by a step in a process of its own.
 
-`python -m kanseg.training.trial` reads a plan as JSON and answers with three numbers; `measure_step` runs it. A step
-on a patch of a quarter of the voxels is told apart from the program around it, and its memory grows with the voxels,
-so large patches need no large trial.
+`python -m kanseg.training.trial` reads a plan as JSON and answers with `Need` as JSON; `measure_step` runs it. Memory
+grows evenly with the voxels of a step, so two sizes of patch tell the step from the program around it, and a large
+patch needs no large trial.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,20 @@ import torch
 from kanseg.config import load_config
 from kanseg.data.plan import Need, Plan
 from kanseg.errors import UserError
-from kanseg.training.checkpoint import build_model, model_spec
+from kanseg.training.checkpoint import (
+    LAST,
+    build_model,
+    model_spec,
+    named,
+    pack,
+    save_checkpoint,
+)
 from kanseg.training.devices import keep_freed_memory
 from kanseg.training.losses import create_loss
-from kanseg.training.optimizers import OPTIMIZERS
+from kanseg.training.optimizers import create_optimizer
 
 LARGEST_TRIAL = {"cpu": 300_000, "cuda": 8_000_000}  # voxels of a step
-STEPS = 2  # the second finds the optimizer's state and the heap as all later ones do
+STEPS = 2  # the second finds the state of the optimizer there, as all later ones do
 MINUTES = 10
 
 
@@ -59,8 +68,8 @@ def measure_step(plan: Plan) -> Need:
     return Need(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def trial(plan: Plan) -> dict[str, int]:
-    """Take the step in this process; see `Need` for the keys of the answer."""
+def trial(plan: Plan) -> dict[str, float]:
+    """Take the steps in this process; see `Need` for the keys of the answer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         keep_freed_memory()
@@ -68,13 +77,24 @@ def trial(plan: Plan) -> dict[str, int]:
     batch = max(1, min(plan.batch_size, int(LARGEST_TRIAL[device] / math.prod(patch))))
     config = load_config()
     model = build_model(model_spec(config, plan)).to(device).train()
+    average = copy.deepcopy(model)
     loss = create_loss(config.training.loss)
-    optimizer = OPTIMIZERS.create("adamw", model.parameters(), lr=1e-4, weight_decay=0.0)
-    _step(model, loss, optimizer, plan, _smallest(plan), 1, device)  # loads what is loaded at first use
-    base = _held(device)
-    for _ in range(STEPS):
-        _step(model, loss, optimizer, plan, patch, batch, device)
-    return {"base": base, "step": _peak(device) - base, "voxels": batch * math.prod(patch)}
+    optimizer = create_optimizer(model, config.training)
+    sizes, peaks = [], []
+    for size, count in ((_smallest(plan), 1), (patch, batch)):
+        for _ in range(STEPS):
+            _step(model, loss, optimizer, plan, size, count, device)
+        sizes.append(count * math.prod(size))
+        peaks.append(_peak(device))
+    tensors = {**named("model", model.state_dict()), **named("average", average.state_dict())}
+    with tempfile.TemporaryDirectory() as folder:
+        state, _ = pack(optimizer.state_dict(), "optimizer")
+        save_checkpoint(Path(folder) / LAST, {**tensors, **state}, plan.to_dict())
+    if sizes[1] <= sizes[0]:
+        raise UserError("the patch is the smallest that the strides allow")
+    per_voxel = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    base = peaks[0] - per_voxel * sizes[0]
+    return {"base": base, "per_voxel": per_voxel, "least": _peak(device) if _peak(device) > peaks[1] else 0.0}
 
 
 def _step(
@@ -105,13 +125,6 @@ def _patch(plan: Plan, most: float) -> list[int]:
     return patch.tolist()
 
 
-def _held(device: str) -> int:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return _status("VmRSS")
-
-
 def _peak(device: str) -> int:
     return torch.cuda.max_memory_reserved() if device == "cuda" else _status("VmHWM")
 
@@ -126,6 +139,8 @@ def _status(key: str) -> int:
 
 def main() -> None:
     """Plan on standard input, `Need` on standard output, both JSON."""
+    import kanseg.training.fit  # noqa: F401  # its libraries take memory too
+
     plan = Plan.from_dict(json.load(sys.stdin))
     print(json.dumps(trial(replace(plan, reasons=[]))))
 
