@@ -63,9 +63,8 @@ def test_without_chance_nothing_changes_but_the_flips(plans, dims, monkeypatch):
     assert torch.allclose(still["image"], batch["image"], atol=1e-4)
     flipped = BatchAugmentation(plans[dims])(batch)
     axes = [tuple(a + 1 for a in range(dims) if number >> a & 1) for number in range(2**dims)]
-    kinds = {
-        next(a for a in axes if torch.equal(x, y.flip(a))) for x, y in zip(flipped["label"], batch["label"])
-    }  # noqa: B905
+    pairs = zip(flipped["label"], batch["label"], strict=True)
+    kinds = {next(a for a in axes if torch.equal(x, y.flip(a))) for x, y in pairs}
     assert len(kinds) > 2
 
 
