@@ -77,10 +77,10 @@ class Dataset:
     ignore_value: int | None = None
 
 
-Problem = Callable[[str, str, str], None]  # kind, case and message of what is wrong with a case
+Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
 
 
-def _refuse(kind: str, case: str, message: str) -> NoReturn:
+def _refuse(kind: str, case: str, message: str, files: Sequence[Path] = ()) -> NoReturn:
     raise UserError(message)
 
 
@@ -355,6 +355,7 @@ def _paired(
                 case.id,
                 f"{case.images[0]} has {len(names)} masks ({', '.join(files[n].name for n in names)}); one label map "
                 "an image is expected. Merge them into one file.",
+                [files[name] for name in names],
             )
         label = files[names[0]] if names else None
         paired.append(replace(case, label=label, group=groups.get(case.id, case.group)))
