@@ -6,7 +6,9 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -110,12 +112,30 @@ def test_a_second_one_in_the_folder_is_refused(balls, done):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"configurations": "4d"}, "Configuration '4d'"), ({"final": "none"}, "--final is folds or all")],
+    [
+        ({"configurations": "4d"}, "Unknown configuration '4d'"),
+        ({"final": "none"}, "--final is folds or all"),
+    ],
 )
 def test_unknown_names_are_refused_before_anything_is_written(balls, tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         run_pipeline(balls[0].source, tmp_path / "run", console=Console(quiet=True), **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_data_with_errors_are_repaired_and_trained_on_without_a_word_of_the_user(balls, tmp_path):
+    dataset, plan = balls
+    plan = replace(plan, label_values=[0, 1])  # a repaired copy numbers its classes 0, 1, 2, ...
+    shutil.copytree(dataset.source.parent, tmp_path / "data")
+    image = nib.load(dataset.cases[3].images[0])
+    spoilt = np.array(image.dataobj)
+    spoilt[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(spoilt, image.affine), tmp_path / "data/image3.nii.gz")
+    found = run((replace(dataset, source=tmp_path / "data/cases.csv"), plan), tmp_path / "run")
+    told = json.loads((tmp_path / "run/doctor.json").read_text())
+    assert {finding["case"] for finding in told["findings"] if finding["severity"] == "error"} == {"image3"}
+    assert "6 unseen cases" in (tmp_path / "run/report.md").read_text()
+    assert found["choice"] == "3d"
 
 
 @pytest.mark.slow

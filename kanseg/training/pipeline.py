@@ -11,13 +11,14 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from kanseg.config import Config, load_config, make_config
+from kanseg.data.doctor import diagnose
+from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import Case, Dataset, read_dataset
 from kanseg.data.images import write_label
 from kanseg.data.plan import Plan, plan_run
@@ -35,19 +36,20 @@ from kanseg.training.validate import kept_prediction
 
 CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
 ENSEMBLE, CHOICE, SETTINGS, MODEL, REPORT = "ensemble", "choice.json", "run.json", "model", "report.md"
+DOCTOR, REPAIRED = "doctor.json", "data"
 FINALS = ("folds", "all")
+SHOWN = 20  # findings of the doctor; all of them are in doctor.json
 MARGIN = 1e-9  # of the Dice: of equals the simpler is taken
 
 
 @dataclass
 class Pipeline:
-    """What the steps share: the folder, the data, the options, and how many minutes a training may take."""
+    """What the steps share: the folder, the data, the options, and the configurations that compete."""
 
     run: Path
     dataset: Dataset
     config: Config
     names: list[str]
-    minutes: float | None
     final: str
     override: bool
     console: Console
@@ -91,42 +93,27 @@ def run_pipeline(
     run, console = Path(run), console or Console()
     if final not in FINALS:
         raise UsageError(f"--final is {' or '.join(FINALS)}, got '{final}'.")
-    checked = load_config(config, overrides)
-    dataset = read_dataset(data, id_pattern=id_pattern)
-    checked = _with(checked, "data", folds=_folds(checked, dataset, console))
-    names = _configurations(configurations, dataset)
-    asked = {
-        "data": str(Path(data).resolve()),
-        "overrides": list(overrides),
-        "minutes": minutes,
-        "final": final,
-    }
-    asked |= {
-        "configurations": names,
-        "memory": memory,
-        "size": size,
-        "config": config,
-        "id_pattern": id_pattern,
-    }
+    if not Path(data).exists():
+        raise UserError(f"There is no {data}. Give a folder or list of labelled images.")
+    checked, wanted = load_config(config, overrides), _configurations(configurations)
+    asked = {"data": str(Path(data).resolve()), "overrides": list(overrides), "minutes": minutes}
+    asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
+    asked |= {"config": config, "id_pattern": id_pattern}
     _check_asked(run, asked, override)
-    share = None if minutes is None else minutes / (len(names) * checked.data.folds + (final == "all"))
-    if share is not None:
-        checked = _with(checked, "training", max_minutes=share, max_epochs=None)
-    job = Pipeline(run, dataset, checked, names, share, final, override, console)
     with locked(make_folder(run)):
-        _examine(job)
-        for name in names:
-            if not (run / name / PLAN).exists():
-                plan = plan_run(
-                    dataset,
-                    run / name,
-                    dim=CONFIGURATIONS[name],
-                    memory=memory,
-                    size=size,
-                    measure=measure_step,
-                )
-                for reason in plan.reasons:
-                    job.say(f"- {reason}")
+        dataset = read_dataset(_examined(Path(data), run, id_pattern, console), id_pattern=id_pattern)
+        checked = _with(checked, "data", folds=_folds(checked, dataset, console))
+        names = _fitting(wanted, dataset)
+        if minutes is not None:
+            share = minutes / (len(names) * checked.data.folds + (final == "all"))
+            checked = _with(checked, "training", max_minutes=share, max_epochs=None)
+        job = Pipeline(run, dataset, checked, names, final, override, console)
+        missing = [name for name in names if not (run / name / PLAN).exists()]
+        seen = fingerprint(dataset) if missing else {}
+        for name in missing:
+            how: dict[str, Any] = {"dim": CONFIGURATIONS[name], "memory": memory, "size": size, "seen": seen}
+            for reason in plan_run(dataset, run / name, measure=measure_step, **how).reasons:
+                job.say(f"- {reason}")
         write_json(run / SETTINGS, asked)
         found = _validated(job)
         choice = _choose(job, found)
@@ -143,15 +130,22 @@ def run_pipeline(
     }
 
 
-def _configurations(text: str, dataset: Dataset) -> list[str]:
-    fitting = [name for name, dims in CONFIGURATIONS.items() if dims <= dataset.spatial_dims]
-    names = fitting if text == "auto" else [name.strip() for name in text.split(",")]
+def _configurations(text: str) -> list[str]:
+    """The names that are asked for; none for auto."""
+    names = [] if text == "auto" else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in fitting:
+        if name not in CONFIGURATIONS:
             raise UsageError(
-                f"Configuration '{name}' does not fit {dataset.spatial_dims}D data.{did_you_mean(name, fitting)}"
+                f"Unknown configuration '{name}'.{did_you_mean(name, ['auto', *CONFIGURATIONS])}"
             )
     return names
+
+
+def _fitting(wanted: Sequence[str], dataset: Dataset) -> list[str]:
+    fitting = [name for name, dims in CONFIGURATIONS.items() if dims <= dataset.spatial_dims]
+    if beyond := [name for name in wanted if name not in fitting]:
+        raise UsageError(f"Configuration '{beyond[0]}' does not fit {dataset.spatial_dims}D data.")
+    return list(wanted) or fitting
 
 
 def _check_asked(run: Path, asked: Mapping[str, Any], override: bool) -> None:
@@ -181,14 +175,30 @@ def _with(config: Config, section: str, **options: Any) -> Config:
     return make_config(values)
 
 
-def _examine(job: Pipeline) -> None:
-    """Let the doctor look at the data; what it finds is told and kept, training is its own judge."""
-    if find_spec("kanseg.data.doctor") is None or (job.run / "doctor.json").exists():
-        return
-    from kanseg.data import doctor  # type: ignore[attr-defined]
+def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> Path:
+    """What to train on: the data, or a repaired copy of them in RUN/data where the doctor finds errors.
 
-    findings = doctor.examine(job.dataset.source)
-    write_json(job.run / "doctor.json", findings)
+    Raises:
+        UserError: an error that cannot be repaired.
+    """
+    done = read_json(run / DOCTOR)
+    if done is not None:
+        return Path(done["trained_on"])
+    found = diagnose(data, id_pattern=id_pattern)
+    console.print(
+        f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
+    )
+    for finding in found.findings[:SHOWN]:
+        console.print(f"- {finding.case}: {finding.message}", highlight=False, markup=False, soft_wrap=True)
+    if found.errors:
+        console.print(
+            f"{len(found.errors)} errors: training on a repaired copy, {run / REPAIRED}", soft_wrap=True
+        )
+        shutil.rmtree(run / REPAIRED, ignore_errors=True)
+        found.fix(run / REPAIRED)
+    trained_on = (run / REPAIRED if found.errors else data).resolve()
+    write_json(run / DOCTOR, {**found.to_dict(), "trained_on": str(trained_on)})
+    return trained_on
 
 
 def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
