@@ -138,10 +138,10 @@ class Segmenter:
         return make_config(values)
 
     def _plan(self, dataset: Dataset, run: Path) -> Plan:
-        from kanseg.data.plan import Plan, make_plan
+        from kanseg.data.plan import Plan, plan_run
 
         if not (run / "plan.json").exists():
-            return make_plan(dataset, dim=self.spatial_dims)
+            return plan_run(dataset, run, dim=self.spatial_dims)
         plan = Plan.load(run / "plan.json")
         if self.spatial_dims not in (None, plan.spatial_dims):
             raise UsageError(

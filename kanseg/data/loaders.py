@@ -1,7 +1,7 @@
 """Batches: random patches for training, whole preprocessed cases for validation.
 
 Every case is preprocessed once and kept in memory. Sample `i` of epoch `e` depends on (seed, e, i) alone: neither the
-number of workers nor an interruption changes what the network sees.
+number of workers nor of processes nor an interruption changes what the network sees.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kanseg.data.formats import Case
+from kanseg.data.labels import known_values, targets
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
@@ -24,69 +25,103 @@ Batch = dict[str, Tensor]
 
 
 class Patches(Dataset):
-    """Sample `i` is a random patch of a random case, {"image": (C, *patch), "label": (1, *patch)}."""
+    """Random patches of random cases: {"image": (C, *patch), "label": (1 or K, *patch), "seed": ()}.
 
-    def __init__(
-        self, plan: Plan, items: Sequence[Item], augment: Compose, seed: int, epoch: int, count: int
-    ) -> None:
-        self.plan, self.items, self.augment = plan, items, augment
-        self.seed, self.epoch, self.count = seed, epoch, count
+    A patch is asked for by (epoch, index); its `seed` is what further random changes of it may start from.
 
-    def __len__(self) -> int:
-        return self.count
+    Args:
+        pools: a pool is chosen first, then a case of it: one pool of all, or one a class for balance.
+    """
 
-    def __getitem__(self, index: int) -> Batch:
-        random = np.random.RandomState(
-            np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(4)
-        )
-        item = self.items[random.randint(len(self.items))]
-        self.augment.set_random_state(seed=int(random.randint(2**31)))
+    def __init__(self, plan: Plan, pools: Sequence[Sequence[Item]], augment: Compose, seed: int) -> None:
+        self.plan, self.pools, self.augment, self.seed = plan, pools, augment, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch:
+        random = np.random.RandomState(np.random.SeedSequence((self.seed, *place)).generate_state(4))
+        pool = self.pools[random.randint(len(self.pools)) if len(self.pools) > 1 else 0]
+        item = pool[random.randint(len(pool))]
+        seed = int(random.randint(2**31))
+        self.augment.set_random_state(seed=seed)
         (sample,) = self.augment(item)
-        return {key: torch.as_tensor(np.asarray(sample[key])).contiguous() for key in KEYS}
+        image, label = (torch.as_tensor(np.asarray(sample[key])) for key in KEYS)
+        label = targets(label, self.plan).contiguous()
+        return {"image": image.contiguous(), "label": label, "seed": torch.tensor(seed)}
 
 
 class TrainLoader:
-    """Batches {"image": (B, C, *patch), "label": (B, 1, *patch)}; `set_epoch` chooses which."""
+    """Batches {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)} from any epoch and step on.
+
+    Args:
+        batch_size: patches a batch of this process.
+        steps: batches an epoch.
+        rank, ranks: this process of how many; together they see what one with `ranks` times the batch would.
+        foreground, balanced, changes: see `kanseg.data.transforms.augmentation`.
+        pin: keep batches in page-locked memory, for a GPU.
+    """
 
     def __init__(
-        self, plan: Plan, cases: Sequence[Case], *, batch_size: int, steps: int, seed: int, workers: int
+        self,
+        plan: Plan,
+        cases: Sequence[Case],
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        foreground: float = 0.5,
+        balanced: bool = False,
+        changes: bool = True,
+        pin: bool = False,
     ) -> None:
         if not cases:
             raise UserError("There are no cases to train on.")
-        prepare = preparation(plan)
+        prepare = preparation(plan, balanced)
         loaded = progress(cases, "Loading cases")
-        self.items = [prepare(load_case(case, plan)[0]) for case in loaded]
-        self.plan, self.augment = plan, augmentation(plan)
-        self.batch_size, self.steps, self.seed, self.workers = batch_size, steps, seed, workers
-        self.epoch = 0
+        items = [prepare(load_case(case, plan)[0]) for case in loaded]
+        augment = augmentation(plan, foreground=foreground, balanced=balanced, changes=changes)
+        pools = _pools(items, len(known_values(plan))) if balanced else [items]
+        self.patches = Patches(plan, pools, augment, seed)
+        self.batch_size, self.steps, self.workers, self.pin = batch_size, steps, workers, pin
+        self.rank, self.ranks = rank, ranks
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose patches the next iteration gives."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        count = self.steps * self.batch_size
-        patches = Patches(self.plan, self.items, self.augment, self.seed, self.epoch, count)
-        return iter(
-            DataLoader(patches, self.batch_size, num_workers=self.workers, worker_init_fn=_one_thread)
+    def batches(self, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
+        """Batches without end, from a step of an epoch on; the workers run ahead over the ends of epochs."""
+        loader = DataLoader(
+            self.patches,
+            batch_sampler=self._places(epoch, step),  # type: ignore[arg-type]  # an iterator without end
+            num_workers=self.workers,
+            worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # or the global one would lose a number here
+            pin_memory=self.pin,
         )
+        return iter(loader)
+
+    def _places(self, epoch: int, step: int) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = epoch + step // self.steps, step % self.steps
+        while True:
+            first = (step * self.ranks + self.rank) * self.batch_size
+            yield [(epoch, index) for index in range(first, first + self.batch_size)]
+            step += 1
+            if step == self.steps:
+                epoch, step = epoch + 1, 0
+
+
+def _pools(items: Sequence[Item], classes: int) -> list[list[Item]]:
+    """The cases that have a class, for each foreground class that any has; all cases where none has any."""
+    pools = [[item for item in items if (item["label"] == number).any()] for number in range(1, classes)]
+    return [pool for pool in pools if pool] or [list(items)]
 
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def train_loader(
-    plan: Plan, cases: Sequence[Case], *, batch_size: int, steps: int, seed: int, workers: int = 0
-) -> TrainLoader:
-    """A loader of `steps` batches an epoch; preprocesses and keeps all cases now."""
-    return TrainLoader(plan, cases, batch_size=batch_size, steps=steps, seed=seed, workers=workers)
-
-
 def val_loader(plan: Plan, cases: Sequence[Case]) -> list[Batch]:
-    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1, *S)}, kept in memory."""
+    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1 or K, *S)}, kept in memory."""
     items = (load_case(case, plan)[0] for case in cases)
-    return [{key: item[key].as_tensor()[None] for key in KEYS} for item in items]
+    return [
+        {"image": item["image"].as_tensor()[None], "label": targets(item["label"].as_tensor(), plan)[None]}
+        for item in items
+    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,8 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is no complete checkpoint ({error}): cut short, damaged, or no safetensors file. "
@@ -124,10 +126,16 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
     return create_model(**{key: value for key, value in spec.items() if key != "options"}, **spec["options"])
 
 
-def model_spec(config: Config, plan: Plan) -> dict[str, Any]:
-    """What `build_model` needs: the plan's network with the config's options over it, all of it JSON."""
+def model_spec(config: Config, plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `build_model` needs: the plan's network with the config's options over it, all of it JSON.
+
+    Args:
+        known: {"name", "options"} of the network whose weights are started from; it goes before the plan's.
+    """
+    if known and config.model.name in (None, known["name"]):
+        plan = replace(plan, model=known["name"], model_options=known["options"])
     name = config.model.name or plan.model
-    known = model_options(name)
+    options = model_options(name)
     planned = {
         "features_per_stage": plan.features_per_stage,
         "strides": plan.strides,
@@ -136,13 +144,13 @@ def model_spec(config: Config, plan: Plan) -> dict[str, Any]:
     }
     if config.training.deep_supervision is not None:
         planned["deep_supervision"] = config.training.deep_supervision
-    options = {**{key: value for key, value in planned.items() if key in known}, **config.model.options}
+    chosen = {**{key: value for key, value in planned.items() if key in options}, **config.model.options}
     spec = {
         "name": name,
         "spatial_dims": plan.spatial_dims,
-        "in_channels": len(plan.channel_names),
+        "in_channels": plan.in_channels,
         "out_channels": len(plan.label_names),
-        "options": options,
+        "options": chosen,
     }
     return json.loads(json.dumps(spec))
 
@@ -165,7 +173,7 @@ def find_checkpoint(path: Path | str) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    folders = [path, *sorted(path.glob("fold_*"))]
+    folders = [path, *sorted(path.glob("fold_*")), *sorted(path.glob("model/fold_*"))]
     files = [folder / name for folder in folders for name in (EXPORTED, BEST, LAST)]
     for file in files:
         if file.is_file():
@@ -184,24 +192,32 @@ def named(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of an optimizer as `INDEX.NAME` -> tensor (the index is the parameter's)."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value
-        for index, entries in state.items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
-    }
+def pack(tree: Any, name: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Take the tensors out of nested dictionaries and lists: tensors by path, and JSON with paths where they were.
+
+    >>> pack({0: {"exp_avg": torch.zeros(1), "step": 3}})
+    ({'0.exp_avg': tensor([0.])}, {'0': {'exp_avg': {'tensor': '0.exp_avg'}, 'step': 3}})
+    """
+    if isinstance(tree, Tensor):
+        return {name: tree}, {"tensor": name}
+    if not isinstance(tree, dict | list | tuple):
+        return {}, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    packed = {key: pack(value, f"{name}.{key}" if name else str(key)) for key, value in items}
+    tensors = {path: tensor for part, _ in packed.values() for path, tensor in part.items()}
+    plain = {str(key): rest for key, (_, rest) in packed.items()}
+    return tensors, plain if isinstance(tree, dict) else list(plain.values())
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `optimizer_tensors` gave into an optimizer of the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def unpack(tensors: Mapping[str, Tensor], tree: Any) -> Any:
+    """The inverse of `pack`; numbers that were keys come back as numbers."""
+    if isinstance(tree, list):
+        return [unpack(tensors, value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if tree.keys() == {"tensor"}:
+        return tensors[tree["tensor"]]
+    return {int(key) if key.isdigit() else key: unpack(tensors, value) for key, value in tree.items()}
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
