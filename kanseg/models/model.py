@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.registry import Registry
 
 MODELS = Registry("model")
+
+
+def preset(name: str, model: type[nn.Module], description: str, **options: Any) -> None:
+    """Register `model` under a further name, with other defaults."""
+    entry = partial(model, **options)
+    entry.__doc__ = description
+    MODELS.register(name)(entry)
 
 
 def list_models() -> list[str]:
@@ -41,3 +51,17 @@ def create_model(
         if option not in known:
             raise UsageError(f"Model '{name}' has no option '{option}'.{did_you_mean(option, known)}")
     return entry(spatial_dims, in_channels, out_channels, **options)
+
+
+def check_patch(model: nn.Module, patch_size: Sequence[int]) -> None:
+    """Raise `UsageError` where a patch is smaller than the stride of the coarsest map of a network with an encoder."""
+    strides = getattr(getattr(model, "encoder", None), "strides", None)
+    if strides is None:
+        return
+    total = np.prod(strides, axis=0).tolist()
+    if any(size < stride for size, stride in zip(patch_size, total, strict=True)):
+        raise UsageError(
+            f"{type(model).__name__} halves too often for the patch: its coarsest map has stride {total}, the patch "
+            f"has {list(patch_size)}. Take fewer stages (depth, strides or encoder in model.options), another model, or "
+            "a larger patch_size in plan.json."
+        )
