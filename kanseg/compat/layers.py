@@ -128,15 +128,15 @@ LAYERS: dict[str, Family] = {
 }
 
 
-def convert(
-    spec: Family, spatial_dims: int, args: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> Conversion:
-    """The layer of one family with its links."""
-    layer = _build(spec, spatial_dims, dict(args), state)
-    return Conversion(layer, _links(spec, layer, spatial_dims, state))
+def convert(name: str, spatial_dims: int, args: Mapping[str, Any], state: Mapping[str, Tensor]) -> Conversion:
+    """The layer of one family of `LAYERS` with its links."""
+    layer = reference_layer(name, spatial_dims, args)
+    return Conversion(layer, reference_links(name, layer, state))
 
 
-def _build(spec: Family, spatial_dims: int, args: dict[str, Any], state: Mapping[str, Tensor]) -> ConvLayer:
+def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any]) -> ConvLayer:
+    """Our layer that computes what the reference's does with these arguments; its weights are new."""
+    spec, args = LAYERS[name], dict(args)
     channels = [args.pop(name) for name in ("input_dim", "output_dim")]
     for unused in ("ndim", "conv_class", "conv_class_plus1"):
         args.pop(unused, None)
@@ -152,7 +152,12 @@ def _build(spec: Family, spatial_dims: int, args: dict[str, Any], state: Mapping
     options.update(spec.options(own, geometry.get("groups", 1)), **own)
     place = "input_norm" if "input_norm" in options else "norm"
     options[place] = (norm, args) if norm else None  # what is left goes to the norm
-    return ConvLayer(spatial_dims, *channels, **options)
+    try:
+        return ConvLayer(spatial_dims, *channels, **options)
+    except TypeError as error:
+        raise UsageError(
+            f"{name} of torch-conv-kan does not take these arguments: {args} ({error})"
+        ) from error
 
 
 def norm_name(norm: Any, default: str) -> str:
@@ -175,9 +180,9 @@ def activation_name(act: Any) -> str | None:
     return ACTIVATIONS[base]
 
 
-def _links(spec: Family, layer: ConvLayer, spatial_dims: int, state: Mapping[str, Tensor]) -> list[Link]:
-    """How each of our tensors is made of the reference's, for as many groups as the layer has."""
-    conv, groups = layer.conv, layer.conv.groups
+def reference_links(name: str, layer: ConvLayer, state: Mapping[str, Tensor]) -> list[Link]:
+    """How each tensor of a layer of `reference_layer` is made of the reference's, which `state` has."""
+    spec, conv, groups, spatial_dims = LAYERS[name], layer.conv, layer.conv.groups, layer.conv.spatial_dims
     stacked_parts = 1 if spec.joined else groups
 
     def many(ours: str, pattern: str) -> Link:
@@ -188,15 +193,15 @@ def _links(spec: Family, layer: ConvLayer, spatial_dims: int, state: Mapping[str
     if getattr(conv, "base_weight", None) is not None:
         links.append(many("conv.base_weight", base))
     for ours, theirs in spec.keys.items():
-        name = ours if ours.startswith("act.") else f"conv.{ours}"
+        own = ours if ours.startswith("act.") else f"conv.{ours}"
         if ours.endswith("beta"):
-            links.append(_beta(name, theirs, state))
+            links.append(_beta(own, theirs, state))
         elif "phase" in ours:
             links.append(
-                Link(name, (theirs,), lambda parts: _pairs(parts[0]), lambda t: [_spatial(t, spatial_dims)])
+                Link(own, (theirs,), lambda parts: _pairs(parts[0]), lambda t: [_spatial(t, spatial_dims)])
             )
         else:
-            links.append(many(name, theirs))
+            links.append(many(own, theirs))
     links += _wavelet_links(conv, state) if spec.family == "wavkan" else [_basis(spec, layer)]
     place = "conv.input_norm" if getattr(conv, "input_norm", None) is not None else "norm"
     norm = layer.get_submodule(place)
@@ -288,6 +293,6 @@ def _wavelet_links(conv: WaveletConv, state: Mapping[str, Tensor]) -> list[Link]
 
 
 CONVERTERS = {
-    f"{name.removesuffix('V2')}{{n}}DLayer{'V2' * name.endswith('V2')}": partial(convert, spec)
-    for name, spec in LAYERS.items()
+    f"{name.removesuffix('V2')}{{n}}DLayer{'V2' * name.endswith('V2')}": partial(convert, name)
+    for name in LAYERS
 }

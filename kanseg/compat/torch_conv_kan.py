@@ -37,7 +37,10 @@ def from_torch_conv_kan(
         UserError: keys or shapes of `state_dict` that do not fit, the first of them named.
     """
     convert, spatial_dims = find(class_name, args)
-    conversion = convert(spatial_dims, dict(args), state_dict)
+    try:
+        conversion = convert(spatial_dims, dict(args), state_dict)
+    except KeyError as error:
+        raise UsageError(f"{class_name} needs the argument {error}, got {sorted(args)}") from error
     module = load(conversion, class_name, state_dict)
     module.reference_links = conversion.links
     return module.eval()

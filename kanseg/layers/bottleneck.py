@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, lean, recomputed
 from kanseg.layers.kernels import native
 from kanseg.layers.kernels.expansion import Branches
+from kanseg.layers.mixture import MixtureOfExperts
 
 
 class NoiseInjection(nn.Module):
@@ -40,6 +42,8 @@ class BottleneckKANConv(ConvGeometry):
 
     Args:
         basis, basis_act, base_act, basis_options: as in `KANConv`.
+        num_experts: experts in the narrow space, each a KAN convolution; 0 for a single one and no gate.
+        mixture: further options of the `MixtureOfExperts`.
         dim_reduction, min_internal: see above.
         dropout: probability of noise injection at an element of the input.
     """
@@ -63,6 +67,8 @@ class BottleneckKANConv(ConvGeometry):
         dropout: float = 0.0,
         dropout_at: str = "basis_input",
         recompute: bool = True,
+        num_experts: int = 0,
+        mixture: dict[str, Any] | None = None,
         **basis_options: Any,
     ) -> None:
         geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
@@ -77,19 +83,20 @@ class BottleneckKANConv(ConvGeometry):
         self.up_weight = self.new_weight(out_channels, inner, ones)
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
-        self.inner = KANConv(
-            spatial_dims,
-            inner * self.groups,
-            inner * self.groups,
-            kernel_size,
-            basis=basis,
-            basis_act=basis_act,
-            base=False,
-            recompute=recompute,
-            groups=groups,
-            **geometry,
-            **basis_options,
+        options: dict[str, Any] = {
+            "basis": basis,
+            "basis_act": basis_act,
+            "base": False,
+            "recompute": recompute,
+        }
+        expert: Any = partial(KANConv, **options, groups=groups, **geometry, **basis_options)
+        narrow = (spatial_dims, inner * self.groups, inner * self.groups, kernel_size)
+        self.inner = (
+            MixtureOfExperts(*narrow, expert_layer=expert, num_experts=num_experts, **(mixture or {}))
+            if num_experts
+            else expert(*narrow)
         )
+        self.mixed = num_experts > 0
         self.noise = NoiseInjection(dropout)
         self.recompute = recompute
 
@@ -97,15 +104,24 @@ class BottleneckKANConv(ConvGeometry):
         x = self.noise(x)
         if not self.recompute:
             return self._convolve(x)
-        if not lean(x):
+        if not lean(x) and not self.mixed:
             return recomputed(self._convolve, x, preserve_rng_state=False)
+        if self.mixed:  # the gate draws noise, so it runs once; its experts recompute what they are made of
+            return self._base(x) + self._narrow(x)
+        return self._base(x) + recomputed(self._narrow, x, preserve_rng_state=False)
+
+    def _base(self, x: Tensor) -> Tensor:
+        if not lean(x):
+            return recomputed(self._plain_base, x, preserve_rng_state=False)
         compiled = native.describe(None, self.base_act, nn.Identity(), 0, 1)
         activated = Branches(lambda rows: [self.base_act(rows)], (), compiled)
-        base = self.convolve_expanded([x], activated, self.base_weight)
-        return base + recomputed(self._narrow, x, preserve_rng_state=False)
+        return self.convolve_expanded([x], activated, self.base_weight)
+
+    def _plain_base(self, x: Tensor) -> Tensor:
+        return self.convolve(self.base_act(x), self.base_weight)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        return self._narrow(x) + self.convolve(self.base_act(x), self.base_weight)
+        return self._narrow(x) + self._plain_base(x)
 
     def _narrow(self, x: Tensor) -> Tensor:
         return self.pointwise(self.inner(self.pointwise(x, self.down_weight)), self.up_weight)
