@@ -3,8 +3,10 @@
 from kanseg.encoders.densekanet import DenseKANet
 from kanseg.encoders.encoder import ENCODERS, Encoder, check_encoder_name, create_encoder
 from kanseg.encoders.plainkanet import PlainKANet
+from kanseg.encoders.pretrained import ForeignEncoder
 from kanseg.encoders.rdkanet import RDKANet
 from kanseg.encoders.reskanet import ResidualBlock, ResKANet
+from kanseg.encoders.smp_bridge import register_smp
 from kanseg.encoders.transfer import load_encoder
 from kanseg.encoders.vggkan import VGGKAN
 
@@ -13,11 +15,13 @@ __all__ = [
     "VGGKAN",
     "DenseKANet",
     "Encoder",
+    "ForeignEncoder",
     "PlainKANet",
     "RDKANet",
     "ResKANet",
     "ResidualBlock",
     "check_encoder_name",
     "load_encoder",
+    "register_smp",
     "create_encoder",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from kanseg.errors import UsageError
-from kanseg.layers import conv_layer
+from kanseg.layers import MixtureOfExperts, conv_layer
 from kanseg.layers.kan_conv import per_axis
 
 LayerFactory = Callable[..., nn.Module]  # (spatial_dims, in_channels, out_channels, kernel_size, **geometry)
@@ -23,6 +24,8 @@ def network_layer(
     norm: str | Sequence | None = INSTANCE,
     dropout: float = 0.0,
     groups: int = 1,
+    num_experts: int = 0,
+    k: int = 2,
     **options: Any,
 ) -> LayerFactory:
     """A constructor of the conv-norm-act layers that a network is built of.
@@ -32,7 +35,8 @@ def network_layer(
         bottleneck: KAN layers in their narrow form (1x1 down, KAN convolution, 1x1 up).
         norm: MONAI norm spec; of the input where the family normalises its input (FastKAN).
         dropout: channel dropout.
-        groups: of every convolution but those of kernel 1 and the one on the image.
+        groups, num_experts: of every convolution but those of kernel 1, depthwise ones and the one on the image; with
+            experts each is a `MixtureOfExperts`, of which k see a sample.
         options: further options of the KAN layers (degree, grid_size, act, ...); the plain twin does without.
     """
     if callable(basis):
@@ -41,7 +45,10 @@ def network_layer(
     if conv_layer(basis).keywords.get("input_norm"):
         options["input_norm"] = options.pop("norm")
     layer = conv_layer(basis, bottleneck=bottleneck and basis is not None, **options)
-    return layer if groups == 1 else _grouped(layer, groups)
+    inner = partial(layer, groups=groups)
+    if num_experts:
+        inner = partial(MixtureOfExperts, expert_layer=inner, num_experts=num_experts, k=k)
+    return layer if groups == 1 and not num_experts else partial(_by_place, layer, inner)
 
 
 def stage_layers(
@@ -62,13 +69,18 @@ def stage_layers(
     return [network_layer(given[stage] if stage in where else None, **options) for stage in range(stages)]
 
 
-def _grouped(layer: LayerFactory, groups: int) -> LayerFactory:
-    def build(spatial_dims: int, inputs: int, outputs: int, kernel_size: Any = 3, **geometry: Any) -> nn.Module:
-        pointwise = set(per_axis(kernel_size, spatial_dims, "kernel_size")) == {1}
-        own = {"groups": 1 if pointwise else groups, **geometry}
-        return layer(spatial_dims, inputs, outputs, kernel_size, **own)
-
-    return build
+def _by_place(
+    layer: LayerFactory,
+    inner: LayerFactory,
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int] = 3,
+    **geometry: Any,
+) -> nn.Module:
+    """`layer` where the network is pointwise or says the groups itself, `inner` elsewhere."""
+    own = "groups" in geometry or set(per_axis(kernel_size, spatial_dims, "kernel_size")) == {1}
+    return (layer if own else inner)(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
 
 
 def _spec(norm: Any) -> Any:

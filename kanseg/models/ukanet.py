@@ -27,11 +27,12 @@ def narrow_stage(
     spatial_dims: int, in_channels: int, out_channels: int, kernel_size: Any, layer: LayerFactory
 ) -> DecoderStage:
     """Narrow the coarse map by a 1x1 convolution, resize it to the skip, join both, convolve twice."""
+    narrow = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 1)
     layers = nn.Sequential(
         layer(spatial_dims, 2 * out_channels, out_channels, kernel_size),
         layer(spatial_dims, out_channels, out_channels, kernel_size),
     )
-    return DecoderStage(layers, Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 1))
+    return DecoderStage(layers, narrow)
 
 
 def merging_stage(
