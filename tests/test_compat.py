@@ -13,9 +13,6 @@ from kanseg.compat import from_torch_conv_kan, reference_gradients, to_torch_con
 from kanseg.errors import UsageError, UserError
 
 PARITY = Path(__file__).parents[1] / ".." / "shared" / "parity"
-FAMILIES = (
-    "kan fastkan kaln kacn kagn kagn_v2 kajn kabn wavkan relukan bottleneck_kagn bottleneck_relukan".split()
-)
 
 
 def cases() -> list[dict]:
@@ -23,7 +20,7 @@ def cases() -> list[dict]:
     if not manifest.exists():
         return []
     listed = json.loads(manifest.read_text())["cases"]
-    return [case for case in listed if case["kind"] == "layer" and case["family"] in FAMILIES]
+    return [case for case in listed if case["kind"] in ("layer", "fc")]
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -38,15 +35,23 @@ def test_layer_gives_the_numbers_of_the_reference(case: dict) -> None:
     layer = from_torch_conv_kan(case["class"], case["args"], state)
     x = data["input"].clone().requires_grad_()
     y = layer(x)
+    if "moe_loss" in data:
+        y, loss = y
+        assert relative(loss, data["moe_loss"]) <= 1e-5
     assert relative(y, data["output"]) <= max(1e-5, 10 * case["relative_f32_noise"])
     y.backward(data["cotangent"])
     if case["grad_input"]:
         assert relative(x.grad, data["grad_input"]) <= 1e-4
     gradients = reference_gradients(layer)
+    noise = 1e-5 * max(data[f"grad.{name}"].abs().max() for name in case["grads"])
     for name in case["grads"]:
-        assert relative(gradients[name], data[f"grad.{name}"]) <= 1e-4, name
+        theirs = data[f"grad.{name}"]
+        if 0 < theirs.abs().max() < noise:  # a bias before a norm: what is left is rounding
+            assert gradients[name].abs().max() < noise, name
+        else:
+            assert relative(gradients[name], theirs) <= 1e-4, name
     back = to_torch_conv_kan(layer)
-    assert all(torch.equal(back[key], state[key]) for key in back if key != "beta_weights")
+    assert all(torch.equal(back[key], state[key]) for key in back if not key.endswith("beta_weights"))
 
 
 def kagn_state() -> dict[str, torch.Tensor]:

@@ -92,11 +92,11 @@ def beside(parameter: Tensor, t: Tensor) -> Tensor:
     return parameter.to(t.dtype).reshape(-1, *[1] * (t.dim() - 2))
 
 
-def create_basis(basis: str | Basis, channels: int, **options: Any) -> Basis:
-    """A basis by name, or the given one. `channels` is used by bases that keep parameters a channel."""
+def create_basis(basis: str | Basis | Callable[..., Basis], channels: int, **options: Any) -> Basis:
+    """A basis by name or constructor, or the given one. `channels` is used by bases that keep parameters a channel."""
     if isinstance(basis, Basis):
         return basis
-    entry = BASES.get(basis)
+    entry = BASES.get(basis) if isinstance(basis, str) else basis
     try:
         return entry(channels=channels, **options)
     except TypeError as error:

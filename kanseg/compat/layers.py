@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kanseg.compat import legacy
-from kanseg.compat.links import Conversion, Link, stacked
+from kanseg.compat.links import Conversion, Link, below, stacked
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers import ConvLayer
 from kanseg.layers.families import FAMILIES
@@ -55,11 +55,11 @@ class Family:
 
 
 def _gram(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {"basis": legacy.multiplied_gram(arguments.pop("degree", 3))}
+    return {"basis": legacy.multiplied_gram}
 
 
 def _gram_v2(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {**_gram(arguments, groups), "conv": legacy.DegreeMajorKANConv}
+    return {"basis": legacy.multiplied_gram, "conv": legacy.DegreeMajorKANConv}
 
 
 def _legendre(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
@@ -67,13 +67,11 @@ def _legendre(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
 
 
 def _bernstein(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {"basis": legacy.Ones(arguments.pop("degree", 3) + 1)}
+    return {"basis": legacy.Ones}
 
 
 def _wavelet(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    changed = {"mexican_hat": legacy.negative_mexican_hat, "shannon": legacy.channel_windowed_shannon}
-    wavelet = arguments.pop("wavelet", "mexican_hat")
-    return {"wavelet": changed.get(wavelet, wavelet)}
+    return {"wavelet": legacy.wavelet(arguments.pop("wavelet", "mexican_hat"))}
 
 
 POLYNOMIAL = {"degree": "degree"}
@@ -81,7 +79,6 @@ RELU = {"g": "grid_size", "k": "order", "train_ab": "train_phases"}
 NARROW = {"dim_reduction": "dim_reduction", "min_internal": "min_internal"}
 PROJECTIONS = {"down_weight": "inner_proj.{g}.weight", "up_weight": "out_proj.{g}.weight"}
 PHASES = {"basis.phase_low": "phase_low", "basis.phase_high": "phase_high"}
-INNER_PHASES = {f"inner.{ours}": theirs for ours, theirs in PHASES.items()}
 SPLINE = {
     "spline_order": "spline_order",
     "grid_size": "grid_size",
@@ -117,13 +114,13 @@ LAYERS: dict[str, Family] = {
         {**POLYNOMIAL, **NARROW},
         degree_major=True,
         options=_gram,
-        keys={**PROJECTIONS, "inner.basis.beta": "beta_weights"},
+        keys={**PROJECTIONS, "basis.beta": "beta_weights"},
     ),
     "BottleNeckReLUKANConv": Family(
         "bottleneck_relukan",
         {**RELU, **NARROW},
         "relukan_conv.{g}.weight",
-        keys={**PROJECTIONS, **INNER_PHASES},
+        keys={**PROJECTIONS, **PHASES},
     ),
 }
 
@@ -134,8 +131,12 @@ def convert(name: str, spatial_dims: int, args: Mapping[str, Any], state: Mappin
     return Conversion(layer, reference_links(name, layer, state))
 
 
-def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any]) -> ConvLayer:
-    """Our layer that computes what the reference's does with these arguments; its weights are new."""
+def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **further: Any) -> ConvLayer:
+    """Our layer that computes what the reference's does with these arguments; its weights are new.
+
+    Args:
+        further: options of ours that the reference does not have.
+    """
     spec, args = LAYERS[name], dict(args)
     channels = [args.pop(name) for name in ("input_dim", "output_dim")]
     for unused in ("ndim", "conv_class", "conv_class_plus1"):
@@ -153,7 +154,7 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any]) -> Co
     place = "input_norm" if "input_norm" in options else "norm"
     options[place] = (norm, args) if norm else None  # what is left goes to the norm
     try:
-        return ConvLayer(spatial_dims, *channels, **options)
+        return ConvLayer(spatial_dims, *channels, **{**options, **further})
     except TypeError as error:
         raise UsageError(
             f"{name} of torch-conv-kan does not take these arguments: {args} ({error})"
@@ -193,16 +194,14 @@ def reference_links(name: str, layer: ConvLayer, state: Mapping[str, Tensor]) ->
     if getattr(conv, "base_weight", None) is not None:
         links.append(many("conv.base_weight", base))
     for ours, theirs in spec.keys.items():
-        own = ours if ours.startswith("act.") else f"conv.{ours}"
-        if ours.endswith("beta"):
-            links.append(_beta(own, theirs, state))
-        elif "phase" in ours:
-            links.append(
-                Link(own, (theirs,), lambda parts: _pairs(parts[0]), lambda t: [_spatial(t, spatial_dims)])
-            )
-        else:
-            links.append(many(own, theirs))
-    links += _wavelet_links(conv, state) if spec.family == "wavkan" else [_basis(spec, layer)]
+        if not ours.startswith("basis."):
+            links.append(many(ours if ours.startswith("act.") else f"conv.{ours}", theirs))
+    if spec.family == "wavkan":
+        links += _wavelet_links(conv, state)
+    for kan, own, their in _expansions(conv):
+        links += [
+            link.under(own, their) for link in _basis_links(spec, kan, spatial_dims, below(state, their))
+        ]
     place = "conv.input_norm" if getattr(conv, "input_norm", None) is not None else "norm"
     norm = layer.get_submodule(place)
     for key in norm.state_dict():
@@ -221,7 +220,7 @@ def _spatial(t: Tensor, spatial_dims: int) -> Tensor:
     return t.reshape(1, *t.shape, *[1] * spatial_dims)
 
 
-def _beta(ours: str, theirs: str, state: Mapping[str, Tensor]) -> Link:
+def beta_link(ours: str, theirs: str, state: Mapping[str, Tensor]) -> Link:
     """The reference keeps degree + 1 factors and uses 1 ... degree - 1."""
     count = len(state[theirs]) if theirs in state else 2
 
@@ -231,10 +230,28 @@ def _beta(ours: str, theirs: str, state: Mapping[str, Tensor]) -> Link:
     return Link(ours, (theirs,), lambda parts: parts[0][1 : count - 1], padded)
 
 
-def _basis(spec: Family, layer: ConvLayer) -> Link:
-    """Weights of the basis branch: stacked over groups, and channel-major in ours."""
-    ours = "conv.inner.basis_weight" if hasattr(layer.conv, "inner") else "conv.basis_weight"
-    conv = layer.conv.inner if hasattr(layer.conv, "inner") else layer.conv
+def _expansions(conv: Any) -> list[tuple[Any, str, str]]:
+    """The convolutions over a basis in a layer, with their prefix in ours and in the reference."""
+    inner = getattr(conv, "inner", conv)
+    if not hasattr(inner, "experts"):
+        place = "conv." if inner is conv else "conv.inner."
+        return [(inner, place, "")] if getattr(inner, "basis", None) is not None else []
+    return [
+        (expert, f"conv.inner.experts.{number}.", f"experts.experts.{number}.")
+        for number, expert in enumerate(inner.experts)
+    ]
+
+
+def _basis_links(spec: Family, conv: Any, spatial_dims: int, state: Mapping[str, Tensor]) -> list[Link]:
+    """Learned numbers of the basis, and the weights of its branch: stacked over groups, and channel-major in ours."""
+    links = []
+    for ours, theirs in spec.keys.items():
+        if ours.endswith("beta"):
+            links.append(beta_link(ours, theirs, state))
+        elif "phase" in ours:
+            links.append(
+                Link(ours, (theirs,), lambda parts: _pairs(parts[0]), lambda t: [_spatial(t, spatial_dims)])
+            )
     functions, groups = conv.basis.num_functions, 1 if spec.joined else conv.groups
     one_tensor = spec.basis_key == "poly_weights"
     names = (spec.basis_key,) if one_tensor else tuple(spec.basis_key.format(g=g) for g in range(groups))
@@ -249,7 +266,7 @@ def _basis(spec: Family, layer: ConvLayer) -> Link:
         t = swap(t, t.shape[1] // functions)
         return [t.unflatten(0, (groups, -1))] if one_tensor else list(t.chunk(groups))
 
-    return Link(ours, names, to_ours, to_theirs)
+    return [*links, Link("basis_weight", names, to_ours, to_theirs)]
 
 
 def _wavelet_links(conv: WaveletConv, state: Mapping[str, Tensor]) -> list[Link]:

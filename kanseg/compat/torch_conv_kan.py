@@ -13,13 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kanseg.compat import layers
+from kanseg.compat import blocks, layers, linear
 from kanseg.compat.links import Conversion, load, spread
 from kanseg.errors import UsageError, did_you_mean
 
 # (spatial_dims, arguments, state_dict) -> our module and its links; "{n}D" stands for 1D, 2D and 3D.
 Converter = Callable[[int, dict[str, Any], Mapping[str, Tensor]], Conversion]
-CONVERTERS: dict[str, Converter] = {**layers.CONVERTERS}
+CONVERTERS: dict[str, Converter] = {
+    **layers.CONVERTERS,
+    **blocks.CONVERTERS,
+    **linear.CONVERTERS,
+}
 
 
 def from_torch_conv_kan(

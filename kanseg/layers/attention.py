@@ -38,6 +38,8 @@ class Rotary(nn.Module):
         theta: ratio of the largest frequency to the smallest, about.
     """
 
+    frequencies: Tensor  # (axes, heads or 1, pairs)
+
     def __init__(
         self,
         spatial_dims: int,
@@ -60,7 +62,10 @@ class Rotary(nn.Module):
         else:
             direction = F.normalize(torch.randn(spatial_dims, num_heads, pairs), dim=0)
             frequencies = direction * theta ** -(turns / max(pairs, 1))
-        self.frequencies = nn.Parameter(frequencies, requires_grad=kind == "mixed")
+        if kind == "mixed":
+            self.frequencies = nn.Parameter(frequencies)
+        else:
+            self.register_buffer("frequencies", frequencies)
 
     def forward(self, tokens: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
         """Turn each of `tokens`, (N, heads, L, channels), L positions of a grid of this size in row-major order."""

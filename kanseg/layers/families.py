@@ -93,12 +93,12 @@ def conv_layer(
     elif bottleneck and row.get("conv") is WaveletConv:
         raise UsageError("basis 'wavkan' has no bottleneck form; choose another basis or bottleneck=False")
     row = {**row, **options}
-    if num_experts and row.get("conv") is BottleneckKANConv:
-        return partial(ConvLayer, **row, num_experts=num_experts)
     if num_experts:
-        mixture = row.pop("mixture", None) or {}
-        expert = partial(ConvLayer, **row)
-        return partial(MixtureOfExperts, expert_layer=expert, num_experts=num_experts, **mixture)
+        chosen = row.pop("mixture", None) or {}
+        mixture = partial(MixtureOfExperts, num_experts=num_experts, **chosen)
+        if row.get("conv") is not BottleneckKANConv:
+            return partial(mixture, expert_layer=partial(ConvLayer, **row))
+        row["mixture"] = mixture
     return partial(ConvLayer, **row)
 
 

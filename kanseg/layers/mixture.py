@@ -106,6 +106,7 @@ class MixtureOfExperts(nn.Module):
     """
 
     balance_loss: Tensor | None = None
+    gate_class = NoisyTopKGate
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class MixtureOfExperts(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.gate = NoisyTopKGate(in_channels, num_experts, k, noisy=noisy, before=before)
+        self.gate = self.gate_class(in_channels, num_experts, k, noisy=noisy, before=before)
         self.experts = nn.ModuleList(
             expert_layer(spatial_dims, in_channels, out_channels, kernel_size, **options)
             for _ in range(num_experts)
@@ -155,7 +156,7 @@ class MixtureOfExperts(nn.Module):
     def _nothing_of(self, experts: Sequence[nn.Module], y: Tensor) -> Tensor:
         """0 that depends on all weights of the idle experts: data-parallel training waits for every gradient."""
         zero = y.new_zeros(())
-        if self.training:
+        if torch.is_grad_enabled():
             for parameter in nn.ModuleList(experts).parameters():
                 zero = zero + 0 * parameter.sum().to(y.dtype)
         return zero
