@@ -73,9 +73,8 @@ def create_encoder(name: str | Encoder, spatial_dims: int, in_channels: int, **o
     if slash:
         return LIBRARIES.get(library)(theirs, spatial_dims, in_channels, **options)
     known = inspect.signature(ENCODERS.get(name)).parameters
-    return ENCODERS.create(
-        name, spatial_dims, in_channels, **{k: v for k, v in options.items() if k in known or k not in SHAPE}
-    )
+    kept = {key: value for key, value in options.items() if key not in SHAPE or (key in known and value is not None)}
+    return ENCODERS.create(name, spatial_dims, in_channels, **kept)
 
 
 def check_encoder_name(name: Any, spatial_dims: int | None = None) -> None:

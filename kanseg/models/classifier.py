@@ -15,11 +15,21 @@ from kanseg.encoders.layers import Layer
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.kan_conv import per_axis
 from kanseg.layers.linear import KANMLP
-from kanseg.layers.matryoshka import MatryoshkaHead
+
 from kanseg.models.u_shape import check_input
 
 POOLING = {"average": Pool.ADAPTIVEAVG, "max": Pool.ADAPTIVEMAX}
 HIDDEN, HIDDEN_KAN = 1024, 512  # features inside the heads
+
+
+class MatryoshkaHead(nn.Module):
+    def __init__(self, nesting, classes):
+        super().__init__()
+        self.nesting = tuple(nesting)
+        self.linear = nn.Linear(nesting[-1], classes)
+
+    def forward(self, x):
+        return [nn.functional.linear(x[:, :n], self.linear.weight[:, :n], self.linear.bias) for n in self.nesting]
 
 
 def _linear(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
@@ -134,7 +144,10 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(self, x)
+        outputs = self.outputs(x)
+        return outputs if self.training or isinstance(outputs, Tensor) else outputs[-1]
+
+    def outputs(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits, of nested heads all of them, float32."""
         logits = self.head(self.pool(self.encoder(x)[-1]).flatten(1))
-        if not isinstance(logits, list | tuple):
-            return logits.float()
-        return [one.float() for one in logits] if self.training else logits[-1].float()
+        return logits.float() if isinstance(logits, Tensor) else [one.float() for one in logits]

@@ -17,11 +17,11 @@ from kanseg.layers import FocalModulation, KANAttention
 from kanseg.models.model import MODELS
 from kanseg.models.u_shape import DecoderStage, UShape
 
-# What joins the maps of encoder and decoder before the convolutions, (spatial_dims, channels, **options) -> modules.
-MIXERS: dict[str, Callable[..., list[nn.Module]]] = {
-    "conv": lambda *args, **options: [],
-    "self-attention": lambda *args, **options: [KANAttention(*args, **options)],
-    "focal": lambda *args, **options: [FocalModulation(*args, **options)],
+# What joins the maps of encoder and decoder before the convolutions, (spatial_dims, channels, **options) -> module.
+MIXERS: dict[str, Callable[..., nn.Module] | None] = {
+    "conv": None,
+    "self-attention": KANAttention,
+    "focal": FocalModulation,
 }
 
 
@@ -39,7 +39,7 @@ class UKAGNet(UShape):
         basis: basis or family of the layers; None for plain ones; or one a stage.
         bottleneck: layers in their narrow form.
         mixer: "conv", "self-attention" (its cost grows with the square of the voxels) or "focal", which works on the
-            joined maps before the convolutions.
+            joined maps before the convolutions; or a constructor, (spatial_dims, channels, **options) -> module.
         mixer_options: of `KANAttention` or `FocalModulation`.
         strides: of each stage, a number or one an axis; default 1, 2, 2, ...
         kernel_sizes: of each stage, a number or one an axis; default 3.
@@ -62,7 +62,7 @@ class UKAGNet(UShape):
         width: float = 1,
         basis: Layer | Sequence[Layer] = "gram",
         bottleneck: bool = True,
-        mixer: str = "conv",
+        mixer: str | Callable[..., nn.Module] = "conv",
         mixer_options: dict[str, Any] | None = None,
         strides: Sequence[int | Sequence[int]] | None = None,
         kernel_sizes: Sequence[int | Sequence[int]] | None = None,
@@ -72,7 +72,7 @@ class UKAGNet(UShape):
         deep_supervision: bool = False,
         layer_options: dict[str, Any] | None = None,
     ) -> None:
-        if mixer not in MIXERS:
+        if not callable(mixer) and mixer not in MIXERS:
             raise UsageError(f"Unknown mixer '{mixer}'.{did_you_mean(mixer, MIXERS)}")
         depth = depth or (4 if strides is None else len(strides))
         strides = (1, *[2] * (depth - 1)) if strides is None else tuple(strides)
@@ -98,7 +98,8 @@ class UKAGNet(UShape):
             layer, kernel, channels = stacks[stage], kernel_sizes[stage], widths[stage]
             joined = channels + widths[stage + 1]
             mixing = {"conv_layer": layer, "norm": norm, **(mixer_options or {})}
-            made = MIXERS[mixer](spatial_dims, joined, **mixing)
+            mixing_layer = mixer if callable(mixer) else MIXERS[mixer]
+            made = [mixing_layer(spatial_dims, joined, **mixing)] if mixing_layer else []
             for number in range(layers):
                 made.append(layer(spatial_dims, channels if number else joined, channels, kernel))
             stages.append(DecoderStage(nn.Sequential(*made)))

@@ -90,7 +90,7 @@ class UKAN(UShape):
         in_channels: int,
         out_channels: int,
         *,
-        features: Sequence[int] = (32, 64, 256, 320, 512),
+        features: Sequence[int] = (16, 32, 128, 160, 256),
         basis: Layer = "bspline",
         token_stages: int = 2,
         token_layers: int = 3,

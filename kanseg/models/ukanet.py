@@ -118,16 +118,15 @@ class UKANet(UShape):
                 f"in_channels={in_channels}, out_channels={out_channels}"
             )
         options = {"bottleneck": bottleneck, "norm": norm, "dropout": dropout, **(layer_options or {})}
-        shape = {"features_per_stage": features_per_stage, "strides": strides, "kernel_sizes": kernel_sizes}
+        shape: dict[str, Any] = {"features_per_stage": features_per_stage, "blocks_per_stage": blocks_per_stage}
+        shape |= {"strides": strides, "kernel_sizes": kernel_sizes}
         maps = create_encoder(
             encoder,
             spatial_dims,
             in_channels,
             basis=basis,
             kan_stages=kan_stages,
-            **shape,
-            blocks_per_stage=blocks_per_stage,
-            **{**options, **(encoder_options or {})},
+            **{**shape, **options, **(encoder_options or {})},
         )
         if encoder_weights is not None:
             load_encoder(maps, encoder_weights)
