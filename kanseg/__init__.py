@@ -27,7 +27,7 @@ _HOMES = {
     "UsageError": "kanseg.errors",
 }
 _LAYERS = "KANConv FastKANConv KALNConv KACNConv KAGNConv KAGNV2Conv KAJNConv KABNConv ReLUKANConv WavKANConv".split()
-_LAYERS += ["BottleneckKAGNConv", "BottleneckReLUKANConv"]
+_LAYERS += ["GRKANConv", "BottleneckKAGNConv", "BottleneckReLUKANConv"]
 _HOMES |= {f"{name}{dims}d": "kanseg.layers.families" for name in _LAYERS for dims in (1, 2, 3)}
 _MODULES = (
     "bases",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,11 @@ class Ones(Basis):
 
 def wavelet(name: str, channel_axis: int = 3) -> str | Callable[[Tensor], Tensor]:
     """The reference's wavelet: the Mexican hat times -1, and sin(z) / z times a Hamming window over the channels."""
-    changed = {
+    changed: dict[str, Any] = {
         "mexican_hat": negative_mexican_hat,
         "shannon": partial(channel_windowed_shannon, channel_axis),
     }
-    return changed[name] if name in changed else name
+    return changed.get(name, name)
 
 
 def negative_mexican_hat(z: Tensor) -> Tensor:

@@ -494,7 +494,7 @@ def convert_vgg(family: str, spatial_dims: int, args: Arguments, state: State) -
     numbers = _vgg_numbers(encoder)
 
     def names(path: str) -> str:
-        path = re.sub(r"\.linear$", ".nesting_classifier_0", path)
+        path = re.sub(r"\.classifiers\.(\d)$", r".nesting_classifier_\1", path)
         return numbers.get(path) or path.replace("head.", "classifier.")
 
     mixed = family.startswith("moe_")

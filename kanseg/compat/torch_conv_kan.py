@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kanseg.compat import blocks, layers, linear, models
+from kanseg.compat import blocks, layers, linear, models, parts
 from kanseg.compat.links import Conversion, load, spread
 from kanseg.errors import UsageError, did_you_mean
 
@@ -24,6 +24,7 @@ CONVERTERS: dict[str, Converter] = {
     **blocks.CONVERTERS,
     **linear.CONVERTERS,
     **models.CONVERTERS,
+    **parts.CONVERTERS,
 }
 
 

@@ -194,6 +194,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kajn": {"basis": "jacobi"},
     "kabn": {"basis": "bernstein"},
     "relukan": {"basis": "relu", "base": False, "bias": True, "norm": None, "act": None},
+    "grkan": {"basis": "rational", "base": False},
     "wavkan": {"linear": WaveletLinear, "norm": "batch", "act": None},
     "bottleneck_kagn": {"linear": BottleneckKANLinear, "basis": "gram", "basis_act": "silu"},
 }

@@ -13,23 +13,13 @@ from torch import Tensor, nn
 from kanseg.encoders import Encoder, create_encoder, load_encoder
 from kanseg.encoders.layers import Layer
 from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.kan_conv import per_axis
 from kanseg.layers.linear import KANMLP
-
 from kanseg.models.u_shape import check_input
 
 POOLING = {"average": Pool.ADAPTIVEAVG, "max": Pool.ADAPTIVEMAX}
 HIDDEN, HIDDEN_KAN = 1024, 512  # features inside the heads
-
-
-class MatryoshkaHead(nn.Module):
-    def __init__(self, nesting, classes):
-        super().__init__()
-        self.nesting = tuple(nesting)
-        self.linear = nn.Linear(nesting[-1], classes)
-
-    def forward(self, x):
-        return [nn.functional.linear(x[:, :n], self.linear.weight[:, :n], self.linear.bias) for n in self.nesting]
 
 
 def _linear(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
@@ -56,12 +46,12 @@ def _vgg(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Mod
 
 
 def _matryoshka(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
-    nested = MatryoshkaHead([HIDDEN >> level for level in (4, 3, 2, 1, 0)], classes)
+    nested = MatryoshkaHead([HIDDEN >> level for level in (4, 3, 2, 1, 0)], classes, shared=True)
     return [nn.Linear(features, HIDDEN), nn.ReLU(), nn.Dropout(dropout), nested]
 
 
 def _kantryoshka(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
-    nested = MatryoshkaHead([HIDDEN_KAN >> level for level in (4, 3, 2, 1, 0)], classes)
+    nested = MatryoshkaHead([HIDDEN_KAN >> level for level in (4, 3, 2, 1, 0)], classes, shared=True)
     return [KANMLP((features, HIDDEN_KAN), basis, dropout=dropout), nn.Dropout(dropout), nested]
 
 
