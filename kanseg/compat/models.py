@@ -98,6 +98,7 @@ class Family:
 
 
 FAST = {"grid_size": 5, "grid_range": (-1, 1)}
+FUNCTION_DEFAULTS = {"fast": {"base_activation": "GELU"}}  # of the reference's functions, over those of its classes
 NARROW = {"attention": "BottleNeckSelfKAGNtention", "focal": "BottleNeckKAGNFocalModulation"}
 FAMILIES: dict[str, Family] = {
     "": Family(None),
@@ -192,7 +193,7 @@ class Filling:
         args["l1_decay"] = float(any(".module." in key for key in state))
         if self.degree is not None:
             args["degree"] = self.degree
-        return linear.convert_network(self.family.fully_connected, DIMS, args, state)
+        return linear.CONVERTERS[self.family.fully_connected](DIMS, args, state)
 
     def layer(self, prefix: str, blank: Blank, state: State) -> Conversion:
         """A convolution of the family, or a mixture of such."""
@@ -315,6 +316,10 @@ def _taken(args: Arguments, **defaults: Any) -> Arguments:
     return {name: args.pop(name, default) for name, default in defaults.items()}
 
 
+def _with_defaults(family: str, args: Arguments) -> Arguments:
+    return {**FUNCTION_DEFAULTS.get(family.removeprefix("moe_"), {}), **args}
+
+
 def _corners(network: nn.Module) -> None:
     """The reference aligns the corners when it doubles a map."""
     for module in network.modules():
@@ -328,7 +333,6 @@ def _corners(network: nn.Module) -> None:
 def convert_ukanet(family: str, spatial_dims: int, args: Arguments, state: State) -> Conversion:
     """UKANet; its blocks but the first of each level are built without the call's arguments."""
     own = _taken(args, input_channels=3, num_classes=1, width_scale=1)
-    defaults = {"base_activation": "GELU"} if family == "fast" else {}
     network = UKANet(
         DIMS,
         own["input_channels"],
@@ -350,7 +354,7 @@ def convert_ukanet(family: str, spatial_dims: int, args: Arguments, state: State
         (r"heads\.0", "output"),
     ]
     filling = Filling(
-        FAMILIES[family], {**defaults, **args}, state, _renaming(rows), plain_places=r"^layer\d[ed]\.[1-9]"
+        FAMILIES[family], _with_defaults(family, args), state, _renaming(rows), plain_places=r"^layer\d[ed]\.[1-9]"
     )
     filling.fill(network)
     _corners(network)
@@ -464,11 +468,13 @@ def convert_reskanet(
         (r"encoder\.stages\.(\d)\.(\d+)\.(.*)", lambda m: f"layer{int(m[1]) + 1 - first}.{m[2]}.{_part(m[3])}"),
         (r"head\.1", "fc"),
     ]
+    args = _with_defaults(family, args)
     filling = Filling(FAMILIES[family], args, state, _renaming(rows), single_places=r"^conv1\.")
     filling.fill(network)
     return _finished(network, filling, partial(_with_balance_loss, 1 / 4) if mixed else _output)
 
 
+HEADS_OF_VGG = {"kan": "mlp_kan", "fast": "mlp_fastkan", "kaln": "mlp_kaln", "kacn": "mlp_kacn", "wav": "mlp_wav_kan"}
 VGG_HEADS = {"Linear": "linear", "KAN": "kan", "HiddenKAN": "hidden_kan", "VGG": "vgg"}
 VGG_HEADS |= {"Matryoshka": "matryoshka", "KANtryoshka": "kantryoshka"}
 
@@ -500,9 +506,9 @@ def convert_vgg(family: str, spatial_dims: int, args: Arguments, state: State) -
     mixed = family.startswith("moe_")
     # Also the narrow networks have ordinary Gram layers in their heads.
     chosen = FAMILIES[family]
-    chosen = replace(chosen, fully_connected=chosen.fully_connected.removeprefix("BottleNeck"))
-    defaults = {"grid_range": (-2, 2)} if family.endswith("fast") else {}
-    filling = Filling(chosen, {**defaults, **args}, state, names, single_places=r"^features\.0\.")
+    chosen = replace(chosen, fully_connected=HEADS_OF_VGG.get(family.removeprefix("moe_"), "mlp_kagn"))
+    args = _with_defaults(family, args)
+    filling = Filling(chosen, args, state, names, single_places=r"^features\.0\.")
     filling.fill(network)
     return _finished(network, filling, partial(_with_balance_loss, 1) if mixed else _all_outputs)
 
@@ -548,6 +554,7 @@ def convert_densekanet(
         (r"head\.[01]", "classifier"),
     ]
     mixed = family.startswith("moe_")
+    args = _with_defaults(family, args)
     filling = Filling(FAMILIES[family], args, state, _renaming(rows), single_places=r"^features\.conv0\.")
     filling.fill(network)
     return _finished(network, filling, partial(_with_balance_loss, 1) if mixed else _output)
