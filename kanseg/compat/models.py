@@ -132,6 +132,7 @@ class Filling:
         plain_places: pattern of the reference's names where its layers are built without the call's arguments.
         single_places: pattern of the names of layers that are no mixtures although the family's are.
         degree: of the fully connected layers of the head; default as in the layers.
+        kinds_vary: some layers are Legendre layers in a network of Gram layers; their weights show which.
     """
 
     def __init__(
@@ -144,10 +145,11 @@ class Filling:
         plain_places: str = "$^",
         single_places: str = "$^",
         degree: int | None = None,
+        kinds_vary: bool = False,
     ) -> None:
         self.family, self.args, self.state, self.names = family, {**family.defaults, **args}, state, names
         self.plain_places, self.single_places = re.compile(plain_places), re.compile(single_places)
-        self.degree = degree
+        self.degree, self.kinds_vary = degree, kinds_vary
         self.links: list[Link] = []
         self.unused: list[str] = []
 
@@ -206,6 +208,8 @@ class Filling:
         if self.family.mixture and not single:
             args.update({key: self.args[key] for key in EXPERTS if key in self.args})
             return self._mixture(self.family.mixture, args, state)
+        if self.kinds_vary and "poly_weights" in state:
+            name = _polynomial(state)
         converted = layers.convert(name, DIMS, args, state)
         if str(self.args.get("norm_layer")).rsplit(".", 1)[-1].strip("'>") == "LayerNorm2d":
             channels = converted.module.get_submodule("conv").out_channels
@@ -213,7 +217,8 @@ class Filling:
         return converted
 
     def _mixture(self, name: str, args: Arguments, state: State) -> Conversion:
-        experts = {"num_experts": 8, "k": 2, **args}
+        gates = [value for key, value in state.items() if key.endswith("w_gate")]
+        experts = {"k": 2, "num_experts": gates[0].shape[1] if gates else 8, **args}
         if name == "MoEBottleNeckKAGNConv":
             return blocks.CONVERTERS["MoEBottleNeckKAGNConv{n}DLayer"](DIMS, experts, state)
         experts["input_size"], experts["output_size"] = experts.pop("input_dim"), experts.pop("output_dim")
@@ -228,7 +233,10 @@ class Filling:
 
     def attention(self, prefix: str, blank: BlankMixer, state: State) -> Conversion:
         """Self-attention of the family, on the channels it meets."""
-        return self._block(self.family.attention, blank, state, {"kernel_size": 3, "padding": 1})
+        groups = _groups(below(state, "proj_k.")) or 1
+        return self._block(
+            self.family.attention, blank, state, {"kernel_size": 3, "padding": 1, "groups": groups}
+        )
 
     def focal(self, prefix: str, blank: BlankMixer, state: State) -> Conversion:
         """Focal modulation of the family."""
@@ -262,16 +270,28 @@ PARTS: dict[type[nn.Module], Callable[..., Conversion]] = {
 
 def _stored(state: State, blank: Blank) -> Arguments:
     """What the weights themselves say of a layer: groups, norm, and the width of a narrow form."""
-    norms = [key for key in state if key.startswith("layer_norm.")]
+    norms = [key for key in state if re.search(r"(^|\.)layer_norm\.", key)]
     batch = any(key.endswith("running_mean") for key in norms)
     affine = any(key.endswith("weight") for key in norms)
     found: Arguments = {"norm_layer": "BatchNorm2d" if batch else "InstanceNorm2d", "affine": affine}
-    groups = {re.sub(r"\D", "", key) for key in state if re.fullmatch(r"(base|poly)_conv\.\d+\.weight", key)}
-    found["groups"] = len(groups) or blank.geometry.get("groups", 1)
+    found["groups"] = _groups(state) or blank.geometry.get("groups", 1)
     if "inner_proj.0.weight" in state:
         widest = max(blank.inputs, blank.outputs) // found["groups"]
         found.update(_narrow(state["inner_proj.0.weight"].shape[0], widest))
     return found
+
+
+def _polynomial(state: State) -> str:
+    """The class of a polynomial layer by its weights."""
+    if "beta_weights" not in state:
+        return "KALNConv"
+    return "BottleNeckKAGNConv" if "inner_proj.0.weight" in state else "KAGNConv"
+
+
+def _groups(state: State) -> int:
+    """Groups of a layer that keeps one convolution a group, 0 where it keeps one for all."""
+    found = (re.search(r"(?:base|poly)_conv\.(\d+)\.weight$", key) for key in state)
+    return len({match[1] for match in found if match})
 
 
 def _narrow(inner: int, widest: int) -> Arguments:
@@ -446,7 +466,7 @@ def convert_reskanet(
     family: str, depth: int, pixels: int, spatial_dims: int, args: Arguments, state: State
 ) -> Conversion:
     """ResKANet and its mixtures, whose balance loss is a mean over the stages."""
-    own = _taken(args, input_channels=3, num_classes=1000, width_scale=1)
+    own = _taken(args, input_channels=3, num_classes=1000, width_scale=1, width_per_group=64)
     mixed = family.startswith("moe_")
     block = "basic" if depth < 50 else "bottleneck"
     widths = [int(8 * own["width_scale"]) * 2**stage for stage in range(4)]
@@ -460,6 +480,7 @@ def convert_reskanet(
         block=block,
         stem=stem,
         kan_skip=True,
+        middle_width=own["width_per_group"] / 64 * args.get("groups", 1),
     )
     network = _classifier(encoder, own["num_classes"])
     first = int(bool(stem.get("max_pool")))
@@ -469,7 +490,9 @@ def convert_reskanet(
         (r"head\.1", "fc"),
     ]
     args = _with_defaults(family, args)
-    filling = Filling(FAMILIES[family], args, state, _renaming(rows), single_places=r"^conv1\.")
+    filling = Filling(
+        FAMILIES[family], args, state, _renaming(rows), single_places=r"^conv1\.", kinds_vary=mixed
+    )
     filling.fill(network)
     return _finished(network, filling, partial(_with_balance_loss, 1 / 4) if mixed else _output)
 
@@ -694,9 +717,8 @@ def _converters() -> Iterator[tuple[str, Callable[..., Conversion]]]:
     for size in SIZES:
         yield f"kagrdnet_{size}", partial(convert_rdnet, size)
     yield "KAGNRDNet", partial(convert_rdnet, "tiny")
-    for family in ("kan", "fast", "kaln", "kacn", "kagn", "kagnbn"):
-        for mixed in ("", "moe_"):
-            yield from _backbones(mixed, family)
+    for family in ("kan", "fast", "kaln", "kacn", "kagn", "kagnbn", "moe_kaln", "moe_kagnbn"):
+        yield from _backbones(family)
     for eight, count in (("", 4), ("Eight", 8)):
         for family, name in BASELINES.items():
             yield f"{eight}{name}", partial(convert_baseline, family, count)
@@ -710,24 +732,23 @@ VGGS |= {"moe_kagnbn": ("moe_vggkagn_bn", "MoE_VGGKAGN_BN")}
 VGGS |= {family: (f"vgg{family}", f"VGG{family.upper()}") for family in ("kaln", "kacn", "kagn")}
 
 
-def _backbones(mixed: str, family: str) -> Iterator[tuple[str, Callable[..., Conversion]]]:
+def _backbones(family: str) -> Iterator[tuple[str, Callable[..., Conversion]]]:
     """Names of the residual and dense networks: [moe_][fast_]reskanet_18x32p, reskagnet_bn50, densekanet121, ..."""
-    fast, narrow = "fast_" * (family == "fast"), "bn" * family.endswith("bn")
-    kind = "kan" if fast else family.removesuffix("bn")
-    for depth in DEPTHS:
+    mixed, fast, narrow = (part * (part.strip("_") in family) for part in ("moe_", "fast_", "bn"))
+    kind = "kan" if fast else family.removeprefix("moe_").removesuffix("bn")
+    start = f"{mixed}{fast}res{kind}et"
+    for depth in (18, 34, 50, 101, 152):
         for pixels in STEMS:
-            convert = partial(convert_reskanet, mixed + family, depth, pixels)
-            suffix = {224: ""}.get(pixels, f"x{pixels}p")
-            stem = f"{mixed}{fast}res{kind}et"
-            for name in {f"{stem}{narrow}_{depth}{suffix}", f"{stem}_{narrow}_{depth}{suffix}"}:
-                yield name.replace("et__", "et_"), convert
-            if not suffix:
-                yield f"{stem}{'_bn' if narrow else ''}{depth}", convert
+            convert = partial(convert_reskanet, family, depth, pixels)
+            size = str(depth) if pixels == 224 else f"{depth}x{pixels}p"
+            for middle in {f"{narrow}_", f"_{narrow}".rstrip("_"), narrow}:
+                yield f"{start}{middle}{size}", convert
+    ending = f"{mixed.removesuffix('_')}{narrow}"
     for size in DENSE_BLOCKS:
         tiny, number = ("tiny_", "") if size == "tiny" else ("", size)
-        ending = f"moe{narrow}" if mixed else narrow
         for joint in {"_" if ending else "", ""}:
-            yield f"{tiny}{fast}dense{kind}et{number}{joint}{ending}", partial(convert_densekanet, mixed + family, size)
+            name = f"{tiny}{fast}dense{kind}et{number}{joint}{ending}"
+            yield name, partial(convert_densekanet, family, size)
 
 
 CONVERTERS: dict[str, Callable[..., Conversion]] = dict(_converters())

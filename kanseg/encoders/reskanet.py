@@ -36,6 +36,8 @@ class ResidualBlock(nn.Module):
 
     Args:
         block: row of `BLOCKS`. The stride is that of its first layer with a kernel.
+        middle_width: factor of the channels in the middle of bottleneck blocks.
+        first_groups: groups of the first layer, where it is the one on the image.
     """
 
     def __init__(
@@ -49,12 +51,13 @@ class ResidualBlock(nn.Module):
         skip_layer: LayerFactory,
         stride: int | Sequence[int] = 1,
         block: str = "two_convs",
+        middle_width: float = 1,
         first_groups: int | None = None,
     ) -> None:
         super().__init__()
         strides = per_axis(stride, spatial_dims, "stride")
         kinds, expansion = BLOCKS[block]
-        middle = max(1, out_channels // expansion)
+        middle = max(1, int(out_channels // expansion * middle_width)) if expansion > 1 else out_channels
         widths = pairwise((in_channels, *[middle] * (len(kinds) - 1), out_channels))
         strided = kinds.index("k")
         self.layers = nn.Sequential(
@@ -92,6 +95,7 @@ class ResKANet(Encoder):
         stem: a layer before the first stage: kernel_size, stride (default 1), features (default those of the first
             stage), max_pool (default False): whether the first stage starts with a max pooling by 2. Then the stem
             gives a map of its own.
+        middle_width: factor of the channels in the middle of bottleneck blocks.
         kan_skip: the 1x1 layers of the skips are like the others; else plain, without activation.
         kan_stages, layer_options: see `kanseg.encoders.layers`.
 
@@ -112,6 +116,7 @@ class ResKANet(Encoder):
         block: str = "two_convs",
         stem: dict[str, Any] | None = None,
         kan_skip: bool = False,
+        middle_width: float = 1,
         kan_stages: str | Sequence[int] = "all",
         norm: str | Sequence | None = INSTANCE,
         **layer_options: Any,
@@ -162,6 +167,7 @@ class ResKANet(Encoder):
                     skip_layer=layers[number] if kan_skip else skip,
                     stride=1 if position else strides[number],
                     block=block,
+                    middle_width=middle_width,
                     first_groups=None if stem or number or position else 1,
                 )
                 stage.add_module(str(position), made)
