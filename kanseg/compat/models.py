@@ -336,6 +336,13 @@ def _taken(args: Arguments, **defaults: Any) -> Arguments:
     return {name: args.pop(name, default) for name, default in defaults.items()}
 
 
+def _floor(network: nn.Module) -> None:
+    """The reference drops what is left over when it halves an odd size."""
+    for module in network.modules():
+        if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+            module.ceil_mode = False
+
+
 def _with_defaults(family: str, args: Arguments) -> Arguments:
     return {**FUNCTION_DEFAULTS.get(family.removeprefix("moe_"), {}), **args}
 
@@ -533,6 +540,7 @@ def convert_vgg(family: str, spatial_dims: int, args: Arguments, state: State) -
     args = _with_defaults(family, args)
     filling = Filling(chosen, args, state, names, single_places=r"^features\.0\.")
     filling.fill(network)
+    _floor(network)
     return _finished(network, filling, partial(_with_balance_loss, 1) if mixed else _all_outputs)
 
 
@@ -580,6 +588,7 @@ def convert_densekanet(
     args = _with_defaults(family, args)
     filling = Filling(FAMILIES[family], args, state, _renaming(rows), single_places=r"^features\.conv0\.")
     filling.fill(network)
+    _floor(network)
     return _finished(network, filling, partial(_with_balance_loss, 1) if mixed else _output)
 
 

@@ -63,6 +63,19 @@ def convert_published(
     return model.eval(), options
 
 
+def write_published(path: Path | str, out: Path | str, architecture: str | None = None) -> dict[str, Any]:
+    """Convert and write OUT/model.safetensors: weights, and how to make the network; returns the latter."""
+    from kanseg.training.checkpoint import EXPORTED, named, save_checkpoint
+    from kanseg.training.files import make_folder
+
+    model, options = convert_published(path, architecture)
+    spec = {"name": "classifier", "spatial_dims": 2, "in_channels": model.in_channels}
+    spec |= {"out_channels": model.out_channels, "options": options}
+    info = {"model": spec, "source": f"torch-conv-kan {Path(path).name}"}
+    save_checkpoint(make_folder(Path(out)) / EXPORTED, named("model", model.state_dict()), info)
+    return spec
+
+
 def _guess(state: Mapping[str, Tensor], path: Path | str) -> str:
     """The published architecture whose layers are named as in the file."""
     narrow = any(".inner_proj.0.weight" in key for key in state)
@@ -121,3 +134,6 @@ def _take_up(basis: Gram) -> None:
     for n, ((_, _, ours), (_, _, theirs)) in enumerate(zip(basis.recurrence, reference.recurrence, strict=True)):
         if n:
             basis.beta.data[n - 1] *= theirs / ours
+
+
+SOURCES = {"torch-conv-kan": write_published}

@@ -7,7 +7,6 @@ pooling, and there is no norm at the end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -131,9 +130,10 @@ def _transition(spatial_dims: int, channels: int) -> nn.Sequential:
     )
 
 
-for _depth, _blocks in BLOCKS.items():
-    ENCODERS.register(f"densekanet{_depth}")(partial(DenseKANet, blocks=_blocks))
-ENCODERS.register("densekanet161")(partial(DenseKANet, blocks=(6, 12, 36, 24), growth=48))
-ENCODERS.register("densekanet_tiny")(
-    partial(DenseKANet, blocks=(5, 5, 5), stem_kernel=5, max_pool=False, last_transition=True)
-)
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"densekanet{depth}": {"blocks": blocks} for depth, blocks in BLOCKS.items()},
+    "densekanet161": {"blocks": (6, 12, 36, 24), "growth": 48},
+    "densekanet_tiny": {"blocks": (5, 5, 5), "stem_kernel": 5, "max_pool": False, "last_transition": True},
+}
+for _name, _row in PRESETS.items():
+    ENCODERS.preset(_name, DenseKANet, f"Densely connected, blocks of {list(_row['blocks'])} layers.", **_row)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from kanseg.encoders.transfer import load_encoder
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.kan_conv import CONVOLUTIONS, per_axis
 from kanseg.registry import Registry
@@ -15,6 +16,7 @@ from kanseg.registry import Registry
 ENCODERS = Registry("encoder")
 # Libraries whose encoders are taken by LIBRARY/NAME, filled by `kanseg.encoders.pretrained`.
 LIBRARIES = Registry("encoder library")
+DOWNLOAD = "download"
 SHAPE = ("features_per_stage", "blocks_per_stage", "strides", "kernel_sizes")
 
 
@@ -57,10 +59,18 @@ class Encoder(nn.Module):
         return maps
 
 
-def create_encoder(name: str | Encoder, spatial_dims: int, in_channels: int, **options: Any) -> Encoder:
+def create_encoder(
+    name: str | Encoder,
+    spatial_dims: int,
+    in_channels: int,
+    *,
+    weights: str | Path | None = None,
+    **options: Any,
+) -> Encoder:
     """An encoder by its name in `ENCODERS`, or in 2D by "timm/NAME" or "smp/NAME"; a ready one is checked.
 
     Args:
+        weights: file to start from, see `kanseg.encoders.load_encoder`; "download" lets timm or smp fetch theirs.
         options: of the encoder and its layers. Where the encoder brings its own shape, those of `SHAPE` are left aside;
             encoders of other libraries have no layers of ours, and leave the layers' options aside too.
 
@@ -71,10 +81,15 @@ def create_encoder(name: str | Encoder, spatial_dims: int, in_channels: int, **o
         return _checked(name, spatial_dims, in_channels)
     library, slash, theirs = name.partition("/")
     if slash:
-        return LIBRARIES.get(library)(theirs, spatial_dims, in_channels, **options)
-    known = inspect.signature(ENCODERS.get(name)).parameters
+        options["pretrained"] = weights == DOWNLOAD
+        encoder = LIBRARIES.get(library)(theirs, spatial_dims, in_channels, **options)
+        return encoder if weights in (None, DOWNLOAD) else load_encoder(encoder, weights)
+    known = ENCODERS.parameters(name)
     kept = {key: value for key, value in options.items() if key not in SHAPE or (key in known and value is not None)}
-    return ENCODERS.create(name, spatial_dims, in_channels, **kept)
+    if weights == DOWNLOAD:
+        raise UsageError(f"There are no weights of encoder '{name}' to download. Give a file, or a timm or smp encoder.")
+    encoder = ENCODERS.create(name, spatial_dims, in_channels, **kept)
+    return encoder if weights is None else load_encoder(encoder, weights)
 
 
 def check_encoder_name(name: Any, spatial_dims: int | None = None) -> None:

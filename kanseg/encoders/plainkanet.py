@@ -65,7 +65,7 @@ class PlainKANet(Encoder):
             stage = nn.Sequential()
             stride = self.strides[number]
             if downsampling == "max_pool" and set(stride) != {1}:
-                stage.add_module("pool", Pool[Pool.MAX, spatial_dims](stride, stride))
+                stage.add_module("pool", Pool[Pool.MAX, spatial_dims](stride, stride, ceil_mode=True))
                 stride = per_axis(1, spatial_dims, "stride")
             for position, width in enumerate(plan):
                 if width is None:

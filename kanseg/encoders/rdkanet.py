@@ -6,8 +6,8 @@ Shapes after torch-conv-kan (Drokin, arXiv 2407.01092): patches of 4, then stage
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -167,6 +167,14 @@ class RDKANet(Encoder):
                 channels += growth
         self.stages.append(nn.Sequential(*parts))
 
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """An axis shorter than the stride of the last map is filled up with zeros to that length."""
+        least = [math.prod(axis) for axis in zip(*self.strides, strict=True)]
+        short = [max(0, n - size) for n, size in zip(least, x.shape[2:], strict=True)]
+        return super().forward(F.pad(x, [end for n in reversed(short) for end in (0, n)]))
+
 
 for _size in SIZES:
-    ENCODERS.register(f"rdkanet_{_size}")(partial(RDKANet, size=_size))
+    ENCODERS.preset(
+        f"rdkanet_{_size}", RDKANet, f"Dense blocks with depthwise convolutions, {_size}, from 1/4 on.", size=_size
+    )

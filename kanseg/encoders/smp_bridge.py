@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from itertools import accumulate
 from typing import Any
 
@@ -42,7 +41,7 @@ class SMPEncoder(nn.Module):
 
     def set_in_channels(self, in_channels: int, pretrained: bool = False) -> None:
         """Make the encoder, with new weights, for so many image channels."""
-        known = inspect.signature(ENCODERS.get(self.name)).parameters
+        known = ENCODERS.parameters(self.name)
         sized = {key: value[: self.depth] for key, value in SIZED.items() if key in known}
         self.body = create_encoder(self.name, 2, in_channels, basis=self.basis, **sized)
         reached = accumulate((stride[0] for stride in self.body.strides), lambda a, b: a * b)

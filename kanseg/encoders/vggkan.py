@@ -6,7 +6,6 @@ Widths and plans after torch-conv-kan (Drokin, arXiv 2407.01092); "v2" to "v4" h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from kanseg.encoders.encoder import ENCODERS
@@ -79,5 +78,6 @@ def _as_last(stages: list[list[int | None]]) -> None:
     stages[-1][-1] = None
 
 
-for _plan in PLANS:
-    ENCODERS.register(_plan.replace("vgg", "vggkan"))(partial(VGGKAN, plan=_plan))
+for _plan, (_depth, _version) in PLANS.items():
+    _description = f"VGG of {_depth} layers{f' in the shape {_version}' * bool(_version)}, max pooling between."
+    ENCODERS.preset(_plan.replace("vgg", "vggkan"), VGGKAN, _description, plan=_plan)

@@ -10,12 +10,13 @@ from typing import Any
 from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
-from kanseg.encoders import Encoder, create_encoder, load_encoder
+from kanseg.encoders import Encoder, create_encoder
 from kanseg.encoders.layers import Layer
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.kan_conv import per_axis
 from kanseg.layers.linear import KANMLP
+from kanseg.models.model import CLASSIFIERS
 from kanseg.models.u_shape import check_input
 
 POOLING = {"average": Pool.ADAPTIVEAVG, "max": Pool.ADAPTIVEMAX}
@@ -67,6 +68,7 @@ HEADS: dict[str, Callable[..., list[nn.Module]]] = {
 }
 
 
+@CLASSIFIERS.register("classifier")
 class Classifier(nn.Module):
     """Image classifier, (N, in_channels, *S) -> logits (N, out_channels), float32.
 
@@ -120,12 +122,11 @@ class Classifier(nn.Module):
             encoder,
             spatial_dims,
             in_channels,
+            weights=encoder_weights,
             basis=basis,
             kan_stages=kan_stages,
             **{**options, **(encoder_options or {})},
         )
-        if encoder_weights is not None:
-            load_encoder(self.encoder, encoder_weights)
         size = per_axis(pool_size, spatial_dims, "pool_size")
         self.pool = Pool[POOLING[pool], spatial_dims](size)
         features = self.encoder.out_channels[-1] * math.prod(size)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, network_layer
 from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import CONVOLUTIONS
-from kanseg.models.model import MODELS, preset
+from kanseg.models.model import MODELS
 from kanseg.models.u_shape import check_input, resize
 
 # Height of each stage's U (0: four layers without pooling), its inner and its outer channels in multiples of `width`.
@@ -164,7 +164,7 @@ class U2KANet(nn.Module):
         return [output.float() for output in (self.together(torch.cat(sides, dim=1)), *sides)]
 
 
-preset(
+MODELS.preset(
     "u2kanet_small",
     U2KANet,
     "Nested U of KAN layers, every stage with few channels; seven outputs in training.",

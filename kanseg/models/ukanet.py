@@ -17,9 +17,8 @@ from torch import nn
 
 from kanseg.encoders import Encoder, ResidualBlock, create_encoder
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, network_layer, stage_layers
-from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, did_you_mean
-from kanseg.models.model import MODELS, preset
+from kanseg.models.model import MODELS
 from kanseg.models.u_shape import DecoderStage, UShape
 
 
@@ -124,12 +123,11 @@ class UKANet(UShape):
             encoder,
             spatial_dims,
             in_channels,
+            weights=encoder_weights,
             basis=basis,
             kan_stages=kan_stages,
             **{**shape, **options, **(encoder_options or {})},
         )
-        if encoder_weights is not None:
-            load_encoder(maps, encoder_weights)
         widths, kernels = list(maps.out_channels), [3] * len(maps.out_channels)
         if kernel_sizes is not None and tuple(widths) == tuple(features_per_stage):
             kernels = list(kernel_sizes)
@@ -161,10 +159,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "ukagnetnb_18": {"basis": "bottleneck_kagn"},
 }
 for _name, _row in PUBLISHED.items():
-    preset(
+    MODELS.preset(
         _name,
         UKANet,
-        f"UKANet as published with two residual blocks a stage, {_row['basis']} layers.",
+        f"UKANet as published, 18 layers deep, of {_row['basis']} layers.",
         encoder="reskanet18x32p",
         encoder_options={"blocks_per_stage": (2, 2, 2, 4)},
         decoder="merging",
