@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kanseg.encoders.encoder import LIBRARIES, Encoder
 from kanseg.errors import UsageError, did_you_mean
+
+# What lets timm's transformers take images of any size; the others do anyway, and know no such option.
+ANY_SIZE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
 class ForeignEncoder(Encoder):
@@ -17,6 +21,7 @@ class ForeignEncoder(Encoder):
 
     Attributes:
         body: the other library's network; its own names for its weights are below.
+        multiple: the image is filled up with zeros to a multiple of it (transformers take no other sizes).
     """
 
     def __init__(
@@ -27,13 +32,16 @@ class ForeignEncoder(Encoder):
         out_channels: Sequence[int],
         reductions: Sequence[int],
         channels_last: bool = False,
+        fill_up: bool = False,
     ) -> None:
         strides = [now // before for before, now in zip((1, *reductions), reductions, strict=False)]
         super().__init__(2, in_channels, out_channels, strides)
         self.body, self.kept, self.channels_last = body, tuple(kept), channels_last
+        self.multiple = reductions[-1] if fill_up else 1
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.body(x)
+        height, width = (-size % self.multiple for size in x.shape[2:])
+        maps = self.body(F.pad(x, (0, width, 0, height)) if height or width else x)
         maps = [maps[index] for index in self.kept]
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
 
@@ -54,15 +62,23 @@ def timm_encoder(
     plain, _, tag = name.partition(".")
     if plain not in timm.list_models(plain) or (tag and name not in timm.list_models(f"{plain}.*", pretrained=True)):
         raise UsageError(f"timm has no encoder '{name}'.{did_you_mean(name, _near(plain, timm.list_models()))}")
-    try:
-        body = timm.create_model(name, features_only=True, in_chans=in_channels, pretrained=pretrained)
-    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        raise UsageError(f"timm/{name} gives no feature maps of several resolutions: {error}.") from error
+    options = {"features_only": True, "in_chans": in_channels, "pretrained": pretrained}
+    body, failure = None, ""
+    for any_size in ANY_SIZE:
+        try:
+            body = timm.create_model(name, **options, **any_size)
+            break
+        except TypeError:
+            continue  # not an option of this network
+        except (RuntimeError, AttributeError, AssertionError) as error:
+            failure = str(error)
+    if body is None:
+        raise UsageError(f"timm/{name} gives no feature maps of several resolutions: {failure}")
     info = body.feature_info
     last = _last_of_each(info.reduction())
     channels, reductions = ([values[i] for i in last] for values in (info.channels(), info.reduction()))
     formats = str(getattr(body, "output_fmt", "NCHW"))
-    return ForeignEncoder(in_channels, body, last, channels, reductions, channels_last="NHWC" in formats)
+    return ForeignEncoder(in_channels, body, last, channels, reductions, channels_last="NHWC" in formats, fill_up=bool(any_size))
 
 
 @LIBRARIES.register("smp")

@@ -63,8 +63,8 @@ class SMPEncoder(nn.Module):
         pooled = any(isinstance(m, POOLS) for stage in modules.values() for m in stage)
         if pooled or any(index is None for _, index in late):
             raise ValueError(
-                f"encoder kanseg-{self.name}-{self.basis} pools and cannot be dilated to output stride {output_stride}; "
-                "choose a reskanet without 'p' in its name, or another model than DeepLab."
+                f"encoder kanseg-{self.name}-{self.basis or 'plain'} pools where DeepLab and PAN want dilation to stride "
+                f"{output_stride}; choose a reskanet, or another model."
             )
         for level, index in late:
             for module in modules[index]:
