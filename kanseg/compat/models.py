@@ -132,7 +132,7 @@ class Filling:
         plain_places: pattern of the reference's names where its layers are built without the call's arguments.
         single_places: pattern of the names of layers that are no mixtures although the family's are.
         degree: of the fully connected layers of the head; default as in the layers.
-        kinds_vary: some layers are Legendre layers in a network of Gram layers; their weights show which.
+        kinds_vary: not all layers are of one class; their weights show which they are.
     """
 
     def __init__(
@@ -632,11 +632,11 @@ def convert_rdnet(size: str, spatial_dims: int, args: Arguments, state: State) -
                 return theirs + inner
         return {"head.0": "head.norm", "head.2": "head.fc"}.get(path, path)
 
-    narrow = "stem.stem.0.inner_proj.0.weight" in state
+    narrow = "dense_stages.0.0.dense_block0.layers.layers.1.inner_proj.0.weight" in state
     args = {"norm_layer": "LayerNorm2d", **args}
-    filling = Filling(FAMILIES["kagnbn" if narrow else "kagn"], args, state, names)
+    # The stem is narrow in any case.
+    filling = Filling(FAMILIES["kagnbn" if narrow else "kagn"], args, state, names, kinds_vary=True)
     filling.fill(network)
-    eps = 1e-6 if args["norm_layer"] == "LayerNorm2d" else 1e-5
     return _finished(network, filling, _output)
 
 

@@ -32,6 +32,11 @@ def _by_eight(width: float) -> int:
     return max(8, int(width / 8) * 8)
 
 
+def _wide(basis: Layer) -> Layer:
+    """The family without its narrow form."""
+    return basis.removeprefix("bottleneck_") if isinstance(basis, str) else basis
+
+
 class EffectiveSqueeze(nn.Module):
     """x times a hard sigmoid of a 1x1 layer over its mean (effective squeeze and excitation)."""
 
@@ -136,7 +141,8 @@ class RDKANet(Encoder):
         strides = (patch, *[2] * len(halving))
         super().__init__(spatial_dims, in_channels, [widths[number] for number in last], strides)
         layers = stage_layers(basis, len(strides), kan_stages, **layer_options)
-        deep = stage_layers(basis, len(strides), kan_stages, **{**layer_options, "bottleneck": False})
+        wide = [_wide(one) for one in basis] if isinstance(basis, list | tuple) else _wide(basis)
+        deep = stage_layers(wide, len(strides), kan_stages, **{**layer_options, "bottleneck": False})
         stem = layers[0](spatial_dims, in_channels, features, patch, stride=patch, padding=0, groups=1)
         self.stages = nn.ModuleList()
         parts: list[nn.Module] = [stem]

@@ -83,8 +83,8 @@ def _plain(key: str) -> str:
 
 
 def _fitted(weight: Tensor, own: Tensor) -> Tensor:
-    """A first convolution for colour images on another number of channels: theirs in turn, of the same sum."""
+    """A first convolution for colour images on another number of channels: the mean of theirs, of the same sum."""
     channels = own.shape[1] if own.dim() == 4 else 3
     if weight.dim() != 4 or weight.shape[1] != 3 or channels == 3 or weight.shape[0] != own.shape[0]:
         return weight
-    return weight[:, torch.arange(channels) % 3] * (3 / channels)
+    return weight.mean(1, keepdim=True).expand(-1, channels, -1, -1) * (3 / channels)
