@@ -19,9 +19,10 @@ from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 from kanseg.inference.postprocess import Rule, check_rule
-from kanseg.inference.predict import decide, find_probabilities
+from kanseg.inference.predict import decide, find_probabilities, predict_folder
 from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model
+from kanseg.training.devices import keep_freed_memory
 
 POSTPROCESSING = "postprocessing.json"  # in a run folder, the rules chosen by its cross-validation
 
@@ -77,6 +78,55 @@ class Loaded:
     def plan(self) -> Plan:
         """The first plan; channels and labels are those of all."""
         return self.plans[0]
+
+
+def predict_with(
+    models: Sequence[Path],
+    images: Path,
+    out: Path,
+    *,
+    console: Console,
+    version: str,
+    suffix: str | None = None,
+    overlap: float = 0.5,
+    blending: str = "gaussian",
+    tta: bool = False,
+    probabilities: bool = False,
+    postprocess: bool = True,
+    again: bool = False,
+) -> dict[str, Any]:
+    """Predict images with all networks of the given models, runs or checkpoints; see `predict_folder`.
+
+    Returns:
+        {"predicted", "failed": message by case, "out"}.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
+    loaded = Loaded(models, device)
+    if len(loaded.files) > 1:
+        console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
+    if tta and not any(plan.mirror_axes for plan in loaded.plans):
+        console.print("--tta changes nothing: the plan names no axes whose ends may be exchanged")
+    cases = find_images(images, channels=len(loaded.plan.channel_names))
+    how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
+    rules = loaded.rules if postprocess else []
+    failures = predict_folder(
+        loaded.networks,
+        loaded.plans,
+        cases,
+        out,
+        suffix=suffix,
+        probabilities=probabilities,
+        rules=rules,
+        settings={**how, "models": loaded.digests, "rules": rules},
+        again=again,
+        console=console,
+        description=f"kanseg {version} {loaded.plan.model} {loaded.plan.dataset_name}",
+        device=device,
+        **how,
+    )
+    return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
 
 
 def find_members(path: Path | str) -> list[Path]:
