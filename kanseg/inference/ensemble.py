@@ -24,6 +24,7 @@ from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model
 from kanseg.training.devices import keep_freed_memory
 
+TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
 POSTPROCESSING = "postprocessing.json"  # in a run folder, the rules chosen by its cross-validation
 
 
@@ -156,12 +157,12 @@ def _rules(path: Path) -> list[Rule]:
 def _sameness(plan: Plan) -> dict[str, Any]:
     """What networks must have in common to see the same windows."""
     keys = ("spatial_dims", "spacing", "patch_size", "normalization", "orientation", "slice_axis", "slices")
-    return {key: getattr(plan, key) for key in (*keys, "mirror_axes", "regions")}
+    return {key: getattr(plan, key) for key in (*keys, "mirror_axes", *TASK)}
 
 
 def _require_one_task(files: Sequence[Path], plans: Sequence[Plan]) -> None:
     for plan in plans[1:]:
-        for key in ("channel_names", "label_names", "label_values", "regions", "image_dims"):
+        for key in TASK:
             if getattr(plan, key) != getattr(plans[0], key):
                 raise UserError(
                     f"{', '.join(map(str, files))} are no ensemble: their {key} differ, {getattr(plans[0], key)} and "
