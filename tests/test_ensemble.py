@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,12 +194,16 @@ def test_a_cohort_goes_on_where_it_stopped(plan: Plan, blobs: Path, tmp_path: Pa
     assert len(list((tmp_path / "out").iterdir())) == len(cases)
 
 
+def recorder(seen: list[tuple[int, int]]) -> Callable[[int, int], None]:
+    return lambda done, total: seen.append((done, total))
+
+
 def test_progress_within_a_case_counts_every_window(plan: Plan, blobs: Path) -> None:
     case = read_dataset(blobs).cases[0]
     for how in ({}, {"tta": True}, {"overlap": 0.25}, {"blending": "constant"}):
         seen: list[tuple[int, int]] = []
         mirrored = replace(plan, mirror_axes=[0, 2])
-        predict([Brightness(0.5)] * 2, case, [plan, mirrored], watch=lambda *at: seen.append(at), **how)
+        predict([Brightness(0.5)] * 2, case, [plan, mirrored], watch=recorder(seen), **how)
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
         first = [at for at in seen if at[0] <= at[1] // 2]
         assert first[-1][0] * 2 == first[-1][1]
