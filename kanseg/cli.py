@@ -13,7 +13,7 @@ import typer
 
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError
-from kanseg.verbs import data, results
+from kanseg.verbs import data, results, training
 from kanseg.verbs.common import Json, Out, Pattern
 from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
@@ -290,7 +290,7 @@ def _make_plan(
     return made
 
 
-for _theme in (data, results):
+for _theme in (data, results, training):
     app.add_typer(_theme.app)
 
 

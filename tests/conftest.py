@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -110,3 +111,13 @@ def fit_balls(balls, tmp_path):
         return fit(config, plan, dataset, run, console=Console(quiet=True), **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A context whose processes start at once, with everything imported."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("real kills are tested where processes can be forked")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kanseg.training.fit", "kanseg.config", "hydra", "matplotlib.figure"])
+    return context

@@ -21,7 +21,7 @@ from typer.main import get_command
 
 from kanseg.cli import app, main
 
-VERBS = ("demo", "doctor", "plan", "train", "predict", "evaluate", "models", "info")
+VERBS = ("demo", "doctor", "plan", "train", "predict", "evaluate", "models", "info", "run", "search")
 VERBS += ("download", "convert", "compare", "ensemble")
 QUICK = [
     "training.max_epochs=1",
@@ -174,11 +174,11 @@ def test_predict_writes_one_file_in_another_format(run: Path, blobs: Path, tmp_p
 
 
 def test_a_data_set_without_a_plan_is_planned_first(blobs: Path, tmp_path: Path) -> None:
-    trained = kanseg("train", blobs, *QUICK, "-o", tmp_path / "run", "-f", "all", "--json")
+    trained = kanseg("train", blobs, *QUICK, "-o", tmp_path / "run", "-f", "final", "--json")
     assert trained.returncode == 0, trained.stderr
-    assert json.loads(trained.stdout)["fold"] == "all"
+    assert json.loads(trained.stdout)["fold"] == "final"
     assert "spacing" in trained.stderr
-    assert (tmp_path / "run" / "fold_all" / "last.safetensors").exists()
+    assert (tmp_path / "run" / "fold_final" / "last.safetensors").exists()
     shutil.copytree(blobs, tmp_path / "other")
     refused(kanseg("train", tmp_path / "other", "-o", tmp_path / "run"), 2, "has a plan for")
     refused(kanseg("plan", blobs, "-o", tmp_path / "run"), 2, "holds a training")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -62,16 +61,6 @@ def train_in_process(dataset, plan, run, overrides, seconds_a_step, kill_at=-1):
 
     Trainer._train_step = slow_step
     fit(load_config(overrides=overrides), plan, dataset, run, resume=True, console=Console(quiet=True))
-
-
-@pytest.fixture(scope="session")
-def processes():
-    """A context whose processes start at once, with everything imported."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("real kills are tested where processes can be forked")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kanseg.training.fit", "kanseg.config", "hydra", "matplotlib.figure"])
-    return context
 
 
 def wait_for(condition, seconds=60):

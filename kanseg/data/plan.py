@@ -184,15 +184,16 @@ def _misfit(plan: Plan) -> str | None:
     return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
 
 
-def plan_run(dataset: Dataset, run: Path, **how: Any) -> Plan:
+def plan_run(dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None, **how: Any) -> Plan:
     """Plan, and write what later steps need to the run folder: plan.json and fingerprint.json.
 
     Args:
+        seen: what `fingerprint` gave, if it is there already.
         how: see `make_plan`.
     """
     from kanseg.training.files import make_folder
 
-    seen = fingerprint(dataset)
+    seen = seen or fingerprint(dataset)
     plan = make_plan(dataset, seen=seen, **how)
     save_fingerprint(seen, make_folder(run))
     plan.save(run / "plan.json")

@@ -25,6 +25,7 @@ from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, lo
 from kanseg.training.devices import keep_freed_memory
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
+FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 POSTPROCESSING = "postprocessing.json"  # in a run folder, the rules chosen by its cross-validation
 
 
@@ -131,8 +132,10 @@ def predict_with(
 
 
 def find_members(path: Path | str) -> list[Path]:
-    """Checkpoints that a file, model, fold or run folder stands for: of a run all folds, or fold "all" alone."""
+    """Checkpoints that a file, model, fold or run folder stands for: of a run all folds, or its final one."""
     path = Path(path)
+    if (path / FINAL_MODEL).is_dir():
+        path = path / FINAL_MODEL
     if path.is_file() or not path.is_dir() or any((path / name).is_file() for name in (EXPORTED, BEST, LAST)):
         return [find_checkpoint(path)]
     folds = sorted(

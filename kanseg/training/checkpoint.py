@@ -173,7 +173,7 @@ def find_checkpoint(path: Path | str) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    folders = [path, *sorted(path.glob("fold_*"))]
+    folders = [path, *sorted(path.glob("fold_*")), *sorted(path.glob("model/fold_*"))]
     files = [folder / name for folder in folders for name in (EXPORTED, BEST, LAST)]
     for file in files:
         if file.is_file():

@@ -22,7 +22,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
 from kanseg.inference.postprocess import Rule, apply_postprocessing, choose_postprocessing
 from kanseg.training.checkpoint import LAST
-from kanseg.training.files import locked, read_json, write_bytes, write_json
+from kanseg.training.files import locked, write_bytes, write_json
 from kanseg.training.fit import fit
 from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits
 from kanseg.training.validate import kept_prediction
@@ -89,7 +89,7 @@ def cross_validate(
             "failed": failed,
             **pool(plan, dataset, held_out(run, splits, plan, dataset)),
         }
-        _write(run, found)
+        write_result(run, found)
     return {key: value for key, value in found.items() if key != "rows"}
 
 
@@ -156,12 +156,8 @@ class Pairs:
             yield case, prediction, reference, image.spacing
 
 
-def _write(run: Path, found: Mapping[str, Any]) -> None:
+def write_result(run: Path, found: Mapping[str, Any]) -> None:
+    """Write what `cross_validate` or `pool` found."""
     write_bytes(run / TABLE, rows_as_csv(found["rows"]).encode())
     write_json(run / POSTPROCESSING, {"rules": found["postprocessing"]})
     write_json(run / RESULT, {key: value for key, value in found.items() if key != "rows"})
-
-
-def read_result(run: Path) -> dict[str, Any] | None:
-    """What `cross_validate` found in a run folder, None where it has not come to its end."""
-    return read_json(run / RESULT)

@@ -10,6 +10,7 @@ it, on the CPU to the last bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def fit(
     resume: bool = False,
     override: bool = False,
     console: Console | None = None,
+    watch: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train one fold and return its summary (also in RUN/fold_0/summary.json).
 
@@ -52,6 +54,7 @@ def fit(
             `kanseg.config.CHANGEABLE` may be set anew. Without a checkpoint it starts from the beginning.
         override: take the other options that are given too.
         console: where to report; default standard output.
+        watch: called with the record of each epoch; see `Monitor`.
 
     Raises:
         UsageError: an unknown name or key, no such fold, a folder that holds a training when not resuming.
@@ -77,6 +80,7 @@ def fit(
         trainer.load()
         quiet = not accelerator.is_main_process
         with Monitor(folder, config, task.metric, console, trainer.state.epoch, quiet) as trainer.monitor:
+            trainer.monitor.watch = watch
             if trainer.at_end() and (folder / SUMMARY).exists():
                 trainer.monitor.say(f"{folder} is trained to its end already.")
                 return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Monitor:
     ) -> None:
         self.console = console = console or Console()
         self.folder, self.metric, self.quiet = folder, metric, quiet
+        self.watch: Callable[[dict[str, Any]], None] | None = None  # told every record, after all else
         self.records = [] if quiet else _kept_records(folder / LOG, first_epoch)
         self.trackers = {} if quiet else start_trackers(folder, config, self.say)
         self.bar = Progress(
@@ -89,6 +91,8 @@ class Monitor:
         if not self.console.is_terminal:
             self.say(f"{_line(record, self.metric)}, {time_left(fraction, record['total_seconds'])} left")
         self._track(record)
+        if self.watch is not None:
+            self.watch(record)
 
     def picture(self) -> None:
         """Draw loss and Dice over the epochs."""

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kanseg.errors import UsageError
@@ -62,7 +61,25 @@ def whole_batch(output: T, accelerator: Accelerator) -> T:
         return {key: whole_batch(part, accelerator) for key, part in output.items()}  # type: ignore[return-value]
     if isinstance(output, list | tuple):
         return type(output)(whole_batch(part, accelerator) for part in output)  # type: ignore[return-value]
-    return torch.cat(all_gather(output.contiguous()))  # type: ignore[attr-defined, return-value]
+    return _Joined.apply(output)
+
+
+class _Joined(torch.autograd.Function):
+    """A tensor of every process, one after the other; the gradient of a part is the sum over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        parts = [
+            torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())
+        ]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gathered(pairs: list[tuple[int, Any]], accelerator: Accelerator) -> list[Any]:
