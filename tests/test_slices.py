@@ -111,7 +111,7 @@ def test_a_network_learns_slices(blobs: Path, tmp_path: Path, slices: int) -> No
     config = load_config(
         overrides=[
             "training.max_epochs=1",
-            "training.steps_per_epoch=90",
+            "training.steps_per_epoch=70",
             "training.batch_size=4",
             "training.lr=0.01",
             "training.ema_decay=null",
