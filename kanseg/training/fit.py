@@ -66,7 +66,7 @@ def fit(
     folder = run / f"fold_{fold}"
     config = run_config(config, run, fold, resume, override)
     check_data(plan, dataset)
-    splits = run_splits(dataset, config, run)
+    splits = run_splits(dataset, config, run, fold)
     training, validation = fold_cases(splits, dataset, fold)
     accelerator = make_accelerator(config.training)
     set_seed(config.data.seed)
