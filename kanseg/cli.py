@@ -160,7 +160,6 @@ def predict(
 
     Example: kanseg predict -m runs/hippocampus -i scan.nii.gz -o masks/
     """
-    from kanseg.data.formats import find_images
     from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D
 
     suffix = None if format_ is None else f".{format_.lstrip('.')}"
@@ -168,33 +167,15 @@ def predict(
         raise UsageError(f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, png, tif.")
     if blending not in ("gaussian", "constant"):
         raise UsageError(f"--blending is gaussian or constant, got '{blending}'.")
-    import torch
+    from kanseg.inference.ensemble import predict_with
 
-    from kanseg.inference.ensemble import Loaded
-    from kanseg.inference.predict import predict_folder
-    from kanseg.training.devices import keep_freed_memory
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        keep_freed_memory()
-    loaded, console = Loaded(model, device), _console(True)
-    if len(loaded.files) > 1:
-        console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
-    if tta and not any(plan.mirror_axes for plan in loaded.plans):
-        console.print("--tta changes nothing: the plan names no axes whose ends may be exchanged")
-    cases = find_images(images, channels=len(loaded.plan.channel_names))
-    how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
-    rules = loaded.rules if postprocess else []
-    settings = {**how, "models": loaded.digests, "rules": rules}
-    how |= {"suffix": suffix, "rules": rules, "settings": settings, "probabilities": probabilities}
-    how |= {"again": again}
-    how |= {"description": f"kanseg {__version__} {loaded.plan.model} {loaded.plan.dataset_name}"}
-    failures = predict_folder(
-        loaded.networks, loaded.plans, cases, out, device=device, console=console, **how
-    )
-    _emit({"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}, json_)
-    if failures:
-        raise UserError(f"{len(failures)} of {len(cases)} cases failed: {', '.join(list(failures)[:5])}.")
+    how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
+    how |= {"probabilities": probabilities, "postprocess": postprocess, "again": again}
+    result = predict_with(model, images, out, console=_console(True), version=__version__, **how)
+    _emit(result, json_)
+    if failed := result["failed"]:
+        count = f"{len(failed)} of {result['predicted'] + len(failed)} cases"
+        raise UserError(f"{count} failed: {', '.join(list(failed)[:5])}.")
 
 
 @app.command()

@@ -21,7 +21,8 @@ from typer.main import get_command
 
 from kanseg.cli import app, main
 
-VERBS = ("demo", "plan", "train", "predict", "evaluate", "models", "info", "run", "search")
+VERBS = ("demo", "doctor", "plan", "train", "predict", "evaluate", "models", "info", "run", "search")
+VERBS += ("download", "convert", "compare", "ensemble")
 QUICK = [
     "training.max_epochs=1",
     "training.steps_per_epoch=2",

@@ -127,3 +127,30 @@ def test_validation_sees_whole_cases(plan: Plan, blobs: Path) -> None:
     assert batch["image"].shape == (1, 1, 20, 24, 18)
     label = torch.from_numpy(read_label(case.label)).flip((0, 1))  # LPS in the file, RAS in the network
     assert torch.equal(batch["label"][0, 0].int(), label)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_cases_on_the_disk_give_the_same_patches(plan: Plan, blobs: Path, balanced: bool) -> None:
+    cases = read_dataset(blobs).cases
+    options = {"batch_size": 2, "steps": 3, "seed": 0, "balanced": balanced}
+    loaders = [
+        TrainLoader(replace(plan, memory_bytes=memory), cases, **options)  # type: ignore[arg-type]
+        for memory in (0, 2**40, 1_000_000, 1)
+    ]
+    shelves = [loader.patches.items for loader in loaders]
+    assert [shelf.on_disk() for shelf in shelves][:2] == [0, 0]  # type: ignore[attr-defined]
+    assert 0 < shelves[2].on_disk() < len(cases) == shelves[3].on_disk()  # type: ignore[attr-defined]
+    assert shelves[2].bytes <= 200_000  # type: ignore[attr-defined]
+    batches = [loader.batches() for loader in loaders]
+    for _ in range(4):
+        first, *others = (next(batch) for batch in batches)
+        for other in others:
+            for key in first:
+                torch.testing.assert_close(first[key], other[key], rtol=0, atol=0)
+
+
+def test_validation_cases_on_the_disk_are_the_same(plan: Plan, blobs: Path) -> None:
+    cases = read_dataset(blobs).cases[:2]
+    kept, stored = (val_loader(replace(plan, memory_bytes=memory), cases) for memory in (0, 1))
+    for one, other in zip(kept, stored, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)

@@ -23,6 +23,7 @@ from kanseg.errors import UserError
 from kanseg.progress import progress
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")
+IMAGE_FOLDERS = ("images", "imagesTr", "image")
 LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask")
 LABEL_ENDING = re.compile(r"(_mask|_label|_seg)(_\d+)?$")
 IMAGE_ENDING = re.compile(r"(_image|_img)$")
@@ -379,15 +380,16 @@ def _label_names(case: str, files: Iterable[str]) -> list[str]:
 
 def _read_folders(root: Path, problem: Problem) -> Dataset:
     """images/ (or imagesTr/) beside labels/ or masks/, or all in one folder; cases.csv may give a group or patient."""
-    images = next((root / name for name in ("images", "imagesTr") if (root / name).is_dir()), None)
+    images = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
     labels = next((root / name for name in LABEL_FOLDERS if (root / name).is_dir()), None)
     if images is None or labels is None:
         return _read_one_folder(root, problem)
     groups, notes = _groups_beside(root)
     files, masks = _image_files(images), _image_files(labels)
     named = {stem_of(p) for p in masks}
-    own = bool(files) and all(_label_names(stem_of(file), named) for file in files)  # x_0000 may be a frame
-    cases = _cases(files, join=not own, problem=problem)
+    stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
+    own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
+    cases = _named(_cases(files, join=not own, problem=problem))
     _require_channels(cases, None, problem)
     cases, unused = _paired(cases, masks, groups, problem)
     layout = f"folders {images.name}/ and {labels.name}/"
@@ -399,12 +401,18 @@ def _read_one_folder(root: Path, problem: Problem) -> Dataset:
     files = _image_files(root)
     masks = [file for file in files if LABEL_ENDING.search(stem_of(file))]
     images = [file for file in files if file not in masks]
-    cases = [replace(case, id=IMAGE_ENDING.sub("", case.id)) for case in _cases(images, join=False)]
+    cases = _named(_cases(images, join=False))
     if not any(_label_names(case.id, {stem_of(mask) for mask in masks}) for case in cases):
         raise UserError(f"{root} has no layout that kanseg knows. Expected: {LAYOUTS}.")
     groups, notes = _groups_beside(root)
     cases, unused = _paired(cases, masks, groups, problem)
     return _dataset(root.name, root, "images and masks in one folder", cases, [], None, [*notes, *unused])
+
+
+def _named(cases: Sequence[Case]) -> list[Case]:
+    """Cases without the ending _image or _img in their names."""
+    names = [IMAGE_ENDING.sub("", case.id) for case in cases]
+    return [replace(case, id=name, group=name) for case, name in zip(cases, names, strict=True)]
 
 
 def _groups_beside(root: Path) -> tuple[dict[str, str], list[str]]:

@@ -1,7 +1,8 @@
 """Batches: random patches for training, whole preprocessed cases for validation.
 
-Every case is preprocessed once and kept in memory. Sample `i` of epoch `e` depends on (seed, e, i) alone: neither the
-number of workers nor of processes nor an interruption changes what the network sees.
+Every case is preprocessed once and kept in memory, or on the disk where they are too many for the plan's memory.
+Sample `i` of epoch `e` depends on (seed, e, i) alone: neither the number of workers nor of processes nor an
+interruption changes what the network sees.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from kanseg.data.formats import Case
 from kanseg.data.labels import known_values, targets
-from kanseg.data.plan import Plan
+from kanseg.data.plan import CACHE_SHARE, Plan
+from kanseg.data.shelf import Shelf
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
 Batch = dict[str, Tensor]
+TRAINING_SHARE = 0.8  # of the memory for prepared cases; the rest is for those that validate
 
 
 class Patches(Dataset):
@@ -30,16 +33,24 @@ class Patches(Dataset):
     A patch is asked for by (epoch, index); its `seed` is what further random changes of it may start from.
 
     Args:
-        pools: a pool is chosen first, then a case of it: one pool of all, or one a class for balance.
+        pools: places in `items`; a pool is chosen first, then a case of it: one pool of all, or one a class for
+            balance.
     """
 
-    def __init__(self, plan: Plan, pools: Sequence[Sequence[Item]], augment: Compose, seed: int) -> None:
-        self.plan, self.pools, self.augment, self.seed = plan, pools, augment, seed
+    def __init__(
+        self,
+        plan: Plan,
+        items: Sequence[Item],
+        pools: Sequence[Sequence[int]],
+        augment: Compose,
+        seed: int,
+    ) -> None:
+        self.plan, self.items, self.pools, self.augment, self.seed = plan, items, pools, augment, seed
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         random = np.random.RandomState(np.random.SeedSequence((self.seed, *place)).generate_state(4))
         pool = self.pools[random.randint(len(self.pools)) if len(self.pools) > 1 else 0]
-        item = pool[random.randint(len(pool))]
+        item = self.items[pool[random.randint(len(pool))]]
         seed = int(random.randint(2**31))
         self.augment.set_random_state(seed=seed)
         (sample,) = self.augment(item)
@@ -78,11 +89,13 @@ class TrainLoader:
         if not cases:
             raise UserError("There are no cases to train on.")
         prepare = preparation(plan, balanced)
-        loaded = progress(cases, "Loading cases")
-        items = [prepare(load_case(case, plan)[0]) for case in loaded]
+        items = Shelf(_share(plan, TRAINING_SHARE))
+        for case in progress(cases, "Loading cases"):
+            item = prepare(load_case(case, plan)[0])
+            items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
         augment = augmentation(plan, foreground=foreground, balanced=balanced, changes=changes)
-        pools = _pools(items, len(known_values(plan))) if balanced else [items]
-        self.patches = Patches(plan, pools, augment, seed)
+        pools = _pools(items, len(known_values(plan))) if balanced else [range(len(items))]
+        self.patches = Patches(plan, items, pools, augment, seed)
         self.batch_size, self.steps, self.workers, self.pin = batch_size, steps, workers, pin
         self.rank, self.ranks = rank, ranks
 
@@ -108,20 +121,39 @@ class TrainLoader:
                 epoch, step = epoch + 1, 0
 
 
-def _pools(items: Sequence[Item], classes: int) -> list[list[Item]]:
+def _pools(items: Sequence[Item], classes: int) -> list[list[int]]:
     """The cases that have a class, for each foreground class that any has; all cases where none has any."""
-    pools = [[item for item in items if (item["label"] == number).any()] for number in range(1, classes)]
-    return [pool for pool in pools if pool] or [list(items)]
+    present = [set(np.unique(item["label"]).tolist()) for item in items]
+    pools = [[i for i, found in enumerate(present) if number in found] for number in range(1, classes)]
+    return [pool for pool in pools if pool] or [list(range(len(items)))]
+
+
+def _share(plan: Plan, share: float) -> int | None:
+    """Bytes of memory for prepared cases; a plan without a figure sets no limit."""
+    return int(share * CACHE_SHARE * plan.memory_bytes) if plan.memory_bytes else None
 
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def val_loader(plan: Plan, cases: Sequence[Case]) -> list[Batch]:
-    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1 or K, *S)}, kept in memory."""
-    items = (load_case(case, plan)[0] for case in cases)
-    return [
-        {"image": item["image"].as_tensor()[None], "label": targets(item["label"].as_tensor(), plan)[None]}
-        for item in items
-    ]
+class ValidationCases(Sequence[Batch]):
+    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1 or K, *S)}, kept as training cases are."""
+
+    def __init__(self, plan: Plan, cases: Sequence[Case]) -> None:
+        self.plan, self.items = plan, Shelf(_share(plan, 1 - TRAINING_SHARE))
+        for case in cases:
+            item = load_case(case, plan)[0]
+            self.items.append({key: item[key] for key in KEYS})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
+        item = self.items[index]
+        return {"image": item["image"][None], "label": targets(item["label"], self.plan)[None]}
+
+
+def val_loader(plan: Plan, cases: Sequence[Case]) -> Sequence[Batch]:
+    """The cases, preprocessed now."""
+    return ValidationCases(plan, cases)

@@ -19,10 +19,12 @@ from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 from kanseg.inference.postprocess import Rule, check_rule
-from kanseg.inference.predict import decide, find_probabilities
+from kanseg.inference.predict import decide, find_probabilities, predict_folder
 from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model
+from kanseg.training.devices import keep_freed_memory
 
+TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
 FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 POSTPROCESSING = "postprocessing.json"  # in a run folder, the rules chosen by its cross-validation
 
@@ -80,6 +82,55 @@ class Loaded:
         return self.plans[0]
 
 
+def predict_with(
+    models: Sequence[Path],
+    images: Path,
+    out: Path,
+    *,
+    console: Console,
+    version: str,
+    suffix: str | None = None,
+    overlap: float = 0.5,
+    blending: str = "gaussian",
+    tta: bool = False,
+    probabilities: bool = False,
+    postprocess: bool = True,
+    again: bool = False,
+) -> dict[str, Any]:
+    """Predict images with all networks of the given models, runs or checkpoints; see `predict_folder`.
+
+    Returns:
+        {"predicted", "failed": message by case, "out"}.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
+    loaded = Loaded(models, device)
+    if len(loaded.files) > 1:
+        console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
+    if tta and not any(plan.mirror_axes for plan in loaded.plans):
+        console.print("--tta changes nothing: the plan names no axes whose ends may be exchanged")
+    cases = find_images(images, channels=len(loaded.plan.channel_names))
+    how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
+    rules = loaded.rules if postprocess else []
+    failures = predict_folder(
+        loaded.networks,
+        loaded.plans,
+        cases,
+        out,
+        suffix=suffix,
+        probabilities=probabilities,
+        rules=rules,
+        settings={**how, "models": loaded.digests, "rules": rules},
+        again=again,
+        console=console,
+        description=f"kanseg {version} {loaded.plan.model} {loaded.plan.dataset_name}",
+        device=device,
+        **how,
+    )
+    return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
+
+
 def find_members(path: Path | str) -> list[Path]:
     """Checkpoints that a file, model, fold or run folder stands for: of a run all folds, or its final one."""
     path = Path(path)
@@ -109,12 +160,12 @@ def _rules(path: Path) -> list[Rule]:
 def _sameness(plan: Plan) -> dict[str, Any]:
     """What networks must have in common to see the same windows."""
     keys = ("spatial_dims", "spacing", "patch_size", "normalization", "orientation", "slice_axis", "slices")
-    return {key: getattr(plan, key) for key in (*keys, "mirror_axes", "regions")}
+    return {key: getattr(plan, key) for key in (*keys, "mirror_axes", *TASK)}
 
 
 def _require_one_task(files: Sequence[Path], plans: Sequence[Plan]) -> None:
     for plan in plans[1:]:
-        for key in ("channel_names", "label_names", "label_values", "regions", "image_dims"):
+        for key in TASK:
             if getattr(plan, key) != getattr(plans[0], key):
                 raise UserError(
                     f"{', '.join(map(str, files))} are no ensemble: their {key} differ, {getattr(plans[0], key)} and "

@@ -81,6 +81,8 @@ def trial(plan: Plan) -> dict[str, float]:
     loss = create_loss(config.training.loss)
     optimizer = create_optimizer(model, config.training)
     sizes, peaks = [], []
+    if patch == _smallest(plan):
+        batch = max(batch, 2)  # or both steps would be one size
     for size, count in ((_smallest(plan), 1), (patch, batch)):
         for _ in range(STEPS):
             _step(model, loss, optimizer, plan, size, count, device)
@@ -90,8 +92,6 @@ def trial(plan: Plan) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         state, _ = pack(optimizer.state_dict(), "optimizer")
         save_checkpoint(Path(folder) / LAST, {**tensors, **state}, plan.to_dict())
-    if sizes[1] <= sizes[0]:
-        raise UserError("the patch is the smallest that the strides allow")
     per_voxel = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     base = peaks[0] - per_voxel * sizes[0]
     return {"base": base, "per_voxel": per_voxel, "least": _peak(device) if _peak(device) > peaks[1] else 0.0}
@@ -112,8 +112,8 @@ def _step(
 
 
 def _smallest(plan: Plan) -> list[int]:
-    """The smallest patch in which every map has at least 2 voxels an axis."""
-    return (2 * np.prod(plan.strides, axis=0)).tolist()
+    """The smallest patch in which every map has at least 2 voxels an axis, as far as the plan's patch is that large."""
+    return np.minimum(2 * np.prod(plan.strides, axis=0), plan.patch_size).tolist()
 
 
 def _patch(plan: Plan, most: float) -> list[int]:

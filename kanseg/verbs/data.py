@@ -71,3 +71,31 @@ def convert(
     counts = f"{made['training']} labelled and {made['test']} further images"
     console(json_).print(f"{counts} -> {out}", highlight=False, soft_wrap=True)
     emit(made, json_)
+
+
+@app.command()
+def download(
+    name: Annotated[str | None, typer.Argument(help="A data set; without one they are listed.")] = None,
+    out: Out = Path("data"),
+    json_: Json = False,
+) -> None:
+    """Fetch a public data set, its licence shown first; goes on where an earlier call broke off.
+
+    Example: kanseg download Task04_Hippocampus -o data/
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from kanseg.data.download import SOURCES, find_source
+    from kanseg.data.download import download as fetch
+
+    talk = console(json_)
+    if name is not None:
+        emit(fetch(find_source(name), out, talk), json_)
+        return
+    table = Table("name", "what", "size", "licence")
+    for source in SOURCES.values():
+        table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
+    talk.print(table)
+    emit([asdict(source) for source in SOURCES.values()], json_)
