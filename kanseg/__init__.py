@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "KANConv": "kanseg.layers",
     "ConvLayer": "kanseg.layers",
+    "FocalModulation": "kanseg.layers",
+    "KANAttention": "kanseg.layers",
+    "KANLinear": "kanseg.layers",
+    "KANMLP": "kanseg.layers",
+    "MixtureOfExperts": "kanseg.layers",
     "UKANet": "kanseg.models",
     "create_model": "kanseg.models",
     "list_models": "kanseg.models",
@@ -19,7 +24,7 @@ _HOMES = {
     "UsageError": "kanseg.errors",
 }
 _LAYERS = "KANConv FastKANConv KALNConv KACNConv KAGNConv KAGNV2Conv KAJNConv KABNConv ReLUKANConv WavKANConv".split()
-_LAYERS += ["BottleneckKAGNConv", "BottleneckReLUKANConv"]
+_LAYERS += ["GRKANConv", "BottleneckKAGNConv", "BottleneckReLUKANConv"]
 _HOMES |= {f"{name}{dims}d": "kanseg.layers.families" for name in _LAYERS for dims in (1, 2, 3)}
 _MODULES = (
     "bases",

@@ -1,6 +1,16 @@
 """Univariate bases: the functions a KAN convolution expands each voxel in, by name in `BASES`."""
 
-from kanseg.bases import bernstein, bspline, orthogonal, rbf, relu, wavelet  # noqa: F401  (they register)
-from kanseg.bases.basis import BASES, Basis, create_basis
+from kanseg.bases import (  # noqa: F401  (they register)
+    bernstein,
+    bspline,
+    fourier,
+    orthogonal,
+    rational,
+    rbf,
+    relu,
+    wavelet,
+)
+from kanseg.bases.basis import BASES, Basis
+from kanseg.bases.create import create_basis
 
 __all__ = ["BASES", "Basis", "create_basis"]

@@ -7,7 +7,6 @@ number into its domain by `squash`, then evaluates its functions there, always a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,14 +89,3 @@ class Basis(nn.Module):
 def beside(parameter: Tensor, t: Tensor) -> Tensor:
     """View numbers a channel, (C,), so that they broadcast against t, (N, C, *spatial)."""
     return parameter.to(t.dtype).reshape(-1, *[1] * (t.dim() - 2))
-
-
-def create_basis(basis: str | Basis, channels: int, **options: Any) -> Basis:
-    """A basis by name, or the given one. `channels` is used by bases that keep parameters a channel."""
-    if isinstance(basis, Basis):
-        return basis
-    entry = BASES.get(basis)
-    try:
-        return entry(channels=channels, **options)
-    except TypeError as error:
-        raise UsageError(f"basis '{basis}' does not take these options: {options} ({error})") from error

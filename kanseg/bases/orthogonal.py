@@ -1,4 +1,4 @@
-"""Orthogonal polynomials: Legendre, Chebyshev, Gram and Jacobi, all by one three-term recurrence.
+"""Orthogonal polynomials: Legendre, Chebyshev, Hermite, Jacobi and Gram, all by one three-term recurrence.
 
 P_0 = 1, P_1 = a_1 t + b_1, P_n = (a_n t + b_n) P_{n-1} - c_n P_{n-2}. A family is its coefficients (a, b, c).
 The input is squashed into [-1, 1] by tanh, so every function stays bounded for any voxel value.
@@ -64,6 +64,12 @@ def legendre(degree: int = 3, channels: int | None = None, **options: Any) -> Ba
 def chebyshev(degree: int = 3, channels: int | None = None, **options: Any) -> Basis:
     """Chebyshev polynomials of the first kind, weight (1 - t^2)^(-1/2) (KACN)."""
     return OrthogonalPolynomials(degree, lambda n: (1.0 if n == 1 else 2.0, 0.0, float(n > 1)), **options)
+
+
+@BASES.register("hermite")
+def hermite(degree: int = 3, channels: int | None = None, **options: Any) -> Basis:
+    """Monic Hermite polynomials He_n, weight exp(-t^2 / 2) on the real line."""
+    return OrthogonalPolynomials(degree, lambda n: (1.0, 0.0, n - 1.0), **options)
 
 
 @BASES.register("jacobi")

@@ -2,12 +2,16 @@
 
 IvanDrokin/torch-conv-kan at 7a0e83c multiplies the Gram recurrence where it should divide, scales the input of the
 Legendre layer by the extremes of the whole batch, has a Bernstein basis that is constantly 1, a Mexican hat of the
-other sign, a Shannon wavelet windowed over channels, and a grouped Gram layer that mixes degrees with channels.
+other sign, a Shannon wavelet windowed over channels, and a grouped Gram layer that mixes degrees with channels. Its
+attention is not scaled, multiplies the skip by the learned number, and turns tokens as if they lay on a square.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +19,13 @@ from torch import Tensor, nn
 from kanseg.bases import Basis
 from kanseg.bases.orthogonal import Gram
 from kanseg.bases.wavelet import mexican_hat
+from kanseg.layers.attention import KANAttention, Rotary
+from kanseg.layers.focal import FocalModulation
 from kanseg.layers.kan_conv import KANConv
+from kanseg.layers.mixture import MixtureOfExperts, NoisyTopKGate, take_balance_loss
 
 
-def multiplied_gram(degree: int) -> Gram:
+def multiplied_gram(degree: int = 3, channels: int | None = None) -> Gram:
     """c_{n+1} = (2n + 1) n^2 (4 n^2 - 1) / (n + 1)^2, where Gram's polynomials divide by 4 n^2 - 1."""
     basis = Gram(degree)
     basis.recurrence = [(1.0, 0.0, 0.0)] + [
@@ -44,10 +51,22 @@ class BatchMinMax(nn.Module):
 
 
 class Ones(Basis):
-    """K functions that are all 1."""
+    """degree + 1 functions that are all 1."""
+
+    def __init__(self, degree: int = 3, channels: int | None = None) -> None:
+        super().__init__(degree + 1)
 
     def functions(self, t: Tensor) -> list[Tensor]:
         return [torch.ones_like(t)] * self.num_functions
+
+
+def wavelet(name: str, channel_axis: int = 3) -> str | Callable[[Tensor], Tensor]:
+    """The reference's wavelet: the Mexican hat times -1, and sin(z) / z times a Hamming window over the channels."""
+    changed: dict[str, Any] = {
+        "mexican_hat": negative_mexican_hat,
+        "shannon": partial(channel_windowed_shannon, channel_axis),
+    }
+    return changed.get(name, name)
 
 
 def negative_mexican_hat(z: Tensor) -> Tensor:
@@ -55,10 +74,10 @@ def negative_mexican_hat(z: Tensor) -> Tensor:
     return -mexican_hat(z)
 
 
-def channel_windowed_shannon(z: Tensor) -> Tensor:
-    """sin(z) / z times a symmetric Hamming window over the channels, axis 3 of (N, groups, edges, C, *spatial)."""
-    window = torch.hamming_window(z.shape[3], periodic=False, dtype=z.dtype, device=z.device)
-    return torch.sinc(z / math.pi) * window.view(-1, *[1] * (z.dim() - 4))
+def channel_windowed_shannon(axis: int, z: Tensor) -> Tensor:
+    """sin(z) / z times a symmetric Hamming window over an axis of z."""
+    window = torch.hamming_window(z.shape[axis], periodic=False, dtype=z.dtype, device=z.device)
+    return torch.sinc(z / math.pi) * window.view(-1, *[1] * (z.dim() - 1 - axis))
 
 
 class DegreeMajorKANConv(KANConv):
@@ -73,3 +92,67 @@ class DegreeMajorKANConv(KANConv):
 
     def weight(self) -> Tensor:
         return torch.cat([self.base_weight, self.basis_weight], dim=1)
+
+
+class ReferenceGate(NoisyTopKGate):
+    """Weights that are shares of the softmax over all experts, with 1e-6 in the denominator."""
+
+    def shares(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        shares = logits.softmax(dim=1).gather(1, chosen)
+        return shares / (shares.sum(dim=1, keepdim=True) + 1e-6)
+
+
+class ReferenceMixture(MixtureOfExperts):
+    """A mixture that keeps its balance loss in `eval()` too."""
+
+    gate_class = ReferenceGate
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.balance_loss = self.mix(x)
+        return y
+
+
+class WithBalanceLoss(nn.Module):
+    """(output, balance loss) of a layer with mixtures."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        return self.layer(x), take_balance_loss(self.layer)
+
+
+class SquareRotary(Rotary):
+    """Positions of the tokens but the first on a square, whatever the grid: (t mod w, t // w) with w^2 = L - 1."""
+
+    def __init__(
+        self, spatial_dims: int, channels: int, num_heads: int = 1, *, kind: str, theta: float
+    ) -> None:
+        super().__init__(2, channels, num_heads, kind=kind, theta=theta)
+        if kind == "axial":
+            length = theta ** -(torch.arange(0, channels, 4)[: channels // 4] / channels)
+            self.frequencies = torch.block_diag(length, length)[:, None]
+
+    def positions(self, size: Sequence[int]) -> Tensor:
+        count = math.prod(size) - 1
+        width = max(math.sqrt(count), 1)
+        t = torch.arange(count, device=self.frequencies.device, dtype=torch.float32)
+        tokens = torch.stack([t % width, torch.div(t, width, rounding_mode="floor")], dim=-1)
+        return torch.cat([tokens.new_zeros(1, 2), tokens])
+
+
+class SkipGatedAttention(KANAttention):
+    """The learned number multiplies the skip."""
+
+    new_rotary = SquareRotary
+
+    def join(self, x: Tensor, o: Tensor) -> Tensor:
+        return self.gamma * x + o
+
+
+class GatheredFocalModulation(FocalModulation):
+    """The global context is the mean of the weighted sum of the others."""
+
+    def everywhere(self, context: Tensor, gathered: Tensor) -> Tensor:
+        return super().everywhere(gathered, gathered)

@@ -1,156 +1,35 @@
-"""Layers of IvanDrokin/torch-conv-kan (MIT, commit 7a0e83c) as kanseg modules with the same weights and output.
+"""Modules of IvanDrokin/torch-conv-kan (MIT, commit 7a0e83c) as kanseg modules with the same weights and output.
 
 `from_torch_conv_kan` reads a class name, its constructor arguments and its state_dict. The module it returns gives the
 reference's numbers in `eval()`, its errors included (`compat.legacy`); new networks should be built from
-`kanseg.layers` instead. `to_torch_conv_kan` and `reference_gradients` go the other way.
+`kanseg.layers` and `kanseg.models` instead. `to_torch_conv_kan` and `reference_gradients` go the other way.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kanseg.compat import legacy
-from kanseg.errors import UsageError, UserError, did_you_mean
-from kanseg.layers import ConvLayer
-from kanseg.layers.families import FAMILIES
-from kanseg.layers.wavelet_conv import WaveletConv
+from kanseg.compat import blocks, layers, linear, parts
+from kanseg.compat.links import Conversion, load, spread
+from kanseg.errors import UsageError, did_you_mean
 
-GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "dropout")
-DEFAULT_PADDING = 0
-NORMS = {"BatchNorm": "batch", "InstanceNorm": "instance"}
-ACTIVATIONS = {
-    "GELU": "gelu",
-    "SiLU": "silu",
-    "ReLU": "relu",
-    "Identity": None,
-    "Tanh": "tanh",
-    "LeakyReLU": "leakyrelu",
+# (spatial_dims, arguments, state_dict) -> our module and its links; "{n}D" stands for 1D, 2D and 3D.
+Converter = Callable[[int, dict[str, Any], Mapping[str, Tensor]], Conversion]
+CONVERTERS: dict[str, Converter] = {
+    **layers.CONVERTERS,
+    **blocks.CONVERTERS,
+    **linear.CONVERTERS,
+    **parts.CONVERTERS,
 }
-
-
-@dataclass(frozen=True)
-class Family:
-    """One class of the reference: the family it is, its own arguments and where its weights are kept.
-
-    Attributes:
-        arguments: the reference's argument -> ours.
-        basis_key: where the weights of the basis branch are; `degree_major` says how they are ordered.
-        options: (arguments of the call, groups) -> options of `ConvLayer` that make it as the reference is.
-        keys: further parameters, ours -> the reference's (a group each where it has "{g}").
-        defaults: values of arguments that differ from ours.
-    """
-
-    family: str
-    arguments: Mapping[str, str] = field(default_factory=dict)
-    basis_key: str = "poly_weights"
-    degree_major: bool = False
-    options: Callable[[dict[str, Any], int], dict[str, Any]] = lambda arguments, groups: {}
-    keys: Mapping[str, str] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    norm: str = "instance"
-    joined: bool = False
-
-
-def _gram(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {"basis": legacy.multiplied_gram(arguments.pop("degree", 3))}
-
-
-def _gram_v2(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {**_gram(arguments, groups), "conv": legacy.DegreeMajorKANConv}
-
-
-def _legendre(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {"squash": legacy.BatchMinMax(groups)}
-
-
-def _bernstein(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {"basis": legacy.Ones(arguments.pop("degree", 3) + 1)}
-
-
-def _wavelet(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    changed = {"mexican_hat": legacy.negative_mexican_hat, "shannon": legacy.channel_windowed_shannon}
-    wavelet = arguments.pop("wavelet", "mexican_hat")
-    return {"wavelet": changed.get(wavelet, wavelet)}
-
-
-POLYNOMIAL = {"degree": "degree"}
-RELU = {"g": "grid_size", "k": "order", "train_ab": "train_phases"}
-NARROW = {"dim_reduction": "dim_reduction", "min_internal": "min_internal"}
-PROJECTIONS = {"down_weight": "inner_proj.{g}.weight", "up_weight": "out_proj.{g}.weight"}
-PHASES = {"basis.phase_low": "phase_low", "basis.phase_high": "phase_high"}
-INNER_PHASES = {f"inner.{ours}": theirs for ours, theirs in PHASES.items()}
-SPLINE = {
-    "spline_order": "spline_order",
-    "grid_size": "grid_size",
-    "grid_range": "grid_range",
-    "base_activation": "base_act",
-}
-RBF = {"grid_size": "grid_size", "grid_range": "grid_range", "base_activation": "base_act"}
-
-LAYERS: dict[str, Family] = {
-    "KANConv": Family("kan", SPLINE, "spline_conv.{g}.weight", keys={"act.weight": "prelus.{g}.weight"}),
-    "FastKANConv": Family("fastkan", RBF, "spline_conv.{g}.weight"),
-    "KALNConv": Family("kaln", POLYNOMIAL, degree_major=True, options=_legendre),
-    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight"),
-    "KAGNConv": Family(
-        "kagn", POLYNOMIAL, degree_major=True, options=_gram, keys={"basis.beta": "beta_weights"}
-    ),
-    "KAGNConvV2": Family(
-        "kagn",
-        POLYNOMIAL,
-        "poly_conv.weight",
-        options=_gram_v2,
-        keys={"basis.beta": "beta_weights"},
-        joined=True,
-    ),
-    "KAJNConv": Family("kajn", {**POLYNOMIAL, "a": "a", "b": "b"}, degree_major=True),
-    "KABNConv": Family("kabn", POLYNOMIAL, options=_bernstein),
-    "ReLUKANConv": Family("relukan", RELU, "relukan_conv.{g}.weight", keys=PHASES),
-    "WavKANConv": Family(
-        "wavkan", {"wavelet_type": "wavelet", "wav_version": "wav_version"}, options=_wavelet, norm="batch"
-    ),
-    "BottleNeckKAGNConv": Family(
-        "bottleneck_kagn",
-        {**POLYNOMIAL, **NARROW},
-        degree_major=True,
-        options=_gram,
-        keys={**PROJECTIONS, "inner.basis.beta": "beta_weights"},
-    ),
-    "BottleNeckReLUKANConv": Family(
-        "bottleneck_relukan",
-        {**RELU, **NARROW},
-        "relukan_conv.{g}.weight",
-        keys={**PROJECTIONS, **INNER_PHASES},
-    ),
-}
-
-
-class ReferenceLayer(ConvLayer):
-    """A layer that knows where its weights are in the reference."""
-
-    reference_links: list[Link]
-
-
-@dataclass(frozen=True)
-class Link:
-    """One tensor of ours and the reference's tensors it is made of, with the maps both ways."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    to_ours: Callable[[list[Tensor]], Tensor]
-    to_theirs: Callable[[Tensor], list[Tensor]]
 
 
 def from_torch_conv_kan(
     class_name: str, args: Mapping[str, Any], state_dict: Mapping[str, Tensor]
-) -> ReferenceLayer:
+) -> nn.Module:
     """Our module with the reference's weights, in `eval()`; same output and gradients.
 
     Args:
@@ -162,223 +41,34 @@ def from_torch_conv_kan(
         UsageError: unknown class or argument.
         UserError: keys or shapes of `state_dict` that do not fit, the first of them named.
     """
-    spec, spatial_dims = _find(class_name)
-    layer = _build(spec, spatial_dims, dict(args))
-    layer.reference_links = _links(spec, layer, spatial_dims, state_dict)
-    _load(layer, class_name, state_dict)
-    return layer.eval()
+    convert, spatial_dims = find(class_name, args)
+    try:
+        conversion = convert(spatial_dims, dict(args), state_dict)
+    except KeyError as error:
+        raise UsageError(f"{class_name} needs the argument {error}, got {sorted(args)}") from error
+    module = load(conversion, class_name, state_dict)
+    module.reference_links = conversion.links
+    return module.eval()
 
 
-def to_torch_conv_kan(module: ReferenceLayer) -> dict[str, Tensor]:
+def to_torch_conv_kan(module: Any) -> dict[str, Tensor]:
     """The reference's state_dict of a module made by `from_torch_conv_kan` (without its constant buffers)."""
-    return _spread(module, module.state_dict())
+    return spread(module.reference_links, module.state_dict())
 
 
-def reference_gradients(module: ReferenceLayer) -> dict[str, Tensor]:
+def reference_gradients(module: Any) -> dict[str, Tensor]:
     """Gradients after `backward()` under the reference's parameter names and in its layout."""
-    return _spread(module, {name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return spread(module.reference_links, gradients)
 
 
-def _spread(module: ReferenceLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    spread: dict[str, Tensor] = {}
-    for link in module.reference_links:
-        if link.ours in tensors:
-            spread.update(zip(link.theirs, link.to_theirs(tensors[link.ours]), strict=True))
-    return spread
-
-
-def _find(class_name: str) -> tuple[Family, int]:
+def find(class_name: str, args: Mapping[str, Any]) -> tuple[Converter, int]:
+    """The converter of a class and its number of spatial dimensions (2 where neither name nor arguments say)."""
     short = class_name.rsplit(".", 1)[-1]
-    match = re.fullmatch(r"(\w+?)([123])DLayer(V2)?", short)
-    name = f"{match[1]}{match[3] or ''}" if match else short
-    if match is None or name not in LAYERS:
-        known = [f"{key.removesuffix('V2')}{{1,2,3}}DLayer{'V2' * key.endswith('V2')}" for key in LAYERS]
+    match = re.search(r"([123N])D", short)
+    name = short.replace(match[0], "{n}D") if match else short
+    if name not in CONVERTERS:
+        known = [key.replace("{n}", "{1,2,3}") for key in CONVERTERS]
         raise UsageError(f"Unknown class '{class_name}' of torch-conv-kan.{did_you_mean(class_name, known)}")
-    return LAYERS[name], int(match[2])
-
-
-def _build(spec: Family, spatial_dims: int, args: dict[str, Any]) -> ReferenceLayer:
-    channels = [args.pop(name) for name in ("input_dim", "output_dim")]
-    for unused in ("ndim", "conv_class", "conv_class_plus1"):
-        args.pop(unused, None)
-    geometry = {"padding": DEFAULT_PADDING, **{name: args.pop(name) for name in GEOMETRY if name in args}}
-    norm = _norm(args.pop("norm_layer", None), spec.norm)
-    own = {ours: args.pop(theirs) for theirs, ours in spec.arguments.items() if theirs in args}
-    own.pop("wav_version", None)  # three ways to store the same layer
-    if "base_act" in own:
-        own["base_act"] = _activation(own["base_act"])
-    if "grid_range" in own:
-        own["grid_range"] = tuple(own["grid_range"])
-    options = {**FAMILIES[spec.family], **geometry}
-    options.update(spec.options(own, geometry.get("groups", 1)), **own)
-    options["input_norm" if "input_norm" in options else "norm"] = (
-        norm,
-        args,
-    )  # what is left goes to the norm
-    return ReferenceLayer(spatial_dims, *channels, **options)
-
-
-def _norm(norm: Any, default: str) -> str:
-    if norm is None:
-        return default
-    name = norm if isinstance(norm, str) else norm.__name__
-    base = re.sub(r"[123]d$", "", name.rsplit(".", 1)[-1])
-    if base not in NORMS:
-        raise UsageError(f"norm_layer '{name}' is not supported.{did_you_mean(base, NORMS)}")
-    return NORMS[base]
-
-
-def _activation(act: Any) -> str | None:
-    name = act if isinstance(act, str) else getattr(act, "__name__", type(act).__name__)
-    base = name.rsplit(".", 1)[-1]
-    if base not in ACTIVATIONS:
-        raise UsageError(f"base_activation '{name}' is not supported.{did_you_mean(base, ACTIVATIONS)}")
-    return ACTIVATIONS[base]
-
-
-def _links(spec: Family, layer: ConvLayer, spatial_dims: int, state: Mapping[str, Tensor]) -> list[Link]:
-    """How each of our tensors is made of the reference's, for as many groups as the layer has."""
-    conv, groups = layer.conv, layer.conv.groups
-    stacked = 1 if spec.joined else groups
-
-    def many(ours: str, pattern: str) -> Link:
-        names = tuple(pattern.format(g=g) for g in range(stacked if "{g}" in pattern else 1))
-        return Link(ours, names, lambda parts: torch.cat(parts), lambda t: list(t.chunk(len(names))))
-
-    links = []
-    base = "base_conv.weight" if spec.joined else "base_conv.{g}.weight"
-    if getattr(conv, "base_weight", None) is not None:
-        links.append(many("conv.base_weight", base))
-    for ours, theirs in spec.keys.items():
-        name = ours if ours.startswith("act.") else f"conv.{ours}"
-        if ours.endswith("beta"):
-            links.append(_beta(name, theirs, state))
-        elif "phase" in ours:
-            links.append(
-                Link(name, (theirs,), lambda parts: _pairs(parts[0]), lambda t: [_spatial(t, spatial_dims)])
-            )
-        else:
-            links.append(many(name, theirs))
-    links += _wavelet_links(conv, state) if spec.family == "wavkan" else [_basis(spec, layer)]
-    norm_name = "conv.input_norm" if getattr(conv, "input_norm", None) is not None else "norm"
-    norm = layer.get_submodule(norm_name)
-    for key in norm.state_dict():
-        pattern = f"layer_norm.{key}" if spec.joined else f"layer_norm.{{g}}.{key}"
-        link = many(f"{norm_name}.{key}", pattern)
-        if key == "num_batches_tracked":
-            count = len(link.theirs)
-            link = Link(link.ours, link.theirs, lambda p: p[0], partial(_repeated, count=count))
-        links.append(link)
-    return links
-
-
-def _repeated(t: Tensor, count: int) -> list[Tensor]:
-    return [t] * count
-
-
-def _pairs(t: Tensor) -> Tensor:
-    """(1, A, B, 1, ...) -> (A, B)."""
-    return t.reshape(t.shape[1:3])
-
-
-def _spatial(t: Tensor, spatial_dims: int) -> Tensor:
-    """(A, B) -> (1, A, B, 1, ...)."""
-    return t.reshape(1, *t.shape, *[1] * spatial_dims)
-
-
-def _beta(ours: str, theirs: str, state: Mapping[str, Tensor]) -> Link:
-    """The reference keeps degree + 1 factors and uses 1 ... degree - 1."""
-    count = len(state[theirs]) if theirs in state else 2
-
-    def padded(t: Tensor) -> list[Tensor]:
-        return [torch.cat([t.new_zeros(1), t, t.new_zeros(1)])[:count]]
-
-    return Link(ours, (theirs,), lambda parts: parts[0][1 : count - 1], padded)
-
-
-def _basis(spec: Family, layer: ConvLayer) -> Link:
-    """Weights of the basis branch: stacked over groups, and channel-major in ours."""
-    ours = "conv.inner.basis_weight" if hasattr(layer.conv, "inner") else "conv.basis_weight"
-    conv = layer.conv.inner if hasattr(layer.conv, "inner") else layer.conv
-    functions, groups = conv.basis.num_functions, 1 if spec.joined else conv.groups
-    one_tensor = spec.basis_key == "poly_weights"
-    names = (spec.basis_key,) if one_tensor else tuple(spec.basis_key.format(g=g) for g in range(groups))
-
-    def swap(t: Tensor, first: int) -> Tensor:
-        return t.unflatten(1, (first, -1)).transpose(1, 2).flatten(1, 2) if spec.degree_major else t
-
-    def to_ours(parts: list[Tensor]) -> Tensor:
-        return swap(parts[0].flatten(0, 1) if one_tensor else torch.cat(parts), functions)
-
-    def to_theirs(t: Tensor) -> list[Tensor]:
-        t = swap(t, t.shape[1] // functions)
-        return [t.unflatten(0, (groups, -1))] if one_tensor else list(t.chunk(groups))
-
-    return Link(ours, names, to_ours, to_theirs)
-
-
-def _wavelet_links(conv: WaveletConv, state: Mapping[str, Tensor]) -> list[Link]:
-    """Scale, translation, mixing, and the weights in whichever of the three storages the state has."""
-    groups, dims = conv.groups, conv.spatial_dims
-
-    def group(g: int) -> str:
-        return f"wavelet_conv.{g}."
-
-    def edge(name: str) -> Link:
-        return Link(
-            f"conv.{name}",
-            tuple(group(g) + name for g in range(groups)),
-            lambda parts: torch.cat([_pairs(part) for part in parts]),
-            lambda t: [_spatial(part, dims) for part in t.chunk(groups)],
-        )
-
-    separate = group(0) + "wavelet_weights.0.weight" in state
-    each = conv.out_channels // groups
-    names = (
-        tuple(f"{group(g)}wavelet_weights.{o}.weight" for g in range(groups) for o in range(each))
-        if separate
-        else tuple(f"{group(g)}wavelet_weights.weight" for g in range(groups))
-    )
-    extra_axis = not separate and names[0] in state and state[names[0]].dim() == dims + 3
-
-    def to_ours(parts: list[Tensor]) -> Tensor:
-        joined = torch.cat(parts)
-        return joined.squeeze(1) if extra_axis else joined
-
-    def to_theirs(t: Tensor) -> list[Tensor]:
-        return list((t.unsqueeze(1) if extra_axis else t).chunk(len(names)))
-
-    mix = tuple(f"{group(g)}wavelet_out.weight" for g in range(groups))
-    return [
-        edge("scale"),
-        edge("translation"),
-        Link("conv.wavelet_weight", names, to_ours, to_theirs),
-        Link("conv.mix_weight", mix, torch.cat, lambda t: list(t.chunk(groups))),
-    ]
-
-
-def _load(layer: ReferenceLayer, class_name: str, state: Mapping[str, Tensor]) -> None:
-    """Copy the weights, or say which keys do not fit. Constant buffers of the reference are not needed."""
-    links = layer.reference_links
-    expected = {name for link in links for name in link.theirs}
-    ignored = {"arange", "rbf.grid"} | {key for key in state if key.endswith("num_batches_tracked")}
-    missing = sorted(expected - set(state) - ignored)
-    foreign = sorted(set(state) - expected - ignored)
-    if missing or foreign:
-        raise UserError(
-            f"state_dict does not fit {class_name}: missing {missing[:3] or 'none'}, unexpected "
-            f"{foreign[:3] or 'none'}. Give the class and arguments that the weights were made with."
-        )
-    own = layer.state_dict()
-    for link in links:
-        if any(name not in state for name in link.theirs):
-            continue
-        value = link.to_ours([state[name] for name in link.theirs])
-        if value.shape != own[link.ours].shape:
-            raise UserError(
-                f"{link.theirs[0]} of {class_name} has shape {tuple(state[link.theirs[0]].shape)}, which does not fit "
-                f"the arguments (ours: {link.ours}, {tuple(own[link.ours].shape)}). Check the arguments."
-            )
-        own[link.ours] = value.clone()
-    layer.to(next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32))
-    layer.load_state_dict(own)
+    dims = match[1] if match and match[1] != "N" else args.get("ndim", 2)
+    return CONVERTERS[name], int(dims)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,15 +33,26 @@ class NoiseInjection(nn.Module):
         return x + self.alpha * torch.bernoulli(torch.full_like(x, self.p)) * torch.randn_like(x) * spread
 
 
+def inner_width(inputs: int, outputs: int, dim_reduction: float, min_internal: int) -> int:
+    """Channels of the narrow space: max(inputs, outputs) / dim_reduction, or where that is below `min_internal`,
+    min(min_internal, inputs, outputs).
+    """
+    if dim_reduction <= 0:
+        raise UsageError(f"dim_reduction must be positive, got {dim_reduction}")
+    inner = int(max(inputs, outputs) / dim_reduction)
+    return min(min_internal, inputs, outputs) if inner < min_internal else inner
+
+
 class BottleneckKANConv(ConvGeometry):
     """y = up(conv_basis(Phi(down(x)))) + conv(act(x)), (N, in_channels, *S) -> (N, out_channels, *S').
 
-    The inner width a group is max(in, out) / dim_reduction, and where that is below `min_internal`,
-    min(min_internal, in, out). Source: Drokin, arXiv 2407.01092, section 3.5 (bottleneck Gram convolution).
+    The inner width a group is `inner_width`. Source: Drokin, arXiv 2407.01092, section 3.5.
 
     Args:
         basis, basis_act, base_act, basis_options: as in `KANConv`.
-        dim_reduction, min_internal: see above.
+        mixture: constructor of a mixture of several narrow convolutions in place of the one, called like
+            `MixtureOfExperts`.
+        dim_reduction, min_internal: see `inner_width`.
         dropout: probability of noise injection at an element of the input.
     """
 
@@ -63,33 +75,23 @@ class BottleneckKANConv(ConvGeometry):
         dropout: float = 0.0,
         dropout_at: str = "basis_input",
         recompute: bool = True,
+        mixture: Callable[..., nn.Module] | None = None,
         **basis_options: Any,
     ) -> None:
         geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
-        if dim_reduction <= 0:
-            raise UsageError(f"dim_reduction must be positive, got {dim_reduction}")
         inputs, outputs = in_channels // self.groups, out_channels // self.groups
-        inner = int(max(inputs, outputs) / dim_reduction)
-        inner = min(min_internal, inputs, outputs) if inner < min_internal else inner
+        inner = inner_width(inputs, outputs, dim_reduction, min_internal)
         ones = (1,) * spatial_dims
         self.down_weight = self.new_weight(inner * self.groups, inputs, ones)
         self.up_weight = self.new_weight(out_channels, inner, ones)
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
-        self.inner = KANConv(
-            spatial_dims,
-            inner * self.groups,
-            inner * self.groups,
-            kernel_size,
-            basis=basis,
-            basis_act=basis_act,
-            base=False,
-            recompute=recompute,
-            groups=groups,
-            **geometry,
-            **basis_options,
-        )
+        options: dict[str, Any] = {"basis": basis, "basis_act": basis_act, "base": False}
+        options.update(geometry, groups=groups, recompute=recompute, **basis_options)
+        narrow: Any = KANConv if mixture is None else partial(mixture, expert_layer=KANConv)
+        self.inner = narrow(spatial_dims, inner * self.groups, inner * self.groups, kernel_size, **options)
+        self.mixed = mixture is not None
         self.noise = NoiseInjection(dropout)
         self.recompute = recompute
 
@@ -97,15 +99,24 @@ class BottleneckKANConv(ConvGeometry):
         x = self.noise(x)
         if not self.recompute:
             return self._convolve(x)
-        if not lean(x):
+        if not lean(x) and not self.mixed:
             return recomputed(self._convolve, x, preserve_rng_state=False)
+        if self.mixed:  # the gate draws noise, so it runs once; its experts recompute what they are made of
+            return self._base(x) + self._narrow(x)
+        return self._base(x) + recomputed(self._narrow, x, preserve_rng_state=False)
+
+    def _base(self, x: Tensor) -> Tensor:
+        if not lean(x):
+            return recomputed(self._plain_base, x, preserve_rng_state=False)
         compiled = native.describe(None, self.base_act, nn.Identity(), 0, 1)
         activated = Branches(lambda rows: [self.base_act(rows)], (), compiled)
-        base = self.convolve_expanded([x], activated, self.base_weight)
-        return base + recomputed(self._narrow, x, preserve_rng_state=False)
+        return self.convolve_expanded([x], activated, self.base_weight)
+
+    def _plain_base(self, x: Tensor) -> Tensor:
+        return self.convolve(self.base_act(x), self.base_weight)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        return self._narrow(x) + self.convolve(self.base_act(x), self.base_weight)
+        return self._narrow(x) + self._plain_base(x)
 
     def _narrow(self, x: Tensor) -> Tensor:
         return self.pointwise(self.inner(self.pointwise(x, self.down_weight)), self.up_weight)

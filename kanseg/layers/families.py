@@ -17,6 +17,7 @@ from kanseg.bases import BASES
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.bottleneck import BottleneckKANConv
 from kanseg.layers.conv_layer import ConvLayer
+from kanseg.layers.mixture import MixtureOfExperts
 from kanseg.layers.wavelet_conv import WaveletConv
 
 BATCH = "batch"
@@ -34,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kajn": {"basis": "jacobi", "base_act": None, "dropout_at": "basis"},
     "kabn": {"basis": "bernstein", "base_act": None},
     "relukan": {"basis": "relu", "dropout_at": "input"},
+    "grkan": {"basis": "rational", "base": False},
     "wavkan": {"conv": WaveletConv, "norm": BATCH, "act": None},
     "bottleneck_kagn": {"conv": BottleneckKANConv, "basis": "gram", "basis_act": "silu"},
     "bottleneck_relukan": {"conv": BottleneckKANConv, "basis": "relu"},
@@ -48,6 +50,7 @@ NAMES = {
     "kajn": "KAJNConv",
     "kabn": "KABNConv",
     "relukan": "ReLUKANConv",
+    "grkan": "GRKANConv",
     "wavkan": "WavKANConv",
     "bottleneck_kagn": "BottleneckKAGNConv",
     "bottleneck_relukan": "BottleneckReLUKANConv",
@@ -72,13 +75,17 @@ def family_name(basis: str | None) -> str:
     return BY_BASIS.get(basis, basis)
 
 
-def conv_layer(basis: str | None = "gram", *, bottleneck: bool = False, **options: Any) -> partial[ConvLayer]:
+def conv_layer(
+    basis: str | None = "gram", *, bottleneck: bool = False, num_experts: int = 0, **options: Any
+) -> partial[Any]:
     """A constructor of conv-norm-act layers of one family, `layer(spatial_dims, in_channels, out_channels, ...)`.
 
     Args:
         basis: a family, a basis, or None for the plain convolution.
         bottleneck: the narrow form (1x1 down, KAN, 1x1 up) of the family.
-        options: override the family's row (norm, act, dropout, basis_options, ...).
+        num_experts: make a mixture of this many experts of it; of a bottleneck only the narrow part is mixed. 0: none.
+        options: override the family's row (norm, act, dropout, basis_options, ...); for mixtures also those of
+            `MixtureOfExperts` as a dictionary `mixture`.
     """
     name = family_name(basis)
     row = FAMILIES.get(name, {"basis": name})
@@ -87,7 +94,14 @@ def conv_layer(basis: str | None = "gram", *, bottleneck: bool = False, **option
         row = {**kept, "conv": BottleneckKANConv}
     elif bottleneck and row.get("conv") is WaveletConv:
         raise UsageError("basis 'wavkan' has no bottleneck form; choose another basis or bottleneck=False")
-    return partial(ConvLayer, **{**row, **options})
+    row = {**row, **options}
+    if num_experts:
+        chosen = row.pop("mixture", None) or {}
+        mixture = partial(MixtureOfExperts, num_experts=num_experts, **chosen)
+        if row.get("conv") is not BottleneckKANConv:
+            return partial(mixture, expert_layer=partial(ConvLayer, **row))
+        row["mixture"] = mixture
+    return partial(ConvLayer, **row)
 
 
 def _thin_name(family: str, spatial_dims: int) -> type[nn.Module]:

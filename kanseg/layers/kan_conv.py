@@ -169,7 +169,7 @@ class KANConv(ConvGeometry):
         dropout: channel dropout probability; `dropout_at` says where: "input" (both branches), "basis_input",
             "basis" or "output" (handled by `ConvLayer`).
         recompute: compute the expansion again in backward instead of keeping it.
-        basis_options: arguments of the basis (degree, grid_size, ...).
+        basis_options: arguments of the basis (degree, grid_size, ...), and `shared_by`, see `create_basis`.
 
     >>> conv = KANConv(3, 4, 8, basis="gram", groups=2)
     >>> conv(torch.zeros(1, 4, 5, 6, 7)).shape

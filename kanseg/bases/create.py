@@ -1,0 +1,30 @@
+"""How a basis is made by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kanseg.bases.basis import BASES, Basis
+from kanseg.bases.groups import SharedFunction
+from kanseg.errors import UsageError
+
+
+def create_basis(
+    basis: str | Basis | Callable[..., Basis], channels: int | None, *, shared_by: int = 0, **options: Any
+) -> Basis:
+    """A basis by name or constructor, or the given one.
+
+    Args:
+        channels: used by bases that keep parameters a channel.
+        shared_by: groups of channels that share one learned function of the basis each, see `SharedFunction`; 0: none.
+    """
+    if isinstance(basis, Basis):
+        return basis
+    if shared_by:
+        return SharedFunction(create_basis(basis, None, **options), shared_by, channels)
+    entry = BASES.get(basis) if isinstance(basis, str) else basis
+    try:
+        return entry(channels=channels, **options)
+    except TypeError as error:
+        raise UsageError(f"basis '{basis}' does not take these options: {options} ({error})") from error

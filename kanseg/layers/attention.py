@@ -1,0 +1,162 @@
+"""Self-attention whose queries, keys and values come from KAN convolutions, with rotary positions on any grid.
+
+Sources: Zhang et al., arXiv 1805.08318 (attention beside a skip that a learned number opens); Drokin, arXiv 2407.01092
+(KAN convolutions in it); Su et al., arXiv 2104.09864 and Heo et al., arXiv 2403.13298 (rotary positions, axial and
+mixed).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from monai.networks.layers.factories import Conv
+from monai.networks.layers.utils import get_norm_layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers.families import conv_layer as kan_layer
+from kanseg.layers.kan_conv import normalise
+
+ROTARY = ("axial", "mixed")
+
+
+class Rotary(nn.Module):
+    """Turns channel pairs (2j, 2j + 1) of a token at position p by the angle sum_a p_a f_aj.
+
+    Products of queries and keys then depend on the difference of their positions alone.
+
+    Args:
+        spatial_dims: number of axes a.
+        channels: channels of one head, even.
+        num_heads: heads; each has its own frequencies where they are learned.
+        kind: "axial": each pair belongs to one axis, frequencies theta^(-j / pairs of the axis), fixed;
+            "mixed": learned frequencies in all axes, of those lengths and random directions at start.
+        theta: ratio of the largest frequency to the smallest, about.
+    """
+
+    frequencies: Tensor  # (axes, heads or 1, pairs)
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        channels: int,
+        num_heads: int = 1,
+        *,
+        kind: str = "axial",
+        theta: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if kind not in ROTARY:
+            raise UsageError(f"Unknown rotary positions '{kind}'.{did_you_mean(kind, ROTARY)}")
+        if channels % 2:
+            raise UsageError(f"rotary positions need an even number of channels a head, got {channels}")
+        pairs = channels // 2
+        turns = torch.arange(pairs)
+        if kind == "axial":
+            length = theta ** -((turns // spatial_dims) / math.ceil(pairs / spatial_dims))
+            frequencies = F.one_hot(turns % spatial_dims, spatial_dims).T[:, None] * length
+        else:
+            direction = F.normalize(torch.randn(spatial_dims, num_heads, pairs), dim=0)
+            frequencies = direction * theta ** -(turns / max(pairs, 1))
+        if kind == "mixed":
+            self.frequencies = nn.Parameter(frequencies)
+        else:
+            self.register_buffer("frequencies", frequencies)
+
+    def forward(self, tokens: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
+        """Turn each of `tokens`, (N, heads, L, channels), L positions of a grid of this size in row-major order."""
+        frequencies = self.frequencies
+        angles = torch.einsum("la,ahp->hlp", self.positions(size).to(frequencies), frequencies)
+        cosine, sine = angles.cos(), angles.sin()
+        turned = []
+        for t in tokens:
+            first, second = t[..., 0::2], t[..., 1::2]
+            pairs = (first * cosine - second * sine, first * sine + second * cosine)
+            turned.append(torch.stack(pairs, dim=-1).flatten(-2).to(t.dtype))
+        return turned
+
+    def positions(self, size: Sequence[int]) -> Tensor:
+        """Coordinates of the grid's points, (L, axes)."""
+        axes = [torch.arange(n, device=self.frequencies.device) for n in size]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+class KANAttention(nn.Module):
+    """norm(x + gamma o), o_i = sum_j softmax_j(q_i . k_j / sqrt(d)) v_j over all positions, (N, C, *S) -> (N, C, *S).
+
+    gamma starts at 0: a new layer is its norm alone. Memory does not grow with the square of the positions where torch
+    has a fused kernel (CPU and CUDA).
+
+    Args:
+        channels: C.
+        kernel_size: of the layers that make q, k and v.
+        conv_layer: constructor of those layers, e.g. `kanseg.layers.conv_layer("relukan")`; default Gram polynomials.
+        inner_channels: 1x1 convolutions lead to this many channels before and back after; default none.
+        num_heads: heads, each with its share of the channels.
+        rotary: "axial", "mixed" or None, see `Rotary`; `theta` is its base.
+        norm: MONAI norm spec, None for none.
+        scale: factor of the products; default 1 / sqrt(channels of a head).
+        options: go to `conv_layer` (groups, ...).
+
+    >>> KANAttention(3, 8, rotary="axial")(torch.zeros(1, 8, 2, 3, 4)).shape
+    torch.Size([1, 8, 2, 3, 4])
+    """
+
+    norm: Any
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        conv_layer: Callable[..., nn.Module] | None = None,
+        inner_channels: int | None = None,
+        num_heads: int = 1,
+        rotary: str | None = None,
+        theta: float = 10.0,
+        norm: str | tuple | None = ("instance", {"affine": True}),
+        scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        inner = inner_channels or channels
+        if inner % num_heads:
+            raise UsageError(f"{inner} channels cannot be shared by num_heads={num_heads}; choose a divisor")
+        layer = conv_layer or kan_layer("kagn")
+        pointwise = Conv[Conv.CONV, spatial_dims]
+        self.narrow = pointwise(channels, inner, 1) if inner_channels else nn.Identity()
+        self.widen = pointwise(inner, channels, 1) if inner_channels else nn.Identity()
+        self.query, self.key, self.value = (
+            layer(spatial_dims, inner, inner, kernel_size, **options) for _ in range(3)
+        )
+        self.rotary = (
+            None
+            if rotary is None
+            else self.new_rotary(spatial_dims, inner // num_heads, num_heads, kind=rotary, theta=theta)
+        )
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.norm = get_norm_layer(norm, spatial_dims, channels) if norm else nn.Identity()
+        self.num_heads, self.scale = num_heads, scale
+
+    new_rotary: type[Rotary] = Rotary
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.narrow(x)
+        query, key, value = (self._tokens(layer(h)) for layer in (self.query, self.key, self.value))
+        if self.rotary is not None:
+            query, key = self.rotary((query, key), h.shape[2:])
+        o = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        return normalise(self.norm, self.join(x, self.widen(o.transpose(2, 3).reshape(h.shape))))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(N, C, *S) -> (N, heads, L, C / heads)."""
+        return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+
+    def join(self, x: Tensor, o: Tensor) -> Tensor:
+        """Input and attention together."""
+        return x + self.gamma * o

@@ -1,0 +1,46 @@
+"""Classification heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kanseg.errors import UsageError
+
+
+class MatryoshkaHead(nn.Module):
+    """Logits from the first m features for each m of `nesting`, so that features may be cut short later.
+
+    (N, nesting[-1]) -> tuple of (N, out_features), one a width. Source: Kusupati et al., arXiv 2205.13147.
+
+    Args:
+        nesting: widths, increasing.
+        out_features: classes.
+        shared: one weight, of which each width uses its first columns; else a classifier a width.
+
+    >>> import torch
+    >>> [tuple(logits.shape) for logits in MatryoshkaHead((4, 8), 3)(torch.zeros(2, 8))]
+    [(2, 3), (2, 3)]
+    """
+
+    classifiers: Any  # of linear layers
+
+    def __init__(
+        self, nesting: Sequence[int], out_features: int, *, shared: bool = False, bias: bool = True
+    ) -> None:
+        super().__init__()
+        if not nesting or list(nesting) != sorted(set(nesting)) or nesting[0] < 1:
+            raise UsageError(f"nesting needs increasing positive widths, got {list(nesting)}")
+        self.nesting = tuple(nesting)
+        widths = self.nesting[-1:] if shared else self.nesting
+        self.classifiers = nn.ModuleList(nn.Linear(width, out_features, bias) for width in widths)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        repeated = list(self.classifiers) * (len(self.nesting) // len(self.classifiers))
+        return tuple(
+            F.linear(x[:, :width], classifier.weight[:, :width], classifier.bias)
+            for width, classifier in zip(self.nesting, repeated, strict=True)
+        )

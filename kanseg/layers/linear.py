@@ -1,0 +1,258 @@
+"""Fully connected KAN layers of the families of `kanseg.layers.families`, and networks of them.
+
+y = W_base act(x) + W_basis Phi(x) on the last axis of x, where Phi gives K numbers a feature. Sources: those of the
+bases; the rows follow the fully connected layers of torch-conv-kan (Drokin, arXiv 2407.01092).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kanseg.bases import Basis, create_basis
+from kanseg.bases.wavelet import get_wavelet
+from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers.bottleneck import inner_width
+from kanseg.layers.families import family_name
+from kanseg.layers.kan_conv import ActSpec, activation, recomputed
+
+EDGES_AT_ONCE = (
+    1 << 18
+)  # (row, output, input) triples whose wavelet is evaluated together: they stay in the cache
+NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+
+
+def feature_norm(norm: str | None, features: int) -> nn.Module:
+    """A norm of rows (M, features): "layer", "batch" or None."""
+    if norm is None:
+        return nn.Identity()
+    if norm not in NORMS:
+        raise UsageError(f"Unknown norm '{norm}' of fully connected layers.{did_you_mean(norm, NORMS)}")
+    return NORMS[norm](features)
+
+
+def new_weight(out_features: int, in_features: int) -> nn.Parameter:
+    """Unit-gain Kaiming uniform values."""
+    bound = math.sqrt(3 / in_features)
+    return nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+
+
+class KANLinear(nn.Module):
+    """Fully connected KAN layer, rows (M, in_features) -> (M, out_features). `basis=None` is the plain one.
+
+    Args:
+        basis: name in `kanseg.bases.BASES`, a `Basis`, or None; `basis_options` are its arguments.
+        base, base_act, basis_act: as in `KANConv`.
+        input_norm: "layer", "batch" or None, before the basis.
+        bias: add a number a feature.
+    """
+
+    basis: Any  # a Basis; None makes the plain layer
+    basis_weight: Any
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        basis: str | Basis | Callable[..., Basis] | None = "gram",
+        base: bool = True,
+        base_act: ActSpec = "silu",
+        basis_act: ActSpec = None,
+        input_norm: str | None = None,
+        bias: bool = False,
+        **basis_options: Any,
+    ) -> None:
+        super().__init__()
+        if basis is None:
+            base, base_act = True, None
+        self.basis = None if basis is None else create_basis(basis, in_features, **basis_options)
+        self.base_act, self.basis_act = activation(base_act), activation(basis_act)
+        self.base_weight = new_weight(out_features, in_features) if base else None
+        self.basis_weight = (
+            None if self.basis is None else new_weight(out_features, in_features * self.basis.num_functions)
+        )
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.input_norm = feature_norm(input_norm, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self.expand_and_map, x, self.input_norm(x), preserve_rng_state=False)
+
+    def expand_and_map(self, x: Tensor, normed: Tensor) -> Tensor:
+        """The layer of rows and of what the basis sees of them."""
+        y = None if self.base_weight is None else F.linear(self.base_act(x), self.base_weight, self.bias)
+        if self.basis is None:
+            return y  # type: ignore[return-value]
+        bias = self.bias if y is None else None
+        functions = torch.cat([self.basis_act(f) for f in self.basis.of(normed)], dim=1)
+        by_function = self.basis_weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
+        term = F.linear(functions, by_function, bias)
+        return term if y is None else y + term
+
+
+class WaveletLinear(nn.Module):
+    """y_o = sum_c w_oc psi((x_c - t_oc) / s_oc) + V act(x), rows (M, in_features) -> (M, out_features) (Wav-KAN).
+
+    Args:
+        wavelet: name in `kanseg.bases.wavelet.WAVELETS`, or psi itself.
+        base_act: activation of the base branch.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        wavelet: str | Callable[[Tensor], Tensor] = "mexican_hat",
+        base_act: ActSpec = "silu",
+    ) -> None:
+        super().__init__()
+        self.psi = get_wavelet(wavelet)
+        self.base_act = activation(base_act)
+        self.scale = nn.Parameter(torch.ones(out_features, in_features))
+        self.translation = nn.Parameter(torch.zeros(out_features, in_features))
+        self.wavelet_weight = new_weight(out_features, in_features)
+        self.base_weight = new_weight(out_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = max(1, EDGES_AT_ONCE // self.scale.numel())
+        parts = [recomputed(self._map, part, preserve_rng_state=False) for part in x.split(rows)]
+        return torch.cat(parts)
+
+    def _map(self, x: Tensor) -> Tensor:
+        z = (x.unsqueeze(1) - self.translation) / self.scale
+        return (self.psi(z) * self.wavelet_weight).sum(2) + F.linear(self.base_act(x), self.base_weight)
+
+
+class BottleneckKANLinear(nn.Module):
+    """y = up(W Phi(down(x))) + V act(x), rows (M, in_features) -> (M, out_features).
+
+    Args:
+        dim_reduction, min_internal: see `kanseg.layers.bottleneck.inner_width`.
+        base_act: activation of the base branch.
+        options: of the narrow `KANLinear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dim_reduction: float = 8,
+        min_internal: int = 16,
+        base_act: ActSpec = "silu",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        inner = inner_width(in_features, out_features, dim_reduction, min_internal)
+        self.down, self.up = nn.Linear(in_features, inner), nn.Linear(inner, out_features)
+        self.inner = KANLinear(inner, inner, base=False, input_norm=None, **options)
+        self.base_weight = new_weight(out_features, in_features)
+        self.base_act = activation(base_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self._map, x, preserve_rng_state=False)
+
+    def _map(self, x: Tensor) -> Tensor:
+        h = self.down(x)
+        y = self.up(self.inner.expand_and_map(h, h))
+        return y + F.linear(self.base_act(x), self.base_weight)
+
+
+class LinearLayer(nn.Module):
+    """act(norm(linear(x))) on the last axis, (*, in_features) -> (*, out_features).
+
+    Args:
+        linear: the class; takes (in_features, out_features, **options).
+        norm: "layer", "batch" or None.
+        act: activation name or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        linear: Callable[..., nn.Module] = KANLinear,
+        norm: str | None = "layer",
+        act: ActSpec = "silu",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if min(in_features, out_features) < 1:
+            raise UsageError(f"features must be positive, got {in_features} in and {out_features} out")
+        self.linear = linear(in_features, out_features, **options)
+        self.norm = feature_norm(norm, out_features)
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm(self.linear(x.reshape(-1, x.shape[-1]))))
+        return y.view(*x.shape[:-1], -1)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "plain": {"basis": None},
+    "kan": {"basis": "bspline", "base_act": "gelu", "act": "prelu"},
+    "fastkan": {"basis": "rbf", "input_norm": "layer", "bias": True, "norm": None, "act": None},
+    "kaln": {"basis": "legendre"},
+    "kacn": {"basis": "chebyshev", "base": False, "norm": None, "act": None},
+    "kagn": {"basis": "gram", "basis_act": "silu"},
+    "kajn": {"basis": "jacobi"},
+    "kabn": {"basis": "bernstein"},
+    "relukan": {"basis": "relu", "base": False, "bias": True, "norm": None, "act": None},
+    "grkan": {"basis": "rational", "base": False},
+    "wavkan": {"linear": WaveletLinear, "norm": "batch", "act": None},
+    "bottleneck_kagn": {"linear": BottleneckKANLinear, "basis": "gram", "basis_act": "silu"},
+}
+
+
+def linear_layer(basis: str | None = "gram", **options: Any) -> partial[LinearLayer]:
+    """A constructor of fully connected layers of one family, `layer(in_features, out_features)`.
+
+    Args:
+        basis: a family, a basis, or None for the plain layer.
+        options: override the family's row (norm, act, degree, ...).
+    """
+    name = family_name(basis)
+    return partial(LinearLayer, **{**FAMILIES.get(name, {"basis": name}), **options})
+
+
+class KANMLP(nn.Module):
+    """Fully connected layers of one family one after the other, (*, features[0]) -> (*, features[-1]).
+
+    Args:
+        features: numbers of features, from input to output.
+        basis, options: see `linear_layer`.
+        dropout: probability between the layers, and before the first with `first_dropout`.
+
+    >>> KANMLP((5, 8, 3), "bspline")(torch.zeros(2, 5)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        features: Sequence[int],
+        basis: str | None = "gram",
+        *,
+        dropout: float = 0.0,
+        first_dropout: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if len(features) < 2:
+            raise UsageError(f"features needs at least an input and an output, got {list(features)}")
+        layer = linear_layer(basis, **options)
+        self.layers = nn.ModuleList(layer(*pair) for pair in pairwise(features))
+        self.dropout, self.first_dropout = nn.Dropout(dropout), first_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = layer(self.dropout(x) if number or self.first_dropout else x)
+        return x

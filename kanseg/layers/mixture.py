@@ -1,0 +1,194 @@
+"""Mixtures of experts: a gate sends each sample to k of the experts and adds up what they answer.
+
+Sources: Shazeer et al., arXiv 1701.06538 (noisy top-k gate, balance of importance and load); Drokin, arXiv 2407.01092
+(experts that are KAN convolutions, also in the narrow space of a bottleneck).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kanseg.errors import UsageError
+
+LayerFactory = Callable[..., nn.Module]
+LEAST_NOISE = 1e-2
+
+
+class NoisyTopKGate(nn.Module):
+    """Which k experts a sample goes to, with what weight, and how unequally the experts are used.
+
+    Logits are x W; in training N(0, 1) softplus(x V) is added. The weights are the softmax over the k largest.
+
+    Args:
+        channels: numbers a sample, x is (N, channels).
+        num_experts, k: experts, and how many of them see a sample.
+        noisy: add noise in training.
+        before: layer that x passes first, `before(channels, channels)`; none by default.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_experts: int,
+        k: int,
+        *,
+        noisy: bool = True,
+        before: LayerFactory | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= k <= num_experts:
+            raise UsageError(f"a mixture needs 1 <= k <= num_experts, got k={k}, num_experts={num_experts}")
+        self.num_experts, self.k = num_experts, k
+        self.before = nn.Identity() if before is None else before(channels, channels)
+        self.weight = nn.Parameter(torch.randn(channels, num_experts) / channels**0.5 * LEAST_NOISE)
+        self.noise_weight = nn.Parameter(torch.zeros(channels, num_experts)) if noisy else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, channels) -> experts (N, k), their weights (N, k), and the imbalance, a number of 0 or more."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.before(x.to(self.weight.dtype))
+            clean = logits = x @ self.weight
+            spread = None
+            if self.noise_weight is not None and self.training:
+                spread = F.softplus(x @ self.noise_weight) + LEAST_NOISE
+                logits = clean + torch.randn_like(clean) * spread
+            chosen = logits.topk(self.k, dim=1).indices
+            shares = self.shares(logits, chosen)
+            importance = torch.zeros_like(logits).scatter(1, chosen, shares).sum(0)
+            load = self.load(clean, logits, spread, chosen)
+            return chosen, shares, squared_variation(importance) + squared_variation(load)
+
+    def shares(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        """Weights of the chosen experts, (N, k); they sum to 1."""
+        return logits.gather(1, chosen).softmax(dim=1)
+
+    def load(self, clean: Tensor, logits: Tensor, spread: Tensor | None, chosen: Tensor) -> Tensor:
+        """Samples that each expert gets, (E,): with noise the expected number, which has a gradient.
+
+        An expert is among the k when its noisy logit exceeds the k-th largest of the others.
+        """
+        if spread is None or self.k == self.num_experts:
+            return torch.zeros_like(clean).scatter(1, chosen, 1.0).sum(0)
+        return torch.special.ndtr((clean - kth_of_the_others(logits, self.k)) / spread).sum(0)
+
+
+def kth_of_the_others(values: Tensor, k: int) -> Tensor:
+    """The k-th largest number of a row without the number itself, (N, E) -> (N, E), for k < E."""
+    top = values.topk(k + 1, dim=1).values
+    inside = values > top[:, k:]
+    return torch.where(inside, top[:, k:], top[:, k - 1 : k])
+
+
+def squared_variation(values: Tensor) -> Tensor:
+    """Variance over squared mean, 0 for a single number."""
+    if len(values) == 1:
+        return values.new_zeros(())
+    return values.var() / (values.mean() ** 2 + 1e-10)
+
+
+def beside_samples(numbers: Tensor, x: Tensor) -> Tensor:
+    """View a number a sample, (N,), so that it broadcasts against x, (N, C, *S)."""
+    return numbers.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+class MixtureOfExperts(nn.Module):
+    """y_n = sum over the chosen experts e of w_ne expert_e(x_n), (N, in_channels, *S) -> (N, out_channels, *S').
+
+    The gate sees the mean of each channel. An expert runs on its samples alone; one without samples gets gradients of
+    zero. After a forward pass in training `balance_loss` holds the loss that spreads samples over experts; the training
+    loop adds `take_balance_loss(model)`.
+
+    Args:
+        expert_layer: constructor of one expert, called like `ConvLayer`.
+        num_experts, k, noisy, before: see `NoisyTopKGate`.
+        balance_weight: factor of the balance loss.
+        options: go to every expert (stride, groups, ...).
+    """
+
+    balance_loss: Tensor | None = None
+    gate_class = NoisyTopKGate
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        expert_layer: LayerFactory,
+        num_experts: int = 8,
+        k: int = 2,
+        noisy: bool = True,
+        before: LayerFactory | None = None,
+        balance_weight: float = 1e-2,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.gate = self.gate_class(in_channels, num_experts, k, noisy=noisy, before=before)
+        self.experts = nn.ModuleList(
+            expert_layer(spatial_dims, in_channels, out_channels, kernel_size, **options)
+            for _ in range(num_experts)
+        )
+        self.balance_weight = balance_weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "balance_loss": None}  # a copy is not part of the step that made the loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, loss = self.mix(x)
+        self.balance_loss = loss if self.training else None
+        return y
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output and the balance loss."""
+        chosen, shares, imbalance = self.gate(x.mean(dim=tuple(range(2, x.dim()))))
+        send = self._to_all if torch.compiler.is_exporting() else self._to_chosen
+        return send(x, chosen, shares), self.balance_weight * imbalance
+
+    def _to_chosen(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Each expert on its own samples."""
+        samples, answers, idle = [], [], []
+        for number, expert in enumerate(self.experts):
+            sample, place = (chosen == number).nonzero(as_tuple=True)
+            if len(sample) == 0:
+                idle.append(expert)
+                continue
+            answer = expert(x[sample])
+            samples.append(sample)
+            answers.append(answer * beside_samples(shares[sample, place], answer))
+        parts = torch.cat(answers)
+        y = parts.new_zeros(len(x), *parts.shape[1:]).index_add(0, torch.cat(samples), parts)
+        return y + self._nothing_of(idle, y)
+
+    def _to_all(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Each expert on all samples: what an exported graph, whose shapes do not depend on data, can do."""
+        weights = shares.new_zeros(len(x), len(self.experts)).scatter(1, chosen, shares)
+        answers = [expert(x) for expert in self.experts]
+        return torch.stack([a * beside_samples(w, a) for a, w in zip(answers, weights.T, strict=True)]).sum(0)
+
+    def _nothing_of(self, experts: Sequence[nn.Module], y: Tensor) -> Tensor:
+        """0 that depends on all weights of the idle experts: data-parallel training waits for every gradient."""
+        zero = y.new_zeros(())
+        if torch.is_grad_enabled():
+            for parameter in nn.ModuleList(experts).parameters():
+                zero = zero + 0 * parameter.sum().to(y.dtype)
+        return zero
+
+
+def take_balance_loss(model: nn.Module) -> Tensor | float:
+    """The sum of the balance losses of the last forward pass in training, once: they are forgotten then.
+
+    >>> take_balance_loss(nn.Conv2d(1, 1, 1))
+    0.0
+    """
+    total: Tensor | float = 0.0
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts) and module.balance_loss is not None:
+            total = total + module.balance_loss
+            module.balance_loss = None
+    return total
