@@ -56,6 +56,7 @@ class Segmenter:
         overrides: Sequence[str] = (),
         config: str = "default",
         resume: bool = False,
+        override: bool = False,
         console: Console | None = None,
     ) -> Segmenter:
         """Plan (unless the run folder has a plan) and train; then hold the best weights.
@@ -63,17 +64,26 @@ class Segmenter:
         Args:
             data: data set in any layout that `kanseg.data.formats.read_dataset` knows.
             run: run folder; see `kanseg.training.fit`.
+            fold: number of the fold that validates; "all" for each in turn (the first one's weights are held then,
+                `summary` tells of all); "final" for a training on every case.
+            resume, override: see `kanseg.training.fit`.
             overrides: config keys, e.g. ["training.max_minutes=10"].
             config: name in `configs/`.
         """
         from kanseg.data.formats import read_dataset
+        from kanseg.training.cross_validation import cross_validate
         from kanseg.training.fit import fit
+        from kanseg.training.run_folder import ALL
 
         checked = self._config(config, overrides)
         run = Path(run)
         dataset = read_dataset(data)
         plan = self._plan(dataset, run)
-        self.summary = fit(checked, plan, dataset, run, fold=fold, resume=resume, console=console)
+        how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
+        if fold == ALL:
+            self.summary = cross_validate(checked, plan, dataset, run, **how)
+            return self._take(run)
+        self.summary = fit(checked, plan, dataset, run, fold=fold, **how)
         return self._take(run / f"fold_{fold}")
 
     def predict(

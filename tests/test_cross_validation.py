@@ -13,6 +13,7 @@ from kanseg.data.images import read_label
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import dice, summarize_rows
 from kanseg.inference.ensemble import Loaded
+from kanseg.segmenter import Segmenter
 from kanseg.training import cross_validation
 from kanseg.training.checkpoint import load_checkpoint
 from kanseg.training.cross_validation import cross_validate
@@ -111,3 +112,12 @@ def test_intervals_draw_whole_patients():
     assert alone["mean"] == pairs["mean"] == 0.5
     assert alone["ci95"][0] < 0.3
     assert np.allclose(pairs["ci95"], 0.5)
+
+
+def test_a_segmenter_fits_all_folds(balls, tmp_path):
+    dataset, plan = balls
+    plan.save(tmp_path / "plan.json")
+    quick = [*QUICK, "training.steps_per_epoch=1"]
+    segmenter = Segmenter().fit(dataset.source, tmp_path, fold="all", overrides=quick)
+    assert segmenter.summary["cases"] == 6
+    assert segmenter.predict(dataset.cases[0].images[0]).shape == (14, 14, 14)

@@ -138,6 +138,17 @@ def test_data_with_errors_are_repaired_and_trained_on_without_a_word_of_the_user
     assert found["choice"] == "3d"
 
 
+def test_a_single_patient_is_trained_on_without_validation(balls, tmp_path):
+    dataset, plan = balls
+    lines = dataset.source.read_text().splitlines()
+    shutil.copytree(dataset.source.parent, tmp_path / "data")
+    (tmp_path / "data/cases.csv").write_text("\n".join(lines[:3]))  # the head, and two images of one patient
+    found = run((replace(dataset, source=tmp_path / "data/cases.csv"), plan), tmp_path / "run")
+    assert found["dice"] is None
+    assert len(Loaded([tmp_path / "run"]).files) == 1
+    assert "one patient" in (tmp_path / "run/report.md").read_text()
+
+
 @pytest.mark.slow
 def test_both_dimensions_and_their_ensemble_compete_on_volumes(blobs, tmp_path):
     options = [*QUICK, "data.folds=2"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from kanseg.config import load_config
+from kanseg.data.fingerprint import fingerprint
 from kanseg.errors import UserError
 from kanseg.training import manifest, trackers
 from kanseg.training.manifest import Energy, Manifest, digests
@@ -104,7 +104,8 @@ def test_a_changed_file_changes_the_digest(balls, tmp_path):
     assert digests([same]) == digests([case])
     copy.write_bytes(copy.read_bytes() + b"x")
     assert digests([same])["sha256"] != digests([case])["sha256"]
-    assert len(hashlib.sha256().hexdigest()) == len(digests([case])["sha256"])
+    known = fingerprint(balls[0])
+    assert digests(balls[0].cases, known) == digests(balls[0].cases)
 
 
 def test_energy_is_counted_over_the_wrap_of_the_counter_and_unknown_where_nothing_is_told(
@@ -126,7 +127,7 @@ def test_energy_is_counted_over_the_wrap_of_the_counter_and_unknown_where_nothin
 def test_a_manifest_that_a_kill_cut_short_is_made_anew(balls, tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text("{")
-    Manifest(path, balls[0].cases[:1], torch.device("cpu"), config=load_config().model_dump()).write(
+    Manifest(path, digests(balls[0].cases[:1]), torch.device("cpu"), config=load_config().model_dump()).write(
         minutes=1
     )
     assert len(json.loads(path.read_text())["sessions"]) == 1

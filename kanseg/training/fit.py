@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from kanseg.config import Config, check_names
+from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.formats import Dataset
 from kanseg.data.plan import Plan
 from kanseg.models import check_patch
@@ -26,7 +27,7 @@ from kanseg.training.checkpoint import LAST, build_model, describe, load_checkpo
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked
 from kanseg.training.finetune import read_start, transfer
-from kanseg.training.manifest import MANIFEST, Manifest
+from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.run_folder import SUMMARY, check_data, fold_cases, prepare_run, run_config, run_splits
 from kanseg.training.segmentation import Segmentation
@@ -67,7 +68,7 @@ def fit(
     folder = run / f"fold_{fold}"
     config = run_config(config, run, fold, resume, override)
     check_data(plan, dataset)
-    splits = run_splits(dataset, config, run)
+    splits = run_splits(dataset, config, run, fold)
     training, validation = fold_cases(splits, dataset, fold)
     accelerator = make_accelerator(config.training)
     set_seed(config.data.seed)
@@ -91,7 +92,8 @@ def fit(
             manifest = None
             if accelerator.is_main_process:
                 facts = {"fold": fold, "seed": config.data.seed, "config": config.model_dump()}
-                manifest = Manifest(folder / MANIFEST, dataset.cases, accelerator.device, **facts)
+                data = digests(dataset.cases, load_fingerprint(run))
+                manifest = Manifest(folder / MANIFEST, data, accelerator.device, **facts)
             try:
                 trainer.train()
                 return trainer.finish()

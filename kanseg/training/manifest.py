@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kanseg import __version__
+from kanseg.data.digests import file_digest
 from kanseg.data.formats import Case
 from kanseg.training.files import read_json, write_json
 
@@ -29,13 +30,14 @@ class Manifest:
     """The manifest.json of a folder, kept over resumes: sessions add up.
 
     Args:
-        facts: what else to tell: seed, fold, parameters.
+        data: what `digests` gave.
+        facts: what else to tell: seed, fold, config.
     """
 
-    def __init__(self, path: Path, cases: Iterable[Case], device: torch.device, **facts: Any) -> None:
+    def __init__(self, path: Path, data: Mapping[str, Any], device: torch.device, **facts: Any) -> None:
         self.path, self.device = path, device
         earlier = read_json(path) or {}
-        self.values = {**facts, "command": sys.argv, **environment(device), "data": digests(cases)}
+        self.values = {**facts, "command": sys.argv, **environment(device), "data": data}
         self.sessions: list[dict[str, Any]] = [*earlier.get("sessions", []), {"began": _now()}]
         self.energy = Energy(device)
         self.write()
@@ -84,21 +86,29 @@ def _git(root: Path, *words: str) -> str | None:
     return None
 
 
-def digests(cases: Iterable[Case]) -> dict[str, Any]:
-    """SHA-256 of all files of each case together, and of all cases."""
-    by_case = {case.id: _digest([*case.images, *([case.label] if case.label else [])]) for case in cases}
-    whole = hashlib.sha256("".join(by_case.values()).encode()).hexdigest()
-    return {"sha256": whole, "cases": by_case}
+def digests(cases: Iterable[Case], seen: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """SHA-256 of the files of each case together, and of all cases.
+
+    Args:
+        seen: fingerprint of the run, whose digests need not be made again.
+    """
+    known = {
+        path: file["sha256"]
+        for case in (seen or {"cases": {}})["cases"].values()
+        for path, file in case["files"].items()
+    }
+    by_case = {
+        case.id: _joined(known.get(str(path)) or file_digest(path) for path in _files(case)) for case in cases
+    }
+    return {"sha256": _joined(by_case.values()), "cases": by_case}
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    found = hashlib.sha256()
-    for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:  # a DICOM series is a folder
-            if file.is_file():
-                with file.open("rb") as content:
-                    found.update(hashlib.file_digest(content, "sha256").digest())
-    return found.hexdigest()
+def _files(case: Case) -> list[Path]:
+    return [*case.images, *([case.label] if case.label else [])]
+
+
+def _joined(found: Iterable[str]) -> str:
+    return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 class Energy:

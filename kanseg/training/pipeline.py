@@ -84,7 +84,7 @@ def run_pipeline(
         override: go on although options differ from those of the first call.
 
     Returns:
-        {"choice", "dice", "model", "report", "configurations": Dice of each}.
+        {"choice", "dice" (None for a single patient), "model", "report", "configurations": Dice of each}.
 
     Raises:
         UsageError: unknown names, or options that differ from those of the first call.
@@ -102,11 +102,14 @@ def run_pipeline(
     _check_asked(run, asked, override)
     with locked(make_folder(run)):
         dataset = read_dataset(_examined(Path(data), run, id_pattern, console), id_pattern=id_pattern)
-        checked = _with(checked, "data", folds=_folds(checked, dataset, console))
+        folds = _folds(checked, dataset, console)
         names = _fitting(wanted, dataset)
+        if not folds:  # nobody is left to choose by
+            names, final = names[:1], "all"
         if minutes is not None:
-            share = minutes / (len(names) * checked.data.folds + (final == "all"))
+            share = minutes / (len(names) * folds + (final == "all"))
             checked = _with(checked, "training", max_minutes=share, max_epochs=None)
+        checked = _with(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)
         missing = [name for name in names if not (run / name / PLAN).exists()]
         seen = fingerprint(dataset) if missing else {}
@@ -115,15 +118,16 @@ def run_pipeline(
             for reason in plan_run(dataset, run / name, measure=measure_step, **how).reasons:
                 job.say(f"- {reason}")
         write_json(run / SETTINGS, asked)
-        found = _validated(job)
-        choice = _choose(job, found)
+        found = _validated(job) if folds else {}
+        choice = _choose(job, found) if folds else names[0]
         model = _build(job, choice)
         report = _report(job, found, choice)
     dice = {name: result["metrics"]["mean"]["dice"]["mean"] for name, result in found.items()}
-    job.say(f"Chosen: {choice}, Dice {dice[choice]:.4f}. Model: {model}. Report: {report}")
+    told = f"{dice[choice]:.4f}" if dice else "unknown: one patient leaves nobody to validate on"
+    job.say(f"Chosen: {choice}, Dice {told}. Model: {model}. Report: {report}")
     return {
         "choice": choice,
-        "dice": dice[choice],
+        "dice": dice.get(choice),
         "model": str(model),
         "report": str(report),
         "configurations": dice,
@@ -158,15 +162,12 @@ def _check_asked(run: Path, asked: Mapping[str, Any], override: bool) -> None:
 
 
 def _folds(config: Config, dataset: Dataset, console: Console) -> int:
-    """As many folds as asked for, or one a patient where there are fewer patients."""
+    """As many folds as asked for, or one a patient where there are fewer patients; 0 for a single patient."""
     patients = len({case.group for case in dataset.cases})
-    if patients < 2:
-        raise UserError(
-            f"{dataset.name} has one patient; cross-validation needs two. Use `kanseg train -f final`."
-        )
-    if patients < config.data.folds:
-        console.print(f"{patients} patients: {patients} folds", highlight=False)
-    return min(config.data.folds, patients)
+    folds = min(config.data.folds, patients) if patients > 1 else 0
+    if folds < config.data.folds:
+        console.print(f"{patients} patients: {folds or 'no'} folds", highlight=False)
+    return folds
 
 
 def _with(config: Config, section: str, **options: Any) -> Config:
@@ -310,7 +311,7 @@ def _build(job: Pipeline, choice: str) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     for number, fold in enumerate(folds):
         write_bytes(make_folder(part / f"fold_{number}") / EXPORTED, (fold / BEST).read_bytes())
-    write_bytes(part / POSTPROCESSING, (job.run / POSTPROCESSING).read_bytes())
+    write_json(part / POSTPROCESSING, read_json(job.run / POSTPROCESSING) or {"rules": []})
     shutil.rmtree(model, ignore_errors=True)
     part.rename(model)
     return model
@@ -324,9 +325,9 @@ def _report(job: Pipeline, found: Mapping[str, Mapping[str, Any]], choice: str) 
         f"{job.dataset.layout}, {len(job.dataset.cases)} labelled images.",
         "",
     ]
-    lines += [
-        f"Chosen by the Dice of unseen cases: **{choice}**. Predict: `kanseg predict -m {job.run} -i IMAGES -o OUT`."
-    ]
+    why = "by the Dice of unseen cases" if found else "without validation: there is one patient"
+    lines += [f"Chosen {why}: **{choice}**.", ""]
+    lines += [f"Predict: `kanseg predict -m {job.run} -i IMAGES -o OUT`."]
     for name, result in found.items():
         lines += [
             "",

@@ -42,7 +42,7 @@ def run_config(config: Config, run: Path, fold: int | str, resume: bool, overrid
     return config
 
 
-def run_splits(dataset: Dataset, config: Config, run: Path) -> Splits:
+def run_splits(dataset: Dataset, config: Config, run: Path, fold: int | str = 0) -> Splits:
     """The folds of RUN/splits.json where it exists (also one written by hand), else new ones by patient.
 
     Raises:
@@ -51,6 +51,8 @@ def run_splits(dataset: Dataset, config: Config, run: Path) -> Splits:
     check_unchanged(dataset, run)
     same = (load_fingerprint(run) or {"same": []})["same"]
     path = run / SPLITS
+    if not path.exists() and fold == FINAL:  # it needs none, and there may be too few patients
+        return []
     if not path.exists():
         return split(dataset, folds=config.data.folds, seed=config.data.seed, same=same)
     try:
@@ -97,7 +99,8 @@ def prepare_run(config: Config, plan: Plan, splits: Splits, run: Path, fold: int
     """Make the folders and write what the folds share."""
     make_folder(run / f"fold_{fold}")
     write_json(run / CONFIG, config.model_dump())
-    write_json(run / SPLITS, splits)
+    if splits:
+        write_json(run / SPLITS, splits)
     plan.save(run / PLAN)
 
 

@@ -24,6 +24,7 @@ from kanseg.data.plan import Plan, planned_dataset
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
+from kanseg.training.monitor import LOG, read_log
 from kanseg.training.run_folder import SPLITS
 
 METRIC = "mean_dice"
@@ -96,7 +97,7 @@ def search(
     with locked(folder):
         write_json(folder / "search.json", asked)
         results = _tune(run, plan, fixed, space, asked, first.training.epochs, concurrent, resume)
-        rows = [_row(result, space, folder) for result in results]
+        rows = [_row(result, space, folder, fold) for result in results]
     rows.sort(key=lambda row: -(row["dice"] if row["dice"] is not None else -1.0))
     if not rows or rows[0]["dice"] is None:
         raise UserError(
@@ -205,15 +206,15 @@ def _trial(options: dict[str, Any], job: dict[str, Any]) -> None:
     fit(config, plan, planned_dataset(plan), folder, **how)
 
 
-def _row(result: Any, space: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A trial in numbers; its Dice is the best that it told."""
-    told = result.metrics_dataframe
-    scores = [] if told is None or METRIC not in told else list(told[METRIC].dropna())
-    trial = (result.metrics or {}).get("trial_id") or Path(result.path).name.removeprefix("trial_")
+def _row(result: Any, space: Mapping[str, Any], folder: Path, fold: int) -> dict[str, Any]:
+    """A trial in numbers; its Dice is the best of its log, which holds what it did before a stop as well."""
+    trial = Path(result.path).name.removeprefix("trial_")
+    records = read_log(folder / "trials" / trial / f"fold_{fold}" / LOG)
+    scores = [record[METRIC] for record in records if record[METRIC] is not None]
     return {
         "trial": trial,
-        "dice": float(max(scores)) if scores else None,
-        "epochs": len(scores),
+        "dice": max(scores, default=None),
+        "epochs": len(records),
         **{key: (result.config or {}).get(key) for key in space},
         "folder": str(folder / "trials" / trial),
         "error": str(result.error).splitlines()[-1] if result.error else "",
