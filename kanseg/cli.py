@@ -19,6 +19,8 @@ from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
 from kanseg.verbs.common import size_in_bytes as _bytes
 
+UNSAID = (None, 1, "standard")  # defaults of what a plan of segmentation can be told
+
 app = typer.Typer(
     name="kanseg",
     no_args_is_help=True,
@@ -49,7 +51,7 @@ def demo(
 
 @app.command()
 def plan(
-    data: Annotated[Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV or datalist JSON.")],
+    data: Annotated[Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV, or images by class.")],
     out: Out,
     memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
     dim: Annotated[str, typer.Option(help="auto, 2 or 3; 2 learns volumes slice by slice.")] = "auto",
@@ -113,18 +115,18 @@ def train(
         raise UsageError(
             f"{run} has no plan.json. Run: kanseg plan DATA -o {run}, or give -o RUN after DATA."
         )
-    from kanseg.data.plan import Plan, planned_dataset
+    from kanseg.data.plans import dataset_of, load_plan
     from kanseg.evaluation.report import score_table
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
 
     if not planned:
         _make_plan(run, folder, console=console, id_pattern=id_pattern)
-    plan_ = Plan.load(folder / "plan.json")
+    plan_ = load_plan(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
         raise UsageError(f"{folder} has a plan for {plan_.data} already. Choose another folder with -o.")
-    dataset = planned_dataset(plan_)
+    dataset = dataset_of(plan_)
     how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
     if fold == "all":
         found = cross_validate(checked, plan_, dataset, folder, **how)
@@ -153,10 +155,12 @@ def predict(
     again: Annotated[bool, typer.Option("--again", help="Also the cases that are done.")] = False,
     json_: Json = False,
 ) -> None:
-    """Segment images; each label map lies on its image's own grid, with its affine and header.
+    """Segment images, or tell their classes. A label map lies on its image's own grid, with its affine and header.
 
     A run with several trained folds, and several -m, predict as one by their mean probability. A folder that was not
     finished is gone on with. A case that fails is reported and the others go on; the exit code is then 1.
+
+    A classifier writes OUT/predictions.csv: the class of each image and the probability of every class.
 
     Example: kanseg predict -m runs/hippocampus -i scan.nii.gz -o masks/
     """
@@ -167,11 +171,17 @@ def predict(
         raise UsageError(f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, png, tif.")
     if blending not in ("gaussian", "constant"):
         raise UsageError(f"--blending is gaussian or constant, got '{blending}'.")
+    from kanseg.inference.classify import is_classifier, predict_classes
     from kanseg.inference.ensemble import predict_with
 
     how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
     how |= {"probabilities": probabilities, "postprocess": postprocess, "again": again}
-    result = predict_with(model, images, out, console=_console(True), version=__version__, **how)
+    if is_classifier(model[0]):
+        if tta or suffix:
+            raise UsageError("--tta and --format are for segmentation; a classifier writes a table.")
+        result = predict_classes(model, images, out, console=_console(True))
+    else:
+        result = predict_with(model, images, out, console=_console(True), version=__version__, **how)
     _emit(result, json_)
     if failed := result["failed"]:
         count = f"{len(failed)} of {result['predicted'] + len(failed)} cases"
@@ -180,8 +190,8 @@ def predict(
 
 @app.command()
 def evaluate(
-    prediction: Annotated[Path, typer.Argument(help="Folder of label maps, or one file.")],
-    reference: Annotated[Path, typer.Argument(help="Folder of references with the same names, or one file.")],
+    prediction: Annotated[Path, typer.Argument(help="Folder of label maps, one file, or predictions.csv.")],
+    reference: Annotated[Path, typer.Argument(help="References with the same names, or images with classes.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="For cases.csv, summary.json.")] = None,
     labels: Annotated[str | None, typer.Option(help="1,2 or tumour=1,whole=1+2 or a run folder.")] = None,
     ignore: Annotated[int | None, typer.Option(help="Value of voxels that do not count.")] = None,
@@ -190,6 +200,7 @@ def evaluate(
 ) -> None:
     """Score label maps: Dice, IoU, HD95, NSD and volumes a case, means with 95 % intervals.
 
+    The predictions.csv of a classifier is scored against images with classes: accuracy, top-5, AUC, recall.
     A missing or unreadable prediction counts as a failure with Dice 0; the exit code is then 1.
 
     Example: kanseg evaluate masks/ labelsTs/ -o scores/
@@ -197,6 +208,13 @@ def evaluate(
     from kanseg.evaluation.metrics import evaluate_folders, parse_labels, planned_ignore
     from kanseg.evaluation.report import score_table
 
+    if prediction.suffix == ".csv":
+        from kanseg.evaluation.classification import evaluate_classes, score_lines
+
+        scores = evaluate_classes(prediction, reference, out)
+        _console(json_).print(score_lines(scores), highlight=False)
+        _emit(scores, json_)
+        return
     names = None if labels is None else parse_labels(labels)
     ignore = planned_ignore(labels) if ignore is None else ignore
     summary = evaluate_folders(prediction, reference, out, labels=names, ignore=ignore, tolerance=tolerance)
@@ -296,15 +314,38 @@ def _make_plan(
 ) -> Any:
     """Read, plan, say what was decided and why, and write plan.json and fingerprint.json."""
     from kanseg.data.formats import read_dataset
+    from kanseg.data.image_classes import is_classes
     from kanseg.data.plan import plan_run
     from kanseg.training.trial import measure_step
 
+    if is_classes(data):
+        if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices")):
+            raise UsageError(
+                f"{data} has a class for each image; --dim, --slices, --size and --regions are for segmentation."
+            )
+        return _make_class_plan(data, out, console, id_pattern)
     dataset = read_dataset(data, id_pattern=id_pattern, regions=regions)
     patients = len({case.group for case in dataset.cases})
     console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
     found = f"{len(dataset.cases)} labelled images of {patients} patients"
     console.print(f"{found}; {', '.join(dataset.label_names)}", highlight=False)
     made = plan_run(dataset, out, regions=regions, measure=measure_step if trial else None, **how)
+    for reason in made.reasons:
+        console.print(f"- {reason}", highlight=False, markup=False)
+    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False)
+    return made
+
+
+def _make_class_plan(data: Path, out: Path, console: Any, id_pattern: str | None) -> Any:
+    """The same for images with a class each."""
+    from kanseg.data.class_plan import plan_classes
+    from kanseg.data.image_classes import read_classes
+
+    dataset = read_classes(data, id_pattern=id_pattern)
+    console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
+    shown = ", ".join(dataset.label_names[:12])
+    console.print(f"{len(dataset.label_names)} classes: {shown}", highlight=False, soft_wrap=True)
+    made = plan_classes(dataset, out)
     for reason in made.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
     console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False)

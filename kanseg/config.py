@@ -20,6 +20,7 @@ from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import write_json
 
 DEFAULT_EPOCHS = 100
+PLANNED = ("ukanet", "classifier")  # models that plans name
 # A resumed run may change these: how long, how closely watched, by how many processes; not what is learned.
 CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "patience", "final_validation")}
 CHANGEABLE |= {f"training.{key}" for key in ("device", "save_minutes", "compile", "gradient_checkpointing")}
@@ -109,6 +110,19 @@ class TrainingConfig(Section):
         return DEFAULT_EPOCHS if self.max_epochs is None and self.max_minutes is None else self.max_epochs
 
 
+class ClassificationConfig(Section):
+    """What is special in learning a class for each image."""
+
+    loss: str = Field(default="ce", description="ce or focal; the loss of segmentation is training.loss")
+    loss_options: dict[str, Any] = Field(default={}, description="of the loss: gamma, weight of the classes")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a label for all classes")
+    mixup: float = Field(default=0.0, ge=0, description="Beta(a, a) mixes two images; 0 for none")
+    cutmix: float = Field(default=0.0, ge=0, description="Beta(a, a) is the area of a box of another image")
+    changes: list[str] = Field(
+        default=["shift"], description="random ones in turn: flip, flips, resized_crop, autoaugment_cifar10, ..."
+    )
+
+
 class DataConfig(Section):
     """Split, randomness and loading."""
 
@@ -141,6 +155,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    classification: ClassificationConfig = ClassificationConfig()
     data: DataConfig = DataConfig()
     inference: InferenceConfig = InferenceConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -185,18 +200,24 @@ def make_config(values: Mapping[str, Any]) -> Config:
 
 def check_names(config: Config) -> None:
     """Raise `UsageError` for an unknown model, model option, encoder, basis, loss or optimizer."""
+    from kanseg.data.class_loader import CHANGES
     from kanseg.encoders import check_encoder_name
     from kanseg.layers.families import family_name
-    from kanseg.models import MODELS
+    from kanseg.models import table_of
+    from kanseg.training.classification import class_loss
     from kanseg.training.losses import create_loss
     from kanseg.training.optimizers import OPTIMIZERS, SCHEDULES
 
     create_loss(config.training.loss, **config.training.loss_options)
+    class_loss(config)
+    for change in config.classification.changes:
+        CHANGES.get(change)
     OPTIMIZERS.get(config.training.optimizer)
     SCHEDULES.get(config.training.schedule)
     if config.model.name is not None:
-        MODELS.get(config.model.name)
-    known = model_options(config.model.name or "ukanet")
+        table_of(config.model.name).get(config.model.name)
+    names = PLANNED if config.model.name is None else (config.model.name,)
+    known = [option for name in names for option in model_options(name)]
     for option in config.model.options:
         if option not in known:
             raise UsageError(f"Unknown config key 'model.options.{option}'.{did_you_mean(option, known)}")
@@ -208,10 +229,10 @@ def check_names(config: Config) -> None:
 
 def model_options(name: str) -> list[str]:
     """Names of the options that the constructor of a model takes beside its channels."""
-    from kanseg.models import MODELS
+    from kanseg.models import table_of
 
     given = ("self", "spatial_dims", "in_channels", "out_channels", "kwargs")
-    return [option for option in inspect.signature(MODELS.get(name)).parameters if option not in given]
+    return [option for option in inspect.signature(table_of(name).get(name)).parameters if option not in given]
 
 
 def config_folder() -> Path:

@@ -134,7 +134,10 @@ class Segmenter:
     def _take(self, path: Path, device: str = "cpu") -> Segmenter:
         from kanseg.training.checkpoint import load_model
 
-        self.network, self.plan, self.info = load_model(path, device)
+        network, plan, info = load_model(path, device)
+        if plan.task != "segmentation":
+            raise UsageError(f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes.")
+        self.network, self.plan, self.info = network, plan, info
         spec = self.info["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
         return self

@@ -137,7 +137,7 @@ def test_cases_on_the_disk_give_the_same_patches(plan: Plan, blobs: Path, balanc
         TrainLoader(replace(plan, memory_bytes=memory), cases, **options)  # type: ignore[arg-type]
         for memory in (0, 2**40, 1_000_000, 1)
     ]
-    shelves = [loader.patches.items for loader in loaders]
+    shelves = [loader.samples.items for loader in loaders]
     assert [shelf.on_disk() for shelf in shelves][:2] == [0, 0]  # type: ignore[attr-defined]
     assert 0 < shelves[2].on_disk() < len(cases) == shelves[3].on_disk()  # type: ignore[attr-defined]
     assert shelves[2].bytes <= 200_000  # type: ignore[attr-defined]

@@ -59,6 +59,7 @@ class Dataset:
         label_names, label_values, regions, ignore_value: see `kanseg.data.labels.Labels`.
         cases: with labels. `test_cases`: images alone.
         notes: what was detected or mapped.
+        splits: that the data come with, each {"train": ids, "val": ids}; none: kanseg makes them.
         source: what `read_dataset` was given, and id_pattern with it: enough to read the same again.
     """
 
@@ -76,6 +77,12 @@ class Dataset:
     id_pattern: str | None = None
     regions: tuple[tuple[int, ...], ...] = ()
     ignore_value: int | None = None
+    splits: tuple[Mapping[str, Sequence[str]], ...] = ()
+
+    @property
+    def sources(self) -> Sequence[Case]:
+        """What the files of the data set are digested by."""
+        return self.cases
 
 
 Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
@@ -123,14 +130,14 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
         dataset = _read_folders(path, problem)
     if not dataset.cases:
         raise UserError(f"{path} holds no labelled images. Expected: {LAYOUTS}.")
-    for name in _repeated(case.id for case in dataset.cases):
+    for name in repeated(case.id for case in dataset.cases):
         problem(
             "same name",
             name,
             f"{path} has several cases called '{name}'. Give every case a name of its own (in lists: 'id').",
         )
     if id_pattern is not None:
-        dataset = replace(dataset, cases=tuple(_by_pattern(case, id_pattern) for case in dataset.cases))
+        dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
     return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
 
 
@@ -151,7 +158,7 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         )
     if path.is_file():
         return [Case(stem_of(path), (path,), None, stem_of(path))]
-    files = _image_files(path)
+    files = image_files(path)
     if files:
         joined = _by_channel(files)
         fits = channels is None or any(len(paths) == channels for paths in joined.values())
@@ -175,7 +182,7 @@ def _may_be_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Images directly in a folder; hidden files and other things are passed over."""
     return sorted(
         p for p in folder.iterdir() if p.is_file() and suffix_of(p) not in ("", ".dcm") and p.name[0] != "."
@@ -237,9 +244,9 @@ def _read_described(root: Path, described: Any, problem: Problem) -> Dataset:
         )
         layout = "Medical Segmentation Decathlon (dataset.json with a list of files)"
     else:
-        cases = _cases(_image_files(_folder(root, "imagesTr")), problem=problem)
+        cases = _cases(image_files(_folder(root, "imagesTr")), problem=problem)
         _require_channels(cases, channels, problem)
-        cases, unused = _paired(cases, _image_files(_folder(root, "labelsTr")), groups, problem)
+        cases, unused = _paired(cases, image_files(_folder(root, "labelsTr")), groups, problem)
         tests = _test_cases(root)
         notes += unused
         layout = "nnU-Net raw (dataset.json, imagesTr with _0000 names, labelsTr)"
@@ -277,7 +284,7 @@ def _entries(file: Path, content: dict[str, Any], key: str) -> list[Any]:
 
 
 def _test_cases(root: Path) -> list[Case]:
-    return _cases(_image_files(root / "imagesTs")) if (root / "imagesTs").is_dir() else []
+    return _cases(image_files(root / "imagesTs")) if (root / "imagesTs").is_dir() else []
 
 
 def _channel_names(file: Path, described: dict[str, Any]) -> tuple[str, ...] | None:
@@ -385,7 +392,7 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     if images is None or labels is None:
         return _read_one_folder(root, problem)
     groups, notes = _groups_beside(root)
-    files, masks = _image_files(images), _image_files(labels)
+    files, masks = image_files(images), image_files(labels)
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
@@ -398,7 +405,7 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
 
 def _read_one_folder(root: Path, problem: Problem) -> Dataset:
     """x.png (or x_image.png) beside x_mask.png, x_label.png or x_seg.png."""
-    files = _image_files(root)
+    files = image_files(root)
     masks = [file for file in files if LABEL_ENDING.search(stem_of(file))]
     images = [file for file in files if file not in masks]
     cases = _named(_cases(images, join=False))
@@ -420,7 +427,7 @@ def _groups_beside(root: Path) -> tuple[dict[str, str], list[str]]:
     table = root / "cases.csv"
     if not table.is_file():
         return {}, []
-    rows = _rows(table)
+    rows = read_rows(table)
     column = next((c for c in ("group", "patient", "subject") if rows and c in rows[0]), None)
     key = next((c for c in ("id", "case", "image", "name", "file") if rows and c in rows[0]), None)
     if not column or not key:
@@ -429,16 +436,19 @@ def _groups_beside(root: Path) -> tuple[dict[str, str], list[str]]:
     return groups, [f"column '{column}' of cases.csv keeps the images of one {column} together"]
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table with a header, parted by commas or tabs."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
+            tabs = "\t" in file.readline()
+            file.seek(0)
+            return list(csv.DictReader(file, delimiter="\t" if tabs else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}).") from error
 
 
 def _read_csv(path: Path) -> Dataset:
-    rows = _rows(path)
+    rows = read_rows(path)
     if not rows or not {"image", "label"} <= set(rows[0]):
         found = ", ".join(rows[0]) if rows else "an empty file"
         raise UserError(
@@ -495,7 +505,8 @@ def _dataset(
     )
 
 
-def _by_pattern(case: Case, pattern: str) -> Case:
+def by_pattern(case: Case, pattern: str) -> Case:
+    """The case with its group taken from its id."""
     try:
         match = re.search(pattern, case.id)
         group = match[1] if match else None
@@ -506,7 +517,8 @@ def _by_pattern(case: Case, pattern: str) -> Case:
     return replace(case, group=group)
 
 
-def _repeated(names: Iterable[str]) -> list[str]:
+def repeated(names: Iterable[str]) -> list[str]:
+    """Names that were there before, each time."""
     seen: set[str] = set()
     return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
 

@@ -8,6 +8,7 @@ interruption changes what the network sees.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,50 +60,34 @@ class Patches(Dataset):
         return {"image": image.contiguous(), "label": label, "seed": torch.tensor(seed)}
 
 
-class TrainLoader:
-    """Batches {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)} from any epoch and step on.
+class EndlessLoader:
+    """Batches from any epoch and step on, of samples that are asked for by (epoch, index).
 
     Args:
-        batch_size: patches a batch of this process.
+        batch_size: samples a batch of this process.
         steps: batches an epoch.
         rank, ranks: this process of how many; together they see what one with `ranks` times the batch would.
-        foreground, balanced, changes: see `kanseg.data.transforms.augmentation`.
         pin: keep batches in page-locked memory, for a GPU.
     """
 
     def __init__(
         self,
-        plan: Plan,
-        cases: Sequence[Case],
+        samples: Dataset,
         *,
         batch_size: int,
         steps: int,
-        seed: int,
         workers: int = 0,
         rank: int = 0,
         ranks: int = 1,
-        foreground: float = 0.5,
-        balanced: bool = False,
-        changes: bool = True,
         pin: bool = False,
     ) -> None:
-        if not cases:
-            raise UserError("There are no cases to train on.")
-        prepare = preparation(plan, balanced)
-        items = Shelf(_share(plan, TRAINING_SHARE))
-        for case in progress(cases, "Loading cases"):
-            item = prepare(load_case(case, plan)[0])
-            items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
-        augment = augmentation(plan, foreground=foreground, balanced=balanced, changes=changes)
-        pools = _pools(items, len(known_values(plan))) if balanced else [range(len(items))]
-        self.patches = Patches(plan, items, pools, augment, seed)
-        self.batch_size, self.steps, self.workers, self.pin = batch_size, steps, workers, pin
-        self.rank, self.ranks = rank, ranks
+        self.samples, self.batch_size, self.steps = samples, batch_size, steps
+        self.workers, self.rank, self.ranks, self.pin = workers, rank, ranks, pin
 
     def batches(self, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
         """Batches without end, from a step of an epoch on; the workers run ahead over the ends of epochs."""
         loader = DataLoader(
-            self.patches,
+            self.samples,
             batch_sampler=self._places(epoch, step),  # type: ignore[arg-type]  # an iterator without end
             num_workers=self.workers,
             worker_init_fn=_one_thread,
@@ -119,6 +104,37 @@ class TrainLoader:
             step += 1
             if step == self.steps:
                 epoch, step = epoch + 1, 0
+
+
+class TrainLoader(EndlessLoader):
+    """Batches {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)} of random patches.
+
+    Args:
+        foreground, balanced, changes: see `kanseg.data.transforms.augmentation`.
+        how: batch_size, steps, workers, rank, ranks, pin; see `EndlessLoader`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cases: Sequence[Case],
+        *,
+        seed: int,
+        foreground: float = 0.5,
+        balanced: bool = False,
+        changes: bool = True,
+        **how: Any,
+    ) -> None:
+        if not cases:
+            raise UserError("There are no cases to train on.")
+        prepare = preparation(plan, balanced)
+        items = Shelf(_share(plan, TRAINING_SHARE))
+        for case in progress(cases, "Loading cases"):
+            item = prepare(load_case(case, plan)[0])
+            items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
+        augment = augmentation(plan, foreground=foreground, balanced=balanced, changes=changes)
+        pools = _pools(items, len(known_values(plan))) if balanced else [range(len(items))]
+        super().__init__(Patches(plan, items, pools, augment, seed), **how)
 
 
 def _pools(items: Sequence[Item], classes: int) -> list[list[int]]:

@@ -7,18 +7,18 @@ is measured by one where `make_plan` is given a way to; else it goes by a figure
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import Dataset, read_dataset
+from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
 
 VERSION = 1
@@ -65,7 +65,7 @@ SIZES = {
 
 
 @dataclass
-class Plan:
+class Plan(StoredPlan):
     """Everything that preprocessing, training and prediction must agree on; plan.json, and part of each checkpoint.
 
     `data`, `id_pattern` and `given_regions` are what `read_dataset` was given. Lengths are in mm, axes in the order of
@@ -76,6 +76,8 @@ class Plan:
     (of what is not 0, and 0 stays 0: images whose surroundings were cut away) or {"scheme": "ct", "lower", "upper",
     "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread).
     """
+
+    task: ClassVar[str] = "segmentation"
 
     dataset_name: str
     data: str
@@ -118,50 +120,12 @@ class Plan:
         """Channels that the network takes: those of the image for each slice that it sees at once."""
         return len(self.channel_names) * self.slices
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain numbers, lists and dictionaries."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """The inverse of `to_dict`; keys that are unknown or missing, or do not fit together, raise `UserError`."""
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise UserError(f"A plan has no key '{key}'.{did_you_mean(key, known)}")
-        try:
-            plan = cls(**values)
-            misfit = _misfit(plan)
-        except TypeError as error:
-            raise UserError(
-                f"The plan is not complete, or has words for numbers: {error}. Run `kanseg plan` again."
-            ) from error
-        if misfit:
-            raise UserError(
-                f"The plan does not fit together: {misfit}. Correct it, or run `kanseg plan` again."
-            )
-        return plan
-
-    def save(self, path: Path | str) -> Path:
-        """Write plan.json, atomically."""
-        from kanseg.training.files import write_json
-
-        return write_json(Path(path), self.to_dict())
-
-    @classmethod
-    def load(cls, path: Path | str) -> Plan:
-        """Read plan.json."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as a plan ({error}). Run `kanseg plan` again.") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds no plan. Run `kanseg plan` again.")
-        return cls.from_dict(values)
+    def misfit(self) -> str | None:
+        """What a plan edited by hand has wrong, or None."""
+        return _misfit(self)
 
 
 def _misfit(plan: Plan) -> str | None:
-    """What a plan edited by hand has wrong, or None."""
     if plan.version != VERSION:
         return f"it has version {plan.version}, this kanseg knows {VERSION}"
     axes: dict[str, list[Any]] = {"spacing": [plan.spacing], "patch_size": [plan.patch_size]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -21,12 +22,16 @@ def split(dataset: Dataset, *, folds: int = 5, seed: int = 0, same: Pairs = ()) 
     others, to the fold that lacks that class most (Sechidis et al., ECML PKDD 2011), so folds are alike in classes and
     differ by few cases.
 
+    A data set that comes with its splits keeps them.
+
     Args:
         same: pairs of ids whose images are one (see `kanseg.data.digests`); they stay together too.
 
     Raises:
         UserError: fewer groups (patients) than folds.
     """
+    if dataset.splits:
+        return [{part: list(ids) for part, ids in fold.items()} for fold in dataset.splits]
     groups: dict[str, list[str]] = {}
     for case, group in joined({case.id: case.group for case in dataset.cases}, same).items():
         groups.setdefault(group, []).append(case)
@@ -41,13 +46,14 @@ def split(dataset: Dataset, *, folds: int = 5, seed: int = 0, same: Pairs = ()) 
     values = {case.id: set(case.values) for case in dataset.cases}
     present = {name: set().union(*(values[case] for case in groups[name])) for name in names}
     validation: list[list[str]] = [[] for _ in range(folds)]
+    held: list[Counter[int | None]] = [Counter() for _ in range(folds)]  # cases with a class, in each fold
     for name, value in _rarest_first(names, present):
-        held = [sum(value in values[case] for case in fold) for fold in validation]
-        chosen = min(range(folds), key=lambda fold: (held[fold], len(validation[fold])))
+        chosen = min(range(folds), key=lambda fold: (held[fold][value], len(validation[fold])))
         validation[chosen].extend(groups[name])
+        held[chosen].update(number for case in groups[name] for number in values[case])
+    held_out = [set(ids) for ids in validation]
     return [
-        {"train": sorted(c.id for c in dataset.cases if c.id not in set(ids)), "val": sorted(ids)}
-        for ids in validation
+        {"train": sorted(c.id for c in dataset.cases if c.id not in ids), "val": sorted(ids)} for ids in held_out
     ]
 
 
@@ -60,9 +66,9 @@ def _rarest_first(names: Sequence[str], present: Mapping[str, set[int]]) -> Iter
             for value in present[name]:
                 counts[value] = counts.get(value, 0) + 1
         rarest = min(counts, key=lambda value: (counts[value], -value)) if counts else None
-        chosen = [name for name in left if rarest is None or rarest in present[name]]
-        yield from ((name, rarest) for name in chosen)
-        left = [name for name in left if name not in set(chosen)]
+        chosen = {name: rarest for name in left if rarest is None or rarest in present[name]}
+        yield from chosen.items()
+        left = [name for name in left if name not in chosen]
 
 
 def check_leaks(splits: Sequence[Split], dataset: Dataset, same: Pairs = ()) -> None:

@@ -2,7 +2,15 @@
 
 from kanseg.models import monai_network  # noqa: F401  (it registers)
 from kanseg.models.classifier import Classifier
-from kanseg.models.model import MODELS, check_patch, create_model, describe_model, list_models
+from kanseg.models.model import (
+    MODELS,
+    TABLES,
+    check_patch,
+    create_model,
+    describe_model,
+    list_models,
+    table_of,
+)
 from kanseg.models.u2kanet import U2KANet
 from kanseg.models.ukagnet import UKAGNet
 from kanseg.models.ukan import UKAN
@@ -10,6 +18,7 @@ from kanseg.models.ukanet import UKANet
 
 __all__ = [
     "MODELS",
+    "TABLES",
     "UKAN",
     "Classifier",
     "U2KANet",
@@ -19,4 +28,5 @@ __all__ = [
     "create_model",
     "describe_model",
     "list_models",
+    "table_of",
 ]

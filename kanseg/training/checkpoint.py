@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 from kanseg import __version__
 from kanseg.config import Config, model_options
-from kanseg.errors import UserError
-from kanseg.models import create_model
+from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.models import TABLES, create_model
 from kanseg.training.files import write_bytes
 
 if TYPE_CHECKING:
-    from kanseg.data.plan import Plan
+    from kanseg.data.plans import AnyPlan
 
 KEY = "kanseg"
 PARTS = ("model", "average", "optimizer", "rng")
+SIZES = ("features_per_stage", "strides", "kernel_sizes")  # of a network, where a plan decides them
 BEST, LAST, EXPORTED = "best.safetensors", "last.safetensors", "model.safetensors"
 
 
@@ -77,6 +78,15 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, info
 
 
+def read_info(path: Path | str) -> dict[str, Any]:
+    """The JSON of a checkpoint without its tensors; empty for a file that is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(json.loads((file.metadata() or {})[KEY]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
     """Put weights into a model, all of them or none.
 
@@ -101,19 +111,19 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
 
 def load_model(
     path: Path | str, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Plan, dict[str, Any]]:
+) -> tuple[nn.Module, Any, dict[str, Any]]:
     """The trained model in `eval()`, its plan, and the rest of the checkpoint's JSON.
 
     Args:
         path: a run folder (its first fold), a fold folder, a saved model's folder, or a checkpoint. In a fold
             the best weights are taken, or the last ones where no validation has been made yet.
     """
-    from kanseg.data.plan import Plan
+    from kanseg.data.plans import plan_from_dict
 
     file = find_checkpoint(path)
     tensors, info = load_checkpoint(file)
     try:
-        spec, plan = dict(info["model"]), Plan.from_dict(info["plan"])
+        spec, plan = dict(info["model"]), plan_from_dict(info["plan"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not describe its model and plan ({error}). Train again.") from error
     started = {"encoder_weights": None}  # what training started from is no longer needed, nor perhaps there
@@ -128,20 +138,21 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
     return create_model(**{key: value for key, value in spec.items() if key != "options"}, **spec["options"])
 
 
-def model_spec(config: Config, plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def model_spec(config: Config, plan: AnyPlan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What `build_model` needs: the plan's network with the config's options over it, all of it JSON.
 
     Args:
         known: {"name", "options"} of the network whose weights are started from; it goes before the plan's.
     """
-    if known and config.model.name in (None, known["name"]):
+    table = TABLES[plan.task]
+    if known and known["name"] in table and config.model.name in (None, known["name"]):
         plan = replace(plan, model=known["name"], model_options=known["options"])
     name = config.model.name or plan.model
+    if name not in table:
+        raise UsageError(f"The model '{name}' is not for {plan.task}.{did_you_mean(name, table)}")
     options = model_options(name)
     planned = {
-        "features_per_stage": plan.features_per_stage,
-        "strides": plan.strides,
-        "kernel_sizes": plan.kernel_sizes,
+        **{key: getattr(plan, key) for key in SIZES if hasattr(plan, key)},
         **(plan.model_options if name == plan.model else {}),
     }
     if config.training.deep_supervision is not None:
@@ -157,7 +168,7 @@ def model_spec(config: Config, plan: Plan, known: Mapping[str, Any] | None = Non
     return json.loads(json.dumps(spec))
 
 
-def describe(config: Config, plan: Plan, spec: Mapping[str, Any], fold: int | str) -> dict[str, Any]:
+def describe(config: Config, plan: AnyPlan, spec: Mapping[str, Any], fold: int | str) -> dict[str, Any]:
     """The JSON that makes a checkpoint complete in itself: prediction needs no other file."""
     description = {
         "model": spec,

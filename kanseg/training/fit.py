@@ -21,7 +21,7 @@ from torch import nn
 from kanseg.config import Config, check_names
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.formats import Dataset
-from kanseg.data.plan import Plan
+from kanseg.data.plans import AnyPlan
 from kanseg.models import check_patch
 from kanseg.training.checkpoint import LAST, build_model, describe, load_checkpoint, model_spec
 from kanseg.training.devices import make_accelerator
@@ -30,14 +30,14 @@ from kanseg.training.finetune import read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.run_folder import SUMMARY, check_data, fold_cases, prepare_run, run_config, run_splits
-from kanseg.training.segmentation import Segmentation
 from kanseg.training.stop import StopRequest
+from kanseg.training.tasks import create_task
 from kanseg.training.trainer import Trainer
 
 
 def fit(
     config: Config,
-    plan: Plan,
+    plan: AnyPlan,
     dataset: Dataset,
     run: Path | str,
     *,
@@ -78,7 +78,7 @@ def fit(
         prepare_run(config, plan, splits, run, fold)
     accelerator.wait_for_everyone()
     with locked(folder, accelerator.is_main_process), StopRequest() as stop:
-        task = Segmentation(config, plan, training, validation, accelerator.device)
+        task = create_task(config, plan, dataset, training, validation, accelerator)
         trainer = Trainer(config, task, model, accelerator, folder, stop, describe(config, plan, spec, fold))
         trainer.load()
         quiet = not accelerator.is_main_process
@@ -92,7 +92,7 @@ def fit(
             manifest = None
             if accelerator.is_main_process:
                 facts = {"fold": fold, "seed": config.data.seed, "config": config.model_dump()}
-                data = digests(dataset.cases, load_fingerprint(run))
+                data = digests(dataset.sources, load_fingerprint(run))
                 manifest = Manifest(folder / MANIFEST, data, accelerator.device, **facts)
             try:
                 trainer.train()
@@ -103,7 +103,7 @@ def fit(
                     manifest.write(peak_memory_mb=peak, minutes=round(trainer.state.seconds / 60, 2))
 
 
-def _model(config: Config, plan: Plan, folder: Path) -> tuple[dict[str, Any], nn.Module, str]:
+def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any], nn.Module, str]:
     """The description of the network, the network, and what was said about the weights it starts from."""
     if config.training.weights is None:
         spec = model_spec(config, plan)

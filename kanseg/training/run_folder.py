@@ -8,7 +8,7 @@ from pathlib import Path
 from kanseg.config import Config, read_config, resumed_config, unlike
 from kanseg.data.fingerprint import check_unchanged, load_fingerprint
 from kanseg.data.formats import Case, Dataset
-from kanseg.data.plan import Plan
+from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError
 from kanseg.training.checkpoint import LAST
@@ -95,7 +95,7 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[
     return training, validation
 
 
-def prepare_run(config: Config, plan: Plan, splits: Splits, run: Path, fold: int | str) -> None:
+def prepare_run(config: Config, plan: AnyPlan, splits: Splits, run: Path, fold: int | str) -> None:
     """Make the folders and write what the folds share."""
     make_folder(run / f"fold_{fold}")
     write_json(run / CONFIG, config.model_dump())
@@ -104,7 +104,7 @@ def prepare_run(config: Config, plan: Plan, splits: Splits, run: Path, fold: int
     plan.save(run / PLAN)
 
 
-def check_data(plan: Plan, dataset: Dataset) -> None:
+def check_data(plan: AnyPlan, dataset: Dataset) -> None:
     """Raise `UserError` if the plan was made for data of another kind."""
     wanted = {
         "spatial_dims": (plan.image_dims, dataset.spatial_dims),

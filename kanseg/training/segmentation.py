@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +79,10 @@ class Segmentation:
     def score(self, model: nn.Module, item: Batch, device: torch.device) -> list[float]:
         """Dice a class on the preprocessed grid."""
         return validate_batch(model, item, self.plan, device)
+
+    def mean(self, scores: Sequence[list[float]]) -> Mapping[str, float]:
+        """Mean Dice of each class."""
+        return dict(zip(self.names, np.mean(scores, axis=0).tolist(), strict=True))
 
     def held_out(self) -> Sequence[Case]:
         """All validation cases, where they are asked for at the end."""

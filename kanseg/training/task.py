@@ -17,12 +17,10 @@ class Task(Protocol):
 
     Attributes:
         metric: name of the score in logs and summaries ("dice"); higher is better.
-        names: what a validation scores one by one (the classes).
         parameters: of the loss, to be put on the device.
     """
 
     metric: str
-    names: Sequence[str]
 
     def batches(self, epoch: int, step: int, rank: int, ranks: int) -> Iterator[Batch]:
         """Batches without end from a step on, this process's share; each with its "image"."""
@@ -37,13 +35,16 @@ class Task(Protocol):
         """What is validated after an epoch; empty for no validation."""
 
     def score(self, model: nn.Module, item: Any, device: torch.device) -> list[float]:
-        """Scores of one watched item, one a name; quickly."""
+        """Scores of one watched item; quickly."""
+
+    def mean(self, scores: Sequence[list[float]]) -> Mapping[str, float]:
+        """Scores by name of all watched items, in their order; their mean tells which epoch is the best."""
 
     def held_out(self) -> Sequence[Any]:
         """What is validated at the end."""
 
-    def final_score(self, model: nn.Module, item: Any, device: torch.device, folder: Path) -> list[float]:
+    def final_score(self, model: nn.Module, item: Any, device: torch.device, folder: Path) -> list[Any]:
         """Scores of one held-out item, as a user would get them; predictions are kept in `folder`."""
 
-    def summarize(self, scores: Sequence[list[float]]) -> Mapping[str, Any]:
+    def summarize(self, scores: Sequence[list[Any]]) -> Mapping[str, Any]:
         """Summary of the final scores, in the order of `held_out`."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kanseg.config import Config
 from kanseg.errors import UsageError, UserError
+from kanseg.layers.mixture import take_balance_loss
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import BEST, LAST, load_weights, named, part
 from kanseg.training.devices import checkpoint_stages
@@ -106,8 +107,8 @@ class Trainer:
         load_weights(self.evaluated, part(tensors, "model"), self.folder / BEST)
         parameters = sum(parameter.numel() for parameter in self.evaluated.parameters())
         summary = {"fold": self.description["fold"], "parameters": parameters, **self._standing()}
-        if held_out := self.task.held_out():
-            self.monitor.say(f"Validating the best weights on {len(held_out)} cases, on their own grids.")
+        if self.task.held_out():
+            self.monitor.say("Validating the best weights on all that was held out.")
             summary |= self.task.summarize(self._final_scores())
         self.monitor.picture()
         if self.accelerator.is_main_process:
@@ -186,7 +187,8 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.network):
                 output = whole_batch(self.network(batch["image"]), self.accelerator)
                 targets = {key: value for key, value in batch.items() if key != "image"}
-                loss = self.task.loss(output, whole_batch(targets, self.accelerator)) / len(batches)
+                loss = self.task.loss(output, whole_batch(targets, self.accelerator))
+                loss = (loss + take_balance_loss(self.model)) / len(batches)
                 self._check_finite("loss", loss.item())
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -222,7 +224,7 @@ class Trainer:
         return (self.state.epoch + 1) % self.options.validate_every == 0 or self.fraction() >= 1
 
     def _validate(self) -> dict[str, float]:
-        """Mean scores over the watched items, each process its share."""
+        """Scores of the watched items together, each process its share."""
         self._take_average()
         scores = []
         for index, item in self._share(self.task.watched()):
@@ -231,11 +233,11 @@ class Trainer:
             if self.accelerator.num_processes == 1:
                 self._tick()
                 self._leave_if_asked()
-        means = torch.tensor(gathered(scores, self.accelerator), dtype=torch.float64).mean(0).tolist()
+        means = self.task.mean(gathered(scores, self.accelerator))
         self._tick()
-        return dict(zip(self.task.names, means, strict=True))
+        return dict(means)
 
-    def _final_scores(self) -> list[list[float]]:
+    def _final_scores(self) -> list[list[Any]]:
         folder = make_folder(self.folder / PREDICTIONS)
         scores = []
         for index, item in self._share(self.task.held_out()):
