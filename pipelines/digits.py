@@ -6,7 +6,16 @@ choose the epoch, 350 test.
 
     python pipelines/digits.py -o runs/digits
 
-RESULT
+Last run by this command, two cores (AMD EPYC, shared with much other work), 20 epochs of 20 steps of batch 64, mean and
+standard deviation of the accuracy on the test digits over seeds 0 to 2 (which change the weights and the order, not the
+split):
+
+    Gram                  486,338 parameters   0.9876 +- 0.0059 (0.9800, 0.9943, 0.9886)   AUC 0.9999   0.97 min
+    plain                  98,682 parameters   0.9781 +- 0.0094 (0.9800, 0.9886, 0.9657)   AUC 0.9997   0.41 min
+    plain, twice as wide  390,890 parameters   0.9914 +- 0.0023 (0.9943, 0.9886, 0.9914)   AUC 0.9999   0.78 min
+
+One image is 0.3 %: the Gram layers beat their plain twin of the same widths, and a wider plain network of fewer
+parameters is level with them.
 """
 
 from __future__ import annotations

@@ -132,3 +132,21 @@ def test_the_table_is_that_of_monai() -> None:
     datasets = pytest.importorskip("monai.apps").DecathlonDataset
     assert {name: s.url for name, s in SOURCES.items() if name.startswith("Task")} == datasets.resource
     assert {name: s.md5 for name, s in SOURCES.items() if name.startswith("Task")} == datasets.md5
+
+
+def test_several_plain_files_are_one_data_set(tmp_path: Path, server: str) -> None:
+    contents = {"train-images-idx3-ubyte.gz": b"images", "train-labels-idx1-ubyte.gz": b"labels"}
+    for name, content in contents.items():
+        (tmp_path / "server" / name).write_bytes(content)
+    (first, md5), *rest = ((f"{server}/{n}", hashlib.md5(c).hexdigest()) for n, c in contents.items())
+    wanted = replace(SOURCES["mnist"], url=first, md5=md5, files=tuple(rest))
+    made = Path(download(wanted, tmp_path / "out")["folder"])
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == contents
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mnist"]
+
+
+def test_the_checksums_of_mnist_are_those_of_torchvision() -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    for name, known in (("mnist", datasets.MNIST), ("fashion_mnist", datasets.FashionMNIST)):
+        parts = {(part.url.rpartition("/")[2], part.md5) for part in SOURCES[name].parts}
+        assert parts == set(known.resources)

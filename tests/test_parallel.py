@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,3 +103,42 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_whole_batch(
     resumed = launch(2, *words, "--resume", sharded=sharded)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert [record["epoch"] for record in read_log(run / "fold_0/log.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_classifier_as_one_does(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    labels = np.arange(32)[:, None] % 2
+    images = (labels[..., None] * 90 + np.random.default_rng(0).integers(0, 100, (32, 8, 8))).astype(np.uint8)
+    parts = {
+        f"{part}_{kind}": array
+        for part in ("train", "val")
+        for kind, array in (("images", images), ("labels", labels))
+    }
+    np.savez(tmp_path / "classes.npz", **parts)
+    options = ["model=classifier", "model.options.encoder=plainkanet4", "model.options.bottleneck=false"]
+    options += [
+        "model.options.encoder_options={layers:[4,8,8,8]}",
+        "model.options.norm=instance",
+        *OPTIONS[:2],
+    ]
+    options += ["model.options.head_dropout=0", "data.workers=0"]
+    logs, summaries = [], []
+    for processes, batch in ((1, 8), (2, 4)):
+        run = tmp_path / str(processes)
+        words = ["train", tmp_path / "classes.npz", *options, f"training.batch_size={batch}", "-o", run]
+        if processes == 1:
+            from kanseg.cli import app
+
+            app([str(word) for word in [*words, "--json"]], standalone_mode=False)
+        else:
+            done = launch(2, *words)
+            assert done.returncode == 0, done.stderr[-3000:]
+        logs.append(read_log(run / "fold_0" / "log.jsonl"))
+        summaries.append(json.loads((run / "fold_0" / "summary.json").read_text()))
+    for one, other in zip(*logs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["accuracy"] == other["accuracy"]
+    assert summaries[0]["images"] == summaries[1]["images"] == 32
+    assert summaries[0]["auc"] == pytest.approx(summaries[1]["auc"], abs=1e-3)

@@ -1,8 +1,8 @@
 """Images with a class each, in the layouts that such data have: folders, tables and arrays, read into one data set.
 
-Folders: a folder a class, alone or below train/, val/ and test/ (ImageNet), and Tiny ImageNet's. Tables: HAM10000's
-metadata, any CSV with the columns image and class. Arrays (`kanseg.data.class_arrays`): MNIST's idx files, the binary
-version of CIFAR-10 and -100, MedMNIST's npz in 2D and 3D. Nothing is unpickled.
+Folders: a folder a class, of pictures or, below train/, val/ and test/ (ImageNet), also of volumes; Tiny ImageNet's.
+Tables: HAM10000's metadata, any CSV with the columns image and class. Arrays (`kanseg.data.class_arrays`): MNIST's idx
+files, the binary version of CIFAR-10 and -100, MedMNIST's npz in 2D and 3D. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HAM10000 = {
     "vasc": "vascular lesion",
 }
 LAYOUTS = (
-    "a folder a class (also below train/, val/, test/), Tiny ImageNet, HAM10000 (its metadata beside the images), a "
+    "a folder a class (of volumes below train/, also val/, test/), Tiny ImageNet, HAM10000 (metadata and images), a "
     ".csv with the columns image and class, MNIST's idx files, the binary version of CIFAR, or MedMNIST's .npz"
 )
 
@@ -127,8 +127,10 @@ def _part_folders(path: Path) -> dict[str, Path]:
     return found if "train" in found and len(_class_folders(found["train"])) > 1 else {}
 
 
-def _all_folders(path: Path) -> dict[str, Path]:
-    return {"train": path} if len(_class_folders(path)) > 1 else {}
+def _picture_folders(path: Path) -> dict[str, Path]:
+    """Class folders without train/ above: of pictures alone, as folders of volumes are rather those of patients."""
+    files = [file for folder in _class_folders(path) for file in image_files(folder)[:1]]
+    return {"train": path} if len(files) > 1 and all(suffix_of(f) in SUFFIXES_2D for f in files) else {}
 
 
 def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
@@ -283,5 +285,5 @@ READERS: Sequence[tuple[Callable[[Path], Any], Callable[[Path, Any], ImageClasse
     (_tiny_imagenet, _read_tiny_imagenet),
     (_table, _read_table),
     (_part_folders, _read_folders),
-    (_all_folders, _read_folders),
+    (_picture_folders, _read_folders),
 )

@@ -1,0 +1,319 @@
+"""Images with classes are read from the formats that they come in, and what does not fit is refused in words."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kanseg.data.class_loader import CHANGES, TrainingImages, covering, prepare, stored
+from kanseg.data.class_plan import ClassPlan, plan_classes
+from kanseg.data.formats import read_dataset
+from kanseg.data.image_classes import is_classes, read_classes
+from kanseg.data.plans import load_plan
+from kanseg.data.splits import split
+from kanseg.errors import UsageError, UserError
+
+generator = np.random.default_rng(0)
+
+
+def pictures(count: int, *shape: int) -> np.ndarray:
+    return generator.integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def mnist(folder: Path) -> np.ndarray:
+    images = pictures(6, 7, 5)
+    for name, array in (("train-images-idx3-ubyte", images), ("t10k-images-idx3-ubyte", images[:2])):
+        (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    for name, count in (("train-labels-idx1-ubyte", 6), ("t10k-labels-idx1-ubyte", 2)):
+        (folder / name).write_bytes(idx(np.arange(count, dtype=np.uint8) % 2))
+    return images[3][None]
+
+
+def cifar10(folder: Path) -> np.ndarray:
+    below = folder / "cifar-10-batches-bin"
+    below.mkdir()
+    images = pictures(4, 3, 32, 32)
+    rows = [bytes([number]) + image.tobytes() for number, image in zip((0, 1, 0, 1), images, strict=True)]
+    (below / "data_batch_1.bin").write_bytes(b"".join(rows[:2]))
+    (below / "data_batch_2.bin").write_bytes(b"".join(rows[2:]))
+    (below / "test_batch.bin").write_bytes(rows[0])
+    (below / "batches.meta.txt").write_text("cat\ndog\n")
+    return images[3]
+
+
+def cifar100(folder: Path) -> np.ndarray:
+    images = pictures(4, 3, 32, 32)
+    rows = [bytes([9, number]) + image.tobytes() for number, image in zip((0, 1, 0, 1), images, strict=True)]
+    (folder / "train.bin").write_bytes(b"".join(rows))
+    (folder / "fine_label_names.txt").write_text("cat\ndog\n")
+    return images[3]
+
+
+def medmnist(folder: Path, *shape: int) -> np.ndarray:
+    images = pictures(4, *shape)
+    labels = np.array([[0], [1], [0], [1]])
+    parts = {f"{part}_images": images for part in ("train", "val", "test")}
+    np.savez(
+        folder / "nodulemnist3d.npz", **parts, **{name.replace("images", "labels"): labels for name in parts}
+    )
+    return images[3]
+
+
+def save(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def class_folders(folder: Path) -> np.ndarray:
+    images = pictures(4, 9, 8, 3)
+    for number, image in enumerate(images):
+        save(folder / ("cat", "dog")[number % 2] / f"{number}.png", image)
+    return np.moveaxis(images[3], -1, 0)
+
+
+def imagenet(folder: Path) -> np.ndarray:
+    class_folders(folder / "val")
+    return class_folders(folder / "train")
+
+
+def tiny_imagenet(folder: Path) -> np.ndarray:
+    images = pictures(4, 64, 64, 3)
+    (folder / "wnids.txt").write_text("n01\nn02\n")
+    (folder / "words.txt").write_text("n01\tcat, feline\nn02\tdog\n")
+    for number, image in enumerate(images):
+        save(folder / "train" / f"n0{1 + number % 2}" / "images" / f"{number}.png", image)
+    save(folder / "val" / "images" / "v.png", images[0])
+    (folder / "val" / "val_annotations.txt").write_text("v.png\tn01\t0\t0\t9\t9\n")
+    return np.moveaxis(images[3], -1, 0)
+
+
+def ham10000(folder: Path) -> np.ndarray:
+    images = pictures(4, 6, 8, 3)
+    rows = ["lesion_id,image_id,dx,age"]
+    for number, image in enumerate(images):
+        save(folder / f"HAM10000_images_part_{1 + number // 2}" / f"ISIC_{number}.png", image)
+        rows.append(f"HAM_{number // 2},ISIC_{number},{('mel', 'nv')[number % 2]},40")
+    (folder / "HAM10000_metadata.csv").write_text("\n".join(rows))
+    return np.moveaxis(images[3], -1, 0)
+
+
+def volumes(folder: Path) -> np.ndarray:
+    images = generator.normal(size=(4, 5, 6, 7)).astype(np.float32)
+    for number, image in enumerate(images):
+        path = folder / "train" / ("benign", "malignant")[number % 2] / f"{number}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(image, np.eye(4)), path)
+    return images[3][None]
+
+
+MAKERS: dict[str, tuple[Callable[[Path], np.ndarray], int, tuple[str, str]]] = {
+    "mnist": (mnist, 2, ("0", "1")),
+    "cifar10": (cifar10, 2, ("cat", "dog")),
+    "cifar100": (cifar100, 2, ("cat", "dog")),
+    "medmnist 2d": (lambda folder: np.moveaxis(medmnist(folder, 8, 8, 3), -1, 0), 2, ("benign", "malignant")),
+    "medmnist 3d": (lambda folder: medmnist(folder, 8, 8, 8)[None], 3, ("benign", "malignant")),
+    "class folders": (class_folders, 2, ("cat", "dog")),
+    "imagenet": (imagenet, 2, ("cat", "dog")),
+    "tiny imagenet": (tiny_imagenet, 2, ("cat (n01)", "dog (n02)")),
+    "ham10000": (ham10000, 2, ("melanoma", "nevus")),
+    "volumes": (volumes, 3, ("benign", "malignant")),
+}
+WITH_VALIDATION = ("medmnist 2d", "medmnist 3d", "imagenet", "tiny imagenet")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_format_gives_its_images_and_classes(name: str, tmp_path: Path) -> None:
+    make, dims, classes = MAKERS[name]
+    image = make(tmp_path)
+    dataset = read_classes(tmp_path)
+    assert is_classes(tmp_path)
+    assert (dataset.spatial_dims, dataset.label_names) == (dims, classes)
+    assert bool(dataset.splits) == (name in WITH_VALIDATION)
+    of_dog = [case for case in dataset.cases if case.values == (1,)]
+    assert any(np.array_equal(dataset.read(case), image) for case in of_dog)
+    assert all(case.values in ((0,), (1,)) for case in (*dataset.cases, *dataset.test_cases))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_plan_comes_back_from_its_file_and_normalises_what_it_looked_at(name: str, tmp_path: Path) -> None:
+    MAKERS[name][0](tmp_path)
+    dataset = read_classes(tmp_path)
+    plan = plan_classes(dataset, tmp_path / "run")
+    assert load_plan(tmp_path / "run" / "plan.json") == plan
+    train = dataset.splits[0]["train"] if dataset.splits else [case.id for case in dataset.cases]
+    images = [
+        prepare(stored(dataset.read(case), plan), plan) for case in dataset.cases if case.id in set(train)
+    ]
+    values = np.stack([image.numpy() for image in images])
+    assert values.shape[2:] == tuple(plan.patch_size)
+    if name not in ("ham10000", "class folders", "imagenet"):  # those are cut
+        axes = (0, *range(2, values.ndim))
+        np.testing.assert_allclose(values.mean(axes), 0, atol=1e-4)
+        np.testing.assert_allclose(values.std(axes), 1, atol=1e-3)
+
+
+def test_segmentation_data_are_not_taken_for_classes(blobs: Path, shared_data: Path, tmp_path: Path) -> None:
+    folders = [blobs, *(folder for folder in shared_data.iterdir() if folder.is_dir())]
+    assert not [folder for folder in folders if is_classes(folder)]
+    save(tmp_path / "images" / "a.png", pictures(1, 4, 4)[0])
+    save(tmp_path / "masks" / "a.png", pictures(1, 4, 4)[0] // 128)
+    assert not is_classes(tmp_path)
+    assert read_dataset(tmp_path).cases
+
+
+def test_images_of_a_lesion_stay_together_and_folds_are_alike(tmp_path: Path) -> None:
+    ham10000(tmp_path)
+    dataset = read_classes(tmp_path)
+    for fold in split(dataset, folds=2):
+        groups = [
+            {case.group for case in dataset.cases if case.id in fold[part]} for part in ("train", "val")
+        ]
+        assert not groups[0] & groups[1]
+        assert sorted(case.values[0] for case in dataset.cases if case.id in fold["val"]) == [0, 1]
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("batches.meta", "data_batch_1"):
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="a pickle, which can run code.*binary version"):
+        read_classes(tmp_path)
+    np.savez(
+        tmp_path / "objects.npz", train_images=np.array([Trap()], dtype=object), train_labels=np.zeros(1)
+    )
+    with pytest.raises(UserError, match="cannot be read as arrays"):
+        read_classes(tmp_path / "objects.npz")
+    assert not (tmp_path / "sprung").exists()
+
+
+def broken_idx(folder: Path) -> None:
+    mnist(folder)
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(6, np.uint8))[:-1])
+
+
+def broken_gzip(folder: Path) -> None:
+    mnist(folder)
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def broken_cifar(folder: Path) -> None:
+    (folder / "train.bin").write_bytes(bytes(3000))
+
+
+def several_labels(folder: Path) -> None:
+    np.savez(folder / "chest.npz", train_images=pictures(2, 4, 4), train_labels=np.ones((2, 14), int))
+
+
+def labels_without_images(folder: Path) -> None:
+    np.savez(folder / "short.npz", train_images=pictures(2, 4, 4), train_labels=np.arange(3))
+
+
+def flat_validation(folder: Path) -> None:
+    class_folders(folder / "train")
+    save(folder / "val" / "a.png", pictures(1, 4, 4)[0])
+
+
+def foreign_class(folder: Path) -> None:
+    imagenet(folder)
+    save(folder / "val" / "horse" / "a.png", pictures(1, 4, 4)[0])
+
+
+def missing_image(folder: Path) -> None:
+    (folder / "cases.csv").write_text("image,class\na.png,cat\n")
+
+
+def empty_class(folder: Path) -> None:
+    mnist(folder)
+    for name in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
+        (folder / name).write_bytes(idx(np.full(6 if name[0] == "t" and "rain" in name else 2, 3, np.uint8)))
+
+
+BROKEN = {
+    broken_idx: "no whole idx file",
+    broken_gzip: "cannot be read",
+    broken_cifar: "no multiple of a record",
+    several_labels: "several labels an image",
+    labels_without_images: "2 images and 3 labels",
+    flat_validation: "has no class folders. Sort",
+    foreign_class: "is a class that is not in train",
+    missing_image: "names the image 'a.png'",
+    empty_class: "no image to train on for: 0, 1, 2",
+}
+
+
+@pytest.mark.parametrize("make", BROKEN, ids=lambda make: make.__name__)
+def test_what_does_not_fit_is_said_in_one_sentence(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(UserError, match=BROKEN[make]) as caught:
+        read_classes(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_recognised_names_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No layout was recognised. Expected: a folder a class"):
+        read_classes(tmp_path)
+    with pytest.raises(UserError, match="There is no such file"):
+        read_classes(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> tuple[ClassPlan, TrainingImages]:
+    class_folders(tmp_path)
+    dataset = read_classes(tmp_path)
+    plan = plan_classes(dataset)
+    options = {"changes": ["flip", "shift"], "epoch_size": 3, "seed": 1}
+    return plan, TrainingImages(dataset.read, dataset.cases, plan, **options)  # type: ignore[arg-type]
+
+
+def test_every_image_is_seen_once_before_any_is_seen_again(planned: tuple[ClassPlan, TrainingImages]) -> None:
+    _, images = planned
+    seen = [images._next((place // 3, place % 3)) for place in range(12)]
+    assert [sorted(seen[start : start + 4]) for start in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
+    assert len({tuple(seen[start : start + 4]) for start in (0, 4, 8)}) > 1
+
+
+def test_a_sample_depends_on_its_place_alone(planned: tuple[ClassPlan, TrainingImages]) -> None:
+    _, images = planned
+    first = images[2, 1]["image"]
+    before = torch.rand(1, generator=torch.Generator().set_state(torch.get_rng_state()))
+    assert torch.equal(images[2, 1]["image"], first)
+    assert torch.equal(torch.rand(1), before)  # the numbers of the training are not touched
+    assert not torch.equal(images[5, 1]["image"], first)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_changes_keep_kind_and_channels(change: str, dims: int, tmp_path: Path) -> None:
+    medmnist(tmp_path, *[8] * dims, *([3] if dims == 2 else []))
+    plan = plan_classes(read_classes(tmp_path))
+    image = torch.randint(0, 256, (plan.in_channels, *[8] * dims), dtype=torch.uint8)
+    if dims == 3 and change not in ("flip", "flips", "shift"):
+        with pytest.raises(UsageError, match="is for 2D images"):
+            CHANGES.create(change, plan)
+        return
+    changed = CHANGES.create(change, plan)(image)
+    assert (changed.shape, changed.dtype) == (image.shape, image.dtype)
+
+
+def test_images_of_any_size_are_covered_and_cut() -> None:
+    assert covering(torch.rand(1, 10, 30), [8, 8]).shape == (1, 8, 24)
+    assert covering(torch.rand(1, 4, 8, 6), [8, 8, 8]).shape == (1, 8, 16, 12)
