@@ -225,7 +225,9 @@ def convert(
     if source not in SOURCES:
         raise UsageError(f"Unknown source '{source}'.{did_you_mean(source, SOURCES)}")
     spec = SOURCES[source](file, out, architecture)
-    _console(json_).print(f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False)
+    _console(json_).print(
+        f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False
+    )
     _emit({"out": str(out), "model": spec}, json_)
 
 

@@ -30,7 +30,9 @@ def main() -> None:
     """Train and predict by each network; the exit code is 1 where one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="a data set in any layout")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/every_network"), help="folder of the runs")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs/every_network"), help="folder of the runs"
+    )
     parser.add_argument("--steps", type=int, default=3, help="training steps of each network")
     parser.add_argument("--models", nargs="*", default=list_models(), help="names; default all")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. training.batch_size=1")

@@ -156,7 +156,13 @@ def test_files_that_hold_code_are_not_run(tmp_path: Path) -> None:
         load_encoder(nn.Linear(1, 1), tmp_path / "module.pt")
 
 
-FOREIGN = ["timm/resnet18", "timm/convnext_atto", "timm/mobilenetv3_small_050", "smp/mobilenet_v2", "smp/mit_b0"]
+FOREIGN = [
+    "timm/resnet18",
+    "timm/convnext_atto",
+    "timm/mobilenetv3_small_050",
+    "smp/mobilenet_v2",
+    "smp/mit_b0",
+]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -188,7 +194,11 @@ def test_weights_of_other_libraries_come_from_their_files(name: str, channels: i
     x = torch.randn(1, 1, 64, 64)
     whole.eval()
     with torch.no_grad():
-        first = whole.forward_features(x.expand(1, 3, 64, 64)) if library == "timm" else whole(x.expand(1, 3, 64, 64))[-1]
+        first = (
+            whole.forward_features(x.expand(1, 3, 64, 64))
+            if library == "timm"
+            else whole(x.expand(1, 3, 64, 64))[-1]
+        )
         ours = model.encoder(x.expand(1, channels, 64, 64))[-1]
     if name != "timm/convnext_atto":  # whose last norm is left out of its maps
         torch.testing.assert_close(ours, first, atol=1e-4, rtol=1e-4)
@@ -240,7 +250,18 @@ def test_attention_stands_before_the_last_poolings_or_last() -> None:
         assert len(encoder(torch.randn(1, 1, 32, 32))) == 5
 
 
-SMP = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "UPerNet", "Segformer"]
+SMP = [
+    "Unet",
+    "UnetPlusPlus",
+    "MAnet",
+    "Linknet",
+    "FPN",
+    "PSPNet",
+    "DeepLabV3",
+    "DeepLabV3Plus",
+    "UPerNet",
+    "Segformer",
+]
 
 
 @pytest.mark.parametrize("architecture", SMP)

@@ -21,7 +21,7 @@ __all__ = [
     "ResKANet",
     "ResidualBlock",
     "check_encoder_name",
+    "create_encoder",
     "load_encoder",
     "register_smp",
-    "create_encoder",
 ]

@@ -23,8 +23,8 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
 
     Args:
         target: an encoder, a `Classifier`, a `UKANet`, ...
-        source: the same, or a file (.safetensors, or a state_dict that torch saved): a checkpoint of ours, the folder of
-            a saved model, or weights of timm or smp for their encoders.
+        source: the same, or a file (.safetensors, or a state_dict that torch saved): a checkpoint of ours, the folder
+            of a saved model, or weights of timm or smp for their encoders.
 
     Raises:
         UserError: the weights do not fit; the first keys that do not are named, and nothing is changed.
@@ -33,7 +33,9 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
     weights = _encoder(source).state_dict() if isinstance(source, nn.Module) else read_weights(source)
     own = encoder.state_dict()
     places = {_plain(key): key for key in own}
-    stored = max((_below(weights, prefix) for prefix in PREFIXES), key=lambda part: len(part.keys() & places.keys()))
+    stored = max(
+        (_below(weights, prefix) for prefix in PREFIXES), key=lambda part: len(part.keys() & places.keys())
+    )
     found = {key: _fitted(stored[name], own[key]) for name, key in places.items() if name in stored}
     missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
     other = [key for key, value in found.items() if value.shape != own[key].shape]
@@ -41,8 +43,8 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
         name = type(source).__name__ if isinstance(source, nn.Module) else source
         first = [f"{key} {list(found[key].shape)} instead of {list(own[key].shape)}" for key in other]
         raise UserError(
-            f"The weights of {name} do not fit this {type(encoder).__name__}: missing {missing[:3] or 'none'}, of another "
-            f"shape {first[:3] or 'none'}. Give both the same encoder, basis and options."
+            f"The weights of {name} do not fit this {type(encoder).__name__}: missing {missing[:3] or 'none'}, of "
+            f"another shape {first[:3] or 'none'}. Give both the same encoder, basis and options."
         )
     encoder.load_state_dict({**own, **found})
     return target
@@ -53,7 +55,9 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"There is no file {path} with weights. Give a .safetensors file or a state_dict of torch.")
+        raise UserError(
+            f"There is no file {path} with weights. Give a .safetensors file or a state_dict of torch."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
