@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import interpolate, special
+from torch import nn
 
 from kanseg.bases import BASES, create_basis
 from kanseg.bases.orthogonal import Gram
@@ -75,6 +76,7 @@ GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)
 POLYNOMIALS = [
     ("legendre", {}, lambda n, t: special.eval_legendre(n, t)),
     ("chebyshev", {}, lambda n, t: special.eval_chebyt(n, t)),
+    ("hermite", {}, lambda n, t: special.eval_hermitenorm(n, t)),
     ("jacobi", {"a": 1.0, "b": 1.0}, lambda n, t: special.eval_jacobi(n, 1.0, 1.0, t)),
     ("jacobi", {"a": 0.5, "b": 1.5}, lambda n, t: special.eval_jacobi(n, 0.5, 1.5, t)),
     ("jacobi", {"a": 0.0, "b": 0.0}, lambda n, t: special.eval_legendre(n, t)),
@@ -118,7 +120,7 @@ def test_gram_polynomials_are_orthogonal_on_their_points(degree: int, points: in
 
 
 def test_degree_zero_is_the_constant() -> None:
-    for name in ("legendre", "chebyshev", "gram", "jacobi", "bernstein"):
+    for name in ("legendre", "chebyshev", "gram", "hermite", "jacobi", "bernstein", "fourier"):
         basis = create_basis(name, channels=1, degree=0)
         assert torch.equal(basis(torch.randn(1, 1, 4)), torch.ones(1, 1, 1, 4))
 
@@ -188,6 +190,42 @@ def test_mexican_hat_is_the_second_derivative_of_a_gaussian() -> None:
     (first,) = torch.autograd.grad(torch.exp(-(z**2) / 2).sum(), z, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), z)
     torch.testing.assert_close(WAVELETS["mexican_hat"](z), -second * 2 / (3**0.5 * torch.pi**0.25))
+
+
+@pytest.mark.parametrize("degree", [1, 2, 5])
+def test_fourier_functions_are_cosines_and_sines(degree: int) -> None:
+    t = torch.linspace(-7, 7, 41, dtype=torch.float64)
+    ours = create_basis("fourier", channels=1, degree=degree).evaluate(t.view(1, 1, -1))[0, 0]
+    waves = [wave(k * t) for k in range(1, degree + 1) for wave in (torch.cos, torch.sin)]
+    torch.testing.assert_close(ours, torch.stack([torch.ones_like(t), *waves]))
+
+
+def test_rational_functions_start_as_silu_and_follow_their_coefficients() -> None:
+    basis = create_basis("rational", channels=4, groups=2).double()
+    t = torch.linspace(-3, 3, 31, dtype=torch.float64)
+    assert (basis(t.view(1, 1, -1).expand(1, 4, -1)) - nn.functional.silu(t)).abs().max() < 0.01
+    nn.init.normal_(basis.numerator)
+    nn.init.normal_(basis.denominator)
+    values = basis(t.view(1, 1, -1).expand(1, 4, -1))[0, :, 0].detach().numpy()
+    for channel in range(4):
+        a, b = (sets[channel // 2].detach().numpy() for sets in (basis.numerator, basis.denominator))
+        top, bottom = np.polyval(a[::-1], t.numpy()), np.polyval([*b[::-1], 0.0], t.numpy())
+        np.testing.assert_allclose(values[channel], top / (1 + np.abs(bottom)))
+
+
+@pytest.mark.parametrize("name", BASES.names())
+def test_a_shared_function_is_one_sum_a_group_of_channels(name: str) -> None:
+    basis = create_basis(name, channels=6, shared_by=2).double()
+    x = torch.randn(2, 12, 5, dtype=torch.float64)  # two groups of a convolution, 6 channels each
+    phi = basis.basis(x)
+    sets = basis.coefficients[[0, 0, 0, 1, 1, 1] * 2]
+    torch.testing.assert_close(basis(x)[:, :, 0], torch.einsum("nckp,ck->ncp", phi, sets))
+    assert basis.num_functions == 1
+
+
+def test_groups_that_do_not_divide_the_channels_are_made_to() -> None:
+    assert len(create_basis("gram", channels=1, shared_by=8).coefficients) == 1
+    assert len(create_basis("rational", channels=12, groups=8).numerator) == 4
 
 
 def test_unknown_names_and_options_are_explained() -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from kanseg.layers import FAMILIES, KANConv, conv_layer
 from kanseg.layers.kernels import expansion, instance_norm_act, native
 from kanseg.layers.kernels.rows import channels_last
+from kanseg.layers.wavelet_conv import WaveletConv
 
 BUILT = sorted(Path(native.__file__).parent.glob("_native*.so"))
 SIZES = {1: (33,), 2: (13, 18), 3: (9, 11, 10)}
@@ -107,6 +108,33 @@ def test_winograds_products_are_the_convolution(
         **({"act": "silu"} if family == "kan" else {}),
     }  # PReLU bends: signs may flip
     assert_like_float64(lambda **o: conv_layer(family, **options, **o)(spatial_dims, 32, 16), x, 2e-4)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("psi", ["mexican_hat", "morlet", "dog", "meyer"])
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_wavelet_an_edge_is_its_formula(backend: str, spatial_dims: int, psi: str, padding: int) -> None:
+    def make(**options: Any) -> WaveletConv:
+        layer = WaveletConv(spatial_dims, 5, 16, wavelet=psi, padding=padding, **options)
+        nn.init.uniform_(layer.scale, 0.5, 1.5)
+        nn.init.normal_(layer.translation)
+        return layer
+
+    assert_like_float64(make, torch.randn(2, 5, *SIZES[spatial_dims]))
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_number_does_not_depend_on_how_the_work_is_cut(backend: str, spatial_dims: int) -> None:
+    """The top of an image gives to the last bit what it gives within the whole, which is cut in other places."""
+    size = (150, 131) if spatial_dims == 2 else (22, 41, 37)
+    layer, x = conv_layer("kagn", norm=None)(spatial_dims, 32, 16), torch.randn(2, 32, *size)
+    half = size[0] // 8 * 4
+    with torch.inference_mode():
+        whole, top = layer(x), layer(x[:1, :, : half + 4])
+    if backend == "eager":
+        torch.testing.assert_close(top[:, :, :half], whole[:1, :, :half], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(top[:, :, :half], whole[:1, :, :half])
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def test_recomputing_changes_no_gradient(basis: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("basis", ["gram", "relu", "fourier"])
+def test_shared_functions_have_right_gradients_and_the_weights_of_a_plain_convolution(basis: str) -> None:
+    conv = KANConv(2, 4, 6, basis=basis, shared_by=2, base=False, groups=2).double()
+    assert conv.basis_weight.shape == KANConv(2, 4, 6, basis=None, groups=2).base_weight.shape
+    x = torch.randn(1, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(conv.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: conv(x), (x, *parameters), fast_mode=True)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_every_family_has_right_gradients(family: str, norm: str) -> None:

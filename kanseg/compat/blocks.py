@@ -158,7 +158,8 @@ def convert_focal(name: str, spatial_dims: int, args: Arguments, state: State) -
 
 
 def _norm(norm: Any, arguments: Arguments) -> Any:
-    return norm_name(norm, "batch"), arguments
+    name = norm_name(norm, "batch")
+    return (name, arguments) if name else None
 
 
 def _renamed(module: nn.Module, names: Mapping[str, str]) -> list[Link]:

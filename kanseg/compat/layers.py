@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kanseg.compat import legacy
 from kanseg.compat.links import Conversion, Link, below, stacked
@@ -20,7 +21,7 @@ from kanseg.layers.wavelet_conv import WaveletConv
 
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "dropout")
 DEFAULT_PADDING = 0
-NORMS = {"BatchNorm": "batch", "InstanceNorm": "instance"}
+NORMS = {"BatchNorm": "batch", "InstanceNorm": "instance", "Identity": None}
 ACTIVATIONS = {
     "GELU": "gelu",
     "SiLU": "silu",
@@ -161,7 +162,7 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
         ) from error
 
 
-def norm_name(norm: Any, default: str) -> str:
+def norm_name(norm: Any, default: str) -> str | None:
     """MONAI's name of a norm that is given as a class or by its name."""
     if norm is None:
         return default
@@ -220,14 +221,9 @@ def _spatial(t: Tensor, spatial_dims: int) -> Tensor:
     return t.reshape(1, *t.shape, *[1] * spatial_dims)
 
 
-def beta_link(ours: str, theirs: str, state: Mapping[str, Tensor]) -> Link:
+def beta_link(ours: str, theirs: str) -> Link:
     """The reference keeps degree + 1 factors and uses 1 ... degree - 1."""
-    count = len(state[theirs]) if theirs in state else 2
-
-    def padded(t: Tensor) -> list[Tensor]:
-        return [torch.cat([t.new_zeros(1), t, t.new_zeros(1)])[:count]]
-
-    return Link(ours, (theirs,), lambda parts: parts[0][1 : count - 1], padded)
+    return Link(ours, (theirs,), lambda parts: parts[0][1:-1], lambda t: [F.pad(t, (1, 1))])
 
 
 def _expansions(conv: Any) -> list[tuple[Any, str, str]]:
@@ -247,7 +243,7 @@ def _basis_links(spec: Family, conv: Any, spatial_dims: int, state: Mapping[str,
     links = []
     for ours, theirs in spec.keys.items():
         if ours.endswith("beta"):
-            links.append(beta_link(ours, theirs, state))
+            links.append(beta_link(ours, theirs))
         elif "phase" in ours:
             links.append(
                 Link(ours, (theirs,), lambda parts: _pairs(parts[0]), lambda t: [_spatial(t, spatial_dims)])

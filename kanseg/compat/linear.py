@@ -129,6 +129,7 @@ LAYERS: dict[str, Layer] = {
             "linear.wavelet_weight": "wavelet_weights",
             "linear.base_weight": "weight1",
         },
+        options={"wavelet": legacy.wavelet("mexican_hat")},
         norm="bn",
     ),
     "BottleNeckGRAMLayer": replace(
@@ -180,14 +181,14 @@ def convert(name: str, spatial_dims: int, args: Mapping[str, Any], state: State)
     """A layer of `LAYERS` with its links."""
     spec, args = LAYERS[name], dict(args)
     features = [args.pop(key) for key in spec.features]
-    options = {**spec.options, **_options(spec, args, features[0])}
+    options = {**spec.options, **_options(spec, args)}
     if args:
         raise UsageError(f"{name} of torch-conv-kan does not take {sorted(args)}")
     layer = LinearLayer(*features, **{**FAMILIES[spec.family], **options})
     return Conversion(layer, _links(spec, layer, state))
 
 
-def _options(spec: Layer, args: dict[str, Any], in_features: int) -> dict[str, Any]:
+def _options(spec: Layer, args: dict[str, Any]) -> dict[str, Any]:
     """Our options of what `args` says; it is emptied of what is understood."""
     act = args.pop("act", None) or args.pop("base_activation", None)
     args.pop("base_activation", None)
@@ -201,8 +202,8 @@ def _options(spec: Layer, args: dict[str, Any], in_features: int) -> dict[str, A
         options.update({place: activation_name(act) for place in spec.acts})
     if "grid_range" in options:
         options["grid_range"] = tuple(options["grid_range"])
-    if "wavelet" in options or spec.family == "wavkan":
-        options["wavelet"] = legacy.wavelet(options.get("wavelet", "mexican_hat"), channel_axis=2)
+    if "wavelet" in options:
+        options["wavelet"] = legacy.wavelet(options["wavelet"], channel_axis=2)
     return options
 
 
@@ -210,11 +211,11 @@ def _links(spec: Layer, layer: nn.Module, state: State) -> list[Link]:
     own, links = layer.state_dict(), []
     for ours, theirs in spec.keys.items():
         if ours.endswith("beta"):
-            links.append(beta_link(ours, theirs, state))
+            links.append(beta_link(ours, theirs))
         elif ours in own:
             links.append(Link(ours, (theirs,)))
     if spec.basis is not None:
-        inner = "linear.inner" if spec.family.startswith("bottleneck") else "linear"
+        inner = "linear.inner" if "linear.inner.basis_weight" in own else "linear"
         functions = layer.get_submodule(f"{inner}.basis").num_functions
         links.append(_basis_link(f"{inner}.basis_weight", *spec.basis, functions, state))
     if spec.norm is not None:

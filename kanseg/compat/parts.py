@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from monai.losses import DiceLoss
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kanseg.compat.links import Conversion, Link, same_names
 from kanseg.layers.heads import MatryoshkaHead
@@ -30,6 +31,18 @@ class OneOrSeveral(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         loss = (self.one if logits.shape[1] == 1 else self.several)(logits, target)
         return 1 - loss if self.complement else loss
+
+
+class DiceAndCrossEntropy(nn.Module):
+    """Dice loss plus `weight` times the binary cross-entropy of every channel."""
+
+    def __init__(self, smooth: float, weight: float) -> None:
+        super().__init__()
+        self.dice, self.weight = OneOrSeveral(DiceLoss, smooth_nr=smooth, smooth_dr=smooth), weight
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        entropy = F.binary_cross_entropy_with_logits(logits, target)
+        return self.dice(logits, target) + self.weight * entropy
 
 
 def convert_norm(groups: int, spatial_dims: int, args: dict[str, Any], state: State) -> Conversion:
@@ -76,12 +89,14 @@ def _focal(args: dict[str, Any]) -> nn.Module:
         class_weights=None if alpha is None else torch.as_tensor(alpha, dtype=torch.float32),
         ignore_index=args.get("ignore_index", -100),
         label_smoothing=args.get("label_smoothing", 0.0),
+        reduction=args.get("reduction", "mean"),
     )
 
 
 LOSSES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "Dice": partial(_dice, True),
     "DiceLoss": partial(_dice, False),
+    "DiceLossWithBCE": lambda args: DiceAndCrossEntropy(args.get("smooth", 1.0), args.get("bce_weight", 0.5)),
     "TverskyLoss": _tversky,
     "FocalLoss": _focal,
 }

@@ -5,20 +5,29 @@ from kanseg.layers.bottleneck import BottleneckKANConv
 from kanseg.layers.conv_layer import ConvLayer
 from kanseg.layers.families import FAMILIES, conv_layer, family_name
 from kanseg.layers.focal import FocalModulation
+from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.kan_conv import KANConv
+from kanseg.layers.linear import KANMLP, KANLinear, LinearLayer, linear_layer
 from kanseg.layers.mixture import MixtureOfExperts, take_balance_loss
+from kanseg.layers.spatial_norm import SpatialNorm
 from kanseg.layers.wavelet_conv import WaveletConv
 
 __all__ = [
     "FAMILIES",
+    "KANMLP",
     "BottleneckKANConv",
     "ConvLayer",
     "FocalModulation",
     "KANAttention",
     "KANConv",
+    "KANLinear",
+    "LinearLayer",
+    "MatryoshkaHead",
     "MixtureOfExperts",
+    "SpatialNorm",
     "WaveletConv",
     "conv_layer",
     "family_name",
+    "linear_layer",
     "take_balance_loss",
 ]

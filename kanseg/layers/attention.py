@@ -98,7 +98,7 @@ class KANAttention(nn.Module):
         inner_channels: 1x1 convolutions lead to this many channels before and back after; default none.
         num_heads: heads, each with its share of the channels.
         rotary: "axial", "mixed" or None, see `Rotary`; `theta` is its base.
-        norm: MONAI norm spec.
+        norm: MONAI norm spec, None for none.
         scale: factor of the products; default 1 / sqrt(channels of a head).
         options: go to `conv_layer` (groups, ...).
 
@@ -119,7 +119,7 @@ class KANAttention(nn.Module):
         num_heads: int = 1,
         rotary: str | None = None,
         theta: float = 10.0,
-        norm: str | tuple = ("instance", {"affine": True}),
+        norm: str | tuple | None = ("instance", {"affine": True}),
         scale: float | None = None,
         **options: Any,
     ) -> None:
@@ -140,7 +140,7 @@ class KANAttention(nn.Module):
             else self.new_rotary(spatial_dims, inner // num_heads, num_heads, kind=rotary, theta=theta)
         )
         self.gamma = nn.Parameter(torch.zeros(1))
-        self.norm = get_norm_layer(norm, spatial_dims, channels)
+        self.norm = get_norm_layer(norm, spatial_dims, channels) if norm else nn.Identity()
         self.num_heads, self.scale = num_heads, scale
 
     new_rotary: type[Rotary] = Rotary

@@ -53,7 +53,7 @@ class FocalModulation(nn.Module):
         full_kan: bool = True,
         use_postln_in_modulation: bool = True,
         normalize_modulator: bool = True,
-        norm: str | tuple = ("instance", {"affine": True}),
+        norm: str | tuple | None = ("instance", {"affine": True}),
     ) -> None:
         super().__init__()
         if focal_window % 2 == 0 or focal_factor % 2 or focal_level < 0:
@@ -74,7 +74,9 @@ class FocalModulation(nn.Module):
             context(spatial_dims, channels, channels, focal_window + focal_factor * level, groups=channels)
             for level in range(focal_level)
         )
-        self.norm = get_norm_layer(norm, spatial_dims, channels) if use_postln_in_modulation else None
+        self.norm = (
+            get_norm_layer(norm, spatial_dims, channels) if norm and use_postln_in_modulation else None
+        )
         self.shrink = 1 / (focal_level + 1) if normalize_modulator else 1.0
 
     def forward(self, x: Tensor) -> Tensor:

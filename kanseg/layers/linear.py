@@ -23,6 +23,9 @@ from kanseg.layers.bottleneck import inner_width
 from kanseg.layers.families import family_name
 from kanseg.layers.kan_conv import ActSpec, activation, recomputed
 
+EDGES_AT_ONCE = (
+    1 << 18
+)  # (row, output, input) triples whose wavelet is evaluated together: they stay in the cache
 NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
 
 
@@ -80,14 +83,17 @@ class KANLinear(nn.Module):
         self.input_norm = feature_norm(input_norm, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputed(self._map, x, self.input_norm(x), preserve_rng_state=False)
+        return recomputed(self.expand_and_map, x, self.input_norm(x), preserve_rng_state=False)
 
-    def _map(self, x: Tensor, normed: Tensor) -> Tensor:
+    def expand_and_map(self, x: Tensor, normed: Tensor) -> Tensor:
+        """The layer of rows and of what the basis sees of them."""
         y = None if self.base_weight is None else F.linear(self.base_act(x), self.base_weight, self.bias)
         if self.basis is None:
             return y  # type: ignore[return-value]
         bias = self.bias if y is None else None
-        term = F.linear(self.basis_act(self.basis(normed)).flatten(1), self.basis_weight, bias)
+        functions = torch.cat([self.basis_act(f) for f in self.basis.of(normed)], dim=1)
+        by_function = self.basis_weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
+        term = F.linear(functions, by_function, bias)
         return term if y is None else y + term
 
 
@@ -116,7 +122,9 @@ class WaveletLinear(nn.Module):
         self.base_weight = new_weight(out_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputed(self._map, x, preserve_rng_state=False)
+        rows = max(1, EDGES_AT_ONCE // self.scale.numel())
+        parts = [recomputed(self._map, part, preserve_rng_state=False) for part in x.split(rows)]
+        return torch.cat(parts)
 
     def _map(self, x: Tensor) -> Tensor:
         z = (x.unsqueeze(1) - self.translation) / self.scale
@@ -145,12 +153,17 @@ class BottleneckKANLinear(nn.Module):
         super().__init__()
         inner = inner_width(in_features, out_features, dim_reduction, min_internal)
         self.down, self.up = nn.Linear(in_features, inner), nn.Linear(inner, out_features)
-        self.inner = KANLinear(inner, inner, base=False, **options)
+        self.inner = KANLinear(inner, inner, base=False, input_norm=None, **options)
         self.base_weight = new_weight(out_features, in_features)
         self.base_act = activation(base_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.inner(self.down(x))) + F.linear(self.base_act(x), self.base_weight)
+        return recomputed(self._map, x, preserve_rng_state=False)
+
+    def _map(self, x: Tensor) -> Tensor:
+        h = self.down(x)
+        y = self.up(self.inner.expand_and_map(h, h))
+        return y + F.linear(self.base_act(x), self.base_weight)
 
 
 class LinearLayer(nn.Module):

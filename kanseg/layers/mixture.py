@@ -73,7 +73,7 @@ class NoisyTopKGate(nn.Module):
         An expert is among the k when its noisy logit exceeds the k-th largest of the others.
         """
         if spread is None or self.k == self.num_experts:
-            return torch.bincount(chosen.flatten(), minlength=self.num_experts).to(clean.dtype)
+            return torch.zeros_like(clean).scatter(1, chosen, 1.0).sum(0)
         return torch.special.ndtr((clean - kth_of_the_others(logits, self.k)) / spread).sum(0)
 
 
@@ -89,6 +89,11 @@ def squared_variation(values: Tensor) -> Tensor:
     if len(values) == 1:
         return values.new_zeros(())
     return values.var() / (values.mean() ** 2 + 1e-10)
+
+
+def beside_samples(numbers: Tensor, x: Tensor) -> Tensor:
+    """View a number a sample, (N,), so that it broadcasts against x, (N, C, *S)."""
+    return numbers.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 class MixtureOfExperts(nn.Module):
@@ -131,6 +136,9 @@ class MixtureOfExperts(nn.Module):
         )
         self.balance_weight = balance_weight
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "balance_loss": None}  # a copy is not part of the step that made the loss
+
     def forward(self, x: Tensor) -> Tensor:
         y, loss = self.mix(x)
         self.balance_loss = loss if self.training else None
@@ -138,7 +146,12 @@ class MixtureOfExperts(nn.Module):
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output and the balance loss."""
-        chosen, shares, imbalance = self.gate(x.flatten(2).mean(2))
+        chosen, shares, imbalance = self.gate(x.mean(dim=tuple(range(2, x.dim()))))
+        send = self._to_all if torch.compiler.is_exporting() else self._to_chosen
+        return send(x, chosen, shares), self.balance_weight * imbalance
+
+    def _to_chosen(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Each expert on its own samples."""
         samples, answers, idle = [], [], []
         for number, expert in enumerate(self.experts):
             sample, place = (chosen == number).nonzero(as_tuple=True)
@@ -146,12 +159,17 @@ class MixtureOfExperts(nn.Module):
                 idle.append(expert)
                 continue
             answer = expert(x[sample])
-            share = shares[sample, place].to(answer.dtype)
             samples.append(sample)
-            answers.append(answer * share.view(-1, *[1] * (answer.dim() - 1)))
+            answers.append(answer * beside_samples(shares[sample, place], answer))
         parts = torch.cat(answers)
         y = parts.new_zeros(len(x), *parts.shape[1:]).index_add(0, torch.cat(samples), parts)
-        return y + self._nothing_of(idle, y), self.balance_weight * imbalance
+        return y + self._nothing_of(idle, y)
+
+    def _to_all(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Each expert on all samples: what an exported graph, whose shapes do not depend on data, can do."""
+        weights = shares.new_zeros(len(x), len(self.experts)).scatter(1, chosen, shares)
+        answers = [expert(x) for expert in self.experts]
+        return torch.stack([a * beside_samples(w, a) for a, w in zip(answers, weights.T, strict=True)]).sum(0)
 
     def _nothing_of(self, experts: Sequence[nn.Module], y: Tensor) -> Tensor:
         """0 that depends on all weights of the idle experts: data-parallel training waits for every gradient."""

@@ -12,7 +12,9 @@ from monai.networks.layers.factories import Dropout
 from torch import Tensor, nn
 
 from kanseg.bases.wavelet import get_wavelet
-from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation
+from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation, lean
+from kanseg.layers.kernels import native, wavelet
+from kanseg.layers.kernels.expansion import Branches
 
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
 
@@ -57,6 +59,21 @@ class WaveletConv(ConvGeometry):
         self.step = max(1, EDGES_AT_ONCE // in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        dropped = self.training and not isinstance(self.dropout, nn.Identity)
+        geometry = self.geometry()
+        if (
+            self.recompute
+            and lean(x)
+            and not dropped
+            and wavelet.serves(x, self.wavelet_weight, self.psi, geometry)
+        ):
+            base = Branches(
+                lambda z: [self.base_act(z)], (), native.describe(None, self.base_act, nn.Identity(), 0, 1)
+            )
+            edges = (x, self.scale, self.translation, self.wavelet_weight, self.mix_weight)
+            return wavelet.wavelet_sum(*edges, self.psi, geometry).add_(
+                self.convolve_expanded([x], base, self.base_weight)
+            )
         tensors = (
             x,
             self.dropout(x),

@@ -9,17 +9,20 @@ from monai.losses import TverskyLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kanseg.errors import UsageError
+
 
 class FocalLoss(nn.Module):
-    """Mean over voxels of (1 - p)^gamma * cross-entropy, p = exp(-cross-entropy) (Lin et al., arXiv 1708.02002).
+    """Mean of (1 - p)^gamma * cross-entropy, p the probability of the true class (Lin et al., arXiv 1708.02002).
 
     Logits (N, K, *S) and class numbers (N, *S). Voxels of class `ignore_index` do not count; where all are ignored the
     loss is 0.
 
     Args:
         gamma: 0 is the cross-entropy.
-        class_weights: factor of each class, (K,), applied after p is taken.
+        class_weights: factor of each class, (K,).
         label_smoothing: of the cross-entropy.
+        reduction: "mean" or "sum" over the voxels that count.
     """
 
     class_weights: Tensor | None
@@ -31,19 +34,30 @@ class FocalLoss(nn.Module):
         class_weights: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
+        if reduction not in REDUCTIONS:
+            raise UsageError(f"reduction must be 'mean' or 'sum', got '{reduction}'")
         self.gamma, self.ignore_index, self.label_smoothing = gamma, ignore_index, label_smoothing
+        self.reduction = reduction
         self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         counts = target != self.ignore_index
-        options: dict[str, Any] = {"ignore_index": self.ignore_index, "reduction": "none"}
-        entropy = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing, **options)
-        loss = (1 - torch.exp(-entropy)) ** self.gamma * entropy
+        target = target.where(counts, 0)
+        entropy = F.cross_entropy(logits, target, reduction="none")
+        p = torch.exp(-entropy)
+        if self.label_smoothing:
+            smoothing = self.label_smoothing
+            entropy = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+        loss = (1 - p) ** self.gamma * entropy
         if self.class_weights is not None:
-            loss = loss * self.class_weights[target.where(counts, 0)]
-        return loss.where(counts, 0).sum() / counts.sum().clamp_min(1)
+            loss = loss * self.class_weights[target]
+        return REDUCTIONS[self.reduction](loss.where(counts, 0).sum(), counts.sum())
+
+
+REDUCTIONS = {"mean": lambda total, count: total / count.clamp_min(1), "sum": lambda total, count: total}
 
 
 class FocalTverskyLoss(nn.Module):

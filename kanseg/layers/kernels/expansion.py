@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kanseg.layers.kernels import native
+from kanseg.layers.kernels import native, winograd
 from kanseg.layers.kernels.rows import as_rows, blocks, channels_last, empty_channels_last
 
 SLAB_BYTES = 32 * 2**20  # of an expansion; a smaller one starves the gradient of the weight
@@ -92,27 +92,8 @@ class _ExpandedConv(torch.autograd.Function):
         made = _Made(branches, parts, geometry)
         ctx.made, ctx.count, ctx.dtype = made, count, dtype
         ctx.save_for_backward(weight, constant, *tensors)
-        size = geometry.out_size(first.shape[2:])
-        out: Tensor | None = None
         with torch.autocast(first.device.type, enabled=False):
-            kernel = weight.to(dtype)
-            fast = made.fast(first, kernel, size)
-            turned = native.winograd_kernel(kernel) if fast else None
-            for slab in _slabs(first.shape, weight.shape[1] * geometry.groups, dtype, geometry):
-                buffer = _expansion(slab, inputs, made, kernel)
-                if out is None and (fast or not slab.whole):
-                    out = empty_channels_last((len(first), len(weight), *size), first, dtype)
-                if turned is not None:
-                    native.winograd(buffer, turned, _outputs(out, slab), slab.padding(geometry))
-                elif slab.whole:
-                    out = channels_last(_convolve(buffer, kernel, slab, geometry))
-                else:
-                    _outputs(out, slab).copy_(_convolve(buffer, kernel, slab, geometry))
-                del buffer  # before the next is made
-            assert out is not None
-            if constant is not None:
-                _add_constant(out, constant, first.shape[2:], geometry)
-        return out
+            return _forward(made, inputs, weight.to(dtype), constant)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -124,51 +105,87 @@ class _ExpandedConv(torch.autograd.Function):
         grad = channels_last(grad)
         kernel = weight.to(ctx.dtype)
         totals = [None if t is None else torch.zeros_like(t) for t in wants]
-        of_weight: Tensor | None = None  # of the transformed weight in the fast way
-        expands = any(t is not None for t in wants)
-        fast = ctx.made.fast(inputs[0], kernel, grad.shape[2:])
-        turned = native.winograd_kernel(kernel, backward=True) if fast and expands else None
+        constant = constant if needs[4] else None
         with torch.autocast(grad.device.type, enabled=False):
-            for slab in _slabs(inputs[0].shape, weight.shape[1] * geometry.groups, ctx.dtype, geometry):
-                buffer = _expansion(slab, inputs, ctx.made, kernel)
-                upper = _outputs(grad, slab)
-                if fast:
-                    padding = slab.padding(geometry)
-                    if needs[3]:
-                        of_weight = _plus(of_weight, native.winograd_weight(buffer, upper, padding))
-                    if turned is not None:
-                        native.winograd(upper, turned, buffer, [2 - pad for pad in padding])
-                        _contract(buffer, slab, inputs, parameters, ctx.made, totals)
-                    del buffer
-                    continue
-                through, part, _ = torch.ops.aten.convolution_backward(
-                    channels_last(upper),
-                    buffer,
-                    kernel,
-                    None,
-                    geometry.stride,
-                    slab.padding(geometry),
-                    geometry.dilation,
-                    False,
-                    [0] * len(geometry.stride),
-                    geometry.groups,
-                    [expands, bool(needs[3]), False],
-                )
-                del buffer
-                if needs[3]:
-                    of_weight = _plus(of_weight, part)
-                if expands:
-                    _contract(through, slab, inputs, parameters, ctx.made, totals)
-            if fast and of_weight is not None:
-                of_weight = native.winograd_weight_back(of_weight, len(geometry.stride))
+            of_weight = _backward(ctx.made, inputs, parameters, kernel, grad, totals, bool(needs[3]))
             of_constant = (
                 None
-                if constant is None or not needs[4]
+                if constant is None
                 else _constant_gradient(grad, constant, inputs[0].shape[2:], geometry)
             )
         if of_weight is not None:
             of_weight = of_weight.to(weight.dtype)
         return None, None, None, of_weight, of_constant, *totals
+
+
+def _forward(made: _Made, inputs: Sequence[Tensor], kernel: Tensor, constant: Tensor | None) -> Tensor:
+    first, geometry = inputs[0], made.geometry
+    size = geometry.out_size(first.shape[2:])
+    if made.fast(first, kernel):
+        out = empty_channels_last((len(first), len(kernel), *size), first)
+        border = None if constant is None else _border(constant, first.shape[2:], size, geometry)
+        winograd.convolve(inputs, made.parts, kernel, border, out, geometry.padding)
+        return out
+    whole: Tensor | None = None
+    for slab in _slabs(first.shape, kernel.shape[1] * geometry.groups, kernel.dtype, geometry):
+        buffer = _expansion(slab, inputs, made, kernel)
+        part = _convolve(buffer, kernel, slab, geometry)
+        del buffer  # before the next is made
+        if slab.whole:
+            whole = channels_last(part)
+        else:
+            if whole is None:
+                whole = empty_channels_last((len(first), len(kernel), *size), first, kernel.dtype)
+            _outputs(whole, slab).copy_(part)
+    assert whole is not None
+    if constant is not None:
+        _add_constant(whole, constant, first.shape[2:], geometry)
+    return whole
+
+
+def _backward(
+    made: _Made,
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    kernel: Tensor,
+    grad: Tensor,
+    totals: Sequence[Tensor | None],
+    of_kernel: bool,
+) -> Tensor | None:
+    """Gradient of the kernel, where it is asked for; those of inputs and parameters are added to `totals`."""
+    geometry, expands = made.geometry, any(t is not None for t in totals)
+    if made.fast(inputs[0], kernel):
+        assert made.parts is not None
+        if expands:
+            learned = totals[len(inputs) :]
+            winograd.convolve_back(inputs, made.parts, kernel, grad, totals, learned, geometry.padding)
+        return (
+            winograd.convolve_weight(inputs, made.parts, kernel, grad, geometry.padding)
+            if of_kernel
+            else None
+        )
+    total: Tensor | None = None
+    for slab in _slabs(inputs[0].shape, kernel.shape[1] * geometry.groups, kernel.dtype, geometry):
+        buffer = _expansion(slab, inputs, made, kernel)
+        through, part, _ = torch.ops.aten.convolution_backward(
+            channels_last(_outputs(grad, slab)),
+            buffer,
+            kernel,
+            None,
+            geometry.stride,
+            slab.padding(geometry),
+            geometry.dilation,
+            False,
+            [0] * len(geometry.stride),
+            geometry.groups,
+            [expands, of_kernel, False],
+        )
+        del buffer
+        if of_kernel:
+            total = _plus(total, part)
+        if expands:
+            _contract(through, slab, inputs, parameters, made, totals)
+    return total
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
@@ -186,10 +203,9 @@ class _Made:
     parts: list[native.Part] | None
     geometry: Geometry
 
-    def fast(self, x: Tensor, weight: Tensor, size: Sequence[int]) -> bool:
+    def fast(self, x: Tensor, kernel: Tensor) -> bool:
         """Whether Winograd's convolution serves."""
-        voxels = len(x) * torch.Size(size).numel()
-        return self.parts is not None and native.winograd_serves(x, weight, self.geometry, voxels)
+        return self.parts is not None and winograd.serves(x, kernel, self.geometry)
 
 
 def _autocast(x: Tensor) -> bool:
@@ -246,8 +262,7 @@ def _slabs(shape: Sequence[int], channels: int, dtype: torch.dtype, geometry: Ge
             )
 
 
-def _outputs(y: Tensor | None, slab: Slab) -> Tensor:
-    assert y is not None
+def _outputs(y: Tensor, slab: Slab) -> Tensor:
     return y if slab.whole else y[slab.sample, :, slab.out]
 
 
@@ -353,6 +368,20 @@ def _add_constant(out: Tensor, constant: Tensor, size: Sequence[int], geometry: 
     planes = out.movedim(1, -1)  # (N, *S, out_channels)
     for start, stop in _runs(taps[0]):
         planes[:, start:stop] += torch.tensordot(taps[0][start], response.contiguous(), 1).to(out.dtype)
+
+
+def _border(
+    constant: Tensor, size: Sequence[int], out_size: Sequence[int], geometry: Geometry
+) -> winograd.Border:
+    """conv(1; constant) as one number for all outputs that see the same taps."""
+    table, classes = constant.movedim(0, -1), []
+    for axis, (n, outputs) in enumerate(zip(size, out_size, strict=True)):
+        taps = _valid_taps(n, outputs, axis, geometry, constant)
+        runs = _runs(taps)
+        lengths = torch.tensor([stop - start for start, stop in runs])
+        classes.append(torch.repeat_interleave(torch.arange(len(runs), dtype=torch.int32), lengths))
+        table = torch.tensordot(table, taps[[start for start, _ in runs]], ([axis], [1])).movedim(-1, axis)
+    return winograd.Border(classes, table.contiguous())
 
 
 def _constant_gradient(grad: Tensor, constant: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:

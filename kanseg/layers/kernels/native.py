@@ -34,7 +34,6 @@ SQUASHES: dict[Any, int] = {identity: 0, tanh: 1, torch.sigmoid: 2}
 NONE, POLYNOMIAL, BERNSTEIN, BSPLINE, RBF, BUMPS = range(6)
 MOST = 33  # functions at most
 FEW = 1 << 15  # numbers for which one thread is enough
-BLOCK = 1 << 14  # rows whose gradients of parameters are summed in float32
 
 
 class Expansion(ctypes.Structure):
@@ -48,18 +47,6 @@ class Expansion(ctypes.Structure):
         ("branches", c_int),
         ("offset", c_int),
         *((name, c_void_p) for name in ("numbers", "low", "high")),
-    )
-
-
-class Volume(ctypes.Structure):
-    """`Volume` of winograd.h."""
-
-    _fields_ = tuple(
-        (name, c_int)
-        for name in (
-            *("samples", "depth", "height", "width", "in", "out"),
-            *("out_depth", "out_height", "out_width", "pad_depth", "pad_height", "pad_width"),
-        )
     )
 
 
@@ -102,28 +89,29 @@ def available() -> str | None:
 class Kernels:
     """Functions of rows.h and winograd.h for one instruction set."""
 
-    winograd_scratch: Any
-
     def __init__(self, loaded: ctypes.CDLL, name: str) -> None:
         self.name = name
-        floats, doubles, size, number = c_void_p, c_void_p, c_longlong, c_int
-        described, sizes = POINTER(Expansion), POINTER(Volume)
-        signatures = {
-            "expand": (described, floats, floats, size, number, number),
-            "contract": (described, *[floats] * 6, size, number, number),
-            "moments": (floats, floats, doubles, number, size, number, number),
-            "norm_forward": (*[floats] * 5, number, size, number, number),
-            "norm_reduce": (*[floats] * 6, doubles, number, size, number, number),
-            "norm_backward": (*[floats] * 8, number, size, number, number),
-            "winograd": (sizes, number, *[floats] * 4, size, number),
-            "winograd_weight": (sizes, number, *[floats] * 4, size, number),
-            "winograd_scratch": (sizes, number),
+        at, size, number, described = c_void_p, c_longlong, c_int, POINTER(Expansion)
+        signatures: dict[str, tuple[Any, ...]] = {
+            "expand": (described, at, at, size, number, number),
+            "contract": (described, *[at] * 6, size, number, number),
+            "moments": (at, at, at, number, size, number, number),
+            "norm_forward": (*[at] * 5, number, size, number, number),
+            "norm_reduce": (*[at] * 7, number, size, number, number),
+            "norm_backward": (*[at] * 8, number, size, number, number),
+            "winograd": (at, number, *[at] * 5, size, number),
+            "winograd_back": (at, number, *[at] * 4, size, number),
+            "winograd_weight": (at, number, *[at] * 4, size, number),
+            "winograd_scratch": (at, *[number] * 4),
+            "wavelet_forward": (at, number, *[at] * 3, size, number),
+            "wavelet_back": (at, number, *[at] * 7, size, number),
+            "wavelet_scratch": (at,),
         }
         for function, arguments in signatures.items():
             entry = getattr(loaded, f"kanseg_{function}_{name}")
-            entry.argtypes, entry.restype = arguments, None
+            entry.argtypes = arguments
+            entry.restype = size if function.endswith("scratch") else None
             setattr(self, function, entry)
-        self.winograd_scratch.restype = size
         _share_threads(loaded)
 
 
@@ -204,8 +192,8 @@ def _numbers(basis: Basis, channels: int) -> tuple[tuple[Tensor, ...], dict[str,
         scale = torch.tensor([float(basis.scale)])
         pointers = {"numbers": scale.data_ptr(), "low": wide[0].data_ptr(), "high": wide[1].data_ptr()}
 
-        def of_phases(inner: Tensor, outer: Tensor) -> list[Tensor]:
-            return list(outer.unflatten(2, (repeats, -1)).sum(2).transpose(1, 2))
+        def of_phases(inner: Tensor, phases: Tensor) -> list[Tensor]:
+            return list(phases.unflatten(2, (repeats, -1)).sum(2).transpose(1, 2))
 
         return (wide, scale), pointers, of_phases if basis.phase_low.requires_grad else None
     spread = None
@@ -215,7 +203,7 @@ def _numbers(basis: Basis, channels: int) -> tuple[tuple[Tensor, ...], dict[str,
             factors = rows[1:, 2].clone()
             rows[1:, 2] *= basis.beta.detach()
 
-            def of_beta(inner: Tensor, outer: Tensor) -> list[Tensor]:
+            def of_beta(inner: Tensor, phases: Tensor) -> list[Tensor]:
                 return [inner[2 : 2 + len(factors)] * factors]
 
             spread = of_beta if basis.beta.requires_grad else None
@@ -228,7 +216,7 @@ def _numbers(basis: Basis, channels: int) -> tuple[tuple[Tensor, ...], dict[str,
     return (numbers,), {"numbers": numbers.data_ptr()}, spread
 
 
-def _threads(numbers: int) -> int:
+def threads_for(numbers: int) -> int:
     return 1 if numbers < FEW else torch.get_num_threads()
 
 
@@ -238,7 +226,40 @@ def expand(parts: Sequence[Part], inputs: Sequence[Tensor], out: Tensor, width: 
     for part in parts:
         x = inputs[part.source]
         rows = x.numel() // width
-        kernels.expand(part.expansion, x.data_ptr(), out.data_ptr(), rows, width, _threads(x.numel()))
+        kernels.expand(part.expansion, x.data_ptr(), out.data_ptr(), rows, width, threads_for(x.numel()))
+
+
+class Learned:
+    """Sums that the kernels make of the gradients of what is learned in a part, one a thread."""
+
+    def __init__(self, part: Part, threads: int, totals: Sequence[Tensor | None]) -> None:
+        self.totals = totals
+        self.spread = part.spread if any(t is not None for t in totals) else None
+        e = part.expansion
+        bumps = self.spread is not None and e.kind == BUMPS
+        self.inner = torch.zeros(threads, MOST, dtype=torch.float64) if self.spread else None
+        self.phases = torch.zeros(threads, 2, e.functions, e.channels) if bumps else None
+        self.phases_total = (
+            torch.zeros(threads, 2, e.functions, e.channels, dtype=torch.float64) if bumps else None
+        )
+
+    def pointers(self) -> tuple[int | None, ...]:
+        """Where the kernels find them."""
+        return tuple(pointer(t) for t in (self.inner, self.phases, self.phases_total))
+
+    def add(self) -> None:
+        """Add what was summed to the totals of the learned parameters."""
+        if self.spread is None or self.inner is None:
+            return
+        phases = torch.zeros(()) if self.phases_total is None else self.phases_total.sum(0)
+        for total, part in zip(self.totals, self.spread(self.inner.sum(0), phases), strict=True):
+            if total is not None:
+                total += part.to(total.dtype)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of its memory; None for None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def contract(
@@ -250,47 +271,19 @@ def contract(
     width: int,
 ) -> None:
     """Add to `totals` (as `inputs`) and `learned` what the gradient `upper`, in memory as `out` of `expand`, gives."""
-    kernels = library()
     for part in parts:
-        x, into, e = inputs[part.source], totals[part.source], part.expansion
-        spread = part.spread if any(t is not None for t in learned) else None
-        wanted = spread is not None
-        rows, threads = x.numel() // width, _threads(x.numel())
-        per_voxel = e.channels // width
-        step = max(1, BLOCK // per_voxel) * per_voxel * threads if wanted else rows
-        inner = torch.zeros(threads, MOST)
-        outer = torch.zeros(2, threads, e.functions, e.channels) if wanted and e.kind == BUMPS else None
-        sums: list[Any] = [0, 0]
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            kernels.contract(
-                e,
-                x.data_ptr() + 4 * start * width,
-                upper.data_ptr() + 4 * start * width * e.branches,
-                None if into is None else into.data_ptr() + 4 * start * width,
-                inner.data_ptr() if wanted else None,
-                None if outer is None else outer[0].data_ptr(),
-                None if outer is None else outer[1].data_ptr(),
-                count,
-                width,
-                threads,
-            )
-            if wanted:
-                sums[0] += inner.double().sum(0)
-                inner.zero_()
-            if outer is not None:
-                sums[1] += outer.double().sum(1)
-                outer.zero_()
-        if spread is not None:
-            for total, part_of in zip(learned, spread(*sums), strict=True):
-                if total is not None:
-                    total += part_of.to(total.dtype)
+        x, threads = inputs[part.source], threads_for(inputs[part.source].numel())
+        sums = Learned(part, threads, learned)
+        into = pointer(totals[part.source])
+        about = (x.data_ptr(), upper.data_ptr(), into, *sums.pointers())
+        library().contract(part.expansion, *about, x.numel() // width, width, threads)
+        sums.add()
 
 
 def norm_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of (voxels, C), contiguous, each (C,), summed in float64."""
     count, channels = rows.shape
-    threads = _threads(rows.numel())
+    threads = threads_for(rows.numel())
     centre = torch.zeros(channels)
     moments = []
     for power in (1, 2):
@@ -325,7 +318,7 @@ class Affine:
 def _sizes(rows: Tensor, to: Affine) -> tuple[int, int, int, int]:
     """Activation, voxels, channels, threads: the last arguments of the kernels of a norm."""
     count, channels = rows.shape
-    return ACT_NAMES[to.act], count, channels, _threads(rows.numel())
+    return ACT_NAMES[to.act], count, channels, threads_for(rows.numel())
 
 
 def norm_forward(rows: Tensor, out: Tensor, to: Affine) -> None:
@@ -346,80 +339,3 @@ def norm_backward(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: 
     """out = g * scale + rows * gain + offset, all contiguous."""
     about = (*to.pointers(), gain.data_ptr(), offset.data_ptr(), out.data_ptr())
     library().norm_backward(rows.data_ptr(), grad.data_ptr(), *about, *_sizes(rows, to))
-
-
-# Winograd's transforms of a kernel of 3: F(2, 3) along depth, F(4, 3) along rows and columns.
-FOUR = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-SIX = (
-    torch.tensor(
-        [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
-    )
-    / 24
-)
-LEAST_VOXELS = 2048  # of an output; below, the transforms of the weight cost more than they save
-
-
-@functools.cache
-def _filter(spatial_dims: int) -> Tensor:
-    """(positions, taps) float32."""
-    plane = torch.kron(SIX, SIX)
-    return (plane if spatial_dims == 2 else torch.kron(FOUR, plane)).float()
-
-
-def winograd_serves(x: Tensor, weight: Tensor, geometry: Any, voxels: int) -> bool:
-    """Whether this convolution can be made from fewer products."""
-    once = (1,) * len(geometry.stride)
-    return (
-        serves(x, weight)
-        and set(geometry.kernel_size) == {3}
-        and geometry.stride == geometry.dilation == once
-        and max(geometry.padding) <= 2
-        and geometry.groups == 1
-        and not any(n % 16 for n in weight.shape[:2])
-        and voxels >= LEAST_VOXELS
-    )
-
-
-def winograd_kernel(weight: Tensor, *, backward: bool = False) -> Tensor:
-    """A weight (out, in, *kernel) in the form that `winograd` takes, (positions, in, out); for the gradient turned."""
-    dims = weight.dim() - 2
-    if backward:
-        weight = weight.transpose(0, 1).flip([axis + 2 for axis in range(dims)])
-    by_tap = weight.permute(*range(2, dims + 2), 1, 0).flatten(0, dims - 1)
-    return torch.mm(_filter(dims), by_tap.flatten(1)).unflatten(1, by_tap.shape[1:])
-
-
-def winograd(x: Tensor, kernel: Tensor, out: Tensor, padding: Sequence[int]) -> None:
-    """out = convolution of x with a kernel from `winograd_kernel`, both channels-last."""
-    volume, deep, scratch, each, threads = _volume(x, out, padding)
-    library().winograd(
-        volume, deep, x.data_ptr(), kernel.data_ptr(), out.data_ptr(), scratch.data_ptr(), each, threads
-    )
-
-
-def winograd_weight(x: Tensor, grad: Tensor, padding: Sequence[int]) -> Tensor:
-    """Gradient at a transformed kernel, (positions, in, out), from the gradient of the output."""
-    volume, deep, scratch, each, threads = _volume(x, grad, padding)
-    sums = torch.zeros(threads, 144 if deep else 36, x.shape[1], grad.shape[1])
-    library().winograd_weight(
-        volume, deep, x.data_ptr(), grad.data_ptr(), sums.data_ptr(), scratch.data_ptr(), each, threads
-    )
-    return sums[0] if threads == 1 else sums.sum(0)
-
-
-def winograd_weight_back(sums: Tensor, spatial_dims: int) -> Tensor:
-    """Gradient at the weight, (out, in, *kernel), from that at the transformed kernel."""
-    by_tap = torch.mm(_filter(spatial_dims).t(), sums.flatten(1)).unflatten(1, sums.shape[1:])
-    return by_tap.unflatten(0, (3,) * spatial_dims).movedim((-1, -2), (0, 1))
-
-
-def _volume(x: Tensor, out: Tensor, padding: Sequence[int]) -> tuple[Volume, int, Tensor, int, int]:
-    """Sizes, whether it has depth, and scratch for each thread."""
-    deep = x.dim() - 4
-    flat = [1] * (1 - deep)
-    size, out_size = [*flat, *x.shape[2:]], [*flat, *out.shape[2:]]
-    pads = [*([0] * (1 - deep)), *padding]
-    volume = Volume(len(x), *size, x.shape[1], out.shape[1], *out_size, *pads)
-    threads = _threads(out.numel())
-    each = library().winograd_scratch(volume, deep)
-    return volume, deep, torch.empty(threads, each), each, threads

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kanseg.layers.kernels import native
+from kanseg.layers.kernels import winograd
 from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """conv(x; weight), (N, C, *S) -> (N, out_channels, *S'), or None where torch's own serves better."""
     if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type):
         return None
-    size = geometry.out_size(x.shape[2:])
-    if not native.winograd_serves(x, weight, geometry, len(x) * torch.Size(size).numel()):
+    if not winograd.serves(x, weight, geometry):
         return None
     return _PlainConv.apply(channels_last(x), weight, geometry)
 
@@ -30,7 +29,7 @@ class _PlainConv(torch.autograd.Function):
         ctx.geometry = geometry
         ctx.save_for_backward(x, weight)
         out = empty_channels_last((len(x), len(weight), *geometry.out_size(x.shape[2:])), x)
-        native.winograd(x, native.winograd_kernel(weight), out, geometry.padding)
+        winograd.convolve([x], None, weight, None, out, geometry.padding)
         return out
 
     @staticmethod
@@ -41,9 +40,7 @@ class _PlainConv(torch.autograd.Function):
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_x = torch.empty_like(x)
-            turned = native.winograd_kernel(weight, backward=True)
-            native.winograd(grad, turned, of_x, [2 - pad for pad in padding])
+            winograd.convolve_input(weight, grad, of_x, padding)
         if ctx.needs_input_grad[1]:
-            sums = native.winograd_weight(x, grad, padding)
-            of_weight = native.winograd_weight_back(sums, len(padding))
+            of_weight = winograd.convolve_weight([x], None, weight, grad, padding)
         return of_x, of_weight, None

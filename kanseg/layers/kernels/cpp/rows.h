@@ -71,6 +71,9 @@ INLINE V smaller(V a, V b) { return a < b ? a : b; }
 INLINE V positive(V a) { return larger(a, V{}); }
 
 INLINE float total(V v) {
+#if W == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float lanes[W], sum = 0;
   store(lanes, v);
   for (int i = 0; i < W; ++i) sum += lanes[i];
@@ -84,24 +87,34 @@ INLINE V exponential(V x) {
   V n = (x * 1.44269504f + shift) - shift;
   V r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  V p = set(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const V square = r * r;  // by pairs, so that fewer steps wait for one another
+  V low = (1.0f + r) + square * (0.5f + r * (1.0f / 6));
+  V high = (1.0f / 24 + r * (1.0f / 120)) + square * (1.0f / 720 + r * (1.0f / 5040));
+  V p = low + square * square * high;
   I power = (__builtin_convertvector(n, I) + 127) << 23;
   return p * (V)power;
 }
 
-INLINE V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
+// 1 / x: the processor's estimate and a step of Newton's method, relative error 2e-7; x is at most 2^126.
+INLINE V reciprocal(V x) {
+#if W == 16
+  const V estimate = (V)_mm512_rcp14_ps((__m512)x);
+#elif W == 8
+  const V estimate = (V)_mm256_rcp_ps((__m256)x);
+#else
+  return 1.0f / x;
+#endif
+#if W > 4
+  return estimate * (2.0f - x * estimate);
+#endif
+}
+
+INLINE V sigmoid(V x) { return reciprocal(1.0f + exponential(-x)); }
 
 // erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7; `gauss` is exp(-x^2).
 INLINE V error_function(V x, V gauss) {
   V distance = larger(x, -x);
-  V t = 1.0f / (1.0f + 0.3275911f * distance);
+  V t = reciprocal(1.0f + 0.3275911f * distance);
   V p = set(1.061405429f);
   p = p * t - 1.453152027f;
   p = p * t + 1.421413741f;
@@ -139,6 +152,14 @@ INLINE V slope(V x, V below = V{}) {
     return 0.5f * (1.0f + error_function(x * 0.70710678f, gauss)) + x * gauss * 0.39894228f;
   }
   return set(1.0f);
+}
+
+INLINE V activated(int act, V x) {
+  return act == SILU ? activate<SILU>(x) : act == GELU ? activate<GELU>(x) : act == RELU ? activate<RELU>(x) : x;
+}
+
+INLINE V slope_of(int act, V x) {
+  return act == SILU ? slope<SILU>(x) : act == GELU ? slope<GELU>(x) : act == RELU ? slope<RELU>(x) : set(1.0f);
 }
 
 // ---------------------------------------------------------------------------------------------- expansions
@@ -210,10 +231,22 @@ INLINE V spline_slope(V v, int order) {
   return v > V{} ? -sum : sum;
 }
 
-// f[0 ... functions - 1] at x; t is what the squash made of it.
+// Numbers of functions, and the order of the splines, that are known when this is compiled: what most layers have.
 template <int KIND>
+constexpr int usual() {
+  return KIND == NONE ? 0 : KIND == POLYNOMIAL || KIND == BERNSTEIN ? 4 : 8;
+}
+const int USUAL_ORDER = 3;
+
+template <int KIND>
+INLINE bool is_usual(const Expansion& e) {
+  return e.functions == usual<KIND>() && (KIND != BSPLINE || e.order == USUAL_ORDER);
+}
+
+// f[0 ... functions - 1] at x; t is what the squash made of it. K: how many there are.
+template <int KIND, bool USUAL>
 INLINE void evaluate(const Expansion& e, V t, int channel, int count, V* f) {
-  const int K = e.functions;
+  const int K = USUAL ? usual<KIND>() : e.functions, order = USUAL ? USUAL_ORDER : e.order;
   if (KIND == POLYNOMIAL) {
     f[0] = set(1.0f);
     for (int n = 1; n < K; ++n) {
@@ -227,7 +260,7 @@ INLINE void evaluate(const Expansion& e, V t, int channel, int count, V* f) {
     for (int k = 0; k < K; ++k) f[k] = e.numbers[k] * power(t, k) * power(rest, K - 1 - k);
   }
   if (KIND == BSPLINE) {
-    for (int k = 0; k < K; ++k) f[k] = spline((t - e.numbers[k]) * e.numbers[K], e.order);
+    for (int k = 0; k < K; ++k) f[k] = spline((t - e.numbers[k]) * e.numbers[K], order);
   }
   if (KIND == RBF) {
     for (int k = 0; k < K; ++k) {
@@ -245,11 +278,43 @@ INLINE void evaluate(const Expansion& e, V t, int channel, int count, V* f) {
   }
 }
 
-// The gradient at t from those at the functions (g is used up); `inner` sums those of c (polynomial), `low` and `high`
-// those of the phases (bumps).
-template <int KIND>
+// Sums over voxels that gradients of learned numbers are, of one thread: float32 for some thousands of voxels, then
+// float64. `phases` has the lower and the upper ones, (2, functions, channels); each may be null.
+struct Sums {
+  V inner[MOST];
+  double* inner_total;
+  float* phases;
+  double* phases_total;
+};
+
+const Size BLOCK = 1 << 14;  // rows summed in float32
+
+INLINE Sums no_sums(double* inner, float* phases, double* phases_total) {
+  Sums sums;
+  for (int k = 0; k < MOST; ++k) sums.inner[k] = V{};
+  sums.inner_total = inner;
+  sums.phases = phases;
+  sums.phases_total = phases_total;
+  return sums;
+}
+
+void to_double(const Expansion& e, Sums& sums) {
+  for (int k = 0; sums.inner_total && k < e.functions; ++k) {
+    sums.inner_total[k] += total(sums.inner[k]);
+    sums.inner[k] = V{};
+  }
+  const Size count = 2 * (Size)e.functions * e.channels;
+  for (Size i = 0; sums.phases && i < count; ++i) {
+    sums.phases_total[i] += sums.phases[i];
+    sums.phases[i] = 0;
+  }
+}
+
+// The gradient at t from those at the functions (g is used up); adds to `inner` those of c (polynomial), to `low` and
+// `high` those of the phases (bumps).
+template <int KIND, bool USUAL>
 INLINE V lead_back(const Expansion& e, V t, int channel, int count, const V* f, V* g, V* inner, float* low, float* high) {
-  const int K = e.functions;
+  const int K = USUAL ? usual<KIND>() : e.functions, order = USUAL ? USUAL_ORDER : e.order;
   V at = V{};
   if (KIND == POLYNOMIAL) {
     for (int n = K - 1; n >= 1; --n) {
@@ -270,7 +335,7 @@ INLINE V lead_back(const Expansion& e, V t, int channel, int count, const V* f, 
     }
   }
   if (KIND == BSPLINE) {
-    for (int k = 0; k < K; ++k) at += g[k] * spline_slope((t - e.numbers[k]) * e.numbers[K], e.order);
+    for (int k = 0; k < K; ++k) at += g[k] * spline_slope((t - e.numbers[k]) * e.numbers[K], order);
     at *= e.numbers[K];
   }
   if (KIND == RBF) {
@@ -294,93 +359,114 @@ INLINE V lead_back(const Expansion& e, V t, int channel, int count, const V* f, 
   return at;
 }
 
-template <int KIND, int BASE, int ACT>
-void expand_rows(const Expansion& e, const float* x, float* out, Size start, Size stop, int width) {
-  const int K = KIND == NONE ? 0 : e.functions, first = BASE >= 0 ? 1 : 0;
-  for (Size row = start; row < stop; ++row) {
-    const int group = (int)(row % (e.channels / width)) * width;
-    for (int c = 0; c < width; c += W) {
-      const int count = width - c;
-      V v = load_some(x + row * width + c, count), f[MOST];
-      float* to = out + (row * e.branches + e.offset) * width + c;
-      if (BASE >= 0) store_some(to, activate<(BASE < 0 ? 0 : BASE)>(v), count);
-      if (KIND == NONE) continue;
-      evaluate<KIND>(e, squashed(e, v), group + c, count, f);
-      for (int k = e.skip; k < K; ++k) {
-        store_some(to + (Size)(first + k - e.skip) * width, activate<ACT>(f[k]), count);
-      }
-    }
-  }
+const int TOGETHER = 4;  // vectors; each step is done for all of them, so that none waits for its own last step
+
+// The place of one vector: its row, its first channel within the group, and how many lanes of it there are.
+struct Lanes {
+  Size row;
+  int channel, count;
+};
+
+INLINE int channel_of(const Expansion& e, const Lanes& at, int width) {
+  return width == e.channels ? at.channel : (int)(at.row % (e.channels / width)) * width + at.channel;
 }
 
-template <int KIND, int BASE, int ACT>
-void contract_rows(
-    const Expansion& e, const float* x, const float* upper, float* at_x, float* inner, float* low, float* high,
-    Size start, Size stop, int width) {
-  const int K = KIND == NONE ? 0 : e.functions, first = BASE >= 0 ? 1 : 0;
-  V sums[MOST];
-  for (int k = 0; k < K; ++k) sums[k] = V{};
+// Call work(lanes, n) for up to TOGETHER vectors at a time, of rows `start` to `stop`.
+template <class Work>
+INLINE void for_lanes(Size start, Size stop, int width, Work work) {
+  Lanes lanes[TOGETHER];
+  int n = 0;
   for (Size row = start; row < stop; ++row) {
-    const int group = (int)(row % (e.channels / width)) * width;
     for (int c = 0; c < width; c += W) {
-      const int count = width - c;
-      V v = load_some(x + row * width + c, count), f[MOST], g[MOST];
-      const float* from = upper + (row * e.branches + e.offset) * width + c;
-      V at = V{};
-      if (BASE >= 0) at = load_some(from, count) * slope<(BASE < 0 ? 0 : BASE)>(v);
-      if (KIND != NONE) {
-        V t = squashed(e, v);
-        evaluate<KIND>(e, t, group + c, count, f);
-        for (int k = 0; k < K; ++k) {
-          g[k] = k < e.skip ? V{} : load_some(from + (Size)(first + k - e.skip) * width, count) * slope<ACT>(f[k]);
-        }
-        at += squash_slope(e, t) * lead_back<KIND>(e, t, group + c, count, f, g, sums, low, high);
-      }
-      if (at_x) {
-        float* to = at_x + row * width + c;
-        store_some(to, load_some(to, count) + at, count);
+      lanes[n++] = {row, c, width - c};
+      if (n == TOGETHER) {
+        work(lanes, TOGETHER);
+        n = 0;
       }
     }
   }
-  if (inner) {
-    for (int k = 0; k < K; ++k) inner[k] += total(sums[k]);
-  }
+  work(lanes, n);
+}
+
+template <int KIND, bool USUAL>
+void expand_rows(const Expansion& e, const float* x, float* out, Size start, Size stop, int width) {
+  const int K = KIND == NONE ? 0 : USUAL ? usual<KIND>() : e.functions, first = e.base >= 0 ? 1 : 0;
+  for_lanes(start, stop, width, [&](const Lanes* lanes, int n) __attribute__((always_inline)) {
+    V t[TOGETHER], f[TOGETHER][MOST];
+    float* to[TOGETHER];
+    for (int i = 0; i < n; ++i) {
+      const Lanes at = lanes[i];
+      const V v = load_some(x + at.row * width + at.channel, at.count);
+      to[i] = out + (at.row * e.branches + e.offset) * width + at.channel;
+      if (e.base >= 0) store_some(to[i], activated(e.base, v), at.count);
+      t[i] = squashed(e, v);
+    }
+    if (KIND == NONE) return;
+    for (int i = 0; i < n; ++i) {
+      evaluate<KIND, USUAL>(e, t[i], channel_of(e, lanes[i], width), lanes[i].count, f[i]);
+    }
+    for (int i = 0; i < n; ++i) {
+      for (int k = e.skip; k < K; ++k) {
+        store_some(to[i] + (Size)(first + k - e.skip) * width, e.act == SILU ? activate<SILU>(f[i][k]) : f[i][k], lanes[i].count);
+      }
+    }
+  });
+}
+
+template <int KIND, bool USUAL>
+void contract_rows(
+    const Expansion& e, const float* x, const float* upper, float* at_x, Sums& sums, Size start, Size stop, int width) {
+  const int K = KIND == NONE ? 0 : USUAL ? usual<KIND>() : e.functions, first = e.base >= 0 ? 1 : 0;
+  float* low = sums.phases;
+  float* high = low ? low + (Size)e.functions * e.channels : low;
+  for_lanes(start, stop, width, [&](const Lanes* lanes, int n) __attribute__((always_inline)) {
+    V t[TOGETHER], at[TOGETHER], f[TOGETHER][MOST], g[TOGETHER][MOST];
+    int channel[TOGETHER];
+    for (int i = 0; i < n; ++i) {
+      const V v = load_some(x + lanes[i].row * width + lanes[i].channel, lanes[i].count);
+      const float* from = upper + (lanes[i].row * e.branches + e.offset) * width + lanes[i].channel;
+      at[i] = e.base >= 0 ? load_some(from, lanes[i].count) * slope_of(e.base, v) : V{};
+      t[i] = squashed(e, v);
+      channel[i] = channel_of(e, lanes[i], width);
+    }
+    for (int i = 0; i < n && KIND != NONE; ++i) evaluate<KIND, USUAL>(e, t[i], channel[i], lanes[i].count, f[i]);
+    for (int i = 0; i < n && KIND != NONE; ++i) {
+      const float* from = upper + (lanes[i].row * e.branches + e.offset) * width + lanes[i].channel;
+      for (int k = 0; k < e.skip; ++k) g[i][k] = V{};
+      for (int k = e.skip; k < K; ++k) {
+        g[i][k] = load_some(from + (Size)(first + k - e.skip) * width, lanes[i].count);
+        if (e.act == SILU) g[i][k] *= slope<SILU>(f[i][k]);
+      }
+    }
+    for (int i = 0; i < n && KIND != NONE; ++i) {
+      at[i] += squash_slope(e, t[i]) *
+               lead_back<KIND, USUAL>(e, t[i], channel[i], lanes[i].count, f[i], g[i], sums.inner, low, high);
+    }
+    for (int i = 0; i < n && at_x; ++i) {
+      float* to = at_x + lanes[i].row * width + lanes[i].channel;
+      store_some(to, load_some(to, lanes[i].count) + at[i], lanes[i].count);
+    }
+  });
 }
 
 typedef void (*Expand)(const Expansion&, const float*, float*, Size, Size, int);
-typedef void (*Contract)(
-    const Expansion&, const float*, const float*, float*, float*, float*, float*, Size, Size, int);
-
-template <int KIND, int BASE>
-void choose_act(int act, Expand* expand, Contract* contract) {
-  if (KIND != NONE && act == SILU) {
-    *expand = expand_rows<KIND, BASE, SILU>;
-    *contract = contract_rows<KIND, BASE, SILU>;
-  } else {
-    *expand = expand_rows<KIND, BASE, IDENTITY>;
-    *contract = contract_rows<KIND, BASE, IDENTITY>;
-  }
-}
+typedef void (*Contract)(const Expansion&, const float*, const float*, float*, Sums&, Size, Size, int);
 
 template <int KIND>
-void choose_base(const Expansion& e, Expand* expand, Contract* contract) {
-  switch (e.base) {
-    case IDENTITY: return choose_act<KIND, IDENTITY>(e.act, expand, contract);
-    case SILU: return choose_act<KIND, SILU>(e.act, expand, contract);
-    case GELU: return choose_act<KIND, GELU>(e.act, expand, contract);
-    case RELU: return choose_act<KIND, RELU>(e.act, expand, contract);
-    default: return choose_act<KIND, -1>(e.act, expand, contract);
-  }
+void choose_usual(const Expansion& e, Expand* expand, Contract* contract) {
+  const bool usual = is_usual<KIND>(e);
+  *expand = usual ? expand_rows<KIND, true> : expand_rows<KIND, false>;
+  *contract = usual ? contract_rows<KIND, true> : contract_rows<KIND, false>;
 }
 
 void choose(const Expansion& e, Expand* expand, Contract* contract) {
   switch (e.kind) {
-    case POLYNOMIAL: return choose_base<POLYNOMIAL>(e, expand, contract);
-    case BERNSTEIN: return choose_base<BERNSTEIN>(e, expand, contract);
-    case BSPLINE: return choose_base<BSPLINE>(e, expand, contract);
-    case RBF: return choose_base<RBF>(e, expand, contract);
-    case BUMPS: return choose_base<BUMPS>(e, expand, contract);
-    default: return choose_base<NONE>(e, expand, contract);
+    case POLYNOMIAL: return choose_usual<POLYNOMIAL>(e, expand, contract);
+    case BERNSTEIN: return choose_usual<BERNSTEIN>(e, expand, contract);
+    case BSPLINE: return choose_usual<BSPLINE>(e, expand, contract);
+    case RBF: return choose_usual<RBF>(e, expand, contract);
+    case BUMPS: return choose_usual<BUMPS>(e, expand, contract);
+    default: return choose_usual<NONE>(e, expand, contract);
   }
 }
 
@@ -477,17 +563,20 @@ void NAME(expand)(const Expansion* e, const float* x, float* out, Size rows, int
   share_out(rows, threads, [=](Size start, Size stop, int) { run(*e, x, out, start, stop, width); });
 }
 
-// at_x += gradient; inner (threads, 33); low, high (threads, functions, channels); each may be null
+// at_x += gradient; inner (threads, 33), phases and phases_total (threads, 2, functions, channels); each may be null
 void NAME(contract)(
-    const Expansion* e, const float* x, const float* upper, float* at_x, float* inner, float* low, float* high,
-    Size rows, int width, int threads) {
+    const Expansion* e, const float* x, const float* upper, float* at_x, double* inner, float* phases,
+    double* phases_total, Size rows, int width, int threads) {
   Expand unused;
   Contract run;
   choose(*e, &unused, &run);
   share_out(rows, threads, [=](Size start, Size stop, int thread) {
-    const Size phases = (Size)thread * e->functions * e->channels;
-    run(*e, x, upper, at_x, inner ? inner + thread * MOST : inner, low ? low + phases : low,
-        high ? high + phases : high, start, stop, width);
+    const Size at = 2 * (Size)thread * e->functions * e->channels;
+    Sums sums = no_sums(inner ? inner + thread * MOST : inner, phases ? phases + at : phases, phases_total + at);
+    for (Size from = start; from < stop; from += BLOCK) {
+      run(*e, x, upper, at_x, sums, from, from + BLOCK < stop ? from + BLOCK : stop, width);
+      to_double(*e, sums);
+    }
   });
 }
 

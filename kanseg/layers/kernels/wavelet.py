@@ -1,0 +1,152 @@
+"""The sum of one wavelet an edge, by the compiled kernels: nothing of out * in channels is ever made."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import byref, c_int, c_void_p
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kanseg.bases.wavelet import dog, mexican_hat, morlet
+from kanseg.layers.kernels import native
+from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last
+
+if TYPE_CHECKING:
+    from kanseg.layers.kernels.expansion import Geometry
+
+KINDS: dict[Callable[[Tensor], Tensor], int] = {mexican_hat: 0, morlet: 1, dog: 2}
+BORDER = 2  # of zeros around the gradient of the output
+
+
+class Waves(ctypes.Structure):
+    """`Waves` of wavelet.h."""
+
+    _fields_ = (
+        *(
+            (name, c_int)
+            for name in (
+                *("kind", "samples", "depth", "height", "width", "in", "out"),
+                *("out_depth", "out_height", "out_width", "pad_depth", "pad_height", "pad_width"),
+            )
+        ),
+        *((name, c_void_p) for name in ("inverse", "translation", "weight")),
+    )
+
+
+def serves(x: Tensor, weight: Tensor, psi: Callable[[Tensor], Tensor], geometry: Geometry) -> bool:
+    """Whether the compiled kernels sum these wavelets."""
+    once = (1,) * len(geometry.stride)
+    return (
+        psi in KINDS
+        and x.dim() in FORMATS
+        and native.serves(x, weight)
+        and not torch.is_autocast_enabled(x.device.type)
+        and set(geometry.kernel_size) == {3}
+        and geometry.stride == geometry.dilation == once
+        and max(geometry.padding) <= BORDER
+        and geometry.groups == 1
+        and len(weight) % 16 == 0
+    )
+
+
+def wavelet_sum(
+    x: Tensor,
+    scale: Tensor,
+    translation: Tensor,
+    weight: Tensor,
+    mix: Tensor,
+    psi: Callable[[Tensor], Tensor],
+    geometry: Geometry,
+) -> Tensor:
+    """mix(u), u_o = sum_c conv(psi((x_c - translation_oc) / scale_oc); weight_oc); keeps x.
+
+    (N, C, *S) -> (N, out_channels, *S'); scale, translation (out, C), weight (out, C, *kernel), mix (out, out, 1, ...).
+    """
+    return _WaveletSum.apply(channels_last(x), scale, translation, weight, mix, KINDS[psi], geometry)
+
+
+class _Call:
+    """Numbers of one call; a picture is a volume of one row, its rows are the planes."""
+
+    def __init__(
+        self, x: Tensor, scale: Tensor, translation: Tensor, weight: Tensor, kind: int, geometry: Geometry
+    ) -> None:
+        self.deep = x.dim() == 5
+        size, pads = list(x.shape[2:]), list(geometry.padding)
+        out_size = list(geometry.out_size(size))
+        self.out_size = (len(x), len(weight), *out_size)
+        if not self.deep:
+            size, out_size, pads = [size[0], 1, size[1]], [out_size[0], 1, out_size[1]], [pads[0], 0, pads[1]]
+        inverse, shift = (1 / scale).t().contiguous(), translation.t().contiguous()
+        taps = weight.flatten(2).permute(1, 2, 0).contiguous()
+        self.kept = (inverse, shift, taps)
+        pointers = [t.data_ptr() for t in self.kept]
+        self.waves = Waves(kind, len(x), *size, x.shape[1], len(weight), *out_size, *pads, *pointers)
+        self.threads = native.threads_for(x.numel())
+        self.each = native.library().wavelet_scratch(byref(self.waves))
+
+    def run(self, function: str, *tensors: Tensor) -> None:
+        scratch = torch.zeros(self.threads, self.each)
+        pointers = [t.data_ptr() for t in (*tensors, scratch)]
+        getattr(native.library(), function)(byref(self.waves), self.deep, *pointers, self.each, self.threads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = empty_channels_last(self.out_size, x)
+        self.run("wavelet_forward", x, u)
+        return u
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, *S) in channels-last memory -> (N * voxels, C)."""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+class _WaveletSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        translation: Tensor,
+        weight: Tensor,
+        mix: Tensor,
+        kind: int,
+        geometry: Geometry,
+    ) -> Tensor:
+        ctx.kind, ctx.geometry = kind, geometry
+        ctx.save_for_backward(x, scale, translation, weight, mix)
+        u = _Call(x, scale, translation, weight, kind, geometry).forward(x)
+        y = torch.empty_like(u)
+        torch.mm(_rows(u), mix.flatten(1).t(), out=_rows(y))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, translation, weight, mix = ctx.saved_tensors
+        call = _Call(x, scale, translation, weight, ctx.kind, ctx.geometry)
+        grad = channels_last(grad)
+        of_mix = None
+        if ctx.needs_input_grad[4]:
+            of_mix = (_rows(grad).t() @ _rows(call.forward(x))).view_as(mix)
+        upper = torch.empty_like(grad)
+        torch.mm(_rows(grad), mix.flatten(1), out=_rows(upper))
+        planes = F.pad(upper.movedim(1, -1), (0, 0, *([BORDER] * 2 * (x.dim() - 2))))
+        at_x = torch.zeros_like(x)
+        sums = [torch.zeros(t.shape, dtype=torch.float64) for t in call.kept]
+        call.run("wavelet_back", x, planes, at_x, *sums)
+        of_inverse, of_translation, of_weight = sums
+        of_scale = -of_inverse.t() / scale.square()
+        return (
+            at_x,
+            of_scale.to(scale.dtype),
+            of_translation.t().to(scale.dtype),
+            of_weight.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype),
+            of_mix,
+            None,
+            None,
+        )
