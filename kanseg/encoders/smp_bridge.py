@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kanseg.bases import BASES
 from kanseg.encoders.encoder import ENCODERS, create_encoder
 from kanseg.errors import UsageError
+from kanseg.layers import ConvLayer
 from kanseg.layers.families import FAMILIES
 from kanseg.layers.kan_conv import ConvGeometry
 
@@ -75,6 +76,8 @@ class SMPEncoder(nn.Module):
         for level, index in late:
             rate = 2**level // output_stride
             for module in modules.get(index, []):
+                if isinstance(module, ConvLayer):
+                    module.kept = None
                 if isinstance(module, ConvGeometry):
                     module.stride, module.dilation = (1, 1), (rate, rate)
                     module.padding = tuple(rate * (k - 1) // 2 for k in module.kernel_size)

@@ -139,10 +139,10 @@ def _kept_positions(conv: nn.Module) -> tuple[Any, ...] | None:
 
     The rest need not be expanded, and torch 2.14's gradient of such a weight crashes in channels-last memory.
     """
-    parts = [part for part in conv.modules() if isinstance(part, ConvGeometry)]
+    parts: list[Any] = [part for part in conv.modules() if isinstance(part, ConvGeometry)]
     local = all(getattr(part, "basis", None) is None or part.basis.pointwise for part in parts)
     normed = any(getattr(part, "input_norm", None) is not None for part in parts)
-    if normed or not local or not parts or any(set((*p.kernel_size, *p.padding)) != {0, 1} for p in parts):
+    if normed or not local or not parts or any({*p.kernel_size, *p.padding} != {0, 1} for p in parts):
         return None
     stride = parts[0].stride
     if set(stride) == {1}:
