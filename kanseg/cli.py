@@ -198,11 +198,12 @@ def models(json_: Json = False) -> None:
     from kanseg.models.table import table_of_models
 
     rows = table_of_models()
-    table = Table("name", "kind", "parameters 2D", "parameters 3D", "description")
-    for row in rows:
-        millions = [f"{row[f'parameters_{d}d'] / 1e6:.1f} M" for d in (2, 3)]
-        table.add_row(row["name"], row["kind"], *millions, row["description"])
-    _console(json_).print(table)
+    for kind in ("network", "encoder"):
+        table = Table(kind, "2D", "3D", "what it is", title="Parameters in millions", box=None)
+        for row in (row for row in rows if row["kind"] == kind):
+            millions = [f"{row[f'parameters_{d}d'] / 1e6:.1f}" for d in (2, 3)]
+            table.add_row(row["name"], *millions, row["description"])
+        _console(json_).print(table)
     _emit(rows, json_)
 
 

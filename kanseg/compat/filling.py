@@ -246,12 +246,14 @@ class Filling:
         )
 
     def _block(self, name: str, blank: BlankMixer, state: State, options: Arguments) -> Conversion:
-        own = {key: self.args[key] for key in ("degree", "affine", *NORM_ARGUMENTS) if key in self.args}
+        own = {key: self.args[key] for key in ("degree", *NORM_ARGUMENTS) if key in self.args}
         inner = {}
         if "inner_proj.weight" in state:
             inner["inner_projection"] = state["inner_proj.weight"].shape[0]
-        normed = "BatchNorm2d" if "norm_layer.running_mean" in state else "InstanceNorm2d"
-        own["affine"] = "norm_layer.weight" in state
+        normed = "BatchNorm2d" if any(key.endswith("running_mean") for key in state) else "InstanceNorm2d"
+        inside = any("layer_norm." in key and key.endswith("weight") for key in state)
+        if inside or "norm_layer.weight" not in state:  # else each norm has its own default
+            own["affine"] = inside
         projection = "proj_k.inner_proj.0.weight"
         if projection in state:
             own.update(_narrow(state[projection].shape[0], state[projection].shape[1]))
