@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, lean, recomputed
-from kanseg.layers.kernels import native
-from kanseg.layers.kernels.expansion import Branches
+from kanseg.layers.kernels.recipe import Recipe
 
 
 class NoiseInjection(nn.Module):
@@ -77,6 +76,7 @@ class BottleneckKANConv(ConvGeometry):
         self.up_weight = self.new_weight(out_channels, inner, ones)
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
+        self.base_recipe = Recipe(None, self.base_act, nn.Identity()).written()
         self.inner = KANConv(
             spatial_dims,
             inner * self.groups,
@@ -97,11 +97,9 @@ class BottleneckKANConv(ConvGeometry):
         x = self.noise(x)
         if not self.recompute:
             return self._convolve(x)
-        if not lean(x):
+        if self.base_recipe is None or not lean(x):
             return recomputed(self._convolve, x, preserve_rng_state=False)
-        compiled = native.describe(None, self.base_act, nn.Identity(), 0, 1)
-        activated = Branches(lambda rows: [self.base_act(rows)], (), compiled)
-        base = self.convolve_expanded([x], activated, self.base_weight)
+        base = self.convolve_expanded([x], self.base_recipe, self.base_weight)
         return base + recomputed(self._narrow, x, preserve_rng_state=False)
 
     def _convolve(self, x: Tensor) -> Tensor:

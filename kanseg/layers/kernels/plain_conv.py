@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """conv(x; weight), (N, C, *S) -> (N, out_channels, *S'), or None where torch's own serves better."""
-    if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type):
+    if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return None
     size = geometry.out_size(x.shape[2:])
     if not native.winograd_serves(x, weight, geometry, len(x) * torch.Size(size).numel()):
