@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kanseg.bases import Basis, create_basis
 from kanseg.errors import UsageError
-from kanseg.layers.kernels import expanded_conv, instance_norm_act
+from kanseg.layers.kernels import expanded_conv, gpu, instance_norm_act
 from kanseg.layers.kernels.expansion import Geometry
 from kanseg.layers.kernels.plain_conv import plain_conv
 from kanseg.layers.kernels.recipe import Recipe
@@ -57,7 +57,7 @@ def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     """Whether `instance_norm_act` computes this norm."""
     if not isinstance(norm, _InstanceNorm) or norm.track_running_stats:
         return False
-    return x.dim() in FORMATS and x.dtype.itemsize >= 4 and lean(x)
+    return x.dim() in FORMATS and (x.dtype.itemsize >= 4 or gpu.serves(x)) and lean(x)
 
 
 class ConvGeometry(nn.Module):
@@ -155,7 +155,9 @@ def lean(x: Tensor) -> bool:
     """Whether the kernels that work on rows serve here; elsewhere torch's own steps do better."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return x.device.type == "cpu" or (x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()]))
+    if x.device.type == "cpu" or gpu.serves(x):
+        return True
+    return (x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()]))
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:

@@ -7,12 +7,13 @@ is an operator of its own. The functions are told by a string (`recipe`), the ge
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kanseg.layers.kernels import expansion
+from kanseg.layers.kernels import expansion, gpu
 from kanseg.layers.kernels.expansion import Expansion, Geometry
 from kanseg.layers.kernels.operators import operator, plain_eager, refuse_second
 from kanseg.layers.kernels.recipe import read
@@ -60,7 +61,7 @@ def _forward(
 ) -> Tensor:
     inputs = [x] if own is None else [x, own]
     made = Expansion.of(read(recipe), inputs, learned, Geometry.of(geometry), dtype)
-    return expansion.forward(made, inputs, base, basis)
+    return _backend(made, inputs).forward(made, inputs, base, basis)
 
 
 def _fake_forward(
@@ -87,8 +88,15 @@ def _backward(
     inputs = [x] if own is None else [x, own]
     made = Expansion.of(read(recipe), inputs, learned, Geometry.of(geometry), dtype, needs[4:])
     sought = [*needs[: len(inputs)], *needs[2:]]
-    found = expansion.backward(made, channels_last(grad), inputs, base, basis, sought)
+    found = _backend(made, inputs).backward(made, channels_last(grad), inputs, base, basis, sought)
     return [t for t in found if t is not None]
+
+
+def _backend(made: Expansion, inputs: Sequence[Tensor]) -> ModuleType:
+    """Who computes: on a GPU the Triton kernels where they can, else `expansion`."""
+    if gpu.serves(*inputs) and gpu.kernels("conv").serves(made.recipe, made.dtype):
+        return gpu.kernels("conv")
+    return expansion
 
 
 def _fake_backward(

@@ -113,9 +113,9 @@ def forward(expansion: Expansion, inputs: Sequence[Tensor], base: Tensor | None,
             if turned is not None:
                 native.winograd(buffer, turned, outputs(out, slab), slab.padding(geometry))
             elif slab.whole:
-                out = channels_last(_convolve(buffer, kernel, slab, geometry))
+                out = channels_last(convolve(buffer, kernel, slab, geometry))
             else:
-                outputs(out, slab).copy_(_convolve(buffer, kernel, slab, geometry))
+                outputs(out, slab).copy_(convolve(buffer, kernel, slab, geometry))
             del buffer  # before the next is made
         assert out is not None
         if constant is not None:
@@ -272,7 +272,8 @@ def _expansion(slab: Slab, inputs: Sequence[Tensor], made: Expansion, weight: Te
     return buffer
 
 
-def _convolve(buffer: Tensor, weight: Tensor, slab: Slab, geometry: Geometry) -> Tensor:
+def convolve(buffer: Tensor, weight: Tensor, slab: Slab, geometry: Geometry) -> Tensor:
+    """The convolution of a slab."""
     convolution = torch.conv2d if buffer.dim() == 4 else torch.conv3d
     return convolution(
         buffer, weight, None, geometry.stride, slab.padding(geometry), geometry.dilation, geometry.groups
