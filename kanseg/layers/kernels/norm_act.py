@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kanseg.layers.kernels import native
+from kanseg.layers.kernels import gpu, native
 from kanseg.layers.kernels.native import Affine
 from kanseg.layers.kernels.operators import operator, plain_eager, refuse_second
 from kanseg.layers.kernels.rows import as_rows, blocks, channels_last
@@ -25,7 +25,8 @@ def instance_norm_act(
     *,
     over: bool = False,
 ) -> Tensor:
-    """act((y - mean) / sqrt(var + eps) * weight + bias), (N, C, *S) in channels-last memory, float32 or float64.
+    """act((y - mean) / sqrt(var + eps) * weight + bias), (N, C, *S) in channels-last memory, float32 or float64,
+    on a GPU that `gpu` serves also half of that.
 
     Mean and variance are of each sample and channel, the variance by a second pass over the centred values.
 
@@ -39,7 +40,7 @@ def instance_norm_act(
         return _norm(*given, eps, act)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _Direct.apply(*given, eps, act)
-    return _forward(*given, eps, act, out=y if over else None)[0]
+    return forward(*given, eps, act, out=y if over else None)[0]
 
 
 def activate(z: Tensor, to: Affine) -> Tensor:
@@ -60,7 +61,7 @@ def before(grad: Tensor, z: Tensor, to: Affine) -> Tensor:
     return torch.where(z > 0, grad, grad * to.below) if to.act == "prelu" else grad
 
 
-def _forward(
+def forward(
     y: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -70,6 +71,9 @@ def _forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and 1 / deviation of each sample and channel, (N, C)."""
+    y = channels_last(y)
+    if gpu.serves(y):
+        return gpu.kernels("norm").forward(y, weight, bias, below, eps, act, out)
     out = torch.empty_like(y) if out is None else out
     rows, written = as_rows(y), as_rows(out)
     compiled = native.serves(y)
@@ -111,7 +115,7 @@ def _affine(
         yield Affine(scale[sample], shift[sample], slopes, act)
 
 
-def _backward(
+def backward(
     grad: Tensor,
     y: Tensor,
     weight: Tensor | None,
@@ -122,7 +126,10 @@ def _backward(
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients at y, weight, bias and below, whether there are such or not."""
-    grad, result = channels_last(grad), torch.empty_like(y)
+    grad = channels_last(grad)
+    if gpu.serves(y, grad):
+        return gpu.kernels("norm").backward(grad, y, weight, bias, below, mean, inverse, act)
+    result = torch.empty_like(y)
     samples = zip(as_rows(y), as_rows(grad), as_rows(result), strict=True)
     compiled = native.serves(y, grad)
     sums = torch.zeros(3, *mean.shape, dtype=mean.dtype, device=mean.device)
@@ -161,22 +168,25 @@ def _to_rows(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: Tenso
 
 
 def _fake_forward(y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mean, inverse = (y.new_empty(y.shape[:2]) for _ in range(2))
+    dtype = y.dtype if y.dtype.itemsize > 4 else torch.float32
+    mean, inverse = (y.new_empty(y.shape[:2], dtype=dtype) for _ in range(2))
     return torch.empty_like(y), mean, inverse
 
 
-def _fake_backward(grad: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(y), *(y.new_empty(y.shape[1]) for _ in range(3))
+def _fake_backward(
+    grad: Tensor, y: Tensor, weight: Any, bias: Any, below: Any, mean: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(y), *(torch.empty_like(mean[0] if t is None else t) for t in (weight, bias, below))
 
 
 GIVEN = "Tensor y, Tensor? weight, Tensor? bias, Tensor? below"
 _norm = operator(
-    "instance_norm_act", f"({GIVEN}, float eps, str act) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward
+    "instance_norm_act", f"({GIVEN}, float eps, str act) -> (Tensor, Tensor, Tensor)", forward, _fake_forward
 )
 _norm_backward = operator(
     "instance_norm_act_backward",
     f"(Tensor grad, {GIVEN}, Tensor mean, Tensor inverse, str act) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    backward,
     _fake_backward,
 )
 
@@ -201,10 +211,10 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        made = _forward(*given)
+        made = forward(*given)
         _keep(ctx, given, made)
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _lead_back(ctx, grad, call=None if torch.is_grad_enabled() else _backward)
+        return _lead_back(ctx, grad, call=None if torch.is_grad_enabled() else backward)
