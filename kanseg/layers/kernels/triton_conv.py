@@ -23,7 +23,7 @@ from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.relu import ReLUBumps
 from kanseg.layers.kernels import gpu
 from kanseg.layers.kernels.expansion import Expansion, Slab, convolution_gradients, convolve, outputs, planes_of, slabs
-from kanseg.layers.kernels.gpu import ceiling, launch, tile
+from kanseg.layers.kernels.gpu import ceiling, tile
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last, empty_channels_last
 from kanseg.layers.kernels.triton_functions import Functions
@@ -59,15 +59,16 @@ def described(recipe: Recipe, period: int = 1) -> Functions | None:
     base = "none" if recipe.base_act is None else ACTS[type(recipe.base_act)]
     act = ACTS[type(recipe.basis_act)]
     if basis is None:
-        return Functions("none", 0, 0, base, act, "identity", 0, (), 0, 1, "none", 1.0)
+        return Functions("none", 0, 0, base, act, "identity", 0, (), 0, 1, "none", 1.0, 1, 1)
     kind, squash = KINDS.get(type(basis)), SQUASHES.get(basis.squash)
     order = getattr(basis, "spline_order", 1)
     if kind is None or squash is None or order < 1 or basis.num_functions > MOST:
         return None
     folds, skip = recipe.constant or "none", int(recipe.constant is not None)
     learned = {Gram: max(basis.num_functions - 2, 0), ReLUBumps: 2 * basis.num_functions}.get(type(basis), 0)
-    how = (base, act, squash, order, _numbers(basis), learned, period, folds, recipe.one)
-    return Functions(kind, basis.num_functions, skip, *how)
+    first = int(base != "none")
+    how = (base, act, squash, order, _numbers(basis), learned, period, folds, recipe.one, first)
+    return Functions(kind, basis.num_functions, skip, *how, first + basis.num_functions - skip)
 
 
 def _numbers(basis: Any) -> tuple[float, ...]:
@@ -183,11 +184,14 @@ class _Job:
             (*flat, *geometry.stride),  # type: ignore[arg-type]
             (*no, *geometry.padding),  # type: ignore[arg-type]
             (*flat, *geometry.dilation),  # type: ignore[arg-type]
+            math.prod(geometry.kernel_size),
         )
         size = (self.outputs, self.functions.branches * self.width, *geometry.kernel_size)
         self.folded = empty_channels_last(size, self.x, made.dtype)
         self.constant = self._floats(self.taps.count, self.outputs)
         self.block_taps = max(16, 1 << (self.taps.count - 1).bit_length())
+        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"  # of products of float32, as cuDNN's
+        self.products = {"PRECISION": precision, "UP": gpu.INTERPRETED}
         self.constants: Tensor | None = None
         self.sums: Tensor | None = None
 
@@ -224,12 +228,12 @@ class _Job:
             sums = programs * columns
         fold = self.outputs if folds else 0
         bf = min(max(1, 1024 // self.block_taps), 1 << (self.width - 1).bit_length())
-        launch(
+        gpu.launch(
             prepare, (expands + fold + sums,),
             x, own, out, self.low, self.high, rows, before, source, self.channels, groups,
             self.base, self.basis, self.folded, self.constant, self.outputs, fold,
             grad, partial, out_rows, self.size3, self.out_size3, programs, expands,
-            F=f, G=self.taps, OWN=own is not None, SUMS=sums > 0, EXPANDS=expands > 0,
+            F=f, G=self.taps, OWN=own is not None, SUMS=sums > 0, EXPANDS=expands > 0, **self.products,
             BM=bm, BC=bc, BT=self.block_taps, BF=bf, BS=bs,
         )  # fmt: skip
         return out
@@ -237,7 +241,7 @@ class _Job:
     def is_product(self) -> bool:
         """Whether the convolution is a product of matrices."""
         ones = (1, 1, 1)
-        return self.taps == Taps(ones, ones, (0, 0, 0), self.taps.dilation)
+        return self.taps == Taps(ones, ones, (0, 0, 0), self.taps.dilation, 1)
 
     def multiply(self, out: Tensor) -> None:
         """The convolution of kernel 1."""
@@ -245,12 +249,11 @@ class _Job:
         high_width = self.outputs // self.made.geometry.groups
         bn = min(128, max(16, 1 << (high_width - 1).bit_length()))
         grid = (ceiling(rows, 64) * ceiling(high_width, bn), self.made.geometry.groups)
-        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-        launch(
+        gpu.launch(
             pointwise, grid,
             self.x, self.own, self.folded, self.constant, out, self.low, self.high,
             rows, self.channels, self.outputs, self.made.geometry.groups,
-            F=f, OWN=self.own is not None, PRECISION=precision, UP=gpu.INTERPRETED, BM=64, BN=bn, BK=32,
+            F=f, OWN=self.own is not None, **self.products, BM=64, BN=bn, BK=32,
         )  # fmt: skip
 
     def add_constant(self, part: Tensor, into: Tensor, slab: Slab) -> None:
@@ -258,10 +261,10 @@ class _Job:
         rows = part.numel() // self.outputs
         bm, bc = tile(self.outputs, 2048, 16)
         grid = (ceiling(rows, bm) * ceiling(self.outputs, bc),)
-        launch(
+        gpu.launch(
             add_constant, grid,
             part, into, self.constant, rows, slab.out.start, self.outputs, self.size3, self.out_size3,
-            G=self.taps, BT=self.block_taps, BM=bm, BC=bc,
+            G=self.taps, **self.products, BT=self.block_taps, BM=bm, BC=bc,
         )  # fmt: skip
 
     def plan_learned(self, learns: bool, cut: int) -> None:
@@ -281,7 +284,7 @@ class _Job:
         inside = through[:, :, slab.before : slab.before + x.shape[2]]
         to_x, to_own = (None if t is None else planes_of(t, slab) for t in (*totals, None)[:2])
         sums = None if self.sums is None else self.sums[number]
-        launch(
+        gpu.launch(
             contract, (self.programs * self.columns,),
             x, own, inside, to_x, to_own, sums, self.low, self.high,
             x.numel() // self.channels, self.channels, self.made.geometry.groups, self.programs,
@@ -301,7 +304,7 @@ class _Job:
             return weights, learned
         constants, sums = self.constants, self.sums
         bc = min(max(1, 1024 // self.block_taps), 1 << (self.width - 1).bit_length())
-        launch(
+        gpu.launch(
             unfold, (self.outputs + (f.learned if learns else 0),),
             of_weight, *weights, constants, self.width, self.outputs, 0 if constants is None else len(constants),
             sums, low, high, self.channels, 0 if sums is None else sums.shape[0] * sums.shape[1],

@@ -29,6 +29,8 @@ class Functions(NamedTuple):
         period: channels after which learned numbers repeat.
         folds: "first", "sum" or "none", see `Basis.constant`.
         one: the value of a constant phi_0 after `act`.
+        first: branches before those of the phi_k.
+        branches: R.
     """
 
     kind: str
@@ -43,16 +45,8 @@ class Functions(NamedTuple):
     period: int
     folds: str
     one: float
-
-    @property
-    def first(self) -> int:
-        """Branches before those of the phi_k."""
-        return int(self.base != "none")
-
-    @property
-    def branches(self) -> int:
-        """R."""
-        return self.first + self.count - self.skip
+    first: int
+    branches: int
 
 
 @triton.jit

@@ -16,17 +16,13 @@ from kanseg.layers.kernels.triton_functions import activate, functions, lead_bac
 
 
 class Taps(NamedTuple):
-    """Kernel, stride, padding, dilation, three axes each (2D has depth 1)."""
+    """Kernel, stride, padding, dilation, three axes each (2D has depth 1), and the number of taps."""
 
     kernel: tuple[int, int, int]
     stride: tuple[int, int, int]
     padding: tuple[int, int, int]
     dilation: tuple[int, int, int]
-
-    @property
-    def count(self) -> int:
-        """Taps of the kernel."""
-        return self.kernel[0] * self.kernel[1] * self.kernel[2]
+    count: int
 
 
 @triton.jit
@@ -85,6 +81,7 @@ def fold_weight(o, base, basis, folded, constant, width, outputs,
 @triton.jit
 def valid_taps(row, plane, size, out_size, G: tl.constexpr, BT: tl.constexpr):
     """(rows, BT): 1 where a tap of an output voxel lies inside the image; rows start at plane `plane` of a sample."""
+    row = row.to(tl.int32)
     tap = tl.arange(0, BT)
     rest = out_size[1] * out_size[2]
     d = (plane + row // rest) % out_size[0] * G.stride[0] - G.padding[0]
@@ -99,7 +96,8 @@ def valid_taps(row, plane, size, out_size, G: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit
 def constant_sums(pid, grad, partial, rows, outputs, size, out_size, programs,
-                  G: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                  G: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+                  BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Sums of the gradient over the voxels that see each tap, (programs, taps, outputs)."""
     blocks = tl.cdiv(outputs, BC)
     number = pid // blocks
@@ -109,8 +107,9 @@ def constant_sums(pid, grad, partial, rows, outputs, size, out_size, programs,
     for start in range(number * BM, rows, programs * BM):
         row = (start + tl.arange(0, BM)).to(tl.int64)
         inside = (row < rows)[:, None] & (c < outputs)[None, :]
-        g = tl.load(grad + row[:, None] * outputs + c[None, :], inside, 0.0).to(tl.float32)
-        total += tl.dot(tl.trans(valid_taps(row, 0, size, out_size, G, BT)), g, input_precision="tf32x3")
+        g = tl.load(grad + row[:, None] * outputs + c[None, :], inside, 0.0)
+        seen = tl.trans(valid_taps(row, 0, size, out_size, G, BT))
+        total = product(seen, g, total, grad.dtype.element_ty, PRECISION, UP)
     into = partial + (number * G.count + tap[:, None]) * outputs + c[None, :]
     tl.store(into, total, (tap < G.count)[:, None] & (c < outputs)[None, :])
 
@@ -120,6 +119,7 @@ def prepare(x, own, out, low, high, rows, before, source, channels, groups,
             base, basis, folded, constant, outputs, folds,
             grad, partial, out_rows, size, out_size, programs, expands,
             F: tl.constexpr, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr, EXPANDS: tl.constexpr,
+            PRECISION: tl.constexpr, UP: tl.constexpr,
             BM: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     """Programs below `expands` expand, the next `folds` fold the weight, the others sum the gradient of the constant."""
     pid = tl.program_id(0)
@@ -131,12 +131,13 @@ def prepare(x, own, out, low, high, rows, before, source, channels, groups,
     else:
         if SUMS:
             constant_sums(pid - expands - folds, grad, partial, out_rows, outputs, size, out_size, programs,
-                          G, BT, 64, BS)  # fmt: skip
+                          G, PRECISION, UP, BT, 64, BS)  # fmt: skip
 
 
 @triton.jit
 def add_constant(y, out, constant, rows, plane, outputs, size, out_size,
-                 G: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                 G: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+                 BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """out = y + the response of the constant, where the taps lie inside the image; `out` may be `y`."""
     blocks = tl.cdiv(outputs, BC)
     pid = tl.program_id(0)
@@ -145,7 +146,9 @@ def add_constant(y, out, constant, rows, plane, outputs, size, out_size,
     tap = tl.arange(0, BT)
     known = (tap < G.count)[:, None] & (c < outputs)[None, :]
     weight = tl.load(constant + tap[:, None] * outputs + c[None, :], known, 0.0)
-    response = tl.dot(valid_taps(row, plane, size, out_size, G, BT), weight, input_precision="tf32x3")
+    kind = y.dtype.element_ty
+    seen = valid_taps(row, plane, size, out_size, G, BT)
+    response = product(seen, weight.to(kind), tl.zeros((BM, BC), tl.float32), kind, PRECISION, UP)
     at = row[:, None] * outputs + c[None, :]
     inside = (row < rows)[:, None] & (c < outputs)[None, :]
     tl.store(out + at, (tl.load(y + at, inside, 0.0).to(tl.float32) + response).to(out.dtype.element_ty), inside)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kanseg.layers.kernels import gpu
-from kanseg.layers.kernels.gpu import ceiling, launch, tile
+from kanseg.layers.kernels.gpu import ceiling, tile
 from kanseg.layers.kernels.triton_functions import activate, slope
 
 BLOCK = 2048  # numbers a program works on at a time
@@ -33,8 +33,8 @@ def forward(
     made = torch.empty_like(y) if out is None else out
     plan = _Plan(y)
     parts, (mean, inverse) = plan.floats(2, plan.programs), (plan.floats(), plan.floats())
-    launch(moments, plan.grid, y, parts[0], parts[1], *plan.sizes, BM=plan.bm, BC=plan.bc)
-    launch(
+    gpu.launch(moments, plan.grid, y, parts[0], parts[1], *plan.sizes, BM=plan.bm, BC=plan.bc)
+    gpu.launch(
         normalise, plan.grid,
         y, made, *parts, weight, bias, below, mean, inverse, eps, *plan.sizes,
         ACT=act, BM=plan.bm, BC=plan.bc, BP=plan.block_programs,
@@ -59,8 +59,8 @@ def backward(
         torch.empty_like(mean[0] if t is None else t) for t in (weight, bias, below)
     )
     shared = (weight, bias, below, mean, inverse)
-    launch(sums, plan.grid, y, grad, *shared, *parts, *plan.sizes, ACT=act, BM=plan.bm, BC=plan.bc)
-    launch(
+    gpu.launch(sums, plan.grid, y, grad, *shared, *parts, *plan.sizes, ACT=act, BM=plan.bm, BC=plan.bc)
+    gpu.launch(
         lead_back, plan.grid,
         y, grad, *shared, *parts, result, of_weight, of_bias, of_below, len(y), *plan.sizes,
         ACT=act, BM=plan.bm, BC=plan.bc, BP=plan.block_programs,
