@@ -269,7 +269,8 @@ class _Job:
 
     def plan_learned(self, learns: bool, cut: int) -> None:
         """Where `contract` leaves the gradients of what is learned, a part for each slab and program."""
-        self.tile = tile(self.channels, 512 if self.functions.kind == "bumps" else 1024, most=32)
+        many = learns * self.functions.learned  # a sum each is kept in registers
+        self.tile = tile(self.channels, 1024 if many < 8 else 512, most=32 if many < 24 else 16)
         self.columns = ceiling(self.channels, self.tile[1])
         rows = self.x.numel() // self.channels
         self.programs = gpu.turns(ceiling(rows, self.tile[0]), self.columns, self.x.device)

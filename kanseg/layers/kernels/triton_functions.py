@@ -130,85 +130,107 @@ def edges(low, high, channel, k, F: tl.constexpr):
 
 
 @triton.jit
-def functions(t, channel, low, high, F: tl.constexpr):
-    """phi_0(t) ... as a tuple; t is (rows, channels), `channel` (channels,)."""
-    f = ()
+def function(k, t, channel, low, high, one, two, F: tl.constexpr):
+    """phi_k(t); t is (rows, channels), `channel` (channels,), `one` and `two` are phi_{k-1} and phi_{k-2}."""
     if F.kind == "polynomial":
-        f = f + (t * 0.0 + 1.0,)
-        for n in tl.static_range(1, F.count):
-            step = (F.numbers[3 * n - 3] * t + F.numbers[3 * n - 2]) * f[n - 1]
-            if n > 1:
-                step -= factor(low, n, F) * f[n - 2]
-            f = f + (step,)
+        if k == 0:
+            return t * 0.0 + 1.0
+        elif k == 1:
+            return F.numbers[0] * t + F.numbers[1]
+        else:
+            return (F.numbers[3 * k - 3] * t + F.numbers[3 * k - 2]) * one - factor(low, k, F) * two
     elif F.kind == "bernstein":
-        for k in tl.static_range(F.count):
-            f = f + (F.numbers[k] * power(t, k) * power(1.0 - t, F.count - 1 - k),)
+        return F.numbers[k] * power(t, k) * power(1.0 - t, F.count - 1 - k)
     elif F.kind == "bspline":
-        for k in tl.static_range(F.count):
-            distance = tl.abs((t - F.numbers[k]) * F.numbers[F.count])
-            total = t * 0.0
-            for j in tl.static_range(F.order // 2 + 1):
-                reach = tl.maximum(0.5 * (F.order + 1) - j - distance, 0.0)
-                total += F.numbers[F.count + 1 + j] * power(reach, F.order)
-            f = f + (total,)
+        distance = tl.abs((t - F.numbers[k]) * F.numbers[F.count])
+        total = t * 0.0
+        for j in tl.static_range(F.order // 2 + 1):
+            reach = tl.maximum(0.5 * (F.order + 1) - j - distance, 0.0)
+            total += F.numbers[F.count + 1 + j] * power(reach, F.order)
+        return total
     elif F.kind == "rbf":
-        for k in tl.static_range(F.count):
-            u = (t - F.numbers[k]) * F.numbers[F.count]
-            f = f + (tl.exp(-u * u),)
-    elif F.kind == "bumps":
-        for k in tl.static_range(F.count):
-            begin, end = edges(low, high, channel, k, F)
-            bump = tl.maximum(t - begin[None, :], 0.0) * tl.maximum(end[None, :] - t, 0.0) * F.numbers[0]
-            f = f + (bump * bump,)
-    return f
+        u = (t - F.numbers[k]) * F.numbers[F.count]
+        return tl.exp(-u * u)
+    else:  # bumps
+        begin, end = edges(low, high, channel, k, F)
+        bump = tl.maximum(t - begin[None, :], 0.0) * tl.maximum(end[None, :] - t, 0.0) * F.numbers[0]
+        return bump * bump
 
 
 @triton.jit
-def lead_back(t, g, f, channel, low, high, F: tl.constexpr):
-    """The gradient at t from those at the phi_k, a tuple, and those at the learned numbers at each place, a tuple."""
+def derivative(k, t, f, F: tl.constexpr):
+    """The derivative of phi_k at t, where its value is f; not of polynomials and bumps."""
+    if F.kind == "bernstein":
+        total = t * 0.0
+        if k > 0:
+            total += F.numbers[F.count + k - 1] * power(t, k - 1) * power(1.0 - t, F.count - 1 - k)
+        if k < F.count - 1:
+            total -= F.numbers[F.count + k] * power(t, k) * power(1.0 - t, F.count - 2 - k)
+        return total * (F.count - 1)
+    elif F.kind == "bspline":
+        v = (t - F.numbers[k]) * F.numbers[F.count]
+        total = t * 0.0
+        for j in tl.static_range(F.order // 2 + 1):
+            reach = 0.5 * (F.order + 1) - j - tl.abs(v)
+            inside = tl.where(reach > 0, power(reach, F.order - 1), 0.0)
+            total -= F.order * F.numbers[F.count + 1 + j] * inside
+        return tl.where(v > 0, total, -total) * F.numbers[F.count]
+    else:  # rbf
+        return (F.numbers[k] - t) * f * (2.0 * F.numbers[F.count] * F.numbers[F.count])
+
+
+@triton.jit
+def upper_gradient(k, f, above, inside, width, F: tl.constexpr):
+    """The gradient at phi_k = f, from that of the expansion at `above`."""
+    if k < F.skip:
+        return f * 0.0
+    else:
+        u = tl.load(above + (F.first + k - F.skip) * width, inside, 0.0).to(tl.float32)
+        return u * slope(f, 0.0, F.act)
+
+
+@triton.jit
+def lead_back(t, above, inside, width, channel, low, high, sums, F: tl.constexpr, LEARNED: tl.constexpr):
+    """The gradient at t from that of the expansion at `above`, and `sums` with those at the learned numbers added.
+
+    Polynomials go from the highest down: the gradient at phi_n counts what depends on it. The others stand alone.
+    """
     at = t * 0.0
-    learned = ()
     if F.kind == "polynomial":
-        above = t * 0.0  # the gradient at phi_{n+1} with all that depends on it, then at phi_{n+2}
+        f = (function(0, t, channel, low, high, t, t, F),)
+        for k in tl.static_range(1, F.count):
+            f = f + (function(k, t, channel, low, high, f[k - 1], f[k - 2 if k > 1 else 0], F),)
+        learned = ()
+        beyond = t * 0.0
         second = t * 0.0
         for i in tl.static_range(F.count - 1):
             a = F.numbers[3 * (F.count - 1 - i) - 3]
-            here = g[F.count - 1 - i] + above
+            b = F.numbers[3 * (F.count - 1 - i) - 2]
+            here = upper_gradient(F.count - 1 - i, f[F.count - 1 - i], above, inside, width, F) + beyond
             at += a * f[F.count - 2 - i] * here
+            beyond = (a * t + b) * here - second
             if F.count - 1 - i > 1:
-                c = factor(low, F.count - 1 - i, F)
-                learned = (-F.numbers[3 * (F.count - 1 - i) - 1] * f[F.count - 3 - i] * here,) + learned
-            else:
-                c = 0.0
-            above = (a * t + F.numbers[3 * (F.count - 1 - i) - 2]) * here - second
-            second = c * here
-    elif F.kind == "bernstein":
-        for k in tl.static_range(F.count - 1):
-            lower = F.numbers[F.count + k] * power(t, k) * power(1.0 - t, F.count - 2 - k)
-            at += (F.count - 1) * lower * (g[k + 1] - g[k])
-    elif F.kind == "bspline":
-        for k in tl.static_range(F.count):
-            v = (t - F.numbers[k]) * F.numbers[F.count]
-            total = t * 0.0
-            for j in tl.static_range(F.order // 2 + 1):
-                reach = 0.5 * (F.order + 1) - j - tl.abs(v)
-                inside = tl.where(reach > 0, power(reach, F.order - 1), 0.0)
-                total -= F.order * F.numbers[F.count + 1 + j] * inside
-            at += g[k] * tl.where(v > 0, total, -total)
-        at *= F.numbers[F.count]
-    elif F.kind == "rbf":
-        for k in tl.static_range(F.count):
-            at -= g[k] * f[k] * (t - F.numbers[k])
-        at *= 2.0 * F.numbers[F.count] * F.numbers[F.count]
+                if LEARNED:
+                    c = F.numbers[3 * (F.count - 1 - i) - 1]
+                    learned = (sums[F.count - 3 - i] - c * f[F.count - 3 - i] * here,) + learned
+                second = factor(low, F.count - 1 - i, F) * here
+        return at, learned
     elif F.kind == "bumps":
-        ends = ()
+        lows = ()
+        highs = ()
         for k in tl.static_range(F.count):
             begin, end = edges(low, high, channel, k, F)
             a = tl.maximum(t - begin[None, :], 0.0)
             b = tl.maximum(end[None, :] - t, 0.0)
-            both = 2.0 * F.numbers[0] * F.numbers[0] * a * b * g[k]
+            f = a * b * F.numbers[0]
+            both = upper_gradient(k, f * f, above, inside, width, F) * f * (2.0 * F.numbers[0])
             at += both * (b - a)
-            learned = learned + (-both * b,)
-            ends = ends + (both * a,)
-        learned = learned + ends
-    return at, learned
+            if LEARNED:
+                lows = lows + (sums[k] - both * b,)
+                highs = highs + (sums[F.count + k] + both * a,)
+        return at, lows + highs
+    else:
+        for k in tl.static_range(F.skip, F.count):
+            f = function(k, t, channel, low, high, t, t, F)
+            at += upper_gradient(k, f, above, inside, width, F) * derivative(k, t, f, F)
+        return at, sums

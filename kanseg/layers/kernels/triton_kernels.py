@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kanseg.layers.kernels.triton_functions import activate, functions, lead_back, slope, squash_slope, squashed
+from kanseg.layers.kernels.triton_functions import activate, function, lead_back, slope, squash_slope, squashed
 
 
 class Taps(NamedTuple):
@@ -45,10 +45,16 @@ def expand_rows(pid, x, own, out, low, high, rows, before, source, channels, gro
         tl.store(out + into, tl.where(inside, activate(v, 0.0, F.base), 0.0).to(out.dtype.element_ty), written)
     if OWN:
         v = tl.load(own + at, inside, 0.0).to(tl.float32)
-    f = functions(squashed(v, F), c, low, high, F)
-    for k in tl.static_range(F.skip, F.count):
-        value = tl.where(inside, activate(f[k], 0.0, F.act), 0.0)
-        tl.store(out + into + (F.first + k - F.skip) * width, value.to(out.dtype.element_ty), written)
+    t = squashed(v, F)
+    one = t
+    two = t
+    for k in tl.static_range(F.count):
+        f = function(k, t, c, low, high, one, two, F)
+        two = one
+        one = f
+        if k >= F.skip:
+            value = tl.where(inside, activate(f, 0.0, F.act), 0.0)
+            tl.store(out + into + (F.first + k - F.skip) * width, value.to(out.dtype.element_ty), written)
 
 
 @triton.jit
@@ -183,21 +189,8 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
             v = tl.load(own + at, inside, 0.0).to(tl.float32)
         if F.count > 0:
             t = squashed(v, F)
-            f = functions(t, c, low, high, F)
-            g = ()
-            for k in tl.static_range(F.count):
-                if k < F.skip:
-                    g = g + (t * 0.0,)
-                else:
-                    u = tl.load(above + (F.first + k - F.skip) * width, inside, 0.0).to(tl.float32)
-                    g = g + (u * slope(f[k], 0.0, F.act),)
-            to_t, places = lead_back(t, g, f, c, low, high, F)
+            to_t, sums = lead_back(t, above, inside, width, c, low, high, sums, F, LEARNED)
             to_own = to_t * squash_slope(t, F)
-            if LEARNED:
-                longer = ()
-                for i in tl.static_range(F.learned):
-                    longer = longer + (sums[i] + places[i],)
-                sums = longer
             if not OWN:
                 to_x += to_own
             elif TO_OWN:
@@ -301,10 +294,16 @@ def pointwise(x, own, weight, constant, out, low, high, rows, channels, outputs,
             total = product(activate(v, 0.0, F.base), tl.load(beside, known, 0.0), total, kind, PRECISION, UP)
         if OWN:
             v = tl.load(own + at, inside, 0.0).to(tl.float32)
-        f = functions(squashed(v, F), group * width + c, low, high, F)
-        for k in tl.static_range(F.skip, F.count):
-            w = tl.load(beside + (F.first + k - F.skip) * width, known, 0.0)
-            total = product(activate(f[k], 0.0, F.act), w, total, kind, PRECISION, UP)
+        t = squashed(v, F)
+        one = t
+        two = t
+        for k in tl.static_range(F.count):
+            f = function(k, t, group * width + c, low, high, one, two, F)
+            two = one
+            one = f
+            if k >= F.skip:
+                w = tl.load(beside + (F.first + k - F.skip) * width, known, 0.0)
+                total = product(activate(f, 0.0, F.act), w, total, kind, PRECISION, UP)
     into = out + row[:, None] * outputs + (group * high_width + o)[None, :]
     tl.store(into, total.to(out.dtype.element_ty), (row < rows)[:, None] & (o < high_width)[None, :])
 
