@@ -55,9 +55,9 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     """Whether `instance_norm_act` computes this norm."""
-    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats:
+    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or x.dim() not in FORMATS:
         return False
-    return x.dim() in FORMATS and (x.dtype.itemsize >= 4 or gpu.serves(x)) and lean(x)
+    return (x.dtype.itemsize >= 4 or x.device.type == "cuda") and lean(x)
 
 
 class ConvGeometry(nn.Module):
@@ -153,11 +153,13 @@ def operands(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def lean(x: Tensor) -> bool:
     """Whether the kernels that work on rows serve here; elsewhere torch's own steps do better."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling():  # the operators choose who computes when they run
+        return x.device.type in ("cpu", "cuda")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if x.device.type == "cpu" or gpu.serves(x):
         return True
-    return (x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()]))
+    return x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()])
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:

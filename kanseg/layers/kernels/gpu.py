@@ -33,9 +33,18 @@ def available() -> str | None:
         return None
 
 
+def described() -> str:
+    """For people: which Triton, and whether there is a GPU for it."""
+    version = available()
+    if version is None:
+        return "none (Triton is not installed, or KANSEG_TRITON=0)"
+    capable = torch.cuda.is_available() and _capable(torch.device("cuda", torch.cuda.current_device()))
+    return version if capable else f"{version}, but no GPU that they are for"
+
+
 def serves(*tensors: Tensor) -> bool:
     """Whether the Triton kernels can work on these."""
-    return available() is not None and all(t.dtype in DTYPES and _capable(t.device) for t in tensors)
+    return all(t.dtype in DTYPES and _capable(t.device) for t in tensors) and available() is not None
 
 
 @functools.cache
@@ -53,8 +62,11 @@ def kernels(name: str) -> ModuleType:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` on `grid` programs."""
-    kernel[grid](*arguments, **constants)
+    """Run `kernel` on `grid` programs, on the device of the tensors."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+        kernel[grid](*arguments, **constants)
 
 
 def turns(blocks: int, columns: int, device: torch.device) -> int:

@@ -72,8 +72,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and 1 / deviation of each sample and channel, (N, C)."""
     y = channels_last(y)
+    if not y.numel():
+        return torch.empty_like(y), *(y.new_zeros(y.shape[:2], dtype=_statistics_type(y)) for _ in range(2))
     if gpu.serves(y):
         return gpu.kernels("norm").forward(y, weight, bias, below, eps, act, out)
+    if y.dtype.itemsize < 4:
+        made, mean, inverse = forward(y.float(), weight, bias, below, eps, act)
+        return made.to(y.dtype), mean, inverse
     out = torch.empty_like(y) if out is None else out
     rows, written = as_rows(y), as_rows(out)
     compiled = native.serves(y)
@@ -88,6 +93,10 @@ def forward(
             torch.addcmul(to.shift, part[block], to.scale, out=into[block])
             activate(into[block], to)
     return out, mean, inverse
+
+
+def _statistics_type(y: Tensor) -> torch.dtype:
+    return y.dtype if y.dtype.itemsize > 4 else torch.float32
 
 
 def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +136,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients at y, weight, bias and below, whether there are such or not."""
     grad = channels_last(grad)
+    if not y.numel():
+        return torch.empty_like(y), *(torch.zeros_like(mean[0] if t is None else t) for t in (weight, bias, below))
     if gpu.serves(y, grad):
         return gpu.kernels("norm").backward(grad, y, weight, bias, below, mean, inverse, act)
+    if y.dtype.itemsize < 4:
+        of_y, *others = backward(grad.float(), y.float(), weight, bias, below, mean, inverse, act)
+        return of_y.to(y.dtype), *others
     result = torch.empty_like(y)
     samples = zip(as_rows(y), as_rows(grad), as_rows(result), strict=True)
     compiled = native.serves(y, grad)
@@ -144,7 +158,8 @@ def backward(
         offset = -to.scale * part[0] / count - gain * mean[number]
         (native.norm_backward if compiled else _to_rows)(rows, upper, to, gain, offset, lower)
     plain, weighted, negative = (part.sum(0) for part in sums)  # no views of one tensor
-    return result, weighted, plain, negative
+    given = ((weighted, weight), (plain, bias), (negative, below))
+    return result, *(part if t is None else part.to(t.dtype) for part, t in given)  # type: ignore[return-value]
 
 
 def _sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
@@ -168,8 +183,7 @@ def _to_rows(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: Tenso
 
 
 def _fake_forward(y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = y.dtype if y.dtype.itemsize > 4 else torch.float32
-    mean, inverse = (y.new_empty(y.shape[:2], dtype=dtype) for _ in range(2))
+    mean, inverse = (y.new_empty(y.shape[:2], dtype=_statistics_type(y)) for _ in range(2))
     return torch.empty_like(y), mean, inverse
 
 
