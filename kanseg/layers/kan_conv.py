@@ -57,7 +57,7 @@ def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     """Whether `instance_norm_act` computes this norm."""
     if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or x.dim() not in FORMATS:
         return False
-    return (x.dtype.itemsize >= 4 or x.device.type == "cuda") and lean(x)
+    return (x.dtype.itemsize >= 4 or x.device.type == "cuda" or gpu.serves(x)) and lean(x)
 
 
 class ConvGeometry(nn.Module):

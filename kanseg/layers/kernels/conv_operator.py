@@ -60,7 +60,7 @@ def _forward(
     dtype: torch.dtype,
 ) -> Tensor:
     inputs = [x] if own is None else [x, own]
-    made = Expansion.of(read(recipe), inputs, learned, Geometry.of(geometry), dtype)
+    made = Expansion(read(recipe), learned, Geometry.of(geometry), dtype)
     return _backend(made, inputs).forward(made, inputs, base, basis)
 
 
@@ -86,7 +86,7 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients that `needs` asks for, of x, own, base, basis and what is learned, in this order."""
     inputs = [x] if own is None else [x, own]
-    made = Expansion.of(read(recipe), inputs, learned, Geometry.of(geometry), dtype, needs[4:])
+    made = Expansion(read(recipe), learned, Geometry.of(geometry), dtype, needs[4:])
     sought = [*needs[: len(inputs)], *needs[2:]]
     found = _backend(made, inputs).backward(made, channels_last(grad), inputs, base, basis, sought)
     return [t for t in found if t is not None]

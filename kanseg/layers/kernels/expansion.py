@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -57,8 +57,8 @@ class Expansion:
 
     Attributes:
         learned: tensors of the recipe, in its order.
-        wanted: which of these need a gradient.
         dtype: of the operands of the convolution.
+        wanted: which of `learned` need a gradient; None for none.
         parts: how the compiled kernels make the functions; None where they do not serve.
     """
 
@@ -66,24 +66,16 @@ class Expansion:
     learned: Sequence[Tensor]
     geometry: Geometry
     dtype: torch.dtype
-    parts: list[native.Part] | None
+    wanted: Sequence[bool] | None = None
+    parts: list[native.Part] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        inputs: Sequence[Tensor],
-        learned: Sequence[Tensor],
-        geometry: Geometry,
-        dtype: torch.dtype,
-        wanted: Sequence[bool] | None = None,
-    ) -> Expansion:
+    def compiled(self, inputs: Sequence[Tensor]) -> Expansion:
         """With the compiled kernels where they serve `inputs`."""
-        parts = None
-        if dtype == torch.float32 and native.serves(*inputs):
-            made = recipe.native(learned, wanted or [False] * len(learned), len(inputs))
-            parts = None if made is None else made(inputs[0].shape[1])
-        return cls(recipe, learned, geometry, dtype, parts)
+        if self.dtype != torch.float32 or not native.serves(*inputs):
+            return self
+        wanted = self.wanted or [False] * len(self.learned)
+        made = self.recipe.native(self.learned, wanted, len(inputs))
+        return self if made is None else replace(self, parts=made(inputs[0].shape[1]))
 
     def fast(self, x: Tensor, weight: Tensor, size: Sequence[int]) -> bool:
         """Whether Winograd's convolution serves."""
@@ -98,6 +90,7 @@ def forward(expansion: Expansion, inputs: Sequence[Tensor], base: Tensor | None,
         inputs: x, and where the functions have one of their own that.
         base, basis: weights, see `Recipe.fold`.
     """
+    expansion = expansion.compiled(inputs)
     first, geometry, dtype = inputs[0], expansion.geometry, expansion.dtype
     weight, constant = expansion.recipe.fold(base, basis)
     size = geometry.out_size(first.shape[2:])
@@ -132,6 +125,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients at the inputs, `base`, `basis` and what is learned in the functions, None where `needs` says so."""
+    expansion = expansion.compiled(inputs)
     geometry, count, learned = expansion.geometry, len(inputs), expansion.learned
     weight, constant = expansion.recipe.fold(base, basis)
     weighs, sought = any(needs[count : count + 2]), [*needs[:count], *needs[count + 2 :]]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kanseg.layers.kernels import gpu, native
 from kanseg.layers.kernels.native import Affine
 from kanseg.layers.kernels.operators import operator, plain_eager, refuse_second
-from kanseg.layers.kernels.rows import as_rows, blocks, channels_last
+from kanseg.layers.kernels.rows import as_rows, blocks, channel_like, channels_last
 
 
 def instance_norm_act(
@@ -137,7 +137,7 @@ def backward(
     """The gradients at y, weight, bias and below, whether there are such or not."""
     grad = channels_last(grad)
     if not y.numel():
-        return torch.empty_like(y), *(torch.zeros_like(mean[0] if t is None else t) for t in (weight, bias, below))
+        return torch.empty_like(y), *(channel_like(mean, t).zero_() for t in (weight, bias, below))
     if gpu.serves(y, grad):
         return gpu.kernels("norm").backward(grad, y, weight, bias, below, mean, inverse, act)
     if y.dtype.itemsize < 4:
@@ -190,7 +190,7 @@ def _fake_forward(y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake_backward(
     grad: Tensor, y: Tensor, weight: Any, bias: Any, below: Any, mean: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    return torch.empty_like(y), *(torch.empty_like(mean[0] if t is None else t) for t in (weight, bias, below))
+    return torch.empty_like(y), *(channel_like(mean, t) for t in (weight, bias, below))
 
 
 GIVEN = "Tensor y, Tensor? weight, Tensor? bias, Tensor? below"

@@ -23,7 +23,6 @@ from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.relu import ReLUBumps
 from kanseg.layers.kernels import gpu
 from kanseg.layers.kernels.expansion import Expansion, Slab, convolution_gradients, convolve, outputs, planes_of, slabs
-from kanseg.layers.kernels.gpu import ceiling, tile
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last, empty_channels_last
 from kanseg.layers.kernels.triton_functions import Functions
@@ -206,7 +205,7 @@ class _Job:
     def prepare(self, slab: Slab | None, *, folds: bool = True, grad: Tensor | None = None) -> Any:
         """Expand a slab, fold the weight, and sum the gradient of the constant, in one launch."""
         f, groups = self.functions, self.made.geometry.groups
-        bm, bc = tile(self.channels, 1024)
+        bm, bc = gpu.tile(self.channels, 1024)
         x = own = out = None
         rows = before = source = expands = 0
         if slab is not None:
@@ -217,13 +216,13 @@ class _Job:
             out = empty_channels_last(size, self.folded)
             source, before = samples * planes * plane, slab.before * plane
             rows = source + (slab.before + slab.after) * plane
-            expands = ceiling(rows, bm) * ceiling(self.channels, bc)
+            expands = gpu.ceiling(rows, bm) * gpu.ceiling(self.channels, bc)
         partial, sums, out_rows, programs, bs = None, 0, 0, 0, 16
         if grad is not None and f.skip:
-            bs = tile(self.outputs, 0, 16)[1]
+            bs = gpu.tile(self.outputs, 0, 16)[1]
             out_rows = len(self.x) * math.prod(self.out_size)
-            columns = ceiling(self.outputs, bs)
-            programs = gpu.turns(ceiling(out_rows, 64), columns, self.x.device)
+            columns = gpu.ceiling(self.outputs, bs)
+            programs = gpu.turns(gpu.ceiling(out_rows, 64), columns, self.x.device)
             partial = self.constants = self._floats(programs, self.taps.count, self.outputs)
             sums = programs * columns
         fold = self.outputs if folds else 0
@@ -248,7 +247,7 @@ class _Job:
         rows, f = out.numel() // self.outputs, self.functions
         high_width = self.outputs // self.made.geometry.groups
         bn = min(128, max(16, 1 << (high_width - 1).bit_length()))
-        grid = (ceiling(rows, 64) * ceiling(high_width, bn), self.made.geometry.groups)
+        grid = (gpu.ceiling(rows, 64) * gpu.ceiling(high_width, bn), self.made.geometry.groups)
         gpu.launch(
             pointwise, grid,
             self.x, self.own, self.folded, self.constant, out, self.low, self.high,
@@ -259,8 +258,8 @@ class _Job:
     def add_constant(self, part: Tensor, into: Tensor, slab: Slab) -> None:
         """into = part + the response of the constant."""
         rows = part.numel() // self.outputs
-        bm, bc = tile(self.outputs, 2048, 16)
-        grid = (ceiling(rows, bm) * ceiling(self.outputs, bc),)
+        bm, bc = gpu.tile(self.outputs, 2048, 16)
+        grid = (gpu.ceiling(rows, bm) * gpu.ceiling(self.outputs, bc),)
         gpu.launch(
             add_constant, grid,
             part, into, self.constant, rows, slab.out.start, self.outputs, self.size3, self.out_size3,
@@ -270,10 +269,10 @@ class _Job:
     def plan_learned(self, learns: bool, cut: int) -> None:
         """Where `contract` leaves the gradients of what is learned, a part for each slab and program."""
         many = learns * self.functions.learned  # a sum each is kept in registers
-        self.tile = tile(self.channels, 1024 if many < 8 else 512, most=32 if many < 24 else 16)
-        self.columns = ceiling(self.channels, self.tile[1])
+        self.tile = gpu.tile(self.channels, 1024 if many < 8 else 512, most=32 if many < 24 else 16)
+        self.columns = gpu.ceiling(self.channels, self.tile[1])
         rows = self.x.numel() // self.channels
-        self.programs = gpu.turns(ceiling(rows, self.tile[0]), self.columns, self.x.device)
+        self.programs = gpu.turns(gpu.ceiling(rows, self.tile[0]), self.columns, self.x.device)
         if learns:
             self.sums = self._floats(cut, self.programs, self.functions.learned, self.channels)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kanseg.layers.kernels import gpu
-from kanseg.layers.kernels.gpu import ceiling, tile
+from kanseg.layers.kernels.rows import channel_like
 from kanseg.layers.kernels.triton_functions import activate, slope
 
 BLOCK = 2048  # numbers a program works on at a time
@@ -56,7 +56,7 @@ def backward(
     plan = _Plan(y)
     parts = plan.floats(3, plan.programs)
     result, (of_weight, of_bias, of_below) = torch.empty_like(y), (
-        torch.empty_like(mean[0] if t is None else t) for t in (weight, bias, below)
+        channel_like(mean, t) for t in (weight, bias, below)
     )
     shared = (weight, bias, below, mean, inverse)
     gpu.launch(sums, plan.grid, y, grad, *shared, *parts, *plan.sizes, ACT=act, BM=plan.bm, BC=plan.bc)
@@ -74,9 +74,9 @@ class _Plan:
     def __init__(self, y: Tensor) -> None:
         self.y, channels = y, y.shape[1]
         rows = y[0, 0].numel()
-        self.bm, self.bc = tile(channels, BLOCK, most=32)
-        columns = ceiling(channels, self.bc)
-        self.programs = gpu.turns(ceiling(rows, self.bm), columns * len(y), y.device)
+        self.bm, self.bc = gpu.tile(channels, BLOCK, most=32)
+        columns = gpu.ceiling(channels, self.bc)
+        self.programs = gpu.turns(gpu.ceiling(rows, self.bm), columns * len(y), y.device)
         self.grid = (self.programs * columns, len(y))
         self.sizes = (rows, channels, self.programs)
         self.block_programs = 1 << (self.programs - 1).bit_length()
