@@ -225,9 +225,11 @@ def info(json_: Json = False) -> None:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    from kanseg.layers.kernels.gpu import described
     from kanseg.layers.kernels.native import available
 
     found["compiled kernels"] = available() or "none (was there a compiler at installation?)"
+    found["triton kernels"] = described()
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

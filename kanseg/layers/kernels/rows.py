@@ -31,3 +31,8 @@ def blocks(count: int, width: int) -> Iterator[slice]:
     step = max(1, ROW_BLOCK // width)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
+
+
+def channel_like(rows: Tensor, given: Tensor | None) -> Tensor:
+    """An uninitialised number a channel, for a gradient: as `given`, or without that as (..., C)."""
+    return rows.new_empty(rows.shape[-1]) if given is None else torch.empty_like(given)
