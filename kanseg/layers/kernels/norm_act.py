@@ -49,7 +49,10 @@ def activate(z: Tensor, to: Affine) -> Tensor:
         return F.silu(z, inplace=True)
     if to.act == "relu":
         return z.relu_()
-    return z.copy_(torch.where(z > 0, z, z * to.below)) if to.act == "prelu" else z
+    if to.act == "prelu":
+        low = z.clamp(max=0)
+        return z.sub_(low).addcmul_(low, to.below)
+    return z
 
 
 def before(grad: Tensor, z: Tensor, to: Affine) -> Tensor:
@@ -58,7 +61,9 @@ def before(grad: Tensor, z: Tensor, to: Affine) -> Tensor:
         return torch.ops.aten.silu_backward(grad, z)
     if to.act == "relu":
         return grad * (z > 0)
-    return torch.where(z > 0, grad, grad * to.below) if to.act == "prelu" else grad
+    if to.act == "prelu":  # the slope: 1 above zero, `below` from it downwards
+        return (z > 0).to(z.dtype).mul_(1 - to.below).add_(to.below).mul_(grad)
+    return grad
 
 
 def forward(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ROW_BLOCK = 1 << 17  # numbers worked on at a time, half a megabyte of float32: steps meet in the cache
+ROW_BLOCK = 1 << 18  # numbers worked on at a time, a megabyte of float32: steps meet in the cache
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
