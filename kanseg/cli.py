@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kanseg import __version__
-from kanseg.errors import UsageError, UserError
+from kanseg.errors import UsageError, UserError, did_you_mean
 
 app = typer.Typer(
     name="kanseg",
@@ -187,25 +187,48 @@ def evaluate(
 
 @app.command()
 def models(json_: Json = False) -> None:
-    """List the networks with their parameters (1 channel, 3 classes) and what they are.
+    """List networks and encoders with their parameters (1 channel, 3 classes) and what they are.
+
+    Networks are for `kanseg train --model NAME`, encoders for model.options.encoder=NAME.
 
     Example: kanseg models
     """
     from rich.table import Table
 
-    from kanseg.models import create_model, describe_model, list_models
+    from kanseg.models.table import table_of_models
 
-    rows: list[dict[str, Any]] = []
-    for name in list_models():
-        networks = {f"parameters_{d}d": create_model(name, d, 1, 3) for d in (2, 3)}
-        counts = {key: sum(p.numel() for p in net.parameters()) for key, net in networks.items()}
-        rows.append({"name": name, **counts, "description": describe_model(name)})
-    table = Table("name", "parameters 2D", "parameters 3D", "description")
+    rows = table_of_models()
+    table = Table("name", "kind", "parameters 2D", "parameters 3D", "description")
     for row in rows:
         millions = [f"{row[f'parameters_{d}d'] / 1e6:.1f} M" for d in (2, 3)]
-        table.add_row(row["name"], *millions, row["description"])
+        table.add_row(row["name"], row["kind"], *millions, row["description"])
     _console(json_).print(table)
     _emit(rows, json_)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="Weights: .safetensors or a state_dict of torch.")],
+    out: Out,
+    source: Annotated[str, typer.Option("--from", help="Whose weights: torch-conv-kan.")],
+    architecture: Annotated[str | None, typer.Option(help="Published name, if it is not recognised.")] = None,
+    json_: Json = False,
+) -> None:
+    """Make a kanseg model of published weights of torch-conv-kan (VGG KAGN 11 v2 and v4, VGG KAGN-BN 11 v4).
+
+    The encoder then starts a segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
+
+    Example: kanseg convert --from torch-conv-kan vgg_kagn11_v4.safetensors -o models/vgg11v4
+    """
+    from kanseg.compat.published import SOURCES
+
+    if source not in SOURCES:
+        raise UsageError(f"Unknown source '{source}'.{did_you_mean(source, SOURCES)}")
+    spec = SOURCES[source](file, out, architecture)
+    _console(json_).print(
+        f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False
+    )
+    _emit({"out": str(out), "model": spec}, json_)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from typer.main import get_command
 
 from kanseg.cli import app, main
 
-VERBS = ("demo", "plan", "train", "predict", "evaluate", "models", "info")
+VERBS = ("demo", "plan", "train", "predict", "evaluate", "models", "convert", "info")
 QUICK = [
     "training.max_epochs=1",
     "training.steps_per_epoch=2",

@@ -114,6 +114,8 @@ def load_model(
         spec, plan = dict(info["model"]), Plan.from_dict(info["plan"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not describe its model and plan ({error}). Train again.") from error
+    started = {"encoder_weights": None}  # what training started from is no longer needed, nor perhaps there
+    spec["options"] = {key: started.get(key, value) for key, value in spec["options"].items()}
     model = build_model(spec)
     load_weights(model, part(tensors, "average") or part(tensors, "model"), file)
     return model.to(device).eval(), plan, info

@@ -29,6 +29,7 @@ from kanseg.data.formats import Case, Dataset
 from kanseg.data.loaders import train_loader, val_loader
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
+from kanseg.models import check_patch
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import (
     BEST,
@@ -85,6 +86,7 @@ def fit(
     set_seed(config.data.seed)
     spec = model_spec(config, plan)
     model = build_model(spec)  # before anything is written: its options may not fit
+    check_patch(model, plan.patch_size)
     if accelerator.is_main_process:
         prepare_run(config, plan, splits, run, fold)
     accelerator.wait_for_everyone()
