@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: right in the interpreter, compiled ahead of time; with one: the numbers of float64."""
+"""The Triton kernels without a GPU: interpreted, and compiled ahead of time; with one: the numbers of float64."""
 
 from __future__ import annotations
 
