@@ -358,9 +358,9 @@ def _contract(
             )
             into = [t[sample, block] for t in sums if t is not None]
             into += [t for t in totals[len(inputs) :] if t is not None]
-            for place, part_of in zip(into, grads, strict=True):
-                if part_of is not None:
-                    place += part_of
+            for place, gradient in zip(into, grads, strict=True):
+                if gradient is not None:
+                    place.add_(gradient)
 
 
 @contextmanager
