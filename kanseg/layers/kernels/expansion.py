@@ -334,11 +334,9 @@ def _contract(
     rows = [as_rows(x) for x in sources]
     if made.parts is not None:
         for at in _halves(inside):
-            into = [None if t is None else t[at] for t in sums]
-            upper = inside[at].float()
-            native.contract(
-                made.parts, [x[at] for x in rows], upper, into, totals[len(inputs) :], channels // groups
-            )
+            parts, places = [x[at] for x in rows], [None if t is None else t[at] for t in sums]
+            learned = totals[len(inputs) :]
+            native.contract(made.parts, parts, inside[at].float(), places, learned, channels // groups)
         return
     for sample in range(len(inside)):
         upper = inside[sample].unflatten(1, (groups, -1, channels // groups))
@@ -348,12 +346,12 @@ def _contract(
                 for t, total in zip((*(x[sample, block] for x in rows), *made.learned), totals, strict=True)
             ]
             with recording():
-                parts = made.recipe(leaves[len(inputs) :], *leaves[: len(inputs)])
-            depend = [number for number, part in enumerate(parts) if part.requires_grad]
+                functions = made.recipe(leaves[len(inputs) :], *leaves[: len(inputs)])
+            depend = [number for number, function in enumerate(functions) if function.requires_grad]
             grads = torch.autograd.grad(
-                [parts[number] for number in depend],
+                [functions[number] for number in depend],
                 [leaf for leaf in leaves if leaf.requires_grad],
-                [upper[block, :, number].flatten(1).to(parts[number].dtype) for number in depend],
+                [upper[block, :, number].flatten(1).to(functions[number].dtype) for number in depend],
                 allow_unused=True,
             )
             into = [t[sample, block] for t in sums if t is not None]

@@ -1,7 +1,8 @@
 """The functions of an expansion, their slopes and activations, on tiles of a GPU's registers, in float32.
 
 `Functions` says which; it is a constant of the compiled code. Formulas: `kanseg.bases`; the sums over truncated powers
-of B-splines as in `bases/bspline.py`. All that is unrolled here has as many steps as there are functions.
+of B-splines as in `bases/bspline.py`. All that is unrolled here has as many steps as there are functions. Triton 3.6 takes
+the fields of a constant for constants only where it is told so: hence `tl.constexpr(F.act)`.
 """
 
 from __future__ import annotations
@@ -144,9 +145,9 @@ def function(k, t, channel, low, high, one, two, F: tl.constexpr):
     elif F.kind == "bspline":
         distance = tl.abs((t - F.numbers[k]) * F.numbers[F.functions])
         total = t * 0.0
-        for j in tl.static_range(F.order // 2 + 1):
+        for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
             reach = tl.maximum(0.5 * (F.order + 1) - j - distance, 0.0)
-            total += F.numbers[F.functions + 1 + j] * power(reach, F.order)
+            total += F.numbers[F.functions + 1 + j] * power(reach, tl.constexpr(F.order))
         return total
     elif F.kind == "rbf":
         u = (t - F.numbers[k]) * F.numbers[F.functions]
@@ -170,9 +171,9 @@ def derivative(k, t, f, F: tl.constexpr):
     elif F.kind == "bspline":
         v = (t - F.numbers[k]) * F.numbers[F.functions]
         total = t * 0.0
-        for j in tl.static_range(F.order // 2 + 1):
+        for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
             reach = 0.5 * (F.order + 1) - j - tl.abs(v)
-            inside = tl.where(reach > 0, power(reach, F.order - 1), 0.0)
+            inside = tl.where(reach > 0, power(reach, tl.constexpr(F.order - 1)), 0.0)
             total -= F.order * F.numbers[F.functions + 1 + j] * inside
         return tl.where(v > 0, total, -total) * F.numbers[F.functions]
     else:  # rbf
@@ -186,7 +187,7 @@ def upper_gradient(k, f, above, inside, width, F: tl.constexpr):
         return f * 0.0
     else:
         u = tl.load(above + (F.first + k - F.skip) * width, inside, 0.0).to(tl.float32)
-        return u * slope(f, 0.0, F.act)
+        return u * slope(f, 0.0, tl.constexpr(F.act))
 
 
 @triton.jit
@@ -198,12 +199,12 @@ def lead_back(t, above, inside, width, channel, low, high, sums, F: tl.constexpr
     at = t * 0.0
     if F.kind == "polynomial":
         f = (function(0, t, channel, low, high, t, t, F),)
-        for k in tl.static_range(1, F.functions):
+        for k in tl.static_range(1, tl.constexpr(F.functions)):
             f = f + (function(k, t, channel, low, high, f[k - 1], f[k - 2 if k > 1 else 0], F),)
         learned = ()
         beyond = t * 0.0
         second = t * 0.0
-        for i in tl.static_range(F.functions - 1):
+        for i in tl.static_range(tl.constexpr(F.functions - 1)):
             a = F.numbers[3 * (F.functions - 1 - i) - 3]
             b = F.numbers[3 * (F.functions - 1 - i) - 2]
             here = (
@@ -220,7 +221,7 @@ def lead_back(t, above, inside, width, channel, low, high, sums, F: tl.constexpr
     elif F.kind == "bumps":
         lows = ()
         highs = ()
-        for k in tl.static_range(F.functions):
+        for k in tl.static_range(tl.constexpr(F.functions)):
             begin, end = edges(low, high, channel, k, F)
             a = tl.maximum(t - begin[None, :], 0.0)
             b = tl.maximum(end[None, :] - t, 0.0)
@@ -232,7 +233,7 @@ def lead_back(t, above, inside, width, channel, low, high, sums, F: tl.constexpr
                 highs = highs + (sums[F.functions + k] + both * a,)
         return at, lows + highs
     else:
-        for k in tl.static_range(F.skip, F.functions):
+        for k in tl.static_range(tl.constexpr(F.skip), tl.constexpr(F.functions)):
             f = function(k, t, channel, low, high, t, t, F)
             at += upper_gradient(k, f, above, inside, width, F) * derivative(k, t, f, F)
         return at, sums

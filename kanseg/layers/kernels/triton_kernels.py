@@ -50,19 +50,21 @@ def expand_rows(pid, x, own, out, low, high, rows, before, source, channels, gro
     v = tl.load(x + at, inside, 0.0).to(tl.float32)
     if F.first > 0:
         tl.store(
-            out + into, tl.where(inside, activate(v, 0.0, F.base), 0.0).to(out.dtype.element_ty), written
+            out + into,
+            tl.where(inside, activate(v, 0.0, tl.constexpr(F.base)), 0.0).to(out.dtype.element_ty),
+            written,
         )
     if OWN:
         v = tl.load(own + at, inside, 0.0).to(tl.float32)
     t = squashed(v, F)
     one = t
     two = t
-    for k in tl.static_range(F.functions):
+    for k in tl.static_range(tl.constexpr(F.functions)):
         f = function(k, t, c, low, high, one, two, F)
         two = one
         one = f
         if k >= F.skip:
-            value = tl.where(inside, activate(f, 0.0, F.act), 0.0)
+            value = tl.where(inside, activate(f, 0.0, tl.constexpr(F.act)), 0.0)
             tl.store(out + into + (F.first + k - F.skip) * width, value.to(out.dtype.element_ty), written)
 
 
@@ -84,7 +86,7 @@ def fold_weight(o, base, basis, folded, constant, width, outputs,
             if F.skip > 0:
                 zeroth = tl.load(at, here, 0.0).to(tl.float32)
                 fixed += tl.sum(zeroth, 0) * F.one
-            for k in tl.static_range(F.skip, F.functions):
+            for k in tl.static_range(tl.constexpr(F.skip), tl.constexpr(F.functions)):
                 w = tl.load(at + k * TAPS, here, 0.0).to(tl.float32)
                 if F.folds == "sum":
                     w -= zeroth
@@ -143,7 +145,17 @@ def prepare(x, own, out, low, high, rows, before, source, channels, groups,
             expand_rows(pid, x, own, out, low, high, rows, before, source, channels, groups, F, OWN, BM, BC)
     elif pid < expands + folds:
         fold_weight(
-            pid - expands, base, basis, folded, constant, channels // groups, outputs, F, G.taps, BT, BF
+            pid - expands,
+            base,
+            basis,
+            folded,
+            constant,
+            channels // groups,
+            outputs,
+            F,
+            tl.constexpr(G.taps),
+            BT,
+            BF,
         )
     else:
         if SUMS:
@@ -187,7 +199,7 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
     width = channels // groups
     column = (c // width) * (F.branches * width) + c % width
     sums = ()
-    for _ in tl.static_range(F.learned if LEARNED else 0):
+    for _ in tl.static_range(tl.constexpr(F.learned if LEARNED else 0)):
         sums = sums + (tl.zeros((BM, BC), tl.float32),)
     for start in range(number * BM, rows, programs * BM):
         row = (start + tl.arange(0, BM)).to(tl.int64)
@@ -197,7 +209,7 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
         v = tl.load(x + at, inside, 0.0).to(tl.float32)
         to_x = v * 0.0
         if F.first > 0:
-            to_x = slope(v, 0.0, F.base) * tl.load(above, inside, 0.0).to(tl.float32)
+            to_x = slope(v, 0.0, tl.constexpr(F.base)) * tl.load(above, inside, 0.0).to(tl.float32)
         if OWN:
             v = tl.load(own + at, inside, 0.0).to(tl.float32)
         if F.functions > 0:
@@ -215,7 +227,7 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
                 to_x += tl.load(at_x + at, inside, 0.0).to(tl.float32)
             tl.store(at_x + at, to_x.to(at_x.dtype.element_ty), inside)
     if LEARNED:
-        for i in tl.static_range(F.learned):
+        for i in tl.static_range(tl.constexpr(F.learned)):
             into = partial + (number * F.learned + i) * channels + c
             tl.store(into, tl.sum(sums[i], 0), c < channels)
 
@@ -251,7 +263,7 @@ def unfold(weight, to_base, to_basis, constants, width, outputs, sums,
                 if F.functions > 0:
                     into = to_basis + (o * width + c)[:, None] * (F.functions * TAPS) + tap[None, :]
                     zeroth = tl.zeros((BC, BT), tl.float32) + fixed[None, :] * F.one
-                    for k in tl.static_range(F.skip, F.functions):
+                    for k in tl.static_range(tl.constexpr(F.skip), tl.constexpr(F.functions)):
                         g = tl.load(at + (F.first + k - F.skip) * width, here, 0.0).to(tl.float32)
                         tl.store(into + k * TAPS, g.to(to_basis.dtype.element_ty), here)
                         if F.folds == "sum":
@@ -304,19 +316,26 @@ def pointwise(x, own, weight, constant, out, low, high, rows, channels, outputs,
         known = (c < width)[:, None] & (o < high_width)[None, :]
         v = tl.load(x + at, inside, 0.0).to(tl.float32)
         if F.first > 0:
-            total = product(activate(v, 0.0, F.base), tl.load(beside, known, 0.0), total, kind, PRECISION, UP)
+            total = product(
+                activate(v, 0.0, tl.constexpr(F.base)),
+                tl.load(beside, known, 0.0),
+                total,
+                kind,
+                PRECISION,
+                UP,
+            )
         if OWN:
             v = tl.load(own + at, inside, 0.0).to(tl.float32)
         t = squashed(v, F)
         one = t
         two = t
-        for k in tl.static_range(F.functions):
+        for k in tl.static_range(tl.constexpr(F.functions)):
             f = function(k, t, group * width + c, low, high, one, two, F)
             two = one
             one = f
             if k >= F.skip:
                 w = tl.load(beside + (F.first + k - F.skip) * width, known, 0.0)
-                total = product(activate(f, 0.0, F.act), w, total, kind, PRECISION, UP)
+                total = product(activate(f, 0.0, tl.constexpr(F.act)), w, total, kind, PRECISION, UP)
     into = out + row[:, None] * outputs + (group * high_width + o)[None, :]
     tl.store(into, total.to(out.dtype.element_ty), (row < rows)[:, None] & (o < high_width)[None, :])
 
