@@ -61,7 +61,7 @@ class WaveletConv(ConvGeometry):
         self.step = max(1, EDGES_AT_ONCE // in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._compiled(x):
+        if self.base_recipe is not None and self._compiled(x):
             edges = (x, self.scale, self.translation, self.wavelet_weight, self.mix_weight)
             waves = wavelet.wavelet_sum(*edges, self.psi, self.geometry())
             return waves.add_(self.convolve_expanded([x], self.base_recipe, self.base_weight))

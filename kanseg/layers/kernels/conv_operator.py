@@ -42,7 +42,8 @@ def expanded_conv(
         learned: what the basis learns, in the order of the recipe.
         dtype: of the operands of the convolution and of the result.
     """
-    x, own = (*map(channels_last, inputs), None)[:2]
+    x, *rest = map(channels_last, inputs)
+    own = rest[0] if rest else None
     how = (recipe, geometry.numbers(), dtype)
     if plain_eager(x):
         return _Direct.apply(how, x, own, base, basis, *learned)

@@ -39,7 +39,10 @@ class Geometry:
     def of(cls, numbers: Sequence[int]) -> Geometry:
         """What `numbers` wrote down."""
         dims = (len(numbers) - 1) // 4
-        return cls(*(tuple(numbers[dims * i : dims * i + dims]) for i in range(4)), numbers[-1])
+        kernel_size, stride, padding, dilation = (
+            tuple(numbers[dims * i : dims * i + dims]) for i in range(4)
+        )
+        return cls(kernel_size, stride, padding, dilation, numbers[-1])
 
     def numbers(self) -> list[int]:
         """All in one list."""
@@ -71,14 +74,14 @@ class Expansion:
 
     def compiled(self, inputs: Sequence[Tensor]) -> Expansion:
         """With the compiled kernels where they serve `inputs`."""
-        if self.dtype != torch.float32 or not native.serves(*inputs):
+        if self.dtype == torch.float64 or not native.serves(*inputs):
             return self
         wanted = self.wanted or [False] * len(self.learned)
         made = self.recipe.native(self.learned, wanted, len(inputs))
         return self if made is None else replace(self, parts=made(inputs[0].shape[1]))
 
     def fast(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether Winograd's convolution serves."""
+        """Whether Winograd's convolution serves: in float32, which is no slower than a direct one in bfloat16."""
         return self.parts is not None and winograd.serves(x, weight, self.geometry)
 
 
@@ -92,17 +95,20 @@ def forward(
         base, basis: weights, see `Recipe.fold`.
     """
     expansion = expansion.compiled(inputs)
-    first, geometry, dtype = inputs[0], expansion.geometry, expansion.dtype
+    first, geometry = inputs[0], expansion.geometry
     weight, constant = expansion.recipe.fold(base, basis)
     size = geometry.out_size(first.shape[2:])
     out: Tensor | None = None
     with torch.autocast(first.device.type, enabled=False):
-        kernel = weight.to(dtype)
-        if expansion.fast(first, kernel):
+        fast = expansion.fast(first, weight)
+        kernel = weight if fast else weight.to(expansion.dtype)
+        dtype = kernel.dtype
+        if fast:
+            assert expansion.parts is not None
             out = empty_channels_last((len(first), len(weight), *size), first, dtype)
             border = None if constant is None else _border(constant, first.shape[2:], size, geometry)
             winograd.convolve(inputs, expansion.parts, kernel, border, out, geometry.padding)
-            return out
+            return out.to(expansion.dtype)
         for slab in slabs(first.shape, weight.shape[1] * geometry.groups, dtype, geometry, SLAB_BYTES):
             buffer = _expansion(slab, inputs, expansion, kernel)
             part = convolve(buffer, kernel, slab, geometry)
@@ -116,7 +122,7 @@ def forward(
         assert out is not None
         if constant is not None:
             _add_constant(out, constant, first.shape[2:], geometry)
-    return out
+    return out.to(expansion.dtype)
 
 
 def backward(
@@ -132,14 +138,16 @@ def backward(
     geometry, count, learned = expansion.geometry, len(inputs), expansion.learned
     weight, constant = expansion.recipe.fold(base, basis)
     weighs, sought = any(needs[count : count + 2]), [*needs[:count], *needs[count + 2 :]]
-    kernel = weight.to(expansion.dtype)
+    fast = expansion.fast(inputs[0], weight)
+    kernel = weight if fast else weight.to(expansion.dtype)
+    grad = grad.to(kernel.dtype)
     totals = [
         torch.zeros_like(t) if need else None for t, need in zip((*inputs, *learned), sought, strict=True)
     ]
     of_weight: Tensor | None = None
     of_constant: Tensor | None = None
     with torch.autocast(grad.device.type, enabled=False):
-        if expansion.fast(inputs[0], kernel):
+        if fast:
             assert expansion.parts is not None
             about = (inputs, expansion.parts, kernel, grad)
             if any(sought):
@@ -168,7 +176,7 @@ def _slab_gradients(
     geometry, expands = expansion.geometry, any(t is not None for t in totals)
     total: Tensor | None = None
     width = kernel.shape[1] * geometry.groups
-    for slab in slabs(inputs[0].shape, width, expansion.dtype, geometry, SLAB_BYTES):
+    for slab in slabs(inputs[0].shape, width, kernel.dtype, geometry, SLAB_BYTES):
         buffer = _expansion(slab, inputs, expansion, kernel)
         through, part = convolution_gradients(
             outputs(grad, slab), buffer, kernel, slab, geometry, expands, weighs
@@ -277,16 +285,29 @@ def _expansion(slab: Slab, inputs: Sequence[Tensor], made: Expansion, weight: Te
     buffer[:, :, : slab.before] = 0
     buffer[:, :, slab.before + planes :] = 0
     inside = as_rows(buffer[:, :, slab.before : slab.before + planes])
-    if made.parts is not None:
-        native.expand(made.parts, sources, inside, channels // groups)
-        return buffer
     rows = [as_rows(x) for x in sources]
+    if made.parts is not None:
+        for at in _halves(inside):
+            part = inside[at] if inside.dtype == torch.float32 else torch.empty(inside[at].shape)
+            native.expand(made.parts, [x[at] for x in rows], part, channels // groups)
+            if part.dtype != inside.dtype:
+                inside[at] = part
+        return buffer
     for sample in range(samples):
         into = inside[sample].unflatten(1, (groups, -1, channels // groups))
         for block in blocks(into.shape[0], channels):
             for number, part in enumerate(made.recipe(made.learned, *(x[sample, block] for x in rows))):
                 into[block, :, number] = part.unflatten(1, (groups, -1))
     return buffer
+
+
+def _halves(rows: Tensor) -> Iterator[Any]:
+    """All of (N, voxels, C) where it is float32, else blocks, which are made or read in float32 beside it."""
+    if rows.dtype == torch.float32:
+        yield slice(None)
+        return
+    for sample in range(len(rows)):
+        yield from ((sample, block) for block in blocks(*rows.shape[1:]))
 
 
 def convolve(buffer: Tensor, weight: Tensor, slab: Slab, geometry: Geometry) -> Tensor:
@@ -310,37 +331,34 @@ def _contract(
     groups = made.geometry.groups
     inside = as_rows(channels_last(through)[:, :, slab.before : slab.before + planes])
     sums = [None if t is None else as_rows(planes_of(t, slab)) for t in totals[: len(inputs)]]
-    if made.parts is not None:
-        native.contract(made.parts, sources, inside, sums, totals[len(inputs) :], channels // groups)
-        return
     rows = [as_rows(x) for x in sources]
+    if made.parts is not None:
+        for at in _halves(inside):
+            parts, places = [x[at] for x in rows], [None if t is None else t[at] for t in sums]
+            learned = totals[len(inputs) :]
+            native.contract(made.parts, parts, inside[at].float(), places, learned, channels // groups)
+        return
     for sample in range(len(inside)):
         upper = inside[sample].unflatten(1, (groups, -1, channels // groups))
         for block in blocks(upper.shape[0], channels):
+            leaves = [
+                t.detach().requires_grad_(total is not None)
+                for t, total in zip((*(x[sample, block] for x in rows), *made.learned), totals, strict=True)
+            ]
             with recording():
-                leaves = [
-                    x[sample, block].detach().requires_grad_(t is not None)
-                    for x, t in zip(rows, sums, strict=True)
-                ]
-                parameters = [
-                    t.detach().requires_grad_(total is not None)
-                    for t, total in zip(made.learned, totals[len(inputs) :], strict=True)
-                ]
-                parts = made.recipe(parameters, *leaves)
-            sought = [leaf for leaf, t in zip(leaves, sums, strict=True) if t is not None]
-            learned = [p for p, t in zip(parameters, totals[len(inputs) :], strict=True) if t is not None]
-            depend = [number for number, part in enumerate(parts) if part.requires_grad]
+                functions = made.recipe(leaves[len(inputs) :], *leaves[: len(inputs)])
+            depend = [number for number, function in enumerate(functions) if function.requires_grad]
             grads = torch.autograd.grad(
-                [parts[number] for number in depend],
-                [*sought, *learned],
-                [upper[block, :, number].flatten(1).to(parts[number].dtype) for number in depend],
+                [functions[number] for number in depend],
+                [leaf for leaf in leaves if leaf.requires_grad],
+                [upper[block, :, number].flatten(1).to(functions[number].dtype) for number in depend],
                 allow_unused=True,
             )
             into = [t[sample, block] for t in sums if t is not None]
             into += [t for t in totals[len(inputs) :] if t is not None]
-            for total, part in zip(into, grads, strict=True):
-                if part is not None:
-                    total += part
+            for place, gradient in zip(into, grads, strict=True):
+                if gradient is not None:
+                    place.add_(gradient)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Whether the Triton kernels serve, and how they are launched.
 
-They are for CUDA (and ROCm) tensors of float32, bfloat16 and float16 where Triton can be imported; elsewhere torch's own
-operations give the same numbers. `KANSEG_TRITON=0` in the environment switches them off. In Triton's interpreter
+They are for CUDA (and ROCm) tensors of float32, bfloat16 and float16 where Triton can be imported; elsewhere torch's
+own operations give the same numbers. `KANSEG_TRITON=0` in the environment switches them off. In Triton's interpreter
 (`TRITON_INTERPRET=1`) they run, slowly, on tensors in the memory of the CPU, which is how they are tested.
 """
 

@@ -78,7 +78,8 @@ def forward(
     """The result, and mean and 1 / deviation of each sample and channel, (N, C)."""
     y = channels_last(y)
     if not y.numel():
-        return torch.empty_like(y), *(y.new_zeros(y.shape[:2], dtype=_statistics_type(y)) for _ in range(2))
+        none = y.new_zeros(y.shape[:2], dtype=_statistics_type(y))
+        return torch.empty_like(y), none, none.clone()
     if gpu.serves(y):
         return gpu.kernels("norm").forward(y, weight, bias, below, eps, act, out)
     if y.dtype.itemsize < 4:
@@ -138,7 +139,7 @@ def backward(
     mean: Tensor,
     inverse: Tensor,
     act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The gradients at y, weight, bias and below, whether there are such or not."""
     grad = channels_last(grad)
     if not y.numel():
@@ -164,7 +165,7 @@ def backward(
         (native.norm_backward if compiled else _to_rows)(rows, upper, to, gain, offset, lower)
     plain, weighted, negative = (part.sum(0) for part in sums)  # no views of one tensor
     given = ((weighted, weight), (plain, bias), (negative, below))
-    return result, *(part if t is None else part.to(t.dtype) for part, t in given)  # type: ignore[return-value]
+    return result, *(part if t is None else part.to(t.dtype) for part, t in given)
 
 
 def _sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:

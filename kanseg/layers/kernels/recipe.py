@@ -56,7 +56,12 @@ class Recipe:
         return float(self.basis_act(torch.ones((), device="cpu"))) if self.constant == "first" else 1.0
 
     def __call__(self, tensors: Sequence[Tensor], x: Tensor, own: Tensor | None = None) -> list[Tensor]:
-        """The functions of rows (P, C), each (P, C); `tensors` are those of `learned`; `own` is the input of the phi_k."""
+        """The functions of rows (P, C), each (P, C).
+
+        Args:
+            tensors: those of `learned`.
+            own: the input of the phi_k where it is not x.
+        """
         base = [] if self.base_act is None else [self.base_act(x)]
         if self.basis is None:
             return base
@@ -162,7 +167,7 @@ def _classes() -> dict[str, type[nn.Module]]:
     return {**vars(nn), **{kind.__name__: kind for kind in _below(Basis)}}
 
 
-def _below(kind: type) -> Iterator[type]:
+def _below(kind: type[Basis]) -> Iterator[type[Basis]]:
     for child in kind.__subclasses__():
         yield child
         yield from _below(child)

@@ -1,4 +1,4 @@
-"""The convolution over an expansion on a GPU: Triton makes the expansion and leads gradients through it, cuDNN convolves.
+"""The convolution over an expansion on a GPU: Triton expands and leads gradients back, cuDNN convolves.
 
 As `expansion` does, slab by slab, so that an expansion is read from the cache that it was written to. A convolution of
 kernel 1 is one product whose operand is expanded on the way.
@@ -197,8 +197,8 @@ class _Job:
         )
         size = (self.outputs, self.functions.branches * self.width, *geometry.kernel_size)
         self.folded = empty_channels_last(size, self.x, made.dtype)
-        self.constant = self._floats(self.taps.count, self.outputs)
-        self.block_taps = max(16, 1 << (self.taps.count - 1).bit_length())
+        self.constant = self._floats(self.taps.taps, self.outputs)
+        self.block_taps = max(16, 1 << (self.taps.taps - 1).bit_length())
         precision = (
             "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
         )  # of products of float32, as cuDNN's
@@ -235,7 +235,7 @@ class _Job:
             out_rows = len(self.x) * math.prod(self.out_size)
             columns = gpu.ceiling(self.outputs, bs)
             programs = gpu.turns(gpu.ceiling(out_rows, 64), columns, self.x.device)
-            partial = self.constants = self._floats(programs, self.taps.count, self.outputs)
+            partial = self.constants = self._floats(programs, self.taps.taps, self.outputs)
             sums = programs * columns
         fold = self.outputs if folds else 0
         bf = min(max(1, 1024 // self.block_taps), 1 << (self.width - 1).bit_length())
@@ -308,7 +308,7 @@ class _Job:
         self, of_weight: Tensor | None, learns: bool
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients at the two weights and at what is learned, from all sums, in one launch."""
-        f, t = self.functions, self.taps.count
+        f, t = self.functions, self.taps.taps
         weights = [
             None if w is None or of_weight is None else torch.empty_like(w) for w in (self.base, self.basis)
         ]

@@ -1,7 +1,8 @@
 """The functions of an expansion, their slopes and activations, on tiles of a GPU's registers, in float32.
 
 `Functions` says which; it is a constant of the compiled code. Formulas: `kanseg.bases`; the sums over truncated powers
-of B-splines as in `bases/bspline.py`. All that is unrolled here has as many steps as there are functions.
+of B-splines as in `bases/bspline.py`. All that is unrolled here has as many steps as there are functions. Triton 3.6 takes
+the fields of a constant for constants only where it is told so: hence `tl.constexpr(F.act)`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class Functions(NamedTuple):
 
     Attributes:
         kind: "none", "polynomial", "bernstein", "bspline", "rbf" or "bumps".
-        count: of the phi_k.
+        functions: how many phi_k there are.
         skip: how many of them need no channel.
         base: activation of the base branch; "none" for no branch.
         act: activation of the phi_k.
@@ -34,7 +35,7 @@ class Functions(NamedTuple):
     """
 
     kind: str
-    count: int
+    functions: int
     skip: int
     base: str
     act: str
@@ -125,7 +126,7 @@ def factor(learned, n, F: tl.constexpr):
 @triton.jit
 def edges(low, high, channel, k, F: tl.constexpr):
     """Where bump k of each channel begins and ends."""
-    at = (channel % F.period) * F.count + k
+    at = (channel % F.period) * F.functions + k
     return tl.load(low + at).to(tl.float32), tl.load(high + at).to(tl.float32)
 
 
@@ -140,16 +141,16 @@ def function(k, t, channel, low, high, one, two, F: tl.constexpr):
         else:
             return (F.numbers[3 * k - 3] * t + F.numbers[3 * k - 2]) * one - factor(low, k, F) * two
     elif F.kind == "bernstein":
-        return F.numbers[k] * power(t, k) * power(1.0 - t, F.count - 1 - k)
+        return F.numbers[k] * power(t, k) * power(1.0 - t, F.functions - 1 - k)
     elif F.kind == "bspline":
-        distance = tl.abs((t - F.numbers[k]) * F.numbers[F.count])
+        distance = tl.abs((t - F.numbers[k]) * F.numbers[F.functions])
         total = t * 0.0
-        for j in tl.static_range(F.order // 2 + 1):
+        for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
             reach = tl.maximum(0.5 * (F.order + 1) - j - distance, 0.0)
-            total += F.numbers[F.count + 1 + j] * power(reach, F.order)
+            total += F.numbers[F.functions + 1 + j] * power(reach, tl.constexpr(F.order))
         return total
     elif F.kind == "rbf":
-        u = (t - F.numbers[k]) * F.numbers[F.count]
+        u = (t - F.numbers[k]) * F.numbers[F.functions]
         return tl.exp(-u * u)
     else:  # bumps
         begin, end = edges(low, high, channel, k, F)
@@ -163,20 +164,20 @@ def derivative(k, t, f, F: tl.constexpr):
     if F.kind == "bernstein":
         total = t * 0.0
         if k > 0:
-            total += F.numbers[F.count + k - 1] * power(t, k - 1) * power(1.0 - t, F.count - 1 - k)
-        if k < F.count - 1:
-            total -= F.numbers[F.count + k] * power(t, k) * power(1.0 - t, F.count - 2 - k)
-        return total * (F.count - 1)
+            total += F.numbers[F.functions + k - 1] * power(t, k - 1) * power(1.0 - t, F.functions - 1 - k)
+        if k < F.functions - 1:
+            total -= F.numbers[F.functions + k] * power(t, k) * power(1.0 - t, F.functions - 2 - k)
+        return total * (F.functions - 1)
     elif F.kind == "bspline":
-        v = (t - F.numbers[k]) * F.numbers[F.count]
+        v = (t - F.numbers[k]) * F.numbers[F.functions]
         total = t * 0.0
-        for j in tl.static_range(F.order // 2 + 1):
+        for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
             reach = 0.5 * (F.order + 1) - j - tl.abs(v)
-            inside = tl.where(reach > 0, power(reach, F.order - 1), 0.0)
-            total -= F.order * F.numbers[F.count + 1 + j] * inside
-        return tl.where(v > 0, total, -total) * F.numbers[F.count]
+            inside = tl.where(reach > 0, power(reach, tl.constexpr(F.order - 1)), 0.0)
+            total -= F.order * F.numbers[F.functions + 1 + j] * inside
+        return tl.where(v > 0, total, -total) * F.numbers[F.functions]
     else:  # rbf
-        return (F.numbers[k] - t) * f * (2.0 * F.numbers[F.count] * F.numbers[F.count])
+        return (F.numbers[k] - t) * f * (2.0 * F.numbers[F.functions] * F.numbers[F.functions])
 
 
 @triton.jit
@@ -186,7 +187,7 @@ def upper_gradient(k, f, above, inside, width, F: tl.constexpr):
         return f * 0.0
     else:
         u = tl.load(above + (F.first + k - F.skip) * width, inside, 0.0).to(tl.float32)
-        return u * slope(f, 0.0, F.act)
+        return u * slope(f, 0.0, tl.constexpr(F.act))
 
 
 @triton.jit
@@ -198,27 +199,29 @@ def lead_back(t, above, inside, width, channel, low, high, sums, F: tl.constexpr
     at = t * 0.0
     if F.kind == "polynomial":
         f = (function(0, t, channel, low, high, t, t, F),)
-        for k in tl.static_range(1, F.count):
+        for k in tl.static_range(1, tl.constexpr(F.functions)):
             f = f + (function(k, t, channel, low, high, f[k - 1], f[k - 2 if k > 1 else 0], F),)
         learned = ()
         beyond = t * 0.0
         second = t * 0.0
-        for i in tl.static_range(F.count - 1):
-            a = F.numbers[3 * (F.count - 1 - i) - 3]
-            b = F.numbers[3 * (F.count - 1 - i) - 2]
-            here = upper_gradient(F.count - 1 - i, f[F.count - 1 - i], above, inside, width, F) + beyond
-            at += a * f[F.count - 2 - i] * here
+        for i in tl.static_range(tl.constexpr(F.functions - 1)):
+            a = F.numbers[3 * (F.functions - 1 - i) - 3]
+            b = F.numbers[3 * (F.functions - 1 - i) - 2]
+            here = (
+                upper_gradient(F.functions - 1 - i, f[F.functions - 1 - i], above, inside, width, F) + beyond
+            )
+            at += a * f[F.functions - 2 - i] * here
             beyond = (a * t + b) * here - second
-            if F.count - 1 - i > 1:
+            if F.functions - 1 - i > 1:
                 if LEARNED:
-                    c = F.numbers[3 * (F.count - 1 - i) - 1]
-                    learned = (sums[F.count - 3 - i] - c * f[F.count - 3 - i] * here,) + learned
-                second = factor(low, F.count - 1 - i, F) * here
+                    c = F.numbers[3 * (F.functions - 1 - i) - 1]
+                    learned = (sums[F.functions - 3 - i] - c * f[F.functions - 3 - i] * here,) + learned
+                second = factor(low, F.functions - 1 - i, F) * here
         return at, learned
     elif F.kind == "bumps":
         lows = ()
         highs = ()
-        for k in tl.static_range(F.count):
+        for k in tl.static_range(tl.constexpr(F.functions)):
             begin, end = edges(low, high, channel, k, F)
             a = tl.maximum(t - begin[None, :], 0.0)
             b = tl.maximum(end[None, :] - t, 0.0)
@@ -227,10 +230,10 @@ def lead_back(t, above, inside, width, channel, low, high, sums, F: tl.constexpr
             at += both * (b - a)
             if LEARNED:
                 lows = lows + (sums[k] - both * b,)
-                highs = highs + (sums[F.count + k] + both * a,)
+                highs = highs + (sums[F.functions + k] + both * a,)
         return at, lows + highs
     else:
-        for k in tl.static_range(F.skip, F.count):
+        for k in tl.static_range(tl.constexpr(F.skip), tl.constexpr(F.functions)):
             f = function(k, t, channel, low, high, t, t, F)
             at += upper_gradient(k, f, above, inside, width, F) * derivative(k, t, f, F)
         return at, sums

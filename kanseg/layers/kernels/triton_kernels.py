@@ -29,7 +29,7 @@ class Taps(NamedTuple):
     stride: tuple[int, int, int]
     padding: tuple[int, int, int]
     dilation: tuple[int, int, int]
-    count: int
+    taps: int
 
 
 @triton.jit
@@ -50,19 +50,21 @@ def expand_rows(pid, x, own, out, low, high, rows, before, source, channels, gro
     v = tl.load(x + at, inside, 0.0).to(tl.float32)
     if F.first > 0:
         tl.store(
-            out + into, tl.where(inside, activate(v, 0.0, F.base), 0.0).to(out.dtype.element_ty), written
+            out + into,
+            tl.where(inside, activate(v, 0.0, tl.constexpr(F.base)), 0.0).to(out.dtype.element_ty),
+            written,
         )
     if OWN:
         v = tl.load(own + at, inside, 0.0).to(tl.float32)
     t = squashed(v, F)
     one = t
     two = t
-    for k in tl.static_range(F.count):
+    for k in tl.static_range(tl.constexpr(F.functions)):
         f = function(k, t, c, low, high, one, two, F)
         two = one
         one = f
         if k >= F.skip:
-            value = tl.where(inside, activate(f, 0.0, F.act), 0.0)
+            value = tl.where(inside, activate(f, 0.0, tl.constexpr(F.act)), 0.0)
             tl.store(out + into + (F.first + k - F.skip) * width, value.to(out.dtype.element_ty), written)
 
 
@@ -79,12 +81,12 @@ def fold_weight(o, base, basis, folded, constant, width, outputs,
         if F.first > 0:
             w = tl.load(base + (o * width + c)[:, None] * TAPS + tap[None, :], here, 0.0)
             tl.store(into, w.to(folded.dtype.element_ty), here)
-        if F.count > 0:
-            at = basis + (o * width + c)[:, None] * (F.count * TAPS) + tap[None, :]
+        if F.functions > 0:
+            at = basis + (o * width + c)[:, None] * (F.functions * TAPS) + tap[None, :]
             if F.skip > 0:
                 zeroth = tl.load(at, here, 0.0).to(tl.float32)
                 fixed += tl.sum(zeroth, 0) * F.one
-            for k in tl.static_range(F.skip, F.count):
+            for k in tl.static_range(tl.constexpr(F.skip), tl.constexpr(F.functions)):
                 w = tl.load(at + k * TAPS, here, 0.0).to(tl.float32)
                 if F.folds == "sum":
                     w -= zeroth
@@ -106,7 +108,7 @@ def valid_taps(row, plane, size, out_size, G: tl.constexpr, BT: tl.constexpr):
     h = h[:, None] + (tap // G.kernel[2] % G.kernel[1] * G.dilation[1])[None, :]
     w = w[:, None] + (tap % G.kernel[2] * G.dilation[2])[None, :]
     inside = (d >= 0) & (d < size[0]) & (h >= 0) & (h < size[1]) & (w >= 0) & (w < size[2])
-    return tl.where(inside & (tap < G.count)[None, :], 1.0, 0.0)
+    return tl.where(inside & (tap < G.taps)[None, :], 1.0, 0.0)
 
 
 @triton.jit
@@ -125,8 +127,8 @@ def constant_sums(pid, grad, partial, rows, outputs, size, out_size, programs,
         g = tl.load(grad + row[:, None] * outputs + c[None, :], inside, 0.0)
         seen = tl.trans(valid_taps(row, 0, size, out_size, G, BT))
         total = product(seen, g, total, grad.dtype.element_ty, PRECISION, UP)
-    into = partial + (number * G.count + tap[:, None]) * outputs + c[None, :]
-    tl.store(into, total, (tap < G.count)[:, None] & (c < outputs)[None, :])
+    into = partial + (number * G.taps + tap[:, None]) * outputs + c[None, :]
+    tl.store(into, total, (tap < G.taps)[:, None] & (c < outputs)[None, :])
 
 
 @triton.jit
@@ -136,14 +138,24 @@ def prepare(x, own, out, low, high, rows, before, source, channels, groups,
             F: tl.constexpr, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr, EXPANDS: tl.constexpr,
             PRECISION: tl.constexpr, UP: tl.constexpr,
             BM: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    """Programs below `expands` expand, the next `folds` fold the weight, the others sum the gradient of the constant."""
+    """The first `expands` programs expand, the next `folds` fold the weight, the rest sum the constant's gradient."""
     pid = tl.program_id(0)
     if pid < expands:
         if EXPANDS:
             expand_rows(pid, x, own, out, low, high, rows, before, source, channels, groups, F, OWN, BM, BC)
     elif pid < expands + folds:
         fold_weight(
-            pid - expands, base, basis, folded, constant, channels // groups, outputs, F, G.count, BT, BF
+            pid - expands,
+            base,
+            basis,
+            folded,
+            constant,
+            channels // groups,
+            outputs,
+            F,
+            tl.constexpr(G.taps),
+            BT,
+            BF,
         )
     else:
         if SUMS:
@@ -161,7 +173,7 @@ def add_constant(y, out, constant, rows, plane, outputs, size, out_size,
     row = (pid // blocks).to(tl.int64) * BM + tl.arange(0, BM)
     c = (pid % blocks) * BC + tl.arange(0, BC)
     tap = tl.arange(0, BT)
-    known = (tap < G.count)[:, None] & (c < outputs)[None, :]
+    known = (tap < G.taps)[:, None] & (c < outputs)[None, :]
     weight = tl.load(constant + tap[:, None] * outputs + c[None, :], known, 0.0)
     kind = y.dtype.element_ty
     seen = valid_taps(row, plane, size, out_size, G, BT)
@@ -187,7 +199,7 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
     width = channels // groups
     column = (c // width) * (F.branches * width) + c % width
     sums = ()
-    for _ in tl.static_range(F.learned if LEARNED else 0):
+    for _ in tl.static_range(tl.constexpr(F.learned if LEARNED else 0)):
         sums = sums + (tl.zeros((BM, BC), tl.float32),)
     for start in range(number * BM, rows, programs * BM):
         row = (start + tl.arange(0, BM)).to(tl.int64)
@@ -197,10 +209,10 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
         v = tl.load(x + at, inside, 0.0).to(tl.float32)
         to_x = v * 0.0
         if F.first > 0:
-            to_x = slope(v, 0.0, F.base) * tl.load(above, inside, 0.0).to(tl.float32)
+            to_x = slope(v, 0.0, tl.constexpr(F.base)) * tl.load(above, inside, 0.0).to(tl.float32)
         if OWN:
             v = tl.load(own + at, inside, 0.0).to(tl.float32)
-        if F.count > 0:
+        if F.functions > 0:
             t = squashed(v, F)
             to_t, sums = lead_back(t, above, inside, width, c, low, high, sums, F, LEARNED)
             to_own = to_t * squash_slope(t, F)
@@ -215,7 +227,7 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
                 to_x += tl.load(at_x + at, inside, 0.0).to(tl.float32)
             tl.store(at_x + at, to_x.to(at_x.dtype.element_ty), inside)
     if LEARNED:
-        for i in tl.static_range(F.learned):
+        for i in tl.static_range(tl.constexpr(F.learned)):
             into = partial + (number * F.learned + i) * channels + c
             tl.store(into, tl.sum(sums[i], 0), c < channels)
 
@@ -248,10 +260,10 @@ def unfold(weight, to_base, to_basis, constants, width, outputs, sums,
                     g = tl.load(at, here, 0.0)
                     into = to_base + (o * width + c)[:, None] * TAPS + tap[None, :]
                     tl.store(into, g.to(to_base.dtype.element_ty), here)
-                if F.count > 0:
-                    into = to_basis + (o * width + c)[:, None] * (F.count * TAPS) + tap[None, :]
+                if F.functions > 0:
+                    into = to_basis + (o * width + c)[:, None] * (F.functions * TAPS) + tap[None, :]
                     zeroth = tl.zeros((BC, BT), tl.float32) + fixed[None, :] * F.one
-                    for k in tl.static_range(F.skip, F.count):
+                    for k in tl.static_range(tl.constexpr(F.skip), tl.constexpr(F.functions)):
                         g = tl.load(at + (F.first + k - F.skip) * width, here, 0.0).to(tl.float32)
                         tl.store(into + k * TAPS, g.to(to_basis.dtype.element_ty), here)
                         if F.folds == "sum":
@@ -270,11 +282,11 @@ def unfold(weight, to_base, to_basis, constants, width, outputs, sums,
                         total += tl.load(at, (c < F.period) & (repeat + c < channels), 0.0)
                 if F.kind == "polynomial":
                     tl.store(to_low + number + c, total.to(to_low.dtype.element_ty), c < F.period)
-                elif number < F.count:
-                    at = to_low + c * F.count + number
+                elif number < F.functions:
+                    at = to_low + c * F.functions + number
                     tl.store(at, total.to(to_low.dtype.element_ty), c < F.period)
                 else:
-                    at = to_high + c * F.count + number - F.count
+                    at = to_high + c * F.functions + number - F.functions
                     tl.store(at, total.to(to_high.dtype.element_ty), c < F.period)
 
 
@@ -304,19 +316,26 @@ def pointwise(x, own, weight, constant, out, low, high, rows, channels, outputs,
         known = (c < width)[:, None] & (o < high_width)[None, :]
         v = tl.load(x + at, inside, 0.0).to(tl.float32)
         if F.first > 0:
-            total = product(activate(v, 0.0, F.base), tl.load(beside, known, 0.0), total, kind, PRECISION, UP)
+            total = product(
+                activate(v, 0.0, tl.constexpr(F.base)),
+                tl.load(beside, known, 0.0),
+                total,
+                kind,
+                PRECISION,
+                UP,
+            )
         if OWN:
             v = tl.load(own + at, inside, 0.0).to(tl.float32)
         t = squashed(v, F)
         one = t
         two = t
-        for k in tl.static_range(F.count):
+        for k in tl.static_range(tl.constexpr(F.functions)):
             f = function(k, t, group * width + c, low, high, one, two, F)
             two = one
             one = f
             if k >= F.skip:
                 w = tl.load(beside + (F.first + k - F.skip) * width, known, 0.0)
-                total = product(activate(f, 0.0, F.act), w, total, kind, PRECISION, UP)
+                total = product(activate(f, 0.0, tl.constexpr(F.act)), w, total, kind, PRECISION, UP)
     into = out + row[:, None] * outputs + (group * high_width + o)[None, :]
     tl.store(into, total.to(out.dtype.element_ty), (row < rows)[:, None] & (o < high_width)[None, :])
 
