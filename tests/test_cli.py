@@ -21,7 +21,8 @@ from typer.main import get_command
 
 from kanseg.cli import app, main
 
-VERBS = ("demo", "plan", "train", "predict", "evaluate", "models", "convert", "info")
+VERBS = ("demo", "doctor", "plan", "train", "predict", "evaluate", "models", "info", "run", "search")
+VERBS += ("download", "convert", "compare", "ensemble")
 QUICK = [
     "training.max_epochs=1",
     "training.steps_per_epoch=2",
@@ -95,7 +96,7 @@ def pair(root: Path, image: Path, label: Path | None) -> Path:
 def run(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A planned and trained run, by the two commands."""
     folder = tmp_path_factory.mktemp("run") / "blobs"
-    planned = kanseg("plan", blobs, "-o", folder, "--memory", "2G")
+    planned = kanseg("plan", blobs, "-o", folder, "--memory", "2G", "--no-trial")
     assert planned.returncode == 0, planned.stderr
     assert "Decathlon" in planned.stdout
     trained = kanseg("train", folder, *QUICK)
@@ -173,11 +174,11 @@ def test_predict_writes_one_file_in_another_format(run: Path, blobs: Path, tmp_p
 
 
 def test_a_data_set_without_a_plan_is_planned_first(blobs: Path, tmp_path: Path) -> None:
-    trained = kanseg("train", blobs, *QUICK, "-o", tmp_path / "run", "-f", "all", "--json")
+    trained = kanseg("train", blobs, *QUICK, "-o", tmp_path / "run", "-f", "final", "--json")
     assert trained.returncode == 0, trained.stderr
-    assert json.loads(trained.stdout)["fold"] == "all"
+    assert json.loads(trained.stdout)["fold"] == "final"
     assert "spacing" in trained.stderr
-    assert (tmp_path / "run" / "fold_all" / "last.safetensors").exists()
+    assert (tmp_path / "run" / "fold_final" / "last.safetensors").exists()
     shutil.copytree(blobs, tmp_path / "other")
     refused(kanseg("train", tmp_path / "other", "-o", tmp_path / "run"), 2, "has a plan for")
     refused(kanseg("plan", blobs, "-o", tmp_path / "run"), 2, "holds a training")
@@ -205,7 +206,7 @@ def test_models_and_info_print_json() -> None:
         (["plan", "nowhere", "-o", "run"], 1, ["There is no nowhere"]),
         (["plan", ".", "-o", "run"], 1, ["no layout that kanseg knows"]),
         (["plan", "{data}", "-o", "run", "--memory", "much"], 2, ["--memory 'much'"]),
-        (["plan", "{data}", "-o", "run", "--dim", "2"], 1, ["is 3D and dim=2"]),
+        (["plan", "{data}", "-o", "run", "--slices", "3"], 2, ["slices=3 does not fit"]),
         (["train", "{data}", "-o", "run", "model.name=uknet"], 2, ["Did you mean 'ukanet'"]),
         (["train", "{data}", "-o", "run", "model.options.basis=grma"], 2, ["Did you mean 'gram'"]),
         (
@@ -260,7 +261,7 @@ def test_a_label_of_whole_floats_is_accepted(shared_data: Path, tmp_path: Path) 
     files = shared_data / "bad_inputs" / "nifti"
     label = files / "hippocampus_003_label_float32.nii.gz"
     data = pair(tmp_path / "data", files / "hippocampus_003_image.nii.gz", label)
-    planned = kanseg("plan", data, "-o", tmp_path / "run", "--memory", "2G", "--json")
+    planned = kanseg("plan", data, "-o", tmp_path / "run", "--memory", "2G", "--no-trial", "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["label_values"] == [0, 1, 2]
 
@@ -314,7 +315,7 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(run: Path, blobs: Pat
     (tmp_path / "file").write_text("in the way")
     for arguments in (
         ("predict", "-m", run, "-i", image, "-o", tmp_path / "file" / "masks"),
-        ("plan", blobs, "-o", tmp_path / "file" / "run"),
+        ("plan", blobs, "--no-trial", "-o", tmp_path / "file" / "run"),
         ("evaluate", blobs / "labelsTr", blobs / "labelsTr", "-o", tmp_path / "file"),
     ):
         refused(kanseg(*arguments), 1, str(tmp_path / "file"))

@@ -209,7 +209,12 @@ def test_broken_lists_are_explained(tmp_path: Path) -> None:
         ({"labels": {"background": 0, "near": "one"}}, "'near' has the value 'one'"),
         ({"labels": {"0": "background", "-1": "near"}}, "whole number from 0"),
         ({"labels": {"0": "background", "1": "near", "2": "near"}}, "of its own"),
-        ({"labels": {"background": 0, "both": [1, 2]}}, "is a region"),
+        ({"labels": {"background": 0, "both": [1, "x"]}}, "list of whole numbers"),
+        ({"labels": {"background": 0, "near": 1, "both": [1, 2], "far": 2}}, "'near' would be painted over"),
+        (
+            {"labels": {"background": 0, "both": [1, 2], "far": 2}, "regions_class_order": [1]},
+            "one value of its own for each",
+        ),
         ({"modality": "MRI"}, "the channels are 'MRI'"),
         ({"modality": {"1": "MRI"}}, "a name for each number from 0"),
         ({"subjects": ["case_0"]}, "'subjects' must name the cases"),
