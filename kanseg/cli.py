@@ -117,9 +117,9 @@ def train(
     from kanseg.evaluation.report import score_table
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
+    from kanseg.training.parallel import once
 
-    if not planned:
-        _make_plan(run, folder, console=console, id_pattern=id_pattern)
+    once(lambda: planned or _make_plan(run, folder, console=console, id_pattern=id_pattern))
     plan_ = Plan.load(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
