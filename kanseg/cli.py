@@ -90,6 +90,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Network of `kanseg models`; default the plan's.")] = None,
     config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
     id_pattern: Pattern = None,
+    trial: Annotated[bool, typer.Option(help="Measure the memory of a step, if it must plan.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     override: Annotated[bool, typer.Option("--override", help="Go on with other options.")] = False,
     json_: Json = False,
@@ -119,7 +120,7 @@ def train(
     from kanseg.training.fit import fit
 
     if not planned:
-        _make_plan(run, folder, console=console, id_pattern=id_pattern)
+        _make_plan(run, folder, console=console, id_pattern=id_pattern, trial=trial)
     plan_ = Plan.load(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
