@@ -275,7 +275,7 @@ def _make_plan(
     **how: Any,
 ) -> Any:
     """Read, plan, say what was decided and why, and write plan.json and fingerprint.json."""
-    from kanseg.data.formats import read_dataset
+    from kanseg.data.formats import few, read_dataset
     from kanseg.data.plan import plan_run
     from kanseg.training.trial import measure_step
 
@@ -283,7 +283,7 @@ def _make_plan(
     patients = len({case.group for case in dataset.cases})
     console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
     found = f"{len(dataset.cases)} labelled images of {patients} patients"
-    console.print(f"{found}; {', '.join(dataset.label_names)}", highlight=False)
+    console.print(f"{found}; {few(dataset.label_names)}", highlight=False)
     made = plan_run(dataset, out, regions=regions, measure=measure_step if trial else None, **how)
     for reason in made.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)

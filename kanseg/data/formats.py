@@ -600,13 +600,24 @@ def _label_notes(dataset: Dataset) -> list[str]:
         )
         notes.append(f"regions, each learnt for itself and painted in this order: {shown}")
     elif dataset.label_values != tuple(range(len(dataset.label_values))):
-        shown = ", ".join(f"{value} -> {i}" for i, value in enumerate(dataset.label_values))
+        shown = few([f"{value} -> {i}" for i, value in enumerate(dataset.label_values)])
         notes.append(f"label values are mapped for training ({shown}) and mapped back in every output")
     if dataset.ignore_value is not None:
         notes.append(
             f"voxels of the value {dataset.ignore_value} (ignore) count neither in the loss nor in scores"
         )
     return notes
+
+
+def few(names: Sequence[str], count: int = 12) -> str:
+    """A list in words, cut where it grows long.
+
+    >>> few(["a", "b", "c"], 2)
+    'a, b, ... (3 in all)'
+    """
+    return (
+        ", ".join(names) if len(names) <= count else f"{', '.join(names[:count])}, ... ({len(names)} in all)"
+    )
 
 
 def label_path(case: Case) -> Path:
