@@ -92,6 +92,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Network of `kanseg models`; default the plan's.")] = None,
     config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
     id_pattern: Pattern = None,
+    trial: Annotated[bool, typer.Option(help="Measure the memory of a step, if it must plan.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     override: Annotated[bool, typer.Option("--override", help="Go on with other options.")] = False,
     json_: Json = False,
@@ -119,9 +120,10 @@ def train(
     from kanseg.evaluation.report import score_table
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
+    from kanseg.training.parallel import once
 
-    if not planned:
-        _make_plan(run, folder, console=console, id_pattern=id_pattern)
+    make: dict[str, Any] = {"console": console, "id_pattern": id_pattern, "trial": trial}
+    once(lambda: planned or _make_plan(run, folder, **make))
     plan_ = load_plan(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
@@ -317,7 +319,7 @@ def _make_plan(
     **how: Any,
 ) -> Any:
     """Read, plan, say what was decided and why, and write plan.json and fingerprint.json."""
-    from kanseg.data.formats import read_dataset
+    from kanseg.data.formats import few, read_dataset
     from kanseg.data.image_classes import is_classes
     from kanseg.data.plan import plan_run
     from kanseg.training.trial import measure_step
@@ -332,7 +334,7 @@ def _make_plan(
     patients = len({case.group for case in dataset.cases})
     console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
     found = f"{len(dataset.cases)} labelled images of {patients} patients"
-    console.print(f"{found}; {', '.join(dataset.label_names)}", highlight=False)
+    console.print(f"{found}; {few(dataset.label_names)}", highlight=False)
     made = plan_run(dataset, out, regions=regions, measure=measure_step if trial else None, **how)
     for reason in made.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)

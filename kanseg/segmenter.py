@@ -152,9 +152,10 @@ class Segmenter:
 
     def _plan(self, dataset: Dataset, run: Path) -> Plan:
         from kanseg.data.plan import Plan, plan_run
+        from kanseg.training.parallel import once
 
         if not (run / "plan.json").exists():
-            return plan_run(dataset, run, dim=self.spatial_dims)
+            return once(lambda: plan_run(dataset, run, dim=self.spatial_dims))
         plan = Plan.load(run / "plan.json")
         if self.spatial_dims not in (None, plan.spatial_dims):
             raise UsageError(
