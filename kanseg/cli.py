@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kanseg import __version__
-from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.errors import UsageError, UserError
 from kanseg.verbs import data, results, training
 from kanseg.verbs.common import Json, Out, Pattern
 from kanseg.verbs.common import console as _console
@@ -51,7 +51,9 @@ def demo(
 
 @app.command()
 def plan(
-    data: Annotated[Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV, or images by class.")],
+    data: Annotated[
+        Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV, or images by class.")
+    ],
     out: Out,
     memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
     dim: Annotated[str, typer.Option(help="auto, 2 or 3; 2 learns volumes slice by slice.")] = "auto",
@@ -193,7 +195,9 @@ def predict(
 @app.command()
 def evaluate(
     prediction: Annotated[Path, typer.Argument(help="Folder of label maps, one file, or predictions.csv.")],
-    reference: Annotated[Path, typer.Argument(help="References with the same names, or images with classes.")],
+    reference: Annotated[
+        Path, typer.Argument(help="References with the same names, or images with classes.")
+    ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="For cases.csv, summary.json.")] = None,
     labels: Annotated[str | None, typer.Option(help="1,2 or tumour=1,whole=1+2 or a run folder.")] = None,
     ignore: Annotated[int | None, typer.Option(help="Value of voxels that do not count.")] = None,
@@ -250,31 +254,6 @@ def models(json_: Json = False) -> None:
         table.add_row(row["name"], row["kind"], *millions, row["description"])
     _console(json_).print(table)
     _emit(rows, json_)
-
-
-@app.command()
-def convert(
-    file: Annotated[Path, typer.Argument(help="Weights: .safetensors or a state_dict of torch.")],
-    out: Out,
-    source: Annotated[str, typer.Option("--from", help="Whose weights: torch-conv-kan.")],
-    architecture: Annotated[str | None, typer.Option(help="Published name, if it is not recognised.")] = None,
-    json_: Json = False,
-) -> None:
-    """Make a kanseg model of published weights of torch-conv-kan (VGG KAGN 11 v2 and v4, VGG KAGN-BN 11 v4).
-
-    The encoder then starts a segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
-
-    Example: kanseg convert --from torch-conv-kan vgg_kagn11_v4.safetensors -o models/vgg11v4
-    """
-    from kanseg.compat.published import SOURCES
-
-    if source not in SOURCES:
-        raise UsageError(f"Unknown source '{source}'.{did_you_mean(source, SOURCES)}")
-    spec = SOURCES[source](file, out, architecture)
-    _console(json_).print(
-        f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False
-    )
-    _emit({"out": str(out), "model": spec}, json_)
 
 
 @app.command()

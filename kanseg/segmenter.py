@@ -136,7 +136,9 @@ class Segmenter:
 
         network, plan, info = load_model(path, device)
         if plan.task != "segmentation":
-            raise UsageError(f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes.")
+            raise UsageError(
+                f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes."
+            )
         self.network, self.plan, self.info = network, plan, info
         spec = self.info["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]

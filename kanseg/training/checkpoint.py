@@ -109,9 +109,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
     model.load_state_dict(weights)
 
 
-def load_model(
-    path: Path | str, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Any, dict[str, Any]]:
+def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn.Module, Any, dict[str, Any]]:
     """The trained model in `eval()`, its plan, and the rest of the checkpoint's JSON.
 
     Args:
