@@ -1,8 +1,10 @@
-"""The command line: one function a verb, nothing but arguments and calls; heavy imports stand inside the verbs."""
+"""The command line: one function a verb, nothing but arguments and calls; heavy imports stand inside the verbs.
+
+The verbs of the main path stand here; those around it in `kanseg.verbs`, by theme.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from kanseg import __version__
-from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.errors import UsageError, UserError
+from kanseg.verbs import data, results, training
+from kanseg.verbs.common import Json, Out, Pattern
+from kanseg.verbs.common import console as _console
+from kanseg.verbs.common import emit as _emit
+from kanseg.verbs.common import size_in_bytes as _bytes
+
+UNSAID = (None, 1, "standard")  # defaults of what a plan of segmentation can be told
 
 app = typer.Typer(
     name="kanseg",
@@ -23,10 +32,6 @@ app = typer.Typer(
     "Start with [bold]kanseg demo[/bold]; then, with your own data: kanseg plan DATA -o RUN, kanseg train RUN, "
     "kanseg predict -m RUN -i SCANS -o MASKS, kanseg evaluate MASKS REFERENCES.",
 )
-Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or file) to write.")]
-Pattern = Annotated[str | None, typer.Option(help="Regular expression, one group: the patient in an id.")]
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @app.command()
@@ -46,23 +51,35 @@ def demo(
 
 @app.command()
 def plan(
-    data: Annotated[Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV or datalist JSON.")],
+    data: Annotated[
+        Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV, or images by class.")
+    ],
     out: Out,
     memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
-    dim: Annotated[str, typer.Option(help="auto, 2 or 3.")] = "auto",
+    dim: Annotated[str, typer.Option(help="auto, 2 or 3; 2 learns volumes slice by slice.")] = "auto",
+    slices: Annotated[int, typer.Option(help="With --dim 2: slices seen at once, e.g. 3 or 5.")] = 1,
+    size: Annotated[str, typer.Option(help="small, standard or large network.")] = "standard",
+    regions: Annotated[str | None, typer.Option(help="whole=1+2+4,core=1+4: classes that overlap.")] = None,
+    trial: Annotated[bool, typer.Option(help="Measure the memory of a step.")] = True,
     id_pattern: Pattern = None,
     json_: Json = False,
 ) -> None:
     """Look at the data and decide spacing, patches, normalisation and network; writes RUN/plan.json.
 
     Example: kanseg plan Task04_Hippocampus -o runs/hippocampus --memory 8G
+
+    Example: kanseg plan Task04_Hippocampus -o runs/slices --dim 2 --slices 3 --size small
     """
+    from kanseg.data.labels import parse_regions
+
     if dim not in ("auto", "2", "3"):
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
     budget = _bytes(memory)
     if (out / "plan.json").exists() and any(out.glob("fold_*")):
         raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
-    made = _make_plan(data, out, budget, None if dim == "auto" else int(dim), id_pattern, _console(json_))
+    how: dict[str, Any] = {"dim": None if dim == "auto" else int(dim), "slices": slices, "size": size}
+    how |= {"regions": parse_regions(regions) if regions else None, "id_pattern": id_pattern, "trial": trial}
+    made = _make_plan(data, out, memory=budget, console=_console(json_), **how)
     _emit(made.to_dict(), json_)
 
 
@@ -71,14 +88,18 @@ def train(
     run: Annotated[Path, typer.Argument(help="Folder with plan.json, or a data set (then give -o RUN).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value: training.max_minutes=60")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder for a data set.")] = None,
-    fold: Annotated[str, typer.Option("-f", "--fold", help="The one to validate on, or all: on none.")] = "0",
+    fold: Annotated[
+        str, typer.Option("-f", "--fold", help="Number; all: each in turn; final: all cases.")
+    ] = "0",
     model: Annotated[str | None, typer.Option(help="Network of `kanseg models`; default the plan's.")] = None,
     config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
     id_pattern: Pattern = None,
+    trial: Annotated[bool, typer.Option(help="Measure the memory of a step, if it must plan.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    override: Annotated[bool, typer.Option("--override", help="Go on with other options.")] = False,
     json_: Json = False,
 ) -> None:
-    """Train one fold of a planned run. A data set without a plan is planned first.
+    """Train a planned run: one fold, or all of them (cross-validation). A data set without a plan is planned first.
 
     Example: kanseg train runs/hippocampus training.max_minutes=45 training=sgd
 
@@ -86,8 +107,8 @@ def train(
     """
     from kanseg.config import load_config
 
-    if fold != "all" and not fold.isdigit():
-        raise UsageError(f"-f is a number or all, got '{fold}'.")
+    if fold not in ("all", "final") and not fold.isdigit():
+        raise UsageError(f"-f is a number, all or final, got '{fold}'.")
     given = [*(overrides or []), *([f"model.name={model}"] if model else [])]
     checked = load_config(config, given)  # before anything is read or written
     console = _console(json_)
@@ -97,83 +118,112 @@ def train(
         raise UsageError(
             f"{run} has no plan.json. Run: kanseg plan DATA -o {run}, or give -o RUN after DATA."
         )
-    from kanseg.data.formats import read_dataset
-    from kanseg.data.plan import Plan
+    from kanseg.data.plans import dataset_of, load_plan
+    from kanseg.evaluation.report import score_table
+    from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
+    from kanseg.training.parallel import once
 
-    if not planned:
-        _make_plan(run, folder, None, None, id_pattern, console)
-    plan_ = Plan.load(folder / "plan.json")
+    make: dict[str, Any] = {"console": console, "id_pattern": id_pattern, "trial": trial}
+    once(lambda: planned or _make_plan(run, folder, **make))
+    plan_ = load_plan(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
         raise UsageError(f"{folder} has a plan for {plan_.data} already. Choose another folder with -o.")
-    dataset = read_dataset(plan_.data, id_pattern=plan_.id_pattern)
-    number = fold if fold == "all" else int(fold)
-    _emit(fit(checked, plan_, dataset, folder, fold=number, resume=resume, console=console), json_)
+    dataset = dataset_of(plan_)
+    how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
+    if fold == "all":
+        found = cross_validate(checked, plan_, dataset, folder, **how)
+        console.print(score_table(found["metrics"], f"{found['cases']} unseen cases, mean [95 % interval]"))
+        _emit(found, json_)
+        if found["failed"]:
+            raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}")
+        return
+    number = int(fold) if fold.isdigit() else fold
+    _emit(fit(checked, plan_, dataset, folder, fold=number, **how), json_)
 
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Option("-m", "--model", help="Run folder, fold folder, or checkpoint.")],
+    model: Annotated[
+        list[Path], typer.Option("-m", "--model", help="Run, fold or checkpoint; may be repeated.")
+    ],
     images: Annotated[Path, typer.Option("-i", "--input", help="Image, folder of images, or DICOM folder.")],
     out: Out,
     format_: Annotated[str | None, typer.Option("--format", help="nii.gz, nrrd, mha, png, ...")] = None,
     overlap: Annotated[float, typer.Option(help="Of neighbouring windows.", min=0, max=0.9)] = 0.5,
+    blending: Annotated[str, typer.Option(help="Weights in a window: gaussian or constant.")] = "gaussian",
     tta: Annotated[bool, typer.Option("--tta", help="Average over the plan's mirror axes.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write a map a class.")] = False,
+    postprocess: Annotated[bool, typer.Option(help="Apply the rules stored with the model.")] = True,
+    again: Annotated[bool, typer.Option("--again", help="Also the cases that are done.")] = False,
     json_: Json = False,
 ) -> None:
-    """Segment images; each label map lies on its image's own grid, with its affine and header.
+    """Segment images, or tell their classes. A label map lies on its image's own grid, with its affine and header.
 
-    A case that fails is reported and the others go on; the exit code is then 1.
+    A run with several trained folds, and several -m, predict as one by their mean probability. A folder that was not
+    finished is gone on with. A case that fails is reported and the others go on; the exit code is then 1.
+
+    A classifier writes OUT/predictions.csv: the class of each image and the probability of every class.
 
     Example: kanseg predict -m runs/hippocampus -i scan.nii.gz -o masks/
     """
-    from kanseg.data.formats import find_images
     from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D
 
     suffix = None if format_ is None else f".{format_.lstrip('.')}"
     if suffix is not None and suffix not in (*SUFFIXES_3D, *SUFFIXES_2D):
         raise UsageError(f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, png, tif.")
-    import torch
+    if blending not in ("gaussian", "constant"):
+        raise UsageError(f"--blending is gaussian or constant, got '{blending}'.")
+    from kanseg.inference.classify import is_classifier, predict_classes
+    from kanseg.inference.ensemble import predict_with
 
-    from kanseg.inference.predict import predict_folder
-    from kanseg.training.checkpoint import load_model
-    from kanseg.training.devices import keep_freed_memory
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        keep_freed_memory()
-    network, plan_, _ = load_model(model, device)
-    cases = find_images(images, channels=len(plan_.channel_names))
-    how: dict[str, Any] = {"overlap": overlap, "tta": tta, "probabilities": probabilities, "device": device}
-    how |= {"suffix": suffix, "description": f"kanseg {__version__} {plan_.model} {plan_.dataset_name}"}
-    failures = predict_folder(network, plan_, cases, out, console=_console(True), **how)
-    _emit({"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}, json_)
-    if failures:
-        raise UserError(f"{len(failures)} of {len(cases)} cases failed: {', '.join(list(failures)[:5])}.")
+    how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
+    how |= {"probabilities": probabilities, "postprocess": postprocess, "again": again}
+    if is_classifier(model[0]):
+        if tta or suffix:
+            raise UsageError("--tta and --format are for segmentation; a classifier writes a table.")
+        result = predict_classes(model, images, out, console=_console(True))
+    else:
+        result = predict_with(model, images, out, console=_console(True), version=__version__, **how)
+    _emit(result, json_)
+    if failed := result["failed"]:
+        count = f"{len(failed)} of {result['predicted'] + len(failed)} cases"
+        raise UserError(f"{count} failed: {', '.join(list(failed)[:5])}.")
 
 
 @app.command()
 def evaluate(
-    prediction: Annotated[Path, typer.Argument(help="Folder of label maps, or one file.")],
-    reference: Annotated[Path, typer.Argument(help="Folder of references with the same names, or one file.")],
+    prediction: Annotated[Path, typer.Argument(help="Folder of label maps, one file, or predictions.csv.")],
+    reference: Annotated[
+        Path, typer.Argument(help="References with the same names, or images with classes.")
+    ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="For cases.csv, summary.json.")] = None,
-    labels: Annotated[str | None, typer.Option(help="1,2 or tumour=1,edema=2 or a run folder.")] = None,
+    labels: Annotated[str | None, typer.Option(help="1,2 or tumour=1,whole=1+2 or a run folder.")] = None,
+    ignore: Annotated[int | None, typer.Option(help="Value of voxels that do not count.")] = None,
     tolerance: Annotated[float, typer.Option(help="Of the surface distance NSD, in mm.", min=0)] = 1.0,
     json_: Json = False,
 ) -> None:
     """Score label maps: Dice, IoU, HD95, NSD and volumes a case, means with 95 % intervals.
 
+    The predictions.csv of a classifier is scored against images with classes: accuracy, top-5, AUC, recall.
     A missing or unreadable prediction counts as a failure with Dice 0; the exit code is then 1.
 
     Example: kanseg evaluate masks/ labelsTs/ -o scores/
     """
-    from kanseg.evaluation.metrics import evaluate_folders, parse_labels
+    from kanseg.evaluation.metrics import evaluate_folders, parse_labels, planned_ignore
     from kanseg.evaluation.report import score_table
 
+    if prediction.suffix == ".csv":
+        from kanseg.evaluation.classification import evaluate_classes, score_lines
+
+        scores = evaluate_classes(prediction, reference, out)
+        _console(json_).print(score_lines(scores), highlight=False)
+        _emit(scores, json_)
+        return
     names = None if labels is None else parse_labels(labels)
-    summary = evaluate_folders(prediction, reference, out, labels=names, tolerance=tolerance)
+    ignore = planned_ignore(labels) if ignore is None else ignore
+    summary = evaluate_folders(prediction, reference, out, labels=names, ignore=ignore, tolerance=tolerance)
     console = _console(json_)
     console.print(score_table(summary["metrics"], f"{summary['cases']} cases, mean [95 % interval]"))
     for name in summary["predictions_without_reference"]:
@@ -208,31 +258,6 @@ def models(json_: Json = False) -> None:
 
 
 @app.command()
-def convert(
-    file: Annotated[Path, typer.Argument(help="Weights: .safetensors or a state_dict of torch.")],
-    out: Out,
-    source: Annotated[str, typer.Option("--from", help="Whose weights: torch-conv-kan.")],
-    architecture: Annotated[str | None, typer.Option(help="Published name, if it is not recognised.")] = None,
-    json_: Json = False,
-) -> None:
-    """Make a kanseg model of published weights of torch-conv-kan (VGG KAGN 11 v2 and v4, VGG KAGN-BN 11 v4).
-
-    The encoder then starts a segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
-
-    Example: kanseg convert --from torch-conv-kan vgg_kagn11_v4.safetensors -o models/vgg11v4
-    """
-    from kanseg.compat.published import SOURCES
-
-    if source not in SOURCES:
-        raise UsageError(f"Unknown source '{source}'.{did_you_mean(source, SOURCES)}")
-    spec = SOURCES[source](file, out, architecture)
-    _console(json_).print(
-        f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False
-    )
-    _emit({"out": str(out), "model": spec}, json_)
-
-
-@app.command()
 def info(json_: Json = False) -> None:
     """Versions and hardware, for a bug report.
 
@@ -249,9 +274,11 @@ def info(json_: Json = False) -> None:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    from kanseg.layers.kernels.gpu import described
     from kanseg.layers.kernels.native import available
 
     found["compiled kernels"] = available() or "none (was there a compiler at installation?)"
+    found["triton kernels"] = described()
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -262,51 +289,57 @@ def info(json_: Json = False) -> None:
 
 
 def _make_plan(
-    data: Path, out: Path, memory: int | None, dim: int | None, id_pattern: str | None, console: Any
+    data: Path,
+    out: Path,
+    *,
+    console: Any,
+    id_pattern: str | None = None,
+    regions: dict[str, list[int]] | None = None,
+    trial: bool = True,
+    **how: Any,
 ) -> Any:
-    """Read, plan, say what was decided and why, and write plan.json."""
-    from kanseg.data.formats import read_dataset
-    from kanseg.data.plan import make_plan
-    from kanseg.training.files import make_folder
+    """Read, plan, say what was decided and why, and write plan.json and fingerprint.json."""
+    from kanseg.data.formats import few, read_dataset
+    from kanseg.data.image_classes import is_classes
+    from kanseg.data.plan import plan_run
+    from kanseg.training.trial import measure_step
 
-    dataset = read_dataset(data, id_pattern=id_pattern)
+    if is_classes(data):
+        if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices")):
+            raise UsageError(
+                f"{data} has a class for each image; --dim, --slices, --size and --regions are for segmentation."
+            )
+        return _make_class_plan(data, out, console, id_pattern)
+    dataset = read_dataset(data, id_pattern=id_pattern, regions=regions)
     patients = len({case.group for case in dataset.cases})
     console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
     found = f"{len(dataset.cases)} labelled images of {patients} patients"
-    console.print(f"{found}; {', '.join(dataset.label_names)}", highlight=False)
-    made = make_plan(dataset, memory=memory, dim=dim)
+    console.print(f"{found}; {few(dataset.label_names)}", highlight=False)
+    made = plan_run(dataset, out, regions=regions, measure=measure_step if trial else None, **how)
     for reason in made.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
-    path = made.save(make_folder(out) / "plan.json")
-    console.print(f"Plan: {path}. Next: kanseg train {out}", highlight=False)
+    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False)
     return made
 
 
-def _bytes(text: str | None) -> int | None:
-    """ "8G" -> bytes."""
-    if text is None:
-        return None
-    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
-    if number and number[-1] in UNITS:
-        number, unit = number[:-1], number[-1]
-    try:
-        size = float(number) * UNITS[unit]
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise UsageError(f"--memory '{text}' is not a size such as 8G or 500M.")
-    return int(size)
+def _make_class_plan(data: Path, out: Path, console: Any, id_pattern: str | None) -> Any:
+    """The same for images with a class each."""
+    from kanseg.data.class_plan import plan_classes
+    from kanseg.data.image_classes import read_classes
+
+    dataset = read_classes(data, id_pattern=id_pattern)
+    console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
+    shown = ", ".join(dataset.label_names[:12])
+    console.print(f"{len(dataset.label_names)} classes: {shown}", highlight=False, soft_wrap=True)
+    made = plan_classes(dataset, out)
+    for reason in made.reasons:
+        console.print(f"- {reason}", highlight=False, markup=False)
+    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False)
+    return made
 
 
-def _console(to_stderr: bool) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=to_stderr)
-
-
-def _emit(result: Any, json_: bool) -> None:
-    if json_:
-        print(json.dumps(result, indent=1, default=str))
+for _theme in (data, results, training):
+    app.add_typer(_theme.app)
 
 
 def main() -> None:

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import write_json
 
 DEFAULT_EPOCHS = 100
+PLANNED = ("ukanet", "classifier")  # models that plans name
 # A resumed run may change these: how long, how closely watched, by how many processes; not what is learned.
-CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "final_validation", "device")}
-CHANGEABLE |= {"data.workers", "inference.overlap", "inference.tta", "logging.tensorboard", "logging.wandb"}
+CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "patience", "final_validation")}
+CHANGEABLE |= {f"training.{key}" for key in ("device", "save_minutes", "compile", "gradient_checkpointing")}
+CHANGEABLE |= {f"logging.{key}" for key in ("tensorboard", "wandb", "mlflow", "project")}
+CHANGEABLE |= {"data.workers", *(f"inference.{key}" for key in ("overlap", "blending", "tta"))}
 
 
 class Section(BaseModel):
@@ -39,7 +42,7 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, how fast, with what loss, and how often the validation cases are looked at."""
+    """How long, how fast, with what loss, from what weights, and how often the validation cases are looked at."""
 
     max_epochs: int | None = Field(
         default=None, gt=0, description="null with max_minutes for no end; else 100"
@@ -48,29 +51,77 @@ class TrainingConfig(Section):
         default=None, gt=0, description="wall-clock budget, counted over resumes"
     )
     steps_per_epoch: int = Field(default=100, gt=0)
-    batch_size: int | None = Field(default=None, gt=0, description="patches a step; null for the plan's")
+    patience: int | None = Field(
+        default=None, gt=0, description="stop after so many validations without a better one; null: never"
+    )
+    batch_size: int | None = Field(
+        default=None, gt=0, description="patches at once and process; null for the plan's"
+    )
+    accumulate: int = Field(default=1, gt=0, description="batches whose gradients make one step")
+    foreground: float = Field(
+        default=0.5, ge=0, le=1, description="share of patches centred on the foreground"
+    )
+    balanced: bool = Field(default=False, description="every class as often a patch's centre as any other")
+    augment: Literal["auto", "loader", "device"] = Field(
+        default="auto",
+        description="patches are changed in the loader, or in batches on the device (auto: a GPU)",
+    )
     optimizer: str = "adamw"
+    optimizer_options: dict[str, Any] = Field(
+        default={}, description="of the optimizer: betas, momentum, ..."
+    )
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=3e-5, ge=0)
+    schedule: str = Field(default="poly", description="of the learning rate after the warm-up")
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the training in which lr rises")
     gradient_clip: float = Field(default=12.0, gt=0, description="largest norm of the gradient")
     loss: str = "dice_ce"
+    loss_options: dict[str, Any] = Field(default={}, description="of the loss: alpha, lambda_ce, weight, ...")
     deep_supervision: bool | None = Field(default=None, description="null for the plan's")
     ema_decay: float | None = Field(
         default=0.999, gt=0, lt=1, description="average of weights; null for none"
     )
+    weights: str | None = Field(
+        default=None, description="to start from: run, model, checkpoint, state_dict or MONAI bundle"
+    )
+    freeze: list[str] = Field(default=[], description="patterns of parameters that stay: ['encoder.*']")
+    lr_scale: list[Annotated[str, StringConstraints(pattern=r"^[^=]+=[0-9.eE+-]+$")]] = Field(
+        default=[], description="patterns of parameters and their share of lr: ['encoder.*=0.1']"
+    )
+    layer_decay: float | None = Field(default=None, gt=0, le=1, description="lr of a layer by the next one's")
     validate_every: int = Field(default=1, gt=0, description="epochs between two validations")
     validation_cases: int | None = Field(default=None, gt=0, description="cap, but at the end")
     final_validation: bool = Field(
-        default=True, description="all validation cases on their own grid at the end"
+        default=True, description="all validation cases on their own grid at the end, their label maps kept"
     )
+    save_minutes: float = Field(default=10.0, gt=0, description="between two checkpoints within an epoch")
     device: Literal["auto", "cpu"] = "auto"
-    precision: Literal["auto", "float32", "bf16"] = Field(default="auto", description="bf16 only on CUDA")
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        default="auto", description="bf16, fp16 only on CUDA"
+    )
+    compile: bool = Field(default=False, description="by torch.compile")
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute each stage again in the backward pass: less memory, more time"
+    )
 
     @property
     def epochs(self) -> int | None:
         """Epochs to train; None where only the time counts."""
         return DEFAULT_EPOCHS if self.max_epochs is None and self.max_minutes is None else self.max_epochs
+
+
+class ClassificationConfig(Section):
+    """What is special in learning a class for each image."""
+
+    loss: str = Field(default="ce", description="ce or focal; the loss of segmentation is training.loss")
+    loss_options: dict[str, Any] = Field(default={}, description="of the loss: gamma, weight of the classes")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a label for all classes")
+    mixup: float = Field(default=0.0, ge=0, description="Beta(a, a) mixes two images; 0 for none")
+    cutmix: float = Field(default=0.0, ge=0, description="Beta(a, a) is the area of a box of another image")
+    changes: list[str] = Field(
+        default=["shift"],
+        description="random ones in turn: flip, flips, resized_crop, autoaugment_cifar10, ...",
+    )
 
 
 class DataConfig(Section):
@@ -85,6 +136,7 @@ class InferenceConfig(Section):
     """Sliding window over whole images."""
 
     overlap: float = Field(default=0.5, ge=0, lt=1, description="share of a window")
+    blending: Literal["gaussian", "constant"] = Field(default="gaussian", description="weights in a window")
     tta: bool = Field(default=False, description="average over the plan's mirror axes")
 
 
@@ -92,7 +144,10 @@ class LoggingConfig(Section):
     """log.jsonl is always written; these come on top."""
 
     tensorboard: bool = False
-    wandb: bool = False
+    wandb: bool = Field(default=False, description="offline with WANDB_MODE=offline")
+    mlflow: bool = Field(
+        default=False, description="to MLFLOW_TRACKING_URI, else mlflow.db in the run folder"
+    )
     project: str = "kanseg"
 
 
@@ -101,6 +156,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    classification: ClassificationConfig = ClassificationConfig()
     data: DataConfig = DataConfig()
     inference: InferenceConfig = InferenceConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -145,17 +201,24 @@ def make_config(values: Mapping[str, Any]) -> Config:
 
 def check_names(config: Config) -> None:
     """Raise `UsageError` for an unknown model, model option, encoder, basis, loss or optimizer."""
+    from kanseg.data.class_loader import CHANGES
     from kanseg.encoders import check_encoder_name
     from kanseg.layers.families import family_name
-    from kanseg.models import MODELS
-    from kanseg.training.losses import LOSSES
-    from kanseg.training.optimizers import OPTIMIZERS
+    from kanseg.models import table_of
+    from kanseg.training.classification import class_loss
+    from kanseg.training.losses import create_loss
+    from kanseg.training.optimizers import OPTIMIZERS, SCHEDULES
 
-    LOSSES.get(config.training.loss)
+    create_loss(config.training.loss, **config.training.loss_options)
+    class_loss(config)
+    for change in config.classification.changes:
+        CHANGES.get(change)
     OPTIMIZERS.get(config.training.optimizer)
+    SCHEDULES.get(config.training.schedule)
     if config.model.name is not None:
-        MODELS.get(config.model.name)
-    known = model_options(config.model.name or "ukanet")
+        table_of(config.model.name).get(config.model.name)
+    names = PLANNED if config.model.name is None else (config.model.name,)
+    known = [option for name in names for option in model_options(name)]
     for option in config.model.options:
         if option not in known:
             raise UsageError(f"Unknown config key 'model.options.{option}'.{did_you_mean(option, known)}")
@@ -167,10 +230,12 @@ def check_names(config: Config) -> None:
 
 def model_options(name: str) -> list[str]:
     """Names of the options that the constructor of a model takes beside its channels."""
-    from kanseg.models import MODELS
+    from kanseg.models import table_of
 
     given = ("self", "spatial_dims", "in_channels", "out_channels", "kwargs")
-    return [option for option in inspect.signature(MODELS.get(name)).parameters if option not in given]
+    return [
+        option for option in inspect.signature(table_of(name).get(name)).parameters if option not in given
+    ]
 
 
 def config_folder() -> Path:
@@ -200,24 +265,48 @@ def read_config(path: Path) -> Config:
     return make_config(values)
 
 
-def resumed_config(path: Path, given: Config) -> Config:
+def resumed_config(path: Path, given: Config, override: bool = False) -> Config:
     """The config in `path` that a resumed run goes on with; only `CHANGEABLE` keys may be set anew.
 
+    Args:
+        override: take every option given now (that is, not at its default) instead of the stored one.
+
     Raises:
-        UsageError: another option given now (that is, not at its default) differs from the stored one.
+        UsageError: without `override`, where other options differ from the stored ones; all are named.
     """
     stored = read_config(path)
-    old, new, default = (dict(_flat(config.model_dump())) for config in (stored, given, load_config()))
+    changed = changed_options(stored, given)
+    fixed = [key for key in changed if key not in CHANGEABLE]
+    if fixed and not override:
+        old, new = flat(stored), flat(given)
+        shown = ", ".join(f"{key}={old[key]!r}, not {new[key]!r}" for key in fixed)
+        raise UsageError(
+            f"A resumed run keeps its options: {path} has {shown}. "
+            "Leave that away, say --override to go on with the new, or start a new run folder."
+        )
     values = stored.model_dump()
-    for key in [key for key in new if new[key] != old[key] and new[key] != default[key]]:
-        if key not in CHANGEABLE:
-            raise UsageError(
-                f"A resumed run keeps its options: {path} has {key}={old[key]!r}, not {new[key]!r}. "
-                "Leave the option away, or start a new run folder."
-            )
+    for key in changed:
         section, _, name = key.partition(".")
-        values[section][name] = new[key]
+        values[section][name] = flat(given)[key]
     return make_config(values)
+
+
+def changed_options(stored: Config, given: Config) -> list[str]:
+    """Keys of the options that are given (not at their default) and differ from the stored ones."""
+    old, new, default = flat(stored), flat(given), flat(load_config())
+    return [key for key in new if new[key] != old[key] and new[key] != default[key]]
+
+
+def unlike(stored: Config, given: Config) -> list[str]:
+    """Keys whose values differ, but those that any training may change."""
+    old, new = flat(stored), flat(given)
+    return [key for key in new if new[key] != old[key] and key not in CHANGEABLE]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """ "section.key" -> value."""
+    sections = config.model_dump().items()
+    return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
 
 
 def _as_hydra_override(override: str, folder: Path) -> str:
@@ -248,11 +337,3 @@ def _check_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str
                     f"Config key '{prefix}{key}' is a group; set one of: {', '.join(inner.model_fields)}"
                 )
             _check_keys(value, inner, f"{prefix}{key}.")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and key != "options":
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -57,7 +57,7 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
     plan.mirror_axes = [0]  # the template is symmetric
     plan.reasons.append(f"patch {PATCH} and features {FEATURES}: small, for the demonstration")
     config = load_config(overrides=[*OVERRIDES, f"training.max_minutes={minutes}", "data.folds=2"])
-    fit(config, plan, dataset, out / "run", fold="all", console=console)
+    fit(config, plan, dataset, out / "run", fold="final", console=console)
     model, plan, _ = load_model(out / "run")
     (case,) = dataset.test_cases
     masks = make_folder(out / "masks")

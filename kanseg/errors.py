@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -12,6 +13,17 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """A mistake in how kanseg was called (options, names, config keys): exit code 2."""
+
+
+@contextmanager
+def refused_options(what: str) -> Iterator[None]:
+    """Say which options a library refused: its TypeError or ValueError becomes a `UsageError` about `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{what} cannot be made with these options: {error}") from error
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -56,6 +56,7 @@ class Segmenter:
         overrides: Sequence[str] = (),
         config: str = "default",
         resume: bool = False,
+        override: bool = False,
         console: Console | None = None,
     ) -> Segmenter:
         """Plan (unless the run folder has a plan) and train; then hold the best weights.
@@ -63,17 +64,26 @@ class Segmenter:
         Args:
             data: data set in any layout that `kanseg.data.formats.read_dataset` knows.
             run: run folder; see `kanseg.training.fit`.
+            fold: number of the fold that validates; "all" for each in turn (the first one's weights are held then,
+                `summary` tells of all); "final" for a training on every case.
+            resume, override: see `kanseg.training.fit`.
             overrides: config keys, e.g. ["training.max_minutes=10"].
             config: name in `configs/`.
         """
         from kanseg.data.formats import read_dataset
+        from kanseg.training.cross_validation import cross_validate
         from kanseg.training.fit import fit
+        from kanseg.training.run_folder import ALL
 
         checked = self._config(config, overrides)
         run = Path(run)
         dataset = read_dataset(data)
         plan = self._plan(dataset, run)
-        self.summary = fit(checked, plan, dataset, run, fold=fold, resume=resume, console=console)
+        how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
+        if fold == ALL:
+            self.summary = cross_validate(checked, plan, dataset, run, **how)
+            return self._take(run)
+        self.summary = fit(checked, plan, dataset, run, fold=fold, **how)
         return self._take(run / f"fold_{fold}")
 
     def predict(
@@ -124,7 +134,12 @@ class Segmenter:
     def _take(self, path: Path, device: str = "cpu") -> Segmenter:
         from kanseg.training.checkpoint import load_model
 
-        self.network, self.plan, self.info = load_model(path, device)
+        network, plan, info = load_model(path, device)
+        if plan.task != "segmentation":
+            raise UsageError(
+                f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes."
+            )
+        self.network, self.plan, self.info = network, plan, info
         spec = self.info["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
         return self
@@ -138,10 +153,11 @@ class Segmenter:
         return make_config(values)
 
     def _plan(self, dataset: Dataset, run: Path) -> Plan:
-        from kanseg.data.plan import Plan, make_plan
+        from kanseg.data.plan import Plan, plan_run
+        from kanseg.training.parallel import once
 
         if not (run / "plan.json").exists():
-            return make_plan(dataset, dim=self.spatial_dims)
+            return once(lambda: plan_run(dataset, run, dim=self.spatial_dims))
         plan = Plan.load(run / "plan.json")
         if self.spatial_dims not in (None, plan.spatial_dims):
             raise UsageError(

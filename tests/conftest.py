@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -13,8 +15,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+
+from kanseg.config import load_config
+from kanseg.data.formats import read_dataset
+from kanseg.data.plan import make_plan
+from kanseg.training.fit import fit
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -63,3 +72,52 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (root / "dataset.json").write_text(json.dumps(described))
     return root
+
+
+@pytest.fixture(scope="session")
+def balls(tmp_path_factory):
+    """Six noisy volumes with a bright ball, two a patient, as a data set on disk and its small plan."""
+    folder = tmp_path_factory.mktemp("balls")
+    generator = np.random.default_rng(0)
+    rows = ["image,label,patient"]
+    grid = np.stack(np.meshgrid(*[np.arange(14)] * 3, indexing="ij"), -1)
+    for number in range(6):
+        ball = np.linalg.norm(grid - generator.uniform(5, 9, 3), axis=-1) < 4
+        image = ball * 2.0 + generator.normal(0, 0.3, ball.shape)
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / f"image{number}.nii.gz")
+        nib.save(nib.Nifti1Image(ball.astype(np.uint8) * 7, np.eye(4)), folder / f"label{number}.nii.gz")
+        rows.append(f"image{number}.nii.gz,label{number}.nii.gz,patient{number // 2}")
+    (folder / "cases.csv").write_text("\n".join(rows))
+    dataset = read_dataset(folder / "cases.csv")
+    plan = replace(
+        make_plan(dataset, memory=2**30),
+        patch_size=[8, 8, 8],
+        batch_size=2,
+        features_per_stage=[4, 8, 8],
+        strides=[[1] * 3, [2] * 3, [2] * 3],
+        kernel_sizes=[[3] * 3] * 3,
+        model_options={"basis": "legendre", "kan_stages": [1], "deep_supervision": True},
+    )
+    return dataset, plan
+
+
+@pytest.fixture
+def fit_balls(balls, tmp_path):
+    """`fit` on the small balls in tmp_path/run (or `run`), quickly: fit_balls("training.lr=0.1", fold=1)."""
+
+    def run(*overrides, run=tmp_path / "run", **options):
+        dataset, plan = balls
+        config = load_config(overrides=[*SHORT, *overrides])
+        return fit(config, plan, dataset, run, console=Console(quiet=True), **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A context whose processes start at once, with everything imported."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("real kills are tested where processes can be forked")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kanseg.training.fit", "kanseg.config", "hydra", "matplotlib.figure"])
+    return context

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -12,21 +11,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from kanseg.config import load_config
-from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
-from kanseg.training import files, monitor
+from kanseg.training import files
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
 from kanseg.training.monitor import read_log
 from kanseg.training.optimizers import lr_factor, update_average
+from kanseg.training.segmentation import Segmentation
 from kanseg.training.state import State
 from kanseg.training.validate import bootstrap_interval, dice_per_class, spread
 
@@ -41,60 +39,29 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def balls(tmp_path_factory):
-    """Six noisy volumes with a bright ball, two a patient, as a data set on disk and its small plan."""
-    folder = tmp_path_factory.mktemp("balls")
-    generator = np.random.default_rng(0)
-    rows = ["image,label,patient"]
-    grid = np.stack(np.meshgrid(*[np.arange(14)] * 3, indexing="ij"), -1)
-    for number in range(6):
-        ball = np.linalg.norm(grid - generator.uniform(5, 9, 3), axis=-1) < 4
-        image = ball * 2.0 + generator.normal(0, 0.3, ball.shape)
-        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / f"image{number}.nii.gz")
-        nib.save(nib.Nifti1Image(ball.astype(np.uint8) * 7, np.eye(4)), folder / f"label{number}.nii.gz")
-        rows.append(f"image{number}.nii.gz,label{number}.nii.gz,patient{number // 2}")
-    (folder / "cases.csv").write_text("\n".join(rows))
-    dataset = read_dataset(folder / "cases.csv")
-    plan = replace(
-        make_plan(dataset, memory=2**30),
-        patch_size=[8, 8, 8],
-        batch_size=2,
-        features_per_stage=[4, 8, 8],
-        strides=[[1] * 3, [2] * 3, [2] * 3],
-        kernel_sizes=[[3] * 3] * 3,
-        model_options={"basis": "legendre", "kan_stages": [1], "deep_supervision": True},
-    )
-    return dataset, plan
-
-
 def train(balls, run, *overrides, **options):
     dataset, plan = balls
     config = load_config(overrides=[*SHORT, *overrides])
     return fit(config, plan, dataset, run, console=Console(quiet=True), **options)
 
 
-def train_in_process(dataset, plan, run, overrides, seconds_a_step):
-    """Body of a process to kill; a step is slowed down so that signals meet every place."""
+def train_in_process(dataset, plan, run, overrides, seconds_a_step, kill_at=-1):
+    """Body of a process to kill; a step is slowed down so that signals meet every place.
+
+    Args:
+        kill_at: step, of all epochs, in which the process kills itself.
+    """
     torch.set_num_threads(1)
     step = Trainer._train_step
 
     def slow_step(self, batch):
         time.sleep(seconds_a_step)
+        if self.state.updates == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch)
 
     Trainer._train_step = slow_step
     fit(load_config(overrides=overrides), plan, dataset, run, resume=True, console=Console(quiet=True))
-
-
-@pytest.fixture(scope="session")
-def processes():
-    """A context whose processes start at once, with everything imported."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("real kills are tested where processes can be forked")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kanseg.training.fit", "kanseg.config", "hydra", "matplotlib.figure"])
-    return context
 
 
 def wait_for(condition, seconds=60):
@@ -117,7 +84,8 @@ def test_it_learns_and_leaves_a_complete_run_folder(balls, tmp_path):
     )
     fold = run / "fold_0"
     written = {path.name for path in fold.iterdir()}
-    assert written == {"log.jsonl", "last.safetensors", "best.safetensors", "summary.json", "progress.png"}
+    files = {"log.jsonl", "last.safetensors", "best.safetensors", "summary.json", "progress.png"}
+    assert written == files | {"manifest.json", "validation"}
     assert {path.name for path in run.iterdir()} == {"config.json", "plan.json", "splits.json", "fold_0"}
     assert summary == json.loads((fold / "summary.json").read_text())
     assert summary["dice"]["mean"] > 0.7
@@ -157,9 +125,9 @@ def test_patients_are_on_one_side_of_the_split_and_a_given_split_is_kept(balls, 
 
 
 def test_a_training_on_all_cases_keeps_its_last_weights(balls, tmp_path):
-    summary = train(balls, tmp_path / "run", "training.max_epochs=1", fold="all")
+    summary = train(balls, tmp_path / "run", "training.max_epochs=1", fold="final")
     assert summary["best_epoch"] is None
-    assert (tmp_path / "run" / "fold_all" / "best.safetensors").exists()
+    assert (tmp_path / "run" / "fold_final" / "best.safetensors").exists()
     with pytest.raises(UsageError, match="no fold 3"):
         train(balls, tmp_path / "run", "training.max_epochs=1", fold=3)
 
@@ -192,6 +160,32 @@ def test_an_interrupted_training_ends_with_the_same_bits(balls, tmp_path, monkey
     logs = [read_log(tmp_path / name / "fold_0/log.jsonl") for name in ("straight", "stopped")]
     for key in ("epoch", "loss", "lr", "dice"):
         assert [record[key] for record in logs[0]] == [record[key] for record in logs[1]]
+
+
+@pytest.mark.parametrize("minutes", [1e-9, 10], ids=["a checkpoint a step", "a checkpoint an epoch"])
+def test_a_training_killed_at_several_steps_repeats_the_uninterrupted_loss_curve(
+    balls, tmp_path, processes, minutes
+):
+    overrides = [
+        *SHORT,
+        "training.max_epochs=3",
+        "model.options.dropout=0.3",
+        f"training.save_minutes={minutes}",
+    ]
+    train(balls, tmp_path / "straight", *overrides)
+    for kill_at in (1, 5, 11, -1):  # within epochs, and in the first and last step of one
+        arguments = (*balls, tmp_path / "killed", overrides, 0.0, kill_at)
+        process = processes.Process(target=train_in_process, args=arguments, daemon=True)
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if kill_at >= 0 else 0)
+    logs = [read_log(tmp_path / name / "fold_0/log.jsonl") for name in ("straight", "killed")]
+    for key in ("epoch", "loss", "lr", "dice"):
+        assert [record[key] for record in logs[0]] == [record[key] for record in logs[1]]
+    one, other = (
+        load_checkpoint(tmp_path / n / "fold_0/last.safetensors")[0] for n in ("straight", "killed")
+    )
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_sigkill_at_any_moment_leaves_a_checkpoint_to_go_on_from(balls, tmp_path, processes):
@@ -233,6 +227,20 @@ def test_sigterm_saves_within_the_epoch_and_exits_with_143(balls, tmp_path, proc
     assert process.exitcode == 143
     assert 0 < load_checkpoint(last)[1]["state"]["step"] < 50
     assert not (last.parent / ".lock").exists()
+
+
+def test_a_signal_that_ends_the_workers_during_a_validation_is_a_stop_and_no_failure(
+    balls, tmp_path, monkeypatch
+):
+    def interrupted(self, model, item, device):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    monkeypatch.setattr(Segmentation, "score", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(balls, tmp_path / "run", "training.max_epochs=1")
+    assert stop.value.code == 143
+    assert not (tmp_path / "run/fold_0/.lock").exists()
 
 
 def test_a_second_training_in_the_folder_is_refused(balls, tmp_path):
@@ -284,7 +292,7 @@ def test_numbers_that_stop_being_finite_stop_the_run_with_their_place(balls, tmp
 
     def poisoned(self, batch):
         if self.state.updates == 5 and what == "loss":
-            batch["image"][:] = math.nan
+            batch[0]["image"][:] = math.nan
         elif self.state.updates == 5:
             next(self.model.parameters()).register_hook(lambda grad: grad * math.inf)
         return step(self, batch)
@@ -322,24 +330,6 @@ def test_a_last_checkpoint_that_lost_its_optimizer_is_refused(balls, tmp_path):
     (fold / "last.safetensors").write_bytes((fold / "best.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"last\.safetensors"):
         train(balls, tmp_path / "run", "training.max_epochs=2", resume=True)
-
-
-def test_a_tracker_that_fails_never_stops_the_training(balls, tmp_path, monkeypatch):
-    def tracker(folder, config):
-        def track(numbers, epoch):
-            raise ConnectionError("no network")
-
-        return track
-
-    monkeypatch.setattr(monitor, "_tensorboard", tracker)
-    monkeypatch.setattr(monitor, "find_spec", lambda name: True)
-    assert train(balls, tmp_path / "run", "training.max_epochs=1", "logging.tensorboard=true")["epochs"] == 1
-
-
-def test_a_tracker_that_is_not_installed_is_one_clear_message(balls, tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        train(balls, tmp_path / "run", "training.max_epochs=1", "logging.wandb=true")
 
 
 def test_plain_lines_tell_loss_dice_and_time_left(balls, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,14 @@ from torch import Tensor
 
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_label
-from kanseg.data.loaders import train_loader, val_loader
+from kanseg.data.loaders import TrainLoader, val_loader
 from kanseg.data.plan import Plan, make_plan
+from kanseg.data.transforms import augmentation, preparation
 from kanseg.errors import UserError
+
+
+def batch_of(loader: TrainLoader) -> dict[str, Tensor]:
+    return next(loader.batches())
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +33,9 @@ def test_a_patch_depends_on_seed_epoch_and_place_alone(plan: Plan, blobs: Path) 
     cases = read_dataset(blobs).cases
 
     def batches(seed: int, epoch: int, workers: int) -> list[Tensor]:
-        loader = train_loader(plan, cases, batch_size=2, steps=3, seed=seed, workers=workers)
-        loader.set_epoch(epoch)
-        return [torch.cat([batch["image"], batch["label"]]) for batch in loader]
+        loader = TrainLoader(plan, cases, batch_size=2, steps=3, seed=seed, workers=workers)
+        first = islice(loader.batches(epoch), 3)
+        return [torch.cat([batch["image"], batch["label"]]) for batch in first]
 
     first = batches(0, 1, 0)
     assert all(torch.equal(a, b) for a, b in zip(first, batches(0, 1, 2), strict=True))
@@ -37,10 +43,50 @@ def test_a_patch_depends_on_seed_epoch_and_place_alone(plan: Plan, blobs: Path) 
     assert not any(torch.equal(a, b) for a, b in zip(first, batches(1, 1, 0), strict=True))
 
 
+def test_batches_go_on_from_any_step_over_the_ends_of_epochs(plan: Plan, blobs: Path) -> None:
+    loader = TrainLoader(plan, read_dataset(blobs).cases, batch_size=2, steps=3, seed=0)
+    straight = [batch["image"] for batch in islice(loader.batches(), 8)]
+    later = [batch["image"] for batch in islice(loader.batches(epoch=1, step=1), 4)]
+    assert all(torch.equal(a, b) for a, b in zip(straight[4:], later, strict=True))
+
+
+def test_several_processes_see_what_one_with_the_whole_batch_sees(plan: Plan, blobs: Path) -> None:
+    cases = read_dataset(blobs).cases
+    whole = TrainLoader(plan, cases, batch_size=4, steps=2, seed=0)
+    parts = [TrainLoader(plan, cases, batch_size=2, steps=2, seed=0, rank=r, ranks=2) for r in (0, 1)]
+    for batch, *shares in zip(*(islice(x.batches(), 3) for x in (whole, *parts)), strict=True):
+        assert torch.equal(batch["image"], torch.cat([share["image"] for share in shares]))
+
+
+def test_balanced_patches_show_a_rare_class_as_often_as_a_common_one(plan: Plan) -> None:
+    small = replace(plan, patch_size=[3, 3, 3])
+    prepared = preparation(small, balanced=True)
+    label = torch.zeros(1, 20, 20, 20)
+    label[:, 2:18, 2:18, 2:10], label[:, 10, 10, 15] = 1, 2
+    item = prepared({"image": label.clone(), "label": label})
+    crop = augmentation(small, foreground=1.0, balanced=True, changes=False)
+    crop.set_random_state(0)
+    centres = [int(crop(item)[0]["label"][0, 1, 1, 1]) for _ in range(60)]
+    assert 15 < centres.count(2) < 45
+    assert centres.count(0) == 0
+
+
+@pytest.mark.parametrize("foreground", [0.0, 1.0])
+def test_the_share_of_patches_in_the_foreground_is_as_asked(
+    plan: Plan, blobs: Path, foreground: float
+) -> None:
+    small = replace(plan, patch_size=[3, 3, 3])
+    loader = TrainLoader(
+        small, read_dataset(blobs).cases, batch_size=20, steps=1, seed=0, foreground=foreground, changes=False
+    )
+    centres = batch_of(loader)["label"][:, 0, 1, 1, 1] > 0
+    assert centres.float().mean() == foreground
+
+
 def test_patches_hold_foreground_and_keep_image_and_label_together(plan: Plan, blobs: Path) -> None:
-    loader = train_loader(plan, read_dataset(blobs).cases, batch_size=4, steps=10, seed=0)
+    loader = TrainLoader(plan, read_dataset(blobs).cases, batch_size=4, steps=10, seed=0)
     with_foreground, bright, dark = 0, [], []
-    for batch in loader:
+    for batch in islice(loader.batches(), 10):
         assert batch["image"].shape == (4, 1, 16, 16, 16)
         assert batch["label"].shape == (4, 1, 16, 16, 16)
         with_foreground += int((batch["label"] > 0).flatten(1).any(1).sum())
@@ -52,14 +98,13 @@ def test_patches_hold_foreground_and_keep_image_and_label_together(plan: Plan, b
 
 def test_cases_smaller_than_the_patch_are_padded(plan: Plan, blobs: Path) -> None:
     large = replace(plan, patch_size=[32, 40, 24])
-    loader = train_loader(large, read_dataset(blobs).cases[:2], batch_size=2, steps=1, seed=0)
-    (batch,) = loader
+    batch = batch_of(TrainLoader(large, read_dataset(blobs).cases[:2], batch_size=2, steps=1, seed=0))
     assert batch["image"].shape == batch["label"].shape == (2, 1, 32, 40, 24)
 
 
 def test_nothing_to_train_on_is_said(plan: Plan) -> None:
     with pytest.raises(UserError, match="no cases to train on"):
-        train_loader(plan, [], batch_size=2, steps=1, seed=0)
+        TrainLoader(plan, [], batch_size=2, steps=1, seed=0)
 
 
 def test_pictures_are_augmented_by_albumentations(shared_data: Path, tmp_path: Path) -> None:
@@ -69,8 +114,8 @@ def test_pictures_are_augmented_by_albumentations(shared_data: Path, tmp_path: P
             shutil.copy(path, tmp_path / folder)
     dataset = read_dataset(tmp_path)
     plan = replace(make_plan(dataset, memory=2**31), patch_size=[64, 64])
-    loaders = [train_loader(plan, dataset.cases, batch_size=2, steps=2, seed=0, workers=w) for w in (0, 1)]
-    for one, other in zip(*loaders, strict=True):
+    loaders = [TrainLoader(plan, dataset.cases, batch_size=2, steps=2, seed=0, workers=w) for w in (0, 1)]
+    for one, other in zip(*(islice(loader.batches(), 2) for loader in loaders), strict=True):
         assert one["image"].shape == (2, 1, 64, 64)
         assert set(one["label"].unique().tolist()) <= {0.0, 1.0}
         assert torch.equal(one["image"], other["image"])
@@ -82,3 +127,30 @@ def test_validation_sees_whole_cases(plan: Plan, blobs: Path) -> None:
     assert batch["image"].shape == (1, 1, 20, 24, 18)
     label = torch.from_numpy(read_label(case.label)).flip((0, 1))  # LPS in the file, RAS in the network
     assert torch.equal(batch["label"][0, 0].int(), label)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_cases_on_the_disk_give_the_same_patches(plan: Plan, blobs: Path, balanced: bool) -> None:
+    cases = read_dataset(blobs).cases
+    options = {"batch_size": 2, "steps": 3, "seed": 0, "balanced": balanced}
+    loaders = [
+        TrainLoader(replace(plan, memory_bytes=memory), cases, **options)  # type: ignore[arg-type]
+        for memory in (0, 2**40, 1_000_000, 1)
+    ]
+    shelves = [loader.samples.items for loader in loaders]
+    assert [shelf.on_disk() for shelf in shelves][:2] == [0, 0]  # type: ignore[attr-defined]
+    assert 0 < shelves[2].on_disk() < len(cases) == shelves[3].on_disk()  # type: ignore[attr-defined]
+    assert shelves[2].bytes <= 200_000  # type: ignore[attr-defined]
+    batches = [loader.batches() for loader in loaders]
+    for _ in range(4):
+        first, *others = (next(batch) for batch in batches)
+        for other in others:
+            for key in first:
+                torch.testing.assert_close(first[key], other[key], rtol=0, atol=0)
+
+
+def test_validation_cases_on_the_disk_are_the_same(plan: Plan, blobs: Path) -> None:
+    cases = read_dataset(blobs).cases[:2]
+    kept, stored = (val_loader(replace(plan, memory_bytes=memory), cases) for memory in (0, 1))
+    for one, other in zip(kept, stored, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)

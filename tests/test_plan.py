@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
+from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Need, Plan, make_plan
 from kanseg.errors import UserError
 from kanseg.models import create_model
 from kanseg.training.checkpoint import model_spec
@@ -78,17 +81,30 @@ def test_ct_is_clipped_to_its_foreground(tmp_path: Path) -> None:
     assert 100 < scheme["lower"] < scheme["mean"] < scheme["upper"] < 180
 
 
-def test_less_memory_gives_smaller_patches(tmp_path: Path) -> None:
+def test_less_memory_gives_smaller_steps(tmp_path: Path) -> None:
     dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
-    sizes = [math.prod(make_plan(dataset, memory=m * GIB).patch_size) for m in (1, 4, 64)]
-    assert sizes[0] < sizes[1] < sizes[2]
+    plans = [make_plan(dataset, memory=m * GIB) for m in (1, 4, 64)]
+    steps = [math.prod(p.patch_size) * p.batch_size * p.features_per_stage[0] for p in plans]
+    assert steps[0] < steps[1] < steps[2]
+    assert plans[0].features_per_stage[0] < plans[1].features_per_stage[0]  # width goes before sight
+
+
+def test_presets_scale_one_plan(tmp_path: Path) -> None:
+    dataset = read_dataset(volumes(tmp_path, (64, 64, 64), (1.0, 1.0, 1.0)))
+    plans = [make_plan(dataset, memory=64 * GIB, size=size) for size in ("small", "standard", "large")]
+    assert [p.features_per_stage[0] for p in plans] == [16, 32, 48]
+    for key in ("patch_size", "strides", "spacing", "normalization"):
+        assert len({str(getattr(p, key)) for p in plans}) == 1
+    counts = []
+    for plan in plans:
+        spec = model_spec(load_config(), plan)
+        counts.append(sum(p.numel() for p in create_model(**spec.pop("options"), **spec).parameters()))
+    assert counts[0] < counts[1] < counts[2]
+    with pytest.raises(UserError, match="Unknown size 'standrd'. Did you mean 'standard'"):
+        make_plan(dataset, size="standrd")
 
 
 def test_the_planned_network_takes_the_planned_patch(blobs: Path) -> None:
-    import torch
-
-    from kanseg.config import load_config
-
     plan = make_plan(read_dataset(blobs), memory=2 * GIB)
     spec = model_spec(
         load_config(), replace(plan, features_per_stage=[4 * 2**i for i in range(len(plan.strides))])
@@ -130,9 +146,42 @@ def test_a_plan_edited_into_nonsense_is_refused(blobs: Path, key: str, value: An
         Plan.from_dict({**values, key: value})
 
 
-def test_the_wrong_dimension_is_refused(blobs: Path) -> None:
-    with pytest.raises(UserError, match="is 3D and dim=2 was asked for"):
-        make_plan(read_dataset(blobs), dim=2)
+def test_the_wrong_dimension_is_refused(blobs: Path, shared_data: Path) -> None:
+    with pytest.raises(UserError, match="is 2D and dim=3 was asked for"):
+        make_plan(read_dataset(shared_data / "glas"), dim=3)
+    for dim, slices in ((3, 3), (2, 2), (2, -1)):
+        with pytest.raises(UserError, match=f"slices={slices} does not fit"):
+            make_plan(read_dataset(blobs), dim=dim, slices=slices)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_volumes_are_sliced_across_their_thick_slices(tmp_path: Path, axis: int) -> None:
+    spacing, size = [1.0, 1.2, 1.1], [40, 40, 40]
+    spacing[axis], size[axis] = 4.0, 12
+    plan = make_plan(
+        read_dataset(volumes(tmp_path, tuple(size), tuple(spacing))), memory=8 * GIB, dim=2, slices=3
+    )
+    assert (plan.spatial_dims, plan.image_dims, plan.slice_axis, plan.in_channels) == (2, 3, axis, 3)
+    assert plan.spacing == [s for i, s in enumerate(spacing) if i != axis]
+    assert len(plan.patch_size) == 2
+
+
+def steps_of(base: float, per_voxel: float, least: float = 0.0) -> Callable[[Plan], Need]:
+    """A machine whose memory is known: as `per_voxel` a voxel and feature."""
+    return lambda plan: Need(base, per_voxel * plan.features_per_stage[0], least)
+
+
+def test_a_measured_step_fits_into_the_memory(tmp_path: Path) -> None:
+    dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
+    for budget in (1.2 * GIB, 2 * GIB, 4 * GIB):
+        machine = steps_of(GIB / 2, 500)
+        plan = make_plan(dataset, memory=int(budget), measure=machine)
+        need = machine(plan)
+        taken = need.base + need.per_voxel * math.prod(plan.patch_size) * plan.batch_size
+        assert 0.5 * budget < taken < budget
+        assert "trial steps took" in " ".join(plan.reasons)
+    with pytest.raises(UserError, match="900 MiB are too few"):
+        make_plan(dataset, memory=900 * 2**20, measure=steps_of(GIB, 500))
 
 
 def test_pairs_on_different_grids_stop_the_plan(tmp_path: Path) -> None:
@@ -141,3 +190,12 @@ def test_pairs_on_different_grids_stop_the_plan(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.ones((16, 16, 15), np.uint8), np.eye(4)), label)
     with pytest.raises(UserError, match=r"images/1.nii.gz and .*labels/1.nii.gz lie on different grids"):
         make_plan(read_dataset(root))
+
+
+def test_what_a_plan_cannot_keep_within_the_memory_is_said(shared_data: Path) -> None:
+    """Two hundred classes of a whole head: logits of the image alone are gigabytes."""
+    plan = make_plan(read_dataset(shared_data / "volumes_misc"), memory=2 * GIB)
+    assert "validation may pass the 2.0 GiB" in " ".join(plan.reasons)
+    assert max(map(len, plan.reasons)) < 400
+    plan = make_plan(read_dataset(shared_data / "hippocampus"), memory=2 * GIB)
+    assert "beware" not in " ".join(plan.reasons)

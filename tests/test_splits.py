@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kanseg.data.formats import read_dataset
-from kanseg.data.splits import split
+from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UserError
 
 
@@ -50,3 +50,40 @@ def test_both_hemispheres_of_a_subject_stay_together(shared_data: Path) -> None:
     for case in read_dataset(shared_data / "hippocampus").cases:
         numbers.setdefault(case.group, set()).add((int(case.id[-3:]) + 1) // 2)
     assert all(len(subjects) == 1 for subjects in numbers.values())
+
+
+def test_a_rare_class_is_spread_over_the_folds(blobs: Path) -> None:
+    """Of 40 patients 5 have the lesion; every fold validates on one of them, and folds stay of one size."""
+    case = read_dataset(blobs).cases[0]
+    for seed in range(5):
+        cases = tuple(
+            replace(case, id=f"c{i:02d}", group=f"p{i // 2}", values=(0, 1, 2) if i // 2 % 8 == 0 else (0, 1))
+            for i in range(80)
+        )
+        folds = split(replace(read_dataset(blobs), cases=cases), folds=5, seed=seed)
+        lesions = {c.id for c in cases if 2 in c.values}
+        assert [len(lesions & set(fold["val"])) for fold in folds] == [2] * 5
+        assert {len(fold["val"]) for fold in folds} == {16}
+
+
+def test_copies_of_one_image_stay_together(blobs: Path) -> None:
+    dataset = read_dataset(blobs)
+    for seed in range(4):
+        for fold in split(dataset, folds=2, seed=seed, same=[("case_0", "case_4")]):
+            assert len({"case_0", "case_1", "case_4", "case_5"} & set(fold["val"])) in (0, 4)
+
+
+def test_a_split_that_shares_a_patient_is_refused(blobs: Path) -> None:
+    dataset = read_dataset(blobs)
+    good = split(dataset, folds=3)
+    check_leaks(good, dataset)
+    ids = [case.id for case in dataset.cases]
+    bad = [*good[:1], {"train": ids[1:], "val": ids[:1]}]
+    with pytest.raises(
+        UserError, match="Fold 1 trains on 'case_1' and validates on 'case_0', .* one patient .'p0'"
+    ):
+        check_leaks(bad, dataset)
+    parted = [{"train": ids[2:], "val": ids[:2]}]
+    check_leaks(parted, dataset)
+    with pytest.raises(UserError, match="Fold 0 .* are one image"):
+        check_leaks(parted, dataset, [("case_0", "case_5")])

@@ -13,11 +13,11 @@ from monai.data import MetaTensor
 
 from kanseg.data.formats import Case, read_dataset
 from kanseg.data.images import read_image, read_label, write_label
+from kanseg.data.labels import class_numbers
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.transforms import (
     Item,
     augmentation,
-    class_numbers,
     load_case,
     normalize,
     preparation,
@@ -131,11 +131,12 @@ def test_what_was_cut_away_does_not_change_the_normalization() -> None:
     assert (wide[:, :9] == 0).all()
 
 
-def test_values_that_the_plan_does_not_know_are_refused(blobs: Path) -> None:
+def test_values_that_the_plan_does_not_know_are_refused(plan: Plan, blobs: Path) -> None:
     case = read_dataset(blobs).cases[0]
-    np.testing.assert_array_equal(class_numbers(np.array([7, 0, 300]), [0, 7, 300], case), [1, 0, 2])
+    odd = replace(plan, label_values=[0, 7, 300])
+    np.testing.assert_array_equal(class_numbers(np.array([7, 0, 300]), odd, "x"), [1, 0, 2])
     with pytest.raises(UserError, match=r"case_0.nii.gz has the values \[5\]"):
-        class_numbers(np.array([0, 5]), [0, 7, 300], case)
+        class_numbers(np.array([0, 5]), odd, case.images[0])
 
 
 def test_a_case_without_a_label_is_no_training_case(plan: Plan, blobs: Path) -> None:

@@ -1,7 +1,8 @@
 """Folders of labelled images in the layouts that people have, read into one `Dataset`.
 
-Medical Segmentation Decathlon and nnU-Net (`dataset.json`), `images/` beside `labels/` or `masks/`, a CSV, a MONAI
-datalist. What was recognised is said aloud in `layout` and `notes`; nothing is guessed in silence.
+Medical Segmentation Decathlon and nnU-Net (`dataset.json`), `images/` beside `labels/` or `masks/`, one folder with
+`x` and `x_mask`, a folder a case, a CSV, a MONAI datalist. What was recognised is said aloud in `layout` and `notes`;
+nothing is guessed in silence.
 """
 
 from __future__ import annotations
@@ -9,35 +10,45 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from kanseg.data.images import LOSSY, SUFFIXES_2D, read_image, read_label, stem_of, suffix_of
+from kanseg.data.labels import known_values, parse_labels_of, regions_of
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")
+IMAGE_FOLDERS = ("images", "imagesTr", "image")
 LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask")
+LABEL_ENDING = re.compile(r"(_mask|_label|_seg)(_\d+)?$")
+IMAGE_ENDING = re.compile(r"(_image|_img)$")
+CASE_IMAGE, CASE_LABEL = re.compile(r"(image|img)(_\d{4})?"), re.compile(r"label|mask|seg|segmentation")
 MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a label map
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), a .csv with the columns image and label, or a datalist .json of MONAI"
+    "masks/), one folder with x and x_mask (or x_label), a folder a case with image and label, a .csv with the columns "
+    "image and label, or a datalist .json of MONAI"
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One image: a file with all channels or one a channel; its label, and the patient it belongs to."""
+    """One image: a file with all channels or one a channel; its label, and the patient it belongs to.
+
+    `values` are those that stand in its label file, once `read_dataset` has looked.
+    """
 
     id: str
     images: tuple[Path, ...]
     label: Path | None
     group: str
+    values: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,10 @@ class Dataset:
 
     Attributes:
         layout: what was recognised, in words.
-        label_names: name of each class; 0 is the background.
-        label_values: the value that stands for each class in the label files; training sees 0 ... K - 1.
+        label_names, label_values, regions, ignore_value: see `kanseg.data.labels.Labels`.
         cases: with labels. `test_cases`: images alone.
         notes: what was detected or mapped.
+        splits: that the data come with, each {"train": ids, "val": ids}; none: kanseg makes them.
         source: what `read_dataset` was given, and id_pattern with it: enough to read the same again.
     """
 
@@ -65,16 +76,47 @@ class Dataset:
     notes: tuple[str, ...]
     source: Path = Path()
     id_pattern: str | None = None
+    regions: tuple[tuple[int, ...], ...] = ()
+    ignore_value: int | None = None
+    splits: tuple[Mapping[str, Sequence[str]], ...] = ()
+
+    @property
+    def sources(self) -> Sequence[Case]:
+        """What the files of the data set are digested by."""
+        return self.cases
 
 
-def read_dataset(path: Path | str, *, id_pattern: str | None = None) -> Dataset:
-    """Recognise the layout of a folder or list file and read it.
+Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
+
+
+def _refuse(kind: str, case: str, message: str, files: Sequence[Path] = ()) -> NoReturn:
+    raise UserError(message)
+
+
+def read_dataset(
+    path: Path | str, *, id_pattern: str | None = None, regions: Mapping[str, Sequence[int]] | None = None
+) -> Dataset:
+    """Recognise the layout of a folder or list file, read it, and look into every label.
 
     Args:
         id_pattern: regular expression with one group that takes the patient from a case's id.
+        regions: classes by name as lists of label values, in place of those that the data declares.
 
     Raises:
         UserError: nothing recognised, images without labels, values outside the declared set, no cases.
+    """
+    dataset = list_dataset(path, id_pattern=id_pattern)
+    if regions:
+        dataset = replace(dataset, **regions_of({"background": 0, **regions}, None, "regions"))
+    _require_files(dataset)
+    return _with_label_values(dataset)
+
+
+def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Problem = _refuse) -> Dataset:
+    """Recognise the layout of a folder or list file; no label is opened.
+
+    Args:
+        problem: called with what is wrong with a case, which is then left as it is; default raises `UserError`.
     """
     path = Path(path)
     if not path.exists():
@@ -84,20 +126,20 @@ def read_dataset(path: Path | str, *, id_pattern: str | None = None) -> Dataset:
     if path.is_file():
         dataset = _read_csv(path) if path.suffix.lower() == ".csv" else _read_datalist(path, _load_json(path))
     elif (path / "dataset.json").is_file():
-        dataset = _read_described(path, _load_json(path / "dataset.json"))
+        dataset = _read_described(path, _load_json(path / "dataset.json"), problem)
     else:
-        dataset = _read_folders(path)
+        dataset = _read_folders(path, problem)
     if not dataset.cases:
         raise UserError(f"{path} holds no labelled images. Expected: {LAYOUTS}.")
-    repeated = _repeated(case.id for case in dataset.cases)
-    if repeated:
-        raise UserError(
-            f"{path} has several cases called '{repeated[0]}'. Give every case a name of its own (in lists: 'id')."
+    for name in repeated(case.id for case in dataset.cases):
+        problem(
+            "same name",
+            name,
+            f"{path} has several cases called '{name}'. Give every case a name of its own (in lists: 'id').",
         )
     if id_pattern is not None:
-        dataset = replace(dataset, cases=tuple(_by_pattern(case, id_pattern) for case in dataset.cases))
-    _require_files(dataset)
-    return replace(_with_label_values(dataset), source=path.resolve(), id_pattern=id_pattern)
+        dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
+    return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
 
 
 def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
@@ -117,7 +159,7 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         )
     if path.is_file():
         return [Case(stem_of(path), (path,), None, stem_of(path))]
-    files = _image_files(path)
+    files = image_files(path)
     if files:
         joined = _by_channel(files)
         fits = channels is None or any(len(paths) == channels for paths in joined.values())
@@ -141,7 +183,7 @@ def _may_be_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Images directly in a folder; hidden files and other things are passed over."""
     return sorted(
         p for p in folder.iterdir() if p.is_file() and suffix_of(p) not in ("", ".dcm") and p.name[0] != "."
@@ -160,15 +202,17 @@ def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
     return channels if first else {}
 
 
-def _cases(files: Sequence[Path], *, join: bool = True) -> list[Case]:
+def _cases(files: Sequence[Path], *, join: bool = True, problem: Problem = _refuse) -> list[Case]:
     """A case for each file, or for each group of nnU-Net channels."""
     channels = _by_channel(files) if join else {}
     for name, paths in channels.items():
         numbers = [int(stem_of(p)[-4:]) for p in paths]
         if numbers != list(range(len(paths))):
-            raise UserError(
+            problem(
+                "missing channel",
+                name,
                 f"Image '{name}' in {paths[0].parent} has the channels {numbers}; 0, 1, ... without gaps and each "
-                "once are expected. Add the missing file, or remove the surplus one."
+                "once are expected. Add the missing file, or remove the surplus one.",
             )
     if channels:
         return [Case(name, tuple(paths), None, name) for name, paths in channels.items()]
@@ -182,7 +226,7 @@ def _load_json(path: Path) -> Any:
         raise UserError(f"{path} is not readable JSON ({error}). Repair it.") from error
 
 
-def _read_described(root: Path, described: Any) -> Dataset:
+def _read_described(root: Path, described: Any, problem: Problem) -> Dataset:
     """A folder with dataset.json: the Decathlon's lists its files, nnU-Net's names its labels."""
     file = root / "dataset.json"
     if (
@@ -191,8 +235,9 @@ def _read_described(root: Path, described: Any) -> Dataset:
         or not described["labels"]
     ):
         raise UserError(f'{file} lacks \'labels\', e.g. {{"0": "background", "1": "organ"}}.')
-    names, values, notes = _labels(file, described["labels"])
+    labels, notes = parse_labels_of(described, file), []
     groups = _subjects(file, described.get("subjects") or {})
+    channels = _channel_names(file, described)
     if "training" in described:
         cases, tests = (
             [_listed(root, entry, groups) for entry in _entries(file, described, key)]
@@ -200,8 +245,9 @@ def _read_described(root: Path, described: Any) -> Dataset:
         )
         layout = "Medical Segmentation Decathlon (dataset.json with a list of files)"
     else:
-        cases = _cases(_image_files(_folder(root, "imagesTr")))
-        cases, unused = _paired(cases, _folder(root, "labelsTr"), groups)
+        cases = _cases(image_files(_folder(root, "imagesTr")), problem=problem)
+        _require_channels(cases, channels, problem)
+        cases, unused = _paired(cases, image_files(_folder(root, "labelsTr")), groups, problem)
         tests = _test_cases(root)
         notes += unused
         layout = "nnU-Net raw (dataset.json, imagesTr with _0000 names, labelsTr)"
@@ -212,7 +258,23 @@ def _read_described(root: Path, described: Any) -> Dataset:
     if groups:
         notes.append(f"{len(set(groups.values()))} subjects from dataset.json keep their images together")
     name = str(described.get("name", root.name))
-    return _dataset(name, root, layout, cases, tests, _channel_names(file, described), names, values, notes)
+    return replace(_dataset(name, root, layout, cases, tests, channels, notes), **labels)
+
+
+def _require_channels(cases: Sequence[Case], names: tuple[str, ...] | None, problem: Problem) -> None:
+    """In nnU-Net's layout a channel is a file: name those that a case lacks."""
+    most = max((len(case.images) for case in cases), default=0)
+    if names is None or len(names) != most:
+        names = ("channel",) * most
+    for case in cases:
+        if len(case.images) < most:
+            missing = ", ".join(f"{names[i]} (_{i:04d})" for i in range(len(case.images), most))
+            problem(
+                "missing channel",
+                case.id,
+                f"Image '{case.id}' in {case.images[0].parent} lacks the channel {missing}. Add the file, or take the "
+                "case out.",
+            )
 
 
 def _entries(file: Path, content: dict[str, Any], key: str) -> list[Any]:
@@ -223,7 +285,7 @@ def _entries(file: Path, content: dict[str, Any], key: str) -> list[Any]:
 
 
 def _test_cases(root: Path) -> list[Case]:
-    return _cases(_image_files(root / "imagesTs")) if (root / "imagesTs").is_dir() else []
+    return _cases(image_files(root / "imagesTs")) if (root / "imagesTs").is_dir() else []
 
 
 def _channel_names(file: Path, described: dict[str, Any]) -> tuple[str, ...] | None:
@@ -238,28 +300,6 @@ def _channel_names(file: Path, described: dict[str, Any]) -> tuple[str, ...] | N
             f'{file}: the channels are {names!r}; expected is a name for each number from 0, e.g. {{"0": "MRI"}}.'
         )
     return tuple(str(names[key]) for key in sorted(names, key=int))
-
-
-def _labels(file: Path, labels: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...], list[str]]:
-    """Names and values by value, and notes: the Decathlon writes {"1": "organ"}, nnU-Net {"organ": 1}."""
-    by_value: dict[int, str] = {}
-    for key, value in labels.items():
-        number, name = (key, value) if str(key).lstrip("-").isdigit() else (value, key)
-        if isinstance(number, list):
-            raise UserError(
-                f"{file}: label '{name}' is a region {number}; overlapping regions are not supported yet. Give each "
-                "class one value."
-            )
-        if not str(number).isdigit() or int(number) in by_value or str(name) in by_value.values():
-            raise UserError(
-                f"{file}: label '{name}' has the value {number!r}; each label needs a name and a whole number from 0 "
-                "of its own."
-            )
-        by_value[int(number)] = str(name)
-    by_value.setdefault(0, "background")
-    notes = ["label 'ignore' is learnt as a class like the others"] if "ignore" in by_value.values() else []
-    values = tuple(sorted(by_value))
-    return tuple(by_value[value] for value in values), values, notes
 
 
 def _subjects(file: Path, subjects: Any) -> dict[str, str]:
@@ -307,9 +347,11 @@ def _folder(root: Path, name: str) -> Path:
     return root / name
 
 
-def _paired(cases: Sequence[Case], labels: Path, groups: dict[str, str]) -> tuple[list[Case], list[str]]:
+def _paired(
+    cases: Sequence[Case], labels: Sequence[Path], groups: dict[str, str], problem: Problem
+) -> tuple[list[Case], list[str]]:
     """Images with the labels of the same name (or name + _mask), and a note on labels that belong to none."""
-    files = {stem_of(p): p for p in _image_files(labels)}
+    files = {stem_of(p): p for p in labels}
     of_case = {case.id: _label_names(case.id, files) for case in cases}
     unused = set(files) - {names[0] for names in of_case.values() if names}
     paired = []
@@ -317,17 +359,23 @@ def _paired(cases: Sequence[Case], labels: Path, groups: dict[str, str]) -> tupl
         numbered = re.compile(re.escape(case.id) + r"(_mask|_label|_seg)?_\d+")
         names = [*of_case[case.id], *(name for name in sorted(unused) if numbered.fullmatch(name))]
         if len(names) > 1:
-            raise UserError(
+            problem(
+                "several masks",
+                case.id,
                 f"{case.images[0]} has {len(names)} masks ({', '.join(files[n].name for n in names)}); one label map "
-                "an image is expected. Merge them into one file."
+                "an image is expected. Merge them into one file.",
+                [files[name] for name in names],
             )
         label = files[names[0]] if names else None
         paired.append(replace(case, label=label, group=groups.get(case.id, case.group)))
     without = [case for case in paired if case.label is None]
-    if without:
-        raise UserError(
-            f"{len(without)} of {len(paired)} images have no label in {labels}, the first is {without[0].images[0]}. "
-            f"Expected there: {without[0].id} with the suffix of the labels. Add it, or take the image away."
+    for case in without:
+        problem(
+            "missing label",
+            case.id,
+            f"{len(without)} of {len(paired)} images have no label in {labels[0].parent if labels else 'the folder'}, "
+            f"the first is {without[0].images[0]}. Expected there: {without[0].id} with the suffix of the labels. Add "
+            "it, or take the image away.",
         )
     shown = ", ".join(sorted(unused)[:3])
     return paired, [f"{len(unused)} labels have no image and are not used: {shown}"] if unused else []
@@ -338,38 +386,95 @@ def _label_names(case: str, files: Iterable[str]) -> list[str]:
     return [name for name in (case, f"{case}_mask", f"{case}_label", f"{case}_seg") if name in files]
 
 
-def _read_folders(root: Path) -> Dataset:
-    """images/ (or imagesTr/) beside labels/ or masks/; cases.csv beside them may give a group or patient."""
-    images = next((root / name for name in ("images", "imagesTr") if (root / name).is_dir()), None)
+def _read_folders(root: Path, problem: Problem) -> Dataset:
+    """images/ (or imagesTr/) beside labels/ or masks/, or all in one folder; cases.csv may give a group or patient."""
+    images = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
     labels = next((root / name for name in LABEL_FOLDERS if (root / name).is_dir()), None)
     if images is None or labels is None:
-        raise UserError(f"{root} has no layout that kanseg knows. Expected: {LAYOUTS}.")
-    groups, notes = {}, []
-    table = root / "cases.csv"
-    if table.is_file():
-        rows = _rows(table)
-        column = next((c for c in ("group", "patient", "subject") if rows and c in rows[0]), None)
-        key = next((c for c in ("id", "case", "image", "name", "file") if rows and c in rows[0]), None)
-        if column and key:
-            groups = {stem_of(Path(row[key])): row[column] for row in rows if row[key] and row[column]}
-            notes.append(f"column '{column}' of cases.csv keeps the images of one {column} together")
-    files, named = _image_files(images), {stem_of(p) for p in _image_files(labels)}
-    own = bool(files) and all(_label_names(stem_of(file), named) for file in files)  # x_0000 may be a frame
-    cases, unused = _paired(_cases(files, join=not own), labels, groups)
+        return _read_one_folder(root, problem)
+    groups, notes = _groups_beside(root)
+    files, masks = image_files(images), image_files(labels)
+    named = {stem_of(p) for p in masks}
+    stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
+    own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
+    cases = _named(_cases(files, join=not own, problem=problem))
+    _require_channels(cases, None, problem)
+    cases, unused = _paired(cases, masks, groups, problem)
     layout = f"folders {images.name}/ and {labels.name}/"
-    return _dataset(root.name, root, layout, cases, _test_cases(root), None, None, None, [*notes, *unused])
+    return _dataset(root.name, root, layout, cases, _test_cases(root), None, [*notes, *unused])
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _read_one_folder(root: Path, problem: Problem) -> Dataset:
+    """x.png (or x_image.png) beside x_mask.png, x_label.png or x_seg.png."""
+    files = image_files(root)
+    masks = [file for file in files if LABEL_ENDING.search(stem_of(file))]
+    images = [file for file in files if file not in masks]
+    cases = _named(_cases(images, join=False))
+    if not any(_label_names(case.id, {stem_of(mask) for mask in masks}) for case in cases):
+        return _read_case_folders(root, problem)
+    groups, notes = _groups_beside(root)
+    cases, unused = _paired(cases, masks, groups, problem)
+    return _dataset(root.name, root, "images and masks in one folder", cases, [], None, [*notes, *unused])
+
+
+def _read_case_folders(root: Path, problem: Problem) -> Dataset:
+    """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ...) beside NAME/label.nii.gz (or mask, seg)."""
+    groups, notes = _groups_beside(root)
+    cases = []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "."):
+        files = {stem_of(file): file for file in image_files(folder)}
+        images = [file for stem, file in files.items() if CASE_IMAGE.fullmatch(stem)]
+        labels = [file for stem, file in files.items() if CASE_LABEL.fullmatch(stem)]
+        if not images:
+            continue
+        if len(labels) != 1:
+            kind = "several masks" if labels else "missing label"
+            problem(
+                kind,
+                folder.name,
+                f"{folder} has {len(labels)} label maps; one, e.g. label.nii.gz, is expected.",
+                labels,
+            )
+        label = labels[0] if labels else None
+        cases.append(Case(folder.name, tuple(images), label, groups.get(folder.name, folder.name)))
+    if not any(case.label for case in cases):
+        raise UserError(f"{root} has no layout that kanseg knows. Expected: {LAYOUTS}.")
+    return _dataset(root.name, root, "a folder a case with image and label", cases, [], None, notes)
+
+
+def _named(cases: Sequence[Case]) -> list[Case]:
+    """Cases without the ending _image or _img in their names."""
+    names = [IMAGE_ENDING.sub("", case.id) for case in cases]
+    return [replace(case, id=name, group=name) for case, name in zip(cases, names, strict=True)]
+
+
+def _groups_beside(root: Path) -> tuple[dict[str, str], list[str]]:
+    """Case id -> group from cases.csv, and a note on it."""
+    table = root / "cases.csv"
+    if not table.is_file():
+        return {}, []
+    rows = read_rows(table)
+    column = next((c for c in ("group", "patient", "subject") if rows and c in rows[0]), None)
+    key = next((c for c in ("id", "case", "image", "name", "file") if rows and c in rows[0]), None)
+    if not column or not key:
+        return {}, []
+    groups = {stem_of(Path(row[key])): row[column] for row in rows if row[key] and row[column]}
+    return groups, [f"column '{column}' of cases.csv keeps the images of one {column} together"]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table with a header, parted by commas or tabs."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
+            tabs = "\t" in file.readline()
+            file.seek(0)
+            return list(csv.DictReader(file, delimiter="\t" if tabs else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}).") from error
 
 
 def _read_csv(path: Path) -> Dataset:
-    rows = _rows(path)
+    rows = read_rows(path)
     if not rows or not {"image", "label"} <= set(rows[0]):
         found = ", ".join(rows[0]) if rows else "an empty file"
         raise UserError(
@@ -391,9 +496,7 @@ def _read_datalist(path: Path, content: Any) -> Dataset:
 def _listed_dataset(path: Path, layout: str, entries: Sequence[Any], held_out: Sequence[Any]) -> Dataset:
     cases = [_listed(path.parent, entry, {}) for entry in entries]
     tests = [*(_listed(path.parent, e, {}) for e in held_out), *(c for c in cases if c.label is None)]
-    return _dataset(
-        path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, None, None, []
-    )
+    return _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, [])
 
 
 def _dataset(
@@ -403,8 +506,6 @@ def _dataset(
     cases: Sequence[Case],
     tests: Sequence[Case],
     channel_names: tuple[str, ...] | None,
-    label_names: tuple[str, ...] | None,
-    label_values: tuple[int, ...] | None,
     notes: Sequence[str],
 ) -> Dataset:
     flat = {suffix_of(image) in SUFFIXES_2D for case in cases for image in case.images}
@@ -422,15 +523,16 @@ def _dataset(
         layout,
         2 if flat == {True} else 3,
         channel_names or ("image",),
-        label_names or (),
-        label_values or (),
+        (),
+        (),
         tuple(cases),
         tuple(tests),
         tuple(notes),
     )
 
 
-def _by_pattern(case: Case, pattern: str) -> Case:
+def by_pattern(case: Case, pattern: str) -> Case:
+    """The case with its group taken from its id."""
     try:
         match = re.search(pattern, case.id)
         group = match[1] if match else None
@@ -441,7 +543,8 @@ def _by_pattern(case: Case, pattern: str) -> Case:
     return replace(case, group=group)
 
 
-def _repeated(names: Iterable[str]) -> list[str]:
+def repeated(names: Iterable[str]) -> list[str]:
+    """Names that were there before, each time."""
     seen: set[str] = set()
     return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
 
@@ -478,27 +581,59 @@ def _values_in(path: Path, spatial_dims: int) -> set[int]:
 
 def _with_label_values(dataset: Dataset) -> Dataset:
     """Look into the label files: which values stand there, and do they fit what is declared."""
-    declared = set(dataset.label_values)
-    found: set[int] = set()
-    labels = [case.label for case in dataset.cases if case.label is not None]
-    for label in progress(labels, "Reading labels"):
-        values = _values_in(label, dataset.spatial_dims)
-        if declared and not values <= declared:
+    declared = set(known_values(dataset)) if dataset.label_values else set()
+    accepted = declared | ({dataset.ignore_value} - {None})
+    cases = []
+    for case in progress(dataset.cases, "Reading labels"):
+        values = _values_in(label_path(case), dataset.spatial_dims)
+        if declared and not values <= accepted:
             raise UserError(
-                f"{label} has the values {sorted(values - declared)[:5]}, which dataset.json does not declare "
-                f"(it has {sorted(declared)}). Declare them, or correct the label."
+                f"{case.label} has the values {sorted(values - accepted)[:5]}, which dataset.json does not declare "
+                f"(it has {sorted(accepted)}). Declare them, or correct the label."  # type: ignore[type-var]
             )
-        found |= values
-    if declared:
-        names = dataset.label_names
-        values_in_order = dataset.label_values
-    else:
-        values_in_order = tuple(sorted(found | {0}))
+        cases.append(replace(case, values=tuple(sorted(values))))
+    if not declared:
+        values_in_order = tuple(sorted({0}.union(*(case.values for case in cases))))
         names = ("background", *(f"label {value}" for value in values_in_order[1:]))
-    notes = list(dataset.notes)
-    if len(values_in_order) < 2:
+        dataset = replace(dataset, label_names=names, label_values=values_in_order)
+    if len(dataset.label_values) < 2:
         raise UserError(f"The labels of {dataset.root} hold the background alone; there is nothing to learn.")
-    if values_in_order != tuple(range(len(values_in_order))):
-        shown = ", ".join(f"{value} -> {i}" for i, value in enumerate(values_in_order))
+    return replace(dataset, cases=tuple(cases), notes=(*dataset.notes, *_label_notes(dataset)))
+
+
+def _label_notes(dataset: Dataset) -> list[str]:
+    notes = []
+    if dataset.regions:
+        shown = "; ".join(
+            f"{name}: {list(values)}, painted as {value}"
+            for name, values, value in zip(
+                dataset.label_names[1:], dataset.regions[1:], dataset.label_values[1:], strict=True
+            )
+        )
+        notes.append(f"regions, each learnt for itself and painted in this order: {shown}")
+    elif dataset.label_values != tuple(range(len(dataset.label_values))):
+        shown = few([f"{value} -> {i}" for i, value in enumerate(dataset.label_values)])
         notes.append(f"label values are mapped for training ({shown}) and mapped back in every output")
-    return replace(dataset, label_names=names, label_values=values_in_order, notes=tuple(notes))
+    if dataset.ignore_value is not None:
+        notes.append(
+            f"voxels of the value {dataset.ignore_value} (ignore) count neither in the loss nor in scores"
+        )
+    return notes
+
+
+def few(names: Sequence[str], count: int = 12) -> str:
+    """A list in words, cut where it grows long.
+
+    >>> few(["a", "b", "c"], 2)
+    'a, b, ... (3 in all)'
+    """
+    return (
+        ", ".join(names) if len(names) <= count else f"{', '.join(names[:count])}, ... ({len(names)} in all)"
+    )
+
+
+def label_path(case: Case) -> Path:
+    """The label file of a case; `UserError` where it has none."""
+    if case.label is None:
+        raise UserError(f"{case.images[0]} has no label. Give its label, or leave the case out.")
+    return case.label

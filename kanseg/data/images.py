@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from PIL import Image as Picture
+from PIL.PngImagePlugin import PngInfo
 
 from kanseg.errors import UserError
 
@@ -36,6 +37,7 @@ NO_IMAGES = (
 )
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+TIFF_REMARK = 270  # the tag ImageDescription
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
 
 
@@ -76,14 +78,7 @@ def read_image(paths: Sequence[Path] | Path, spatial_dims: int | None = None) ->
         UserError: unreadable, cut short, structured (RGB) voxels, NaN or infinite voxels, channels on different
             grids, or another dimension than `spatial_dims`.
     """
-    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
-    images = [_read_one(path) for path in paths]
-    first = images[0]
-    for other in images[1:]:
-        _require_same_grid(
-            first.array.shape[1:], first.affine, other.array.shape[1:], other.affine, first.path, other.path
-        )
-    image = Image(np.concatenate([i.array for i in images]), first.affine, first.path, first.spatial_dims)
+    image = load_image(paths)
     if spatial_dims is not None and image.spatial_dims != spatial_dims:
         raise UserError(
             f"{image.path} is {image.spatial_dims}D, {spatial_dims}D was expected. Use a model and plan for "
@@ -96,6 +91,16 @@ def read_image(paths: Sequence[Path] | Path, spatial_dims: int | None = None) ->
             "(e.g. by the background value) and save the image again."
         )
     return image
+
+
+def load_image(paths: Sequence[Path] | Path) -> Image:
+    """As `read_image`, whatever the dimension and the voxels."""
+    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+    images = [_read_one(path) for path in paths]
+    first = images[0]
+    for other in images[1:]:
+        _require_same_grid(first, other)
+    return Image(np.concatenate([i.array for i in images]), first.affine, first.path, first.spatial_dims)
 
 
 def read_label(path: Path, spatial_dims: int | None = None) -> np.ndarray:
@@ -127,9 +132,7 @@ def label_from(image: Image) -> np.ndarray:
 def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None = None) -> None:
     """Raise `UserError` unless image and label have one shape and, where known, one grid."""
     if isinstance(label, Image):
-        _require_same_grid(
-            image.array.shape[1:], image.affine, label.array.shape[1:], label.affine, image.path, label.path
-        )
+        _require_same_grid(image, label)
     elif image.array.shape[1:] != label.shape:
         raise UserError(
             f"{image.path} has shape {image.array.shape[1:]} and its label {label_path or ''} {label.shape}; one shape "
@@ -152,7 +155,7 @@ def write_label(
 
 
 def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, description: str = "") -> Path:
-    """Write numbers on the grid of `like`; see `write_label`."""
+    """Write numbers (*S), or (C, *S) to NIfTI or as colours, on the grid of `like`; see `write_label`."""
     path = Path(path)
     suffix = suffix_of(path)
     if array.shape[-like.spatial_dims :] != like.array.shape[1:]:
@@ -168,7 +171,9 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
     if suffix not in writers:
         why = " (JPEG would change them)" if suffix in LOSSY else ""
         raise UserError(f"{path}: unknown format to write{why}. Known: {', '.join(sorted(writers))}.")
-    if suffix in SUFFIXES_2D and (array.ndim != 2 or array.max(initial=0) > np.iinfo(np.uint16).max):
+    colours = array.ndim == 3 and len(array) == 3 and array.max(initial=0) <= np.iinfo(np.uint8).max
+    flat = array.ndim == 2 or (colours and like.spatial_dims == 2)
+    if suffix in SUFFIXES_2D and (not flat or array.max(initial=0) > np.iinfo(np.uint16).max):
         raise UserError(
             f"{path}: a picture holds 2D labels up to 65535, these are {array.ndim}D up to {array.max(initial=0)}. "
             "Write .nii.gz instead."
@@ -196,6 +201,8 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
 
 def _write_nifti(path: Path, array: np.ndarray, like: Image, description: str) -> None:
     header = None
+    if array.ndim > like.spatial_dims:
+        array = np.moveaxis(array, 0, -1)
     if suffix_of(like.path) in SUFFIXES_NIFTI and like.path.is_file():
         header = nib.load(like.path).header.copy()
     out = nib.Nifti1Image(array, like.affine, None)
@@ -227,7 +234,35 @@ def _write_itk(path: Path, array: np.ndarray, like: Image, description: str) -> 
 
 
 def _write_picture(path: Path, array: np.ndarray, like: Image, description: str) -> None:
-    Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16)).save(path)
+    array = np.ascontiguousarray(np.moveaxis(array, 0, -1)) if array.ndim == 3 else array
+    picture = Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16))
+    if suffix_of(path) == ".png":
+        text = PngInfo()
+        text.add_text("Description", description)
+        picture.save(path, pnginfo=text)
+    elif suffix_of(path) in (".tif", ".tiff"):
+        picture.save(path, description=description)
+    else:
+        picture.save(path)
+
+
+def read_description(path: Path) -> str:
+    """The remark in the header of an image that kanseg wrote; "" where there is none, or no such file."""
+    suffix = suffix_of(path)
+    try:
+        if suffix in SUFFIXES_NIFTI:
+            return bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode("ascii", "replace")
+        if suffix in SUFFIXES_ITK:
+            tags = sitk.ImageFileReader()
+            tags.SetFileName(str(path))
+            tags.ReadImageInformation()
+            return tags.GetMetaData("description") if tags.HasMetaDataKey("description") else ""
+        with Picture.open(path) as picture:
+            return str(
+                getattr(picture, "text", {}).get("Description") or picture.getexif().get(TIFF_REMARK, "")
+            )
+    except Exception:  # of nibabel, ITK and Pillow, without a common class: what cannot be read has no remark
+        return ""
 
 
 def _read_one(path: Path) -> Image:
@@ -404,25 +439,28 @@ def _check_slices(folder: Path, names: Sequence[str]) -> None:
         )
 
 
-def _require_same_grid(
-    shape: tuple[int, ...],
-    affine: np.ndarray,
-    other_shape: tuple[int, ...],
-    other: np.ndarray,
-    path: Path,
-    other_path: Path,
-) -> None:
+def grid_distance(one: Image, other: Image) -> float:
+    """Largest distance in mm between corresponding corners of two grids; infinite where the shapes differ."""
+    shape = one.array.shape[1:]
+    if shape != other.array.shape[1:]:
+        return np.inf
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*shape, 1, 1)[:3]], indexing="ij")).reshape(3, -1)
-    distance = np.abs((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:]).max()
-    if shape == other_shape and distance <= GRID_TOLERANCE:
+    shift = one.affine - other.affine
+    return float(np.abs(shift[:3, :3] @ corners + shift[:3, 3:]).max())
+
+
+def _require_same_grid(one: Image, other: Image) -> None:
+    distance = grid_distance(one, other)
+    if distance <= GRID_TOLERANCE:
         return
+    shapes = [image.array.shape[1:] for image in (one, other)]
     what = (
-        f"shapes {shape} and {other_shape}"
-        if shape != other_shape
+        f"shapes {shapes[0]} and {shapes[1]}"
+        if np.isinf(distance)
         else f"grids up to {distance:.3g} mm apart"
     )
     raise UserError(
-        f"{path} and {other_path} lie on different grids: {what}; one grid is expected. Resample one to the other."
+        f"{one.path} and {other.path} lie on different grids: {what}; one grid is expected. Resample one to the other."
     )
 
 

@@ -1,12 +1,14 @@
 """Batches: random patches for training, whole preprocessed cases for validation.
 
-Every case is preprocessed once and kept in memory. Sample `i` of epoch `e` depends on (seed, e, i) alone: neither the
-number of workers nor an interruption changes what the network sees.
+Every case is preprocessed once and kept in memory, or on the disk where they are too many for the plan's memory.
+Sample `i` of epoch `e` depends on (seed, e, i) alone: neither the number of workers nor of processes nor an
+interruption changes what the network sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,78 +17,159 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kanseg.data.formats import Case
-from kanseg.data.plan import Plan
+from kanseg.data.labels import known_values, targets
+from kanseg.data.plan import CACHE_SHARE, Plan
+from kanseg.data.shelf import Shelf
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
 Batch = dict[str, Tensor]
+TRAINING_SHARE = 0.8  # of the memory for prepared cases; the rest is for those that validate
 
 
 class Patches(Dataset):
-    """Sample `i` is a random patch of a random case, {"image": (C, *patch), "label": (1, *patch)}."""
+    """Random patches of random cases: {"image": (C, *patch), "label": (1 or K, *patch), "seed": ()}.
+
+    A patch is asked for by (epoch, index); its `seed` is what further random changes of it may start from.
+
+    Args:
+        pools: places in `items`; a pool is chosen first, then a case of it: one pool of all, or one a class for
+            balance.
+    """
 
     def __init__(
-        self, plan: Plan, items: Sequence[Item], augment: Compose, seed: int, epoch: int, count: int
+        self,
+        plan: Plan,
+        items: Sequence[Item],
+        pools: Sequence[Sequence[int]],
+        augment: Compose,
+        seed: int,
     ) -> None:
-        self.plan, self.items, self.augment = plan, items, augment
-        self.seed, self.epoch, self.count = seed, epoch, count
+        self.plan, self.items, self.pools, self.augment, self.seed = plan, items, pools, augment, seed
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Batch:
-        random = np.random.RandomState(
-            np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(4)
-        )
-        item = self.items[random.randint(len(self.items))]
-        self.augment.set_random_state(seed=int(random.randint(2**31)))
+    def __getitem__(self, place: tuple[int, int]) -> Batch:
+        random = np.random.RandomState(np.random.SeedSequence((self.seed, *place)).generate_state(4))
+        pool = self.pools[random.randint(len(self.pools)) if len(self.pools) > 1 else 0]
+        item = self.items[pool[random.randint(len(pool))]]
+        seed = int(random.randint(2**31))
+        self.augment.set_random_state(seed=seed)
         (sample,) = self.augment(item)
-        return {key: torch.as_tensor(np.asarray(sample[key])).contiguous() for key in KEYS}
+        image, label = (torch.as_tensor(np.asarray(sample[key])) for key in KEYS)
+        label = targets(label, self.plan).contiguous()
+        return {"image": image.contiguous(), "label": label, "seed": torch.tensor(seed)}
 
 
-class TrainLoader:
-    """Batches {"image": (B, C, *patch), "label": (B, 1, *patch)}; `set_epoch` chooses which."""
+class EndlessLoader:
+    """Batches from any epoch and step on, of samples that are asked for by (epoch, index).
+
+    Args:
+        batch_size: samples a batch of this process.
+        steps: batches an epoch.
+        rank, ranks: this process of how many; together they see what one with `ranks` times the batch would.
+        pin: keep batches in page-locked memory, for a GPU.
+    """
 
     def __init__(
-        self, plan: Plan, cases: Sequence[Case], *, batch_size: int, steps: int, seed: int, workers: int
+        self,
+        samples: Dataset,
+        *,
+        batch_size: int,
+        steps: int,
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        pin: bool = False,
+    ) -> None:
+        self.samples, self.batch_size, self.steps = samples, batch_size, steps
+        self.workers, self.rank, self.ranks, self.pin = workers, rank, ranks, pin
+
+    def batches(self, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
+        """Batches without end, from a step of an epoch on; the workers run ahead over the ends of epochs."""
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=self._places(epoch, step),  # type: ignore[arg-type]  # an iterator without end
+            num_workers=self.workers,
+            worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # or the global one would lose a number here
+            pin_memory=self.pin,
+        )
+        return iter(loader)
+
+    def _places(self, epoch: int, step: int) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = epoch + step // self.steps, step % self.steps
+        while True:
+            first = (step * self.ranks + self.rank) * self.batch_size
+            yield [(epoch, index) for index in range(first, first + self.batch_size)]
+            step += 1
+            if step == self.steps:
+                epoch, step = epoch + 1, 0
+
+
+class TrainLoader(EndlessLoader):
+    """Batches {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)} of random patches.
+
+    Args:
+        foreground, balanced, changes: see `kanseg.data.transforms.augmentation`.
+        how: batch_size, steps, workers, rank, ranks, pin; see `EndlessLoader`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cases: Sequence[Case],
+        *,
+        seed: int,
+        foreground: float = 0.5,
+        balanced: bool = False,
+        changes: bool = True,
+        **how: Any,
     ) -> None:
         if not cases:
             raise UserError("There are no cases to train on.")
-        prepare = preparation(plan)
-        loaded = progress(cases, "Loading cases")
-        self.items = [prepare(load_case(case, plan)[0]) for case in loaded]
-        self.plan, self.augment = plan, augmentation(plan)
-        self.batch_size, self.steps, self.seed, self.workers = batch_size, steps, seed, workers
-        self.epoch = 0
+        prepare = preparation(plan, balanced)
+        items = Shelf(_share(plan, TRAINING_SHARE))
+        for case in progress(cases, "Loading cases"):
+            item = prepare(load_case(case, plan)[0])
+            items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
+        augment = augmentation(plan, foreground=foreground, balanced=balanced, changes=changes)
+        pools = _pools(items, len(known_values(plan))) if balanced else [range(len(items))]
+        super().__init__(Patches(plan, items, pools, augment, seed), **how)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose patches the next iteration gives."""
-        self.epoch = epoch
 
-    def __len__(self) -> int:
-        return self.steps
+def _pools(items: Sequence[Item], classes: int) -> list[list[int]]:
+    """The cases that have a class, for each foreground class that any has; all cases where none has any."""
+    present = [set(np.unique(item["label"]).tolist()) for item in items]
+    pools = [[i for i, found in enumerate(present) if number in found] for number in range(1, classes)]
+    return [pool for pool in pools if pool] or [list(range(len(items)))]
 
-    def __iter__(self) -> Iterator[Batch]:
-        count = self.steps * self.batch_size
-        patches = Patches(self.plan, self.items, self.augment, self.seed, self.epoch, count)
-        return iter(
-            DataLoader(patches, self.batch_size, num_workers=self.workers, worker_init_fn=_one_thread)
-        )
+
+def _share(plan: Plan, share: float) -> int | None:
+    """Bytes of memory for prepared cases; a plan without a figure sets no limit."""
+    return int(share * CACHE_SHARE * plan.memory_bytes) if plan.memory_bytes else None
 
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def train_loader(
-    plan: Plan, cases: Sequence[Case], *, batch_size: int, steps: int, seed: int, workers: int = 0
-) -> TrainLoader:
-    """A loader of `steps` batches an epoch; preprocesses and keeps all cases now."""
-    return TrainLoader(plan, cases, batch_size=batch_size, steps=steps, seed=seed, workers=workers)
+class ValidationCases(Sequence[Batch]):
+    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1 or K, *S)}, kept as training cases are."""
+
+    def __init__(self, plan: Plan, cases: Sequence[Case]) -> None:
+        self.plan, self.items = plan, Shelf(_share(plan, 1 - TRAINING_SHARE))
+        for case in cases:
+            item = load_case(case, plan)[0]
+            self.items.append({key: item[key] for key in KEYS})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
+        item = self.items[index]
+        return {"image": item["image"][None], "label": targets(item["label"], self.plan)[None]}
 
 
-def val_loader(plan: Plan, cases: Sequence[Case]) -> list[Batch]:
-    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1, *S)}, kept in memory."""
-    items = (load_case(case, plan)[0] for case in cases)
-    return [{key: item[key].as_tensor()[None] for key in KEYS} for item in items]
+def val_loader(plan: Plan, cases: Sequence[Case]) -> Sequence[Batch]:
+    """The cases, preprocessed now."""
+    return ValidationCases(plan, cases)

@@ -1,37 +1,41 @@
 """The plan: what a look at the data decides about spacing, patches, normalisation and the size of the network.
 
 The rules follow nnU-Net's (Isensee et al., Nature Methods 18, 2021) in spirit and in words: median spacing, patches
-as large as memory allows, an axis is halved only while it is about as fine as the others.
+as large as memory allows, an axis is halved only while it is about as fine as the others. What a step needs in memory
+is measured by one where `make_plan` is given a way to; else it goes by a figure from earlier measurements.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from kanseg.data.formats import Case, Dataset
-from kanseg.data.images import SUFFIXES_NIFTI, check_pair, header_dtype, label_from, read_image, suffix_of
-from kanseg.errors import UserError, did_you_mean
-from kanseg.progress import progress
+from kanseg.data.fingerprint import fingerprint, save_fingerprint
+from kanseg.data.formats import Dataset, read_dataset
+from kanseg.data.stored_plan import StoredPlan
+from kanseg.errors import UsageError, UserError, did_you_mean
 
 VERSION = 1
-SAMPLES = 10_000  # intensities kept a case and channel
-FEATURES = 32  # of the first stage; doubled at each halving
-MOST_FEATURES = {2: 512, 3: 256}
 MOST_STAGES = 6
 COARSEST = {2: 8, 3: 4}  # voxels an axis of the coarsest map keeps
 # Bytes of training memory a voxel of the batch and feature of the first stage: UKANet's peak resident memory.
 BYTES_A_VOXEL = 330
 EMPTY = 0.25  # share of zeros from which on an image counts as cut out
-SHARE = 0.6  # of the memory at hand, the rest is for data, optimizer and the system
+SHARE = 0.6  # of the memory at hand where nothing is measured, the rest is for data, optimizer and the system
+MEASURED_SHARE = 0.9  # of the memory where a step was measured
+CACHE_SHARE = 0.25  # of the memory that prepared cases may take; the others wait on the disk
+BYTES_A_CASE_VOXEL = 8  # of a prepared case beside its channels: label and the places of its foreground
 LARGEST_BATCH = {2: 12, 3: 2}
+LEAST_VOXELS = {2: 128**2, 3: 40**3}  # a patch that sees less (and less than the image) costs width first
+LEAST_FEATURES = 8
+TRIALS = 4
+THICK = 3  # times the other spacings: slices from there on count as thick
 # Lists of a plan that have one entry for each entry of another.
 PARALLEL = {"normalization": "channel_names", "label_names": "label_values"}
 PARALLEL |= {"features_per_stage": "strides", "kernel_sizes": "strides"}
@@ -44,16 +48,36 @@ MODEL_OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Size:
+    """A preset: channels of the first stage (doubled at each halving), of the widest (by dimension), and depth."""
+
+    features: int
+    most_features: dict[int, int]
+    encoder: str
+
+
+SIZES = {
+    "small": Size(16, {2: 256, 3: 128}, "reskanet10"),
+    "standard": Size(32, {2: 512, 3: 256}, "reskanet10"),
+    "large": Size(48, {2: 768, 3: 384}, "reskanet18"),
+}
+
+
 @dataclass
-class Plan:
+class Plan(StoredPlan):
     """Everything that preprocessing, training and prediction must agree on; plan.json, and part of each checkpoint.
 
-    `data` and `id_pattern` are what `read_dataset` was given. Lengths are in mm, axes in the order of `orientation`
-    (R, A, S for volumes; rows, columns for pictures).
+    `data`, `id_pattern` and `given_regions` are what `read_dataset` was given. Lengths are in mm, axes in the order of
+    `orientation` (R, A, S for volumes; rows, columns for pictures). `spatial_dims` is the network's dimension: where it
+    is 2 and `slice_axis` is set, volumes are learnt slice by slice across that axis, each slice with its neighbours as
+    further channels, `slices` in all. `regions` and `ignore_value`: see `kanseg.data.labels.Labels`.
     `normalization` has one entry a channel: {"scheme": "zscore"} (of each image), {"scheme": "zscore_nonzero"}
     (of what is not 0, and 0 stays 0: images whose surroundings were cut away) or {"scheme": "ct", "lower", "upper",
     "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread).
     """
+
+    task: ClassVar[str] = "segmentation"
 
     dataset_name: str
     data: str
@@ -72,58 +96,36 @@ class Plan:
     kernel_sizes: list[list[int]]
     mirror_axes: list[int] = field(default_factory=list)
     id_pattern: str | None = None
+    regions: list[list[int]] = field(default_factory=list)
+    given_regions: dict[str, list[int]] | None = None
+    ignore_value: int | None = None
+    slice_axis: int | None = None
+    slices: int = 1
     orientation: str = "RAS"
     model: str = "ukanet"
     model_options: dict[str, Any] = field(default_factory=dict)
+    size: str = "standard"
     memory_bytes: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     version: int = VERSION
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain numbers, lists and dictionaries."""
-        return asdict(self)
+    @property
+    def image_dims(self) -> int:
+        """Dimension of the images: 3 also where they are learnt slice by slice."""
+        return self.spatial_dims if self.slice_axis is None else 3
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """The inverse of `to_dict`; keys that are unknown or missing, or do not fit together, raise `UserError`."""
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise UserError(f"A plan has no key '{key}'.{did_you_mean(key, known)}")
-        try:
-            plan = cls(**values)
-            misfit = _misfit(plan)
-        except TypeError as error:
-            raise UserError(
-                f"The plan is not complete, or has words for numbers: {error}. Run `kanseg plan` again."
-            ) from error
-        if misfit:
-            raise UserError(
-                f"The plan does not fit together: {misfit}. Correct it, or run `kanseg plan` again."
-            )
-        return plan
+    @property
+    def in_channels(self) -> int:
+        """Channels that the network takes: those of the image for each slice that it sees at once."""
+        return len(self.channel_names) * self.slices
 
-    def save(self, path: Path | str) -> Path:
-        """Write plan.json, atomically."""
-        from kanseg.training.files import write_json
-
-        return write_json(Path(path), self.to_dict())
-
-    @classmethod
-    def load(cls, path: Path | str) -> Plan:
-        """Read plan.json."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as a plan ({error}). Run `kanseg plan` again.") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds no plan. Run `kanseg plan` again.")
-        return cls.from_dict(values)
+    def misfit(self) -> str | None:
+        """What a plan edited by hand has wrong, or None."""
+        return _misfit(self)
 
 
 def _misfit(plan: Plan) -> str | None:
-    """What a plan edited by hand has wrong, or None."""
     if plan.version != VERSION:
         return f"it has version {plan.version}, this kanseg knows {VERSION}"
     axes: dict[str, list[Any]] = {"spacing": [plan.spacing], "patch_size": [plan.patch_size]}
@@ -134,79 +136,37 @@ def _misfit(plan: Plan) -> str | None:
     for key, other in PARALLEL.items():
         if len(getattr(plan, key)) != len(getattr(plan, other)):
             return f"{key} has {len(getattr(plan, key))} entries, {other} has {len(getattr(plan, other))}"
-    if plan.label_values != sorted(set(plan.label_values)):
+    if plan.regions:
+        if len(plan.regions) != len(plan.label_names):
+            return f"regions has {len(plan.regions)} entries, label_names has {len(plan.label_names)}"
+    elif plan.label_values != sorted(set(plan.label_values)):
         return f"label_values must rise, but are {plan.label_values}"
+    if plan.slice_axis is not None and (plan.spatial_dims != 2 or plan.slice_axis not in (0, 1, 2)):
+        return f"slice_axis {plan.slice_axis} needs spatial_dims 2 and one of the axes 0, 1, 2"
+    if plan.slices < 1 or plan.slices % 2 == 0 or (plan.slices > 1 and plan.slice_axis is None):
+        return f"slices must be odd, and 1 where there is no slice_axis, but is {plan.slices}"
     return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
 
 
-def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """Size, spacing, class frequencies and foreground intensities of every case; each pair is checked on the way."""
-    cases: dict[str, dict[str, Any]] = {}
-    intensities: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
-    zeros: list[list[float]] = []  # share of voxels that are 0, a channel
-    dtypes = set()
-    generator = np.random.default_rng(0)
-    for case in progress(dataset.cases, "Reading images"):
-        image = read_image(case.images, dataset.spatial_dims)
-        label_image = read_image(label_path(case), dataset.spatial_dims)
-        check_pair(image, label_image)
-        label = label_from(label_image)
-        if image.array.shape[0] != len(dataset.channel_names):
-            raise UserError(
-                f"{image.path} has {image.array.shape[0]} channels, {len(dataset.channel_names)} are expected "
-                f"({', '.join(dataset.channel_names)}). Give every case the same channels."
-            )
-        array, label, spacing = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
-        foreground = label > 0
-        zeros.append([float((channel == 0).mean()) for channel in array])
-        for channel, samples in zip(array, intensities, strict=True):
-            values = channel[foreground] if foreground.any() else channel.ravel()
-            samples.append(generator.choice(values, min(SAMPLES, values.size), replace=False))
-        if suffix_of(label_path(case)) in SUFFIXES_NIFTI:
-            dtypes.add(np.dtype(header_dtype(label_path(case))))
-        counts = {str(value): int((label == value).sum()) for value in dataset.label_values}
-        cases[case.id] = {"size": list(label.shape), "spacing": spacing, "voxels": counts}
-    return {
-        "cases": cases,
-        "channels": [
-            {**_intensity(np.concatenate(samples)), "zeros": float(share)}
-            for samples, share in zip(intensities, np.median(zeros, axis=0), strict=True)
-        ],
-        "label_dtype": _label_dtype(dtypes, dataset.label_values),
-    }
+def plan_run(dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None, **how: Any) -> Plan:
+    """Plan, and write what later steps need to the run folder: plan.json and fingerprint.json.
+
+    Args:
+        seen: what `fingerprint` gave, if it is there already.
+        how: see `make_plan`.
+    """
+    from kanseg.training.files import make_folder
+
+    seen = seen or fingerprint(dataset)
+    plan = make_plan(dataset, seen=seen, **how)
+    save_fingerprint(seen, make_folder(run))
+    plan.save(run / "plan.json")
+    return plan
 
 
-def _in_ras(
-    array: np.ndarray, affine: np.ndarray, label: np.ndarray, dims: int
-) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Image, label and spacing, axes in RAS order, as preprocessing puts them (flips do not matter here)."""
-    if dims == 2:
-        return array, label, [1.0, 1.0]
-    import nibabel as nib
-
-    order = np.argsort(nib.io_orientation(affine)[:, 0])
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
-    return array.transpose(0, *(order + 1)), label.transpose(order), [float(s) for s in spacing]
-
-
-def label_path(case: Case) -> Path:
-    """The label file of a case; `UserError` where it has none."""
-    if case.label is None:
-        raise UserError(f"{case.images[0]} has no label. Give its label, or leave the case out.")
-    return case.label
-
-
-def _intensity(values: np.ndarray) -> dict[str, float]:
-    lower, median, upper = np.percentile(values, (0.5, 50, 99.5))
-    numbers = {"mean": values.mean(), "std": values.std(), "median": median, "lower": lower, "upper": upper}
-    return {name: float(number) for name, number in numbers.items()}
-
-
-def _label_dtype(dtypes: set[np.dtype], values: Sequence[int]) -> str:
-    """The integer type of the labels in the files, else the smallest that holds their values."""
-    if len(dtypes) == 1 and (dtype := next(iter(dtypes))).kind in "iu" and dtype.itemsize <= 2:
-        return dtype.name
-    return np.result_type(np.min_scalar_type(max(values)), np.min_scalar_type(min(values))).name
+def planned_dataset(plan: Plan) -> Dataset:
+    """The data set of a plan, read as it was for planning."""
+    return read_dataset(plan.data, id_pattern=plan.id_pattern, regions=plan.given_regions)
 
 
 def memory_at_hand() -> int:
@@ -228,48 +188,56 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def make_plan(dataset: Dataset, *, memory: int | None = None, dim: int | None = None) -> Plan:
+def make_plan(
+    dataset: Dataset,
+    *,
+    memory: int | None = None,
+    dim: int | None = None,
+    size: str = "standard",
+    slices: int = 1,
+    regions: dict[str, list[int]] | None = None,
+    seen: dict[str, Any] | None = None,
+    measure: Callable[[Plan], Need] | None = None,
+) -> Plan:
     """Look at every case and decide; the reasons stand in the plan.
 
     Args:
         memory: bytes to stay within; default what is at hand.
-        dim: 2 or 3; must be the dimension of the data.
+        dim: of the network; 2 with volumes learns them slice by slice. Default as the images are.
+        size: preset in `SIZES`.
+        slices: how many neighbouring slices the network sees at once, an odd number; more than 1 is 2.5D.
+        regions: as `read_dataset` was given them.
+        seen: what `fingerprint` gave, if it is there already.
+        measure: memory of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
     """
-    if dim is not None and dim != dataset.spatial_dims:
+    dims = dim or dataset.spatial_dims
+    if dims > dataset.spatial_dims:
         raise UserError(
             f"{dataset.name} is {dataset.spatial_dims}D and dim={dim} was asked for. Leave --dim away (auto), or give "
             f"{dim}D images."
         )
-    seen = fingerprint(dataset)
-    dims = dataset.spatial_dims
+    if size not in SIZES:
+        raise UsageError(f"Unknown size '{size}'.{did_you_mean(size, SIZES)}")
+    if slices < 1 or slices % 2 == 0 or (slices > 1 and dims == dataset.spatial_dims):
+        raise UsageError(
+            f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
+            "by slice (--dim 2)."
+        )
+    seen = seen or fingerprint(dataset)
     spacings = np.array([case["spacing"] for case in seen["cases"].values()])
     sizes = np.array([case["size"] for case in seen["cases"].values()])
-    spacing = _target_spacing(spacings)
-    resampled = np.median(sizes * spacings / spacing, axis=0)
-    budget = memory_at_hand() if memory is None else memory
-    largest = budget * SHARE / (BYTES_A_VOXEL * FEATURES)
-    patch, strides, kernels = _patch(resampled, spacing, largest / 2)
-    voxels = math.prod(patch)
-    batch = int(np.clip(largest // voxels, 1, LARGEST_BATCH[dims]))
-    features = [min(FEATURES * 2**stage, MOST_FEATURES[dims]) for stage in range(len(strides))]
+    summary = {"size": _range(sizes), "spacing": _range(spacings), "channels": seen["channels"]}
+    summary["voxels"] = _median_voxels(dataset, seen)
     normalization = [
         _normalization(name, seen["channels"][i]) for i, name in enumerate(dataset.channel_names)
     ]
-    grid = f"spacing {_numbers(spacing)}: the median of {len(sizes)} cases"
-    reasons = [
-        grid if dims == 3 else f"pixels as they are: {len(sizes)} pictures without a physical spacing",
-        f"patch {patch} of a median size {[round(float(s)) for s in resampled]} at that spacing, batch {batch}: "
-        f"what {budget / 2**30:.1f} GiB allow",
-        f"strides {strides}: an axis is halved while it is within twice the finest spacing and long enough",
-        f"normalization {[n['scheme'] for n in normalization]} by channel {list(dataset.channel_names)}",
-        *dataset.notes,
-    ]
-    summary = {"size": _range(sizes), "spacing": _range(spacings), "channels": seen["channels"]}
-    summary["voxels"] = {
-        name: int(np.median([case["voxels"][str(value)] for case in seen["cases"].values()]))
-        for name, value in zip(dataset.label_names, dataset.label_values, strict=True)
-    }
-    return Plan(
+    axis = None
+    if dims < dataset.spatial_dims:
+        axis = _slice_axis(spacings)
+        sizes, spacings = np.delete(sizes, axis, axis=1), np.delete(spacings, axis, axis=1)
+    spacing = _target_spacing(spacings)
+    resampled = np.median(sizes * spacings / spacing, axis=0)
+    plan = Plan(
         dataset_name=dataset.name,
         data=str(dataset.source),
         id_pattern=dataset.id_pattern,
@@ -278,21 +246,170 @@ def make_plan(dataset: Dataset, *, memory: int | None = None, dim: int | None = 
         channel_names=list(dataset.channel_names),
         label_names=list(dataset.label_names),
         label_values=list(dataset.label_values),
+        regions=[list(region) for region in dataset.regions],
+        given_regions=regions,
+        ignore_value=dataset.ignore_value,
         label_dtype=seen["label_dtype"],
         spacing=[float(s) for s in spacing],
-        patch_size=patch,
-        batch_size=batch,
+        patch_size=[1] * dims,
+        batch_size=1,
         normalization=normalization,
-        features_per_stage=features,
+        features_per_stage=[1],
+        strides=[[1] * dims],
+        kernel_sizes=[[1] * dims],
+        mirror_axes=[0, 1] if dataset.spatial_dims == 2 else [],
+        slice_axis=axis,
+        slices=slices,
+        orientation="RAS" if dataset.spatial_dims == 3 else "",
+        model_options={**MODEL_OPTIONS, "encoder": SIZES[size].encoder},
+        size=size,
+        memory_bytes=memory_at_hand() if memory is None else memory,
+        fingerprint=summary,
+    )
+    plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure)
+    plan.reasons = [_why_spacing(plan, len(sizes)), *why, _why_strides(plan), _why_normalization(plan)]
+    if axis is not None:
+        many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
+        plan.reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[axis]}{many}")
+    whole = _whole_image_bytes(seen, plan)
+    if whole > plan.memory_bytes / 2:
+        plan.reasons.append(
+            f"beware: a prediction of the largest image holds about {whole / 2**30:.1f} GiB ({len(plan.label_names)} "
+            f"classes), so validation may pass the {plan.memory_bytes / 2**30:.1f} GiB that a step stays within"
+        )
+    if seen["same"]:
+        shown = ", ".join(f"{one} = {other}" for one, other in seen["same"][:3])
+        plan.reasons.append(f"{len(seen['same'])} pairs of images are the same and stay together: {shown}")
+    plan.reasons += dataset.notes
+    return plan
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory of training in bytes: base + per_voxel * voxels of the batch, and at any patch at least `least`."""
+
+    base: float
+    per_voxel: float
+    least: float = 0.0
+
+
+def _within_memory(
+    plan: Plan, image: np.ndarray, cache: int, measure: Callable[[Plan], Need] | None
+) -> tuple[Plan, list[str]]:
+    """The plan with the largest patch, batch and width that the memory allows, and why.
+
+    Args:
+        image: median size of an image at the plan's spacing.
+        cache: bytes that prepared cases will take.
+    """
+    features = SIZES[plan.size].features
+    per_voxel = float(BYTES_A_VOXEL * features)
+    sized = _sized(plan, image, features, plan.memory_bytes * SHARE / per_voxel)
+    budget = f"{plan.memory_bytes / 2**30:.1f} GiB"
+    said = f"{budget}, at {per_voxel / 1e3:.0f} kB a voxel as a rule"
+    for _ in range(TRIALS if measure else 0):
+        assert measure is not None
+        need, features = measure(sized), sized.features_per_stage[0]
+        rest = plan.memory_bytes * MEASURED_SHARE - need.base - cache
+        missing = max(need.least, need.base) + cache - plan.memory_bytes * MEASURED_SHARE
+        if missing > 0 and features <= LEAST_FEATURES:
+            raise UserError(
+                f"{plan.memory_bytes / 2**20:.0f} MiB are too few: the program and the prepared cases alone take "
+                f"{(need.base + cache) / 2**20:.0f} MiB. Give more with --memory."
+            )
+        said = (
+            f"{budget}: trial steps took {need.per_voxel / 1e3:.1f} kB a voxel beside {need.base / 2**30:.2f} GiB, "
+            f"prepared cases take {cache / 2**30:.2f} GiB"
+        )
+        last = sized
+        if missing > 0:  # the network itself is too large, whatever the patch
+            sized = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
+            continue
+        sized = _sized(plan, image, features, rest / need.per_voxel)
+        if sized.features_per_stage == last.features_per_stage and sized.strides == last.strides:
+            break
+    size = [round(float(s)) for s in image]
+    why = f"patch {sized.patch_size} of a median image {size} at that spacing, batch {sized.batch_size}, "
+    reasons = [why + f"{sized.features_per_stage} features: what fits into {said}"]
+    if sized.features_per_stage[0] < SIZES[plan.size].features:
+        reasons.append(f"narrower than size '{plan.size}', so that a patch sees enough of the image")
+    return sized, reasons
+
+
+def _sized(plan: Plan, image: np.ndarray, features: int, voxels: float) -> Plan:
+    """Patch, batch, strides and width for so many voxels a step of a network with `features` in its first stage."""
+    dims, spacing = plan.spatial_dims, np.array(plan.spacing)
+    least = min(LEAST_VOXELS[dims], float(np.prod(image)) / 2)
+    while True:
+        patch, strides, kernels = _patch(image, spacing, voxels / 2)
+        if math.prod(patch) < least:  # rather one large patch than two small ones
+            patch, strides, kernels = _patch(image, spacing, voxels)
+        if math.prod(patch) >= least or features <= LEAST_FEATURES:
+            break
+        features, voxels = features // 2, voxels * 2  # memory goes by their product
+    most = SIZES[plan.size].most_features[dims] * features // SIZES[plan.size].features
+    return replace(
+        plan,
+        patch_size=patch,
+        batch_size=int(np.clip(voxels // math.prod(patch), 1, LARGEST_BATCH[dims])),
         strides=strides,
         kernel_sizes=kernels,
-        mirror_axes=[0, 1] if dims == 2 else [],
-        orientation="RAS" if dims == 3 else "",
-        model_options=dict(MODEL_OPTIONS),
-        memory_bytes=budget,
-        fingerprint=summary,
-        reasons=reasons,
+        features_per_stage=[min(features * 2**stage, most) for stage in range(len(strides))],
     )
+
+
+def _cache_bytes(seen: dict[str, Any], plan: Plan) -> int:
+    """What prepared cases take in memory, at most the share that the loader keeps there."""
+    bytes_a_voxel = 4 * len(plan.channel_names) + BYTES_A_CASE_VOXEL
+    total = sum(_resampled_voxels(case, plan) for case in seen["cases"].values()) * bytes_a_voxel
+    return int(min(total, CACHE_SHARE * plan.memory_bytes))
+
+
+def _whole_image_bytes(seen: dict[str, Any], plan: Plan) -> float:
+    """Logits of the largest image, twice: as they are summed up, and as they are returned."""
+    voxels = max(_resampled_voxels(case, plan) for case in seen["cases"].values())
+    return voxels * 4 * (2 * len(plan.label_names) + plan.in_channels)
+
+
+def _resampled_voxels(case: dict[str, Any], plan: Plan) -> float:
+    """Voxels of a case at the plan's spacing."""
+    target = list(plan.spacing)
+    if plan.slice_axis is not None:
+        target.insert(plan.slice_axis, case["spacing"][plan.slice_axis])
+    return float(np.prod(np.array(case["size"]) * np.array(case["spacing"]) / np.array(target)))
+
+
+def _slice_axis(spacings: np.ndarray) -> int:
+    """Across the thickest slices; of equal axes the last, which gives axial slices."""
+    spacing = np.median(spacings, axis=0)
+    return int(np.flatnonzero(spacing >= 0.999 * spacing.max())[-1])
+
+
+def _median_voxels(dataset: Dataset, seen: dict[str, Any]) -> dict[str, int]:
+    """Median number of voxels of each class."""
+    regions = dataset.regions or [(value,) for value in dataset.label_values]
+    return {
+        name: int(np.median([sum(case["voxels"][str(v)] for v in region) for case in seen["cases"].values()]))
+        for name, region in zip(dataset.label_names, regions, strict=True)
+    }
+
+
+def _why_spacing(plan: Plan, cases: int) -> str:
+    if plan.image_dims == 2:
+        return f"pixels as they are: {cases} pictures without a physical spacing"
+    spacing = np.array(plan.spacing)
+    why = f"spacing {_numbers(spacing)}: the median of {cases} cases"
+    if spacing.max() > THICK * np.sort(spacing)[-2]:
+        why += "; slices are thick: their distance goes by its 10th percentile, and they are halved in plane first"
+    return why
+
+
+def _why_strides(plan: Plan) -> str:
+    return f"strides {plan.strides}: an axis is halved while it is within twice the finest spacing and long enough"
+
+
+def _why_normalization(plan: Plan) -> str:
+    return f"normalization {[n['scheme'] for n in plan.normalization]} by channel {plan.channel_names}"
 
 
 def _target_spacing(spacings: np.ndarray) -> np.ndarray:
@@ -300,7 +417,7 @@ def _target_spacing(spacings: np.ndarray) -> np.ndarray:
     spacing = np.median(spacings, axis=0)
     worst = int(spacing.argmax())
     others = np.delete(spacing, worst)
-    if spacing[worst] > 3 * others.max():
+    if spacing[worst] > THICK * others.max():
         spacing[worst] = max(np.percentile(spacings[:, worst], 10), others.max())
     return np.round(spacing, 4)
 

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
+    ClassesToIndicesd,
     Compose,
     FgBgToIndicesd,
     Orientationd,
     RandAdjustContrastd,
     RandAffined,
+    RandCropByLabelClassesd,
     RandCropByPosNegLabeld,
     RandFlipd,
     RandGaussianNoised,
@@ -33,9 +35,10 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from kanseg.data.formats import Case
+from kanseg.data.formats import Case, label_path
 from kanseg.data.images import Image, check_pair, label_from, read_image
-from kanseg.data.plan import Plan, label_path
+from kanseg.data.labels import class_numbers, known_values
+from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 
 KEYS = ("image", "label")
@@ -46,25 +49,33 @@ BLUR = (0.5, 1.0)  # sigma in voxels
 
 
 def preprocessing(plan: Plan) -> Compose:
-    """The spatial part: axes in RAS order and the plan's spacing; pictures stay as they are. Invertible."""
-    if plan.spatial_dims == 2:
+    """The spatial part: axes in RAS order and the plan's spacing; pictures stay as they are. Invertible.
+
+    Volumes that are learnt slice by slice keep the distance of their slices.
+    """
+    if plan.image_dims == 2:
         return Compose([])
     modes = ["bilinear", "nearest"]
+    spacing = list(plan.spacing)
+    if plan.slice_axis is not None:
+        spacing.insert(plan.slice_axis, -1.0)  # MONAI: not positive is as it is
     return Compose(
         [
             Orientationd(KEYS, axcodes=plan.orientation, labels=None, allow_missing_keys=True),
-            Spacingd(KEYS, plan.spacing, mode=modes, padding_mode="border", allow_missing_keys=True),
+            Spacingd(KEYS, spacing, mode=modes, padding_mode="border", allow_missing_keys=True),
         ]
     )
 
 
 def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item, Image]:
-    """Read and preprocess: {"image": (C, *S) float32, "label": (1, *S) class numbers}, and the image as it was read.
+    """Read and preprocess: {"image": (C, *S) float32, "label": (1, *S) numbers of `kanseg.data.labels.class_numbers`}.
+
+    Also given is the image as it was read.
 
     Raises:
         UserError: files that cannot be read or do not fit the plan or each other.
     """
-    source = read_image(case.images, plan.spatial_dims)
+    source = read_image(case.images, plan.image_dims)
     if len(source.array) != len(plan.channel_names):
         raise UserError(
             f"{source.path} has {len(source.array)} channels, the model expects {len(plan.channel_names)} "
@@ -73,25 +84,14 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
     affine = torch.from_numpy(source.affine)
     item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}
     if with_label:
-        label = read_image(label_path(case), plan.spatial_dims)
+        label = read_image(label_path(case), plan.image_dims)
         check_pair(source, label)
-        numbers = class_numbers(label_from(label), plan.label_values, case)
+        numbers = class_numbers(label_from(label), plan, label.path)
         item["label"] = MetaTensor(torch.from_numpy(numbers[None]), affine=affine)
     spatial = preprocessing(plan)
     item = {**spatial(item), "preprocessing": spatial}  # MONAI inverts with the instance that was applied
     item["image"] = normalize(item["image"], plan.normalization)
     return item, source
-
-
-def class_numbers(label: np.ndarray, label_values: Sequence[int], case: Case) -> np.ndarray:
-    """Values in the file -> 0 ... K-1, (*S) float32; a value that the plan does not know is refused."""
-    foreign = np.setdiff1d(label, label_values)
-    if foreign.size:
-        raise UserError(
-            f"{case.label} has the values {foreign[:5].tolist()}, which the plan does not know (it has "
-            f"{list(label_values)}). Correct the label, or plan again."
-        )
-    return np.searchsorted(label_values, label).astype(np.float32)
 
 
 def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -118,7 +118,7 @@ def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
 
 def restore(values: Tensor, item: Item, plan: Plan) -> Tensor:
     """Network output (K, *S) back on the image's own grid, (K, *original), by linear interpolation."""
-    if plan.spatial_dims == 2:
+    if plan.image_dims == 2:
         return values
     image = item["image"]
     tracked = MetaTensor(values, affine=image.affine, applied_operations=list(image.applied_operations))
@@ -126,42 +126,62 @@ def restore(values: Tensor, item: Item, plan: Plan) -> Tensor:
 
 
 def restored_labels(logits: Tensor, item: Item, plan: Plan) -> np.ndarray:
-    """Class with the highest logit on the image's own grid, one class at a time so that memory stays small."""
+    """Class numbers on the image's own grid, one class at a time so that memory stays small.
+
+    The class with the highest logit wins; regions are painted in their order where their logit is above 0.
+    """
     best: Tensor | None = None
     for number, values in enumerate(logits):
         restored = restore(values[None].float(), item, plan)[0]
         if best is None:
             best, labels = restored.clone(), torch.zeros(restored.shape, dtype=torch.int16)
+            if plan.regions:
+                best.zero_()
             continue
         higher = restored > best
         labels[higher] = number
-        best[higher] = restored[higher]
+        if not plan.regions:
+            best[higher] = restored[higher]
     return labels.numpy()
 
 
-def augmentation(plan: Plan) -> Compose:
-    """Patches from prepared cases: a crop that holds foreground every second time, then random changes.
+def probability(logits: Tensor, number: int, plan: Plan) -> Tensor:
+    """Probability of one class, (K, *S) -> (*S): softmax over the classes, of regions each for itself."""
+    if not plan.regions:
+        return logits.softmax(0)[number]
+    return logits[number].sigmoid() if number else 1 - logits[1:].sigmoid().amax(0)
+
+
+def augmentation(
+    plan: Plan, *, foreground: float = 0.5, balanced: bool = False, changes: bool = True
+) -> Compose:
+    """Patches from prepared cases: a crop that holds foreground in a share of the patches, then random changes.
 
     Returns a list with one sample, as MONAI's crop does. Seeded by `Compose.set_random_state`.
+
+    Args:
+        foreground: share of the patches whose centre lies in the foreground.
+        balanced: every foreground class of the case is as likely a centre as any other.
+        changes: False for the crop alone; what changes the patches then runs in batches on the device.
     """
-    keys, patch = KEYS, plan.patch_size
     modes = ("bilinear", "nearest")
-    crop = RandCropByPosNegLabeld(
-        keys, "label", patch, fg_indices_key="label_fg_indices", bg_indices_key="label_bg_indices"
-    )
+    sliced = [] if plan.slice_axis is None else [SlicesAsChannels(plan.slice_axis)]
+    crop = [_balanced_crop(plan, foreground) if balanced else _crop(plan, foreground), *sliced]
+    if not changes:
+        return Compose(crop)
     if plan.spatial_dims == 2:
         spatial: list[Transform] = [AlbumentationsSpatial(plan)]
     else:
         spatial = [
             RandAffined(
-                keys,
+                KEYS,
                 prob=0.3,
-                rotate_range=_rotation(plan),
+                rotate_range=rotation(plan),
                 scale_range=(0.15,) * 3,
                 mode=modes,
                 padding_mode="border",
             ),
-            *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes),
+            *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes),
         ]
     intensity = [
         RandGaussianNoised("image", prob=0.15, std=0.1),
@@ -172,15 +192,89 @@ def augmentation(plan: Plan) -> Compose:
         ),
         RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
     ]
-    return Compose([crop, *spatial, *intensity])
+    return Compose([*crop, *spatial, *intensity])
 
 
-def preparation(plan: Plan) -> Compose:
+def _crop(plan: Plan, foreground: float) -> Transform:
+    return RandCropByPosNegLabeld(
+        KEYS,
+        "label",
+        _patch(plan),
+        pos=foreground,
+        neg=1 - foreground,
+        fg_indices_key="label_fg_indices",
+        bg_indices_key="label_bg_indices",
+    )
+
+
+def _balanced_crop(plan: Plan, foreground: float) -> Transform:
+    classes = len(known_values(plan))
+    return RandCropByLabelClassesd(
+        KEYS,
+        "label",
+        _patch(plan),
+        ratios=[1 - foreground, *[foreground / (classes - 1)] * (classes - 1)],
+        num_classes=classes,
+        indices_key="label_cls_indices",
+        warn=False,
+    )
+
+
+def preparation(plan: Plan, balanced: bool = False) -> Compose:
     """What `augmentation` needs and no epoch changes: cases at least a patch large, where foreground is."""
-    return Compose([SpatialPadd(KEYS, plan.patch_size), FgBgToIndicesd("label")])
+    classes = len(known_values(plan))
+    indices = ClassesToIndicesd("label", num_classes=classes) if balanced else FgBgToIndicesd("label")
+    beyond = [] if plan.slice_axis is None else [NeighboursBeyond(plan)]
+    return Compose([*beyond, SpatialPadd(KEYS, _patch(plan)), indices])
 
 
-def _rotation(plan: Plan) -> tuple[float, ...]:
+def _patch(plan: Plan) -> list[int]:
+    """The patch to cut from a prepared case, in its own dimension."""
+    patch = list(plan.patch_size)
+    if plan.slice_axis is not None:
+        patch.insert(plan.slice_axis, plan.slices)
+    return patch
+
+
+def slices_as_channels(image: Tensor, plan: Plan) -> Tensor:
+    """A volume as a batch of pictures, (C, *S) -> (slices, C * plan.slices, *S without the slice axis).
+
+    The neighbours of a slice are further channels of it; beyond the ends the last slice stands in.
+    """
+    assert plan.slice_axis is not None
+    stack = torch.as_tensor(image).movedim(plan.slice_axis + 1, 0)
+    places = torch.arange(len(stack))[:, None] + torch.arange(plan.slices) - plan.slices // 2
+    return stack[places.clamp(0, len(stack) - 1)].flatten(1, 2)
+
+
+class NeighboursBeyond(Transform):
+    """Repeat the first and last slice, so that every slice can be the middle of a patch."""
+
+    def __init__(self, plan: Plan) -> None:
+        assert plan.slice_axis is not None
+        self.axis, self.count = plan.slice_axis + 1, plan.slices // 2
+
+    def __call__(self, item: Item) -> Item:
+        grown = {}
+        for key in KEYS:
+            size = item[key].shape[self.axis]
+            places = torch.arange(-self.count, size + self.count).clamp(0, size - 1)
+            grown[key] = item[key].index_select(self.axis, places)
+        return {**item, **grown}
+
+
+class SlicesAsChannels(Transform):
+    """A patch of a few slices becomes a picture with that many times the channels, and the label of its middle."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis + 1
+
+    def __call__(self, item: Item) -> Item:
+        image, label = (torch.as_tensor(np.asarray(item[key])).movedim(self.axis, 0) for key in KEYS)
+        return {**item, "image": image.flatten(0, 1), "label": label[len(label) // 2]}
+
+
+def rotation(plan: Plan) -> tuple[float, ...]:
     """All axes; for thick slices only within them."""
     coarse = int(np.argmax(plan.spacing))
     if plan.spacing[coarse] <= 3 * min(plan.spacing):

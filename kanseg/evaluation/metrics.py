@@ -11,6 +11,7 @@ import contextlib
 import csv
 import io
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 
 from kanseg.data.formats import find_images
 from kanseg.data.images import check_pair, label_from, read_image, read_label
+from kanseg.data.labels import Labels, class_values
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.progress import progress
@@ -34,19 +36,37 @@ TOLERANCE = 1.0
 ENDINGS = ("_mask", "_label", "_seg")
 
 
+Label = int | tuple[int, ...]  # the value of a class, or all values of a region
+
+
+def dice(one: Any, other: Any) -> float:
+    """Dice of two masks, arrays or tensors; 1 where both are empty."""
+    total = int(one.sum()) + int(other.sum())
+    return 1.0 if total == 0 else 2 * int((one & other).sum()) / total
+
+
+def label_dice(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> list[float]:
+    """Dice of each class but the background, of label maps (*S) in the values of the files; regions as wholes."""
+    known = reference != labels.ignore_value if labels.ignore_value is not None else np.True_
+    return [
+        dice(np.isin(prediction, values) & known, np.isin(reference, values) & known)
+        for values in class_values(labels).values()
+    ]
+
+
 def evaluate_case(
     prediction: np.ndarray,
     reference: np.ndarray,
     spacing: Sequence[float],
-    labels: Sequence[int],
+    labels: Sequence[Label],
     tolerance: float = TOLERANCE,
-) -> dict[int, dict[str, float]]:
-    """Scores of each label value.
+) -> dict[Label, dict[str, float]]:
+    """Scores of each label value or region.
 
     Args:
         prediction, reference: label maps (*S), 2D or 3D.
         spacing: mm, one number an axis.
-        labels: the values to score.
+        labels: the values to score; a tuple of values is one region.
         tolerance: of the normalised surface distance (NSD), in mm.
 
     Returns:
@@ -54,7 +74,8 @@ def evaluate_case(
     """
     if prediction.shape != reference.shape:
         raise UserError(f"Shapes differ: prediction {prediction.shape}, reference {reference.shape}.")
-    return {label: _score(prediction == label, reference == label, spacing, tolerance) for label in labels}
+    masks = {label: (np.isin(prediction, label), np.isin(reference, label)) for label in labels}
+    return {label: _score(*pair, spacing, tolerance) for label, pair in masks.items()}
 
 
 def _score(
@@ -92,20 +113,32 @@ def _overlap_and_distance(
     }
 
 
-def parse_labels(text: str) -> dict[str, int]:
+def parse_labels(text: str) -> dict[str, Label]:
     """Label values by name, from "1,2", from "tumour=1,edema=2", or from the plan of a run folder or plan.json.
 
-    >>> parse_labels("1,edema=2")
-    {'label 1': 1, 'edema': 2}
+    >>> parse_labels("1,edema=2,whole=1+2")
+    {'label 1': 1, 'edema': 2, 'whole': (1, 2)}
     """
     pairs = [part.rpartition("=") for part in text.split(",")]
-    if all(value.strip().isdigit() for _, _, value in pairs):
-        return {name.strip() or f"label {int(value)}": int(value) for name, _, value in pairs}
+    if all(re.fullmatch(r"\d+(\+\d+)*", value.strip()) for _, _, value in pairs):
+        return {name.strip() or f"label {value.strip()}": _label(value) for name, _, value in pairs}
     path = Path(text)
     if not path.exists():
         raise UsageError(f"Labels '{text}' are not of the form 1,2 or name=1,name=2, nor a run folder.")
     plan = Plan.load(path / "plan.json" if path.is_dir() else path)
-    return dict(zip(plan.label_names[1:], plan.label_values[1:], strict=True))
+    return {name: values if len(values) > 1 else values[0] for name, values in class_values(plan).items()}
+
+
+def planned_ignore(text: str | None) -> int | None:
+    """The ignore label of the run folder that `parse_labels` is given, None where it has none."""
+    path = Path(text or "")
+    file = path / "plan.json" if path.is_dir() else path
+    return Plan.load(file).ignore_value if text and file.is_file() and file.suffix == ".json" else None
+
+
+def _label(text: str) -> Label:
+    values = tuple(int(value) for value in text.split("+"))
+    return values if len(values) > 1 else values[0]
 
 
 def _box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -122,7 +155,8 @@ def evaluate_folders(
     reference: Path | str,
     out: Path | str | None = None,
     *,
-    labels: Mapping[str, int] | None = None,
+    labels: Mapping[str, Label] | None = None,
+    ignore: int | None = None,
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -130,7 +164,9 @@ def evaluate_folders(
 
     Args:
         out: folder for cases.csv (a row a case and class) and summary.json.
-        labels: name -> value of the classes to score; default every value but 0 in the references and predictions.
+        labels: name -> value (or values, of a region) of the classes to score; default every value but 0 in the
+            references and predictions.
+        ignore: value in the references of voxels that do not count.
 
     Returns:
         The summary: mean, median and 95 % bootstrap interval of the mean of each metric, a class and over classes,
@@ -146,7 +182,8 @@ def evaluate_folders(
     if Path(prediction).is_file() and Path(reference).is_file():
         predictions = dict(zip(references, predictions.values(), strict=True))
     failures = {name: "no prediction" for name in references if name not in predictions}
-    names = dict(labels) if labels else _found_labels([*references.values(), *predictions.values()])
+    found = labels or _found_labels([*references.values(), *predictions.values()])
+    names = {name: value for name, value in found.items() if value != ignore}
     if not names:
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
     rows = []
@@ -162,6 +199,8 @@ def evaluate_folders(
                 failures[case] = str(error)
             else:
                 check_pair(target, image)
+        if ignore is not None:
+            guess, truth = (np.where(truth == ignore, 0, array) for array in (guess, truth))
         scores = evaluate_case(guess, truth, target.spacing, list(names.values()), tolerance)
         rows += [{"case": case, "label": name, **scores[value]} for name, value in names.items()]
     surplus = sorted(set(predictions) - set(references))
@@ -176,7 +215,7 @@ def evaluate_folders(
     }
     if out is not None:
         folder = make_folder(Path(out))
-        write_bytes(folder / "cases.csv", _csv(rows).encode())
+        write_bytes(folder / "cases.csv", rows_as_csv(rows).encode())
         write_json(folder / "summary.json", summary)
     return summary
 
@@ -193,7 +232,7 @@ def _stem(name: str) -> str:
     return name
 
 
-def _found_labels(paths: Sequence[Path]) -> dict[str, int]:
+def _found_labels(paths: Sequence[Path]) -> dict[str, Label]:
     """Every value but 0 that stands in any file; a file that cannot be read is reported when it is scored."""
     found: set[int] = set()
     for path in progress(paths, "Reading"):
@@ -202,18 +241,29 @@ def _found_labels(paths: Sequence[Path]) -> dict[str, int]:
     return {f"label {value}": value for value in sorted(found - {0})}
 
 
-def summarize_rows(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
-    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first."""
+def summarize_rows(
+    rows: Sequence[Mapping[str, Any]], seed: int = 0, groups: Mapping[str, str] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first.
+
+    Args:
+        groups: patient of each case; the intervals then draw whole patients, else cases.
+    """
     cases = sorted({row["case"] for row in rows})
     labels = list(dict.fromkeys(row["label"] for row in rows))
     by_key = {(row["case"], row["label"]): row for row in rows}
     columns = {name: [[by_key[case, name][m] for m in METRICS] for case in cases] for name in labels}
     columns["mean"] = np.mean([columns[name] for name in labels], axis=0).tolist()
-    drawn = np.random.default_rng(seed).integers(0, len(cases), (RESAMPLES, len(cases)))
+    _, index = np.unique([(groups or {}).get(case, case) for case in cases], return_inverse=True)
+    sizes = np.bincount(index)
+    drawn = np.random.default_rng(seed).integers(0, len(sizes), (RESAMPLES, len(sizes)))
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for name, column in columns.items():
         values = np.array(column)
-        low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5), axis=0)
+        sums = np.zeros((len(sizes), len(METRICS)))
+        np.add.at(sums, index, values)
+        means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]
+        low, high = np.percentile(means, (2.5, 97.5), axis=0)
         summary[name] = {
             metric: {
                 "mean": float(values[:, i].mean()),
@@ -226,7 +276,8 @@ def summarize_rows(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str
     return summary
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row a case and class, as in cases.csv."""
     text = io.StringIO()
     writer = csv.DictWriter(text, ["case", "label", *COLUMNS], lineterminator="\n")
     writer.writeheader()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +19,29 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from kanseg.data.digests import signature
 from kanseg.data.formats import Case
-from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D, Image, suffix_of, write_array, write_label
+from kanseg.data.images import (
+    SUFFIXES_2D,
+    SUFFIXES_3D,
+    Image,
+    read_description,
+    suffix_of,
+    write_array,
+    write_label,
+)
 from kanseg.data.plan import Plan
-from kanseg.data.transforms import load_case, restore, restored_labels
+from kanseg.data.transforms import Item, load_case, probability, restore, restored_labels, slices_as_channels
 from kanseg.errors import UserError
+from kanseg.inference.postprocess import Rule, apply_postprocessing
 
 WINDOWS_AT_ONCE = 2
 NIFTI = ".nii.gz"
 LOSSY = (".jpg", ".jpeg")
+PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
+Network = nn.Module | Sequence[nn.Module]
+Plans = Plan | Sequence[Plan]
+Watch = Callable[[int, int], None]  # windows that are done, of how many
 
 
 @torch.inference_mode()
@@ -31,94 +51,157 @@ def predict_logits(
     plan: Plan,
     *,
     overlap: float = 0.5,
+    blending: str = "gaussian",
     tta: bool = False,
     device: torch.device | str = "cpu",
+    watch: Watch | None = None,
 ) -> Tensor:
-    """Logits of a preprocessed image, (1, C, *S) -> (1, K, *S), by a sliding window with Gaussian weights.
+    """Logits of a preprocessed image, (1, C, *S) -> (1, K, *S), by a sliding window.
 
     Args:
         overlap: share of a window that its neighbour covers too.
-        tta: average over all mirrorings of the plan's `mirror_axes`.
+        blending: weights within a window, "gaussian" (its middle counts most) or "constant".
+        tta: average over all mirrorings of the plan's `mirror_axes`, the axes whose ends may be exchanged.
+        watch: told about progress.
     """
     image = torch.as_tensor(image).to(device)
+    if plan.slice_axis is not None:
+        image = slices_as_channels(image[0], plan)
     axes = plan.mirror_axes if tta else []
     flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
+    total = len(flips) * len(image) * _windows(image.shape[2:], plan.patch_size, overlap)
+    done = 0
+
+    def network(windows: Tensor) -> Tensor:
+        nonlocal done
+        logits = model(windows)
+        done += len(windows)
+        if watch is not None:
+            watch(done, total)
+        return logits
 
     def logits_of(flip: Sequence[int]) -> Tensor:
         dims = [axis + 2 for axis in flip]
         logits = sliding_window_inference(
-            image.flip(dims), plan.patch_size, WINDOWS_AT_ONCE, model, overlap=overlap, mode="gaussian"
+            image.flip(dims), plan.patch_size, WINDOWS_AT_ONCE, network, overlap=overlap, mode=blending
         )
         return torch.as_tensor(logits).flip(dims)
 
-    total = logits_of(flips[0])
+    mean = logits_of(flips[0])
     for flip in flips[1:]:
-        total += logits_of(flip)
-    return total.div_(len(flips))
+        mean += logits_of(flip)
+    mean.div_(len(flips))
+    return mean if plan.slice_axis is None else mean.movedim(0, plan.slice_axis + 1)[None]
 
 
-def predict_case(
-    model: nn.Module,
-    case: Case,
-    plan: Plan,
-    *,
-    overlap: float = 0.5,
-    tta: bool = False,
-    device: torch.device | str = "cpu",
-) -> tuple[np.ndarray, Image]:
-    """Label map of one case on its own grid, in the values of the training labels, and the image it belongs to."""
-    labels, source, _ = _predict(model, case, plan, overlap, tta, device)
-    return labels, source
+def _windows(size: Sequence[int], patch: Sequence[int], overlap: float) -> int:
+    """How many windows cover an image."""
+    steps = [max(1, int(p * (1 - overlap))) for p in patch]
+    return math.prod(
+        max(1, math.ceil((s - p) / step) + 1) for s, p, step in zip(size, patch, steps, strict=True)
+    )
 
 
-def _predict(
-    model: nn.Module, case: Case, plan: Plan, overlap: float, tta: bool, device: torch.device | str
-) -> tuple[np.ndarray, Image, _Probabilities]:
-    item, source = load_case(case, plan, with_label=False)
-    was_training = model.training
-    model.eval()
-    try:
-        image = item["image"].as_tensor()[None]
-        logits = predict_logits(model, image, plan, overlap=overlap, tta=tta, device=device)[0].cpu()
-    finally:
-        model.train(was_training)
-    if not torch.isfinite(logits).all():
-        raise UserError(f"{source.path}: the network gives values that are not finite. Train it again.")
-    labels = np.asarray(plan.label_values)[restored_labels(logits, item, plan)]
-    return labels, source, _Probabilities(logits, item, plan)
+@dataclass
+class Prediction:
+    """Logits of one case, by one network or several of different plans, and the way back to the image's own grid."""
 
+    source: Image
+    parts: list[tuple[Tensor, Item, Plan]]
 
-class _Probabilities:
-    """Probabilities on the image's own grid, made when they are asked for."""
+    def labels(self) -> np.ndarray:
+        """Label map (*original) in the values of the training labels; of several networks by their mean probability."""
+        logits, item, plan = self.parts[0]
+        if len(self.parts) == 1:
+            return np.asarray(plan.label_values)[restored_labels(logits, item, plan)]
+        chances = (self.probability(number) for number in range(len(logits)))
+        return decide(chances, plan.label_values, bool(plan.regions))
 
-    def __init__(self, logits: Tensor, item: dict, plan: Plan) -> None:
-        self.logits, self.item, self.plan = logits, item, plan
-
-    def of(self, number: int) -> np.ndarray:
+    def probability(self, number: int) -> np.ndarray:
         """Probability of one class, (*original) float32."""
-        return restore(self.logits.softmax(0)[number][None], self.item, self.plan)[0].numpy()
+        maps = [
+            restore(probability(logits, number, p)[None], item, p)[0].numpy()
+            for logits, item, p in self.parts
+        ]
+        return np.asarray(np.mean(maps, axis=0, dtype=np.float32))
+
+
+def decide(chances: Iterable[np.ndarray], values: Sequence[int], regions: bool) -> np.ndarray:
+    """Label map from the probabilities (*S) of each class in turn: the highest, or regions painted in their order."""
+    labels = None
+    for value, chance in zip(values, chances, strict=True):
+        if labels is None:
+            labels = np.full(chance.shape, value, np.int32)
+            best = np.full(chance.shape, 0.5, np.float32) if regions else chance.copy()
+            continue
+        higher = chance > best
+        labels[higher] = value
+        if not regions:
+            best[higher] = chance[higher]
+    assert labels is not None
+    return labels
+
+
+def predict(model: Network, case: Case, plan: Plans, *, watch: Watch | None = None, **how: Any) -> Prediction:
+    """Logits of one case, by one network or by several, each with its plan.
+
+    Args:
+        how: overlap, blending, tta, device; see `predict_logits`.
+    """
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    parts = []
+    for number, (network, own) in enumerate(zip(models, plans, strict=True)):
+        item, source = load_case(case, own, with_label=False)
+        seen = None if watch is None else _shifted(watch, number, len(models))
+        was_training = network.training
+        network.eval()
+        try:
+            logits = predict_logits(network, item["image"].as_tensor()[None], own, watch=seen, **how)[0].cpu()
+        finally:
+            network.train(was_training)
+        if not torch.isfinite(logits).all():
+            raise UserError(f"{source.path}: the network gives values that are not finite. Train it again.")
+        parts.append((logits, item, own))
+    return Prediction(source, parts)
+
+
+def _shifted(watch: Watch, number: int, count: int) -> Watch:
+    return lambda done, total: watch(number * total + done, count * total)
+
+
+def predict_case(model: Network, case: Case, plan: Plans, **how: Any) -> tuple[np.ndarray, Image]:
+    """Label map of one case on its own grid, in the values of the training labels, and the image it belongs to."""
+    predicted = predict(model, case, plan, **how)
+    return predicted.labels(), predicted.source
 
 
 def predict_folder(
-    model: nn.Module,
-    plan: Plan,
+    model: Network,
+    plan: Plans,
     cases: Sequence[Case],
     out: Path,
     *,
     suffix: str | None = None,
-    overlap: float = 0.5,
-    tta: bool = False,
     probabilities: bool = False,
-    device: torch.device | str = "cpu",
+    rules: Sequence[Rule] = (),
+    settings: Mapping[str, Any] | None = None,
+    again: bool = False,
     console: Console | None = None,
     description: str = "kanseg",
+    **how: Any,
 ) -> dict[str, str]:
     """Predict every case into a folder as <id><suffix>; what fails is reported, the others go on.
 
     Args:
+        model, plan: a network and its plan, or as many of both; then their probabilities are averaged.
         out: a folder, or the file to write where there is one case and `out` has the suffix of an image.
         suffix: format of the outputs; default that of each input (.nii.gz for DICOM, .png for JPEG).
         probabilities: also write <id>_prob_<class><suffix>, float32, one file a class.
+        rules: post-processing, see `kanseg.inference.postprocess`.
+        settings: what the outputs depend on (model digests, options); where given, cases of unchanged images that
+            an earlier call finished with the same settings are passed over, unless `again`.
+        how: overlap, blending, tta, device; see `predict_logits`.
 
     Returns:
         Message of each case that failed, by its id.
@@ -129,14 +212,31 @@ def predict_folder(
     failures: dict[str, str] = {}
     paths = _outputs(cases, out, suffix)
     console = console or Console(stderr=True)
+    first = plan if isinstance(plan, Plan) else plan[0]
+    if settings is not None:
+        settings = {**settings, "probabilities": probabilities}
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Predicting", total=len(cases))
+        within = progress.add_task("")
         for case, path in zip(cases, paths, strict=True):
+            progress.update(within, description=case.id, completed=0, total=None)
             try:
-                labels, source, chances = _predict(model, case, plan, overlap, tta, device)
-                write_label(path, labels, source, plan.label_dtype, description)
+                remark = _remark(description, settings, case)
+                if settings is not None and not again and read_description(path) == remark:
+                    console.print(f"{case.id} is there already", highlight=False, soft_wrap=True)
+                    progress.advance(task)
+                    continue
+
+                def watch(done: int, total: int) -> None:
+                    progress.update(within, completed=done, total=total)
+
+                predicted = predict(model, case, plan, watch=watch, **how)
+                labels = predicted.labels()
+                if rules:
+                    labels = apply_postprocessing(labels, rules, predicted.source.spacing)
                 if probabilities:
-                    _write_probabilities(path, chances, source, plan)
+                    _write_probabilities(path, predicted, first)
+                write_label(path, labels, predicted.source, first.label_dtype, remark)
             except (
                 UserError,
                 MemoryError,
@@ -148,6 +248,15 @@ def predict_folder(
                 console.print(f"{case.id} -> {path}", highlight=False, soft_wrap=True)
             progress.advance(task)
     return failures
+
+
+def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) -> str:
+    """What the header of a label map says: the description, and a digest of all that the label map depends on."""
+    if settings is None:
+        return description
+    images = [{"path": str(path.resolve()), **signature(path)} for path in case.images]
+    known = json.dumps([settings, images], sort_keys=True, default=str)
+    return f"{description[:50]} {hashlib.sha256(known.encode()).hexdigest()[:24]}"
 
 
 def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]:
@@ -169,16 +278,37 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
     return paths
 
 
-def _write_probabilities(path: Path, chances: _Probabilities, source: Image, plan: Plan) -> None:
+def probability_path(path: Path, name: str) -> Path:
+    """Where the probability of a class lies beside its label map, <id>_prob_<class><suffix>."""
     suffix = suffix_of(path)
-    if suffix in SUFFIXES_2D:
+    safe = "".join(c if c.isalnum() else "_" for c in name)
+    return path.with_name(f"{path.name[: -len(suffix)]}_prob_{safe}{suffix}")
+
+
+def _write_probabilities(path: Path, predicted: Prediction, plan: Plan) -> None:
+    """Maps beside the label map; their headers tell `kanseg ensemble` what the classes are painted as."""
+    if suffix_of(path) in SUFFIXES_2D:
         raise UserError("Probabilities need a format with floating-point numbers; add --format nii.gz")
-    stem = path.name[: -len(suffix)]
-    for number, name in enumerate(plan.label_names):
-        safe = "".join(c if c.isalnum() else "_" for c in name)
-        write_array(
-            path.with_name(f"{stem}_prob_{safe}{suffix}"), chances.of(number), source, np.dtype("float32")
-        )
+    kind = "region" if plan.regions else "class"
+    for number, (name, value) in enumerate(zip(plan.label_names, plan.label_values, strict=True)):
+        remark = f"probability of {kind} {number}, painted as {value}"
+        chance = predicted.probability(number)
+        write_array(probability_path(path, name), chance, predicted.source, np.dtype("float32"), remark)
+
+
+def find_probabilities(path: Path) -> tuple[list[Path], list[int], bool] | None:
+    """Maps beside a label map, in the order of the classes, the value of each, and whether they are regions."""
+    suffix = suffix_of(path)
+    stem = f"{path.name[: -len(suffix)]}_prob_"
+    found = []
+    for file in path.parent.iterdir():
+        said = PROBABILITY.fullmatch(read_description(file)) if file.name.startswith(stem) else None
+        if said and suffix_of(file) == suffix:
+            found.append((int(said[2]), file, int(said[3]), said[1] == "region"))
+    found.sort()
+    if not found or [number for number, *_ in found] != list(range(len(found))):
+        return None
+    return [file for _, file, *_ in found], [value for *_, value, _ in found], found[0][3]
 
 
 def _suffix(case: Case) -> str:

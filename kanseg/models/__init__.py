@@ -1,7 +1,16 @@
 """Segmentation networks by name: `create_model("ukanet", spatial_dims=3, in_channels=1, out_channels=3)`."""
 
+from kanseg.models import monai_network  # noqa: F401  (it registers)
 from kanseg.models.classifier import Classifier
-from kanseg.models.model import MODELS, check_patch, create_model, describe_model, list_models
+from kanseg.models.model import (
+    MODELS,
+    TABLES,
+    check_patch,
+    create_model,
+    describe_model,
+    list_models,
+    table_of,
+)
 from kanseg.models.u2kanet import U2KANet
 from kanseg.models.ukagnet import UKAGNet
 from kanseg.models.ukan import UKAN
@@ -9,6 +18,7 @@ from kanseg.models.ukanet import UKANet
 
 __all__ = [
     "MODELS",
+    "TABLES",
     "UKAN",
     "Classifier",
     "U2KANet",
@@ -18,4 +28,5 @@ __all__ = [
     "create_model",
     "describe_model",
     "list_models",
+    "table_of",
 ]

@@ -13,6 +13,7 @@ from kanseg.registry import Registry
 
 MODELS = Registry("model")
 CLASSIFIERS = Registry("classifier")  # logits for the whole image; not among `list_models`
+TABLES = {"segmentation": MODELS, "classification": CLASSIFIERS}  # by the task of a plan
 
 
 def list_models() -> list[str]:
@@ -22,6 +23,11 @@ def list_models() -> list[str]:
     True
     """
     return MODELS.names()
+
+
+def table_of(name: str) -> Registry:
+    """The table that has a model of this name; that of segmentation for an unknown one."""
+    return CLASSIFIERS if name in CLASSIFIERS else MODELS
 
 
 def describe_model(name: str) -> str:
@@ -39,7 +45,7 @@ def create_model(
     Raises:
         UsageError: unknown name or option (the nearest one is named), or values that do not fit together.
     """
-    table = CLASSIFIERS if name in CLASSIFIERS else MODELS
+    table = table_of(name)
     known = [option for option in table.parameters(name) if option not in ("self", "kwargs")]
     for option in options:
         if option not in known:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,16 @@ from torch import Tensor, nn
 
 from kanseg import __version__
 from kanseg.config import Config, model_options
-from kanseg.errors import UserError
-from kanseg.models import create_model
+from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.models import TABLES, create_model
 from kanseg.training.files import write_bytes
 
 if TYPE_CHECKING:
-    from kanseg.data.plan import Plan
+    from kanseg.data.plans import AnyPlan
 
 KEY = "kanseg"
 PARTS = ("model", "average", "optimizer", "rng")
+SIZES = ("features_per_stage", "strides", "kernel_sizes")  # of a network, where a plan decides them
 BEST, LAST, EXPORTED = "best.safetensors", "last.safetensors", "model.safetensors"
 
 
@@ -59,7 +61,8 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is no complete checkpoint ({error}): cut short, damaged, or no safetensors file. "
@@ -73,6 +76,15 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
     if foreign or not isinstance(info, dict):
         raise UserError(f"{path} does not fit kanseg: it has foreign keys {_few(foreign)}.")
     return tensors, info
+
+
+def read_info(path: Path | str) -> dict[str, Any]:
+    """The JSON of a checkpoint without its tensors; empty for a file that is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(json.loads((file.metadata() or {})[KEY]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
@@ -97,21 +109,19 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
     model.load_state_dict(weights)
 
 
-def load_model(
-    path: Path | str, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Plan, dict[str, Any]]:
+def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn.Module, Any, dict[str, Any]]:
     """The trained model in `eval()`, its plan, and the rest of the checkpoint's JSON.
 
     Args:
         path: a run folder (its first fold), a fold folder, a saved model's folder, or a checkpoint. In a fold
             the best weights are taken, or the last ones where no validation has been made yet.
     """
-    from kanseg.data.plan import Plan
+    from kanseg.data.plans import plan_from_dict
 
     file = find_checkpoint(path)
     tensors, info = load_checkpoint(file)
     try:
-        spec, plan = dict(info["model"]), Plan.from_dict(info["plan"])
+        spec, plan = dict(info["model"]), plan_from_dict(info["plan"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not describe its model and plan ({error}). Train again.") from error
     started = {"encoder_weights": None}  # what training started from is no longer needed, nor perhaps there
@@ -126,30 +136,37 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
     return create_model(**{key: value for key, value in spec.items() if key != "options"}, **spec["options"])
 
 
-def model_spec(config: Config, plan: Plan) -> dict[str, Any]:
-    """What `build_model` needs: the plan's network with the config's options over it, all of it JSON."""
+def model_spec(config: Config, plan: AnyPlan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `build_model` needs: the plan's network with the config's options over it, all of it JSON.
+
+    Args:
+        known: {"name", "options"} of the network whose weights are started from; it goes before the plan's.
+    """
+    table = TABLES[plan.task]
+    if known and known["name"] in table and config.model.name in (None, known["name"]):
+        plan = replace(plan, model=known["name"], model_options=known["options"])
     name = config.model.name or plan.model
-    known = model_options(name)
+    if name not in table:
+        raise UsageError(f"The model '{name}' is not for {plan.task}.{did_you_mean(name, table)}")
+    options = model_options(name)
     planned = {
-        "features_per_stage": plan.features_per_stage,
-        "strides": plan.strides,
-        "kernel_sizes": plan.kernel_sizes,
+        **{key: getattr(plan, key) for key in SIZES if hasattr(plan, key)},
         **(plan.model_options if name == plan.model else {}),
     }
     if config.training.deep_supervision is not None:
         planned["deep_supervision"] = config.training.deep_supervision
-    options = {**{key: value for key, value in planned.items() if key in known}, **config.model.options}
+    chosen = {**{key: value for key, value in planned.items() if key in options}, **config.model.options}
     spec = {
         "name": name,
         "spatial_dims": plan.spatial_dims,
-        "in_channels": len(plan.channel_names),
+        "in_channels": plan.in_channels,
         "out_channels": len(plan.label_names),
-        "options": options,
+        "options": chosen,
     }
     return json.loads(json.dumps(spec))
 
 
-def describe(config: Config, plan: Plan, spec: Mapping[str, Any], fold: int | str) -> dict[str, Any]:
+def describe(config: Config, plan: AnyPlan, spec: Mapping[str, Any], fold: int | str) -> dict[str, Any]:
     """The JSON that makes a checkpoint complete in itself: prediction needs no other file."""
     description = {
         "model": spec,
@@ -167,7 +184,7 @@ def find_checkpoint(path: Path | str) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    folders = [path, *sorted(path.glob("fold_*"))]
+    folders = [path, *sorted(path.glob("fold_*")), *sorted(path.glob("model/fold_*"))]
     files = [folder / name for folder in folders for name in (EXPORTED, BEST, LAST)]
     for file in files:
         if file.is_file():
@@ -186,24 +203,32 @@ def named(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of an optimizer as `INDEX.NAME` -> tensor (the index is the parameter's)."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value
-        for index, entries in state.items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
-    }
+def pack(tree: Any, name: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Take the tensors out of nested dictionaries and lists: tensors by path, and JSON with paths where they were.
+
+    >>> pack({0: {"exp_avg": torch.zeros(1), "step": 3}})
+    ({'0.exp_avg': tensor([0.])}, {'0': {'exp_avg': {'tensor': '0.exp_avg'}, 'step': 3}})
+    """
+    if isinstance(tree, Tensor):
+        return {name: tree}, {"tensor": name}
+    if not isinstance(tree, dict | list | tuple):
+        return {}, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    packed = {key: pack(value, f"{name}.{key}" if name else str(key)) for key, value in items}
+    tensors = {path: tensor for part, _ in packed.values() for path, tensor in part.items()}
+    plain = {str(key): rest for key, (_, rest) in packed.items()}
+    return tensors, plain if isinstance(tree, dict) else list(plain.values())
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `optimizer_tensors` gave into an optimizer of the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def unpack(tensors: Mapping[str, Tensor], tree: Any) -> Any:
+    """The inverse of `pack`; numbers that were keys come back as numbers."""
+    if isinstance(tree, list):
+        return [unpack(tensors, value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if tree.keys() == {"tensor"}:
+        return tensors[tree["tensor"]]
+    return {int(key) if key.isdigit() else key: unpack(tensors, value) for key, value in tree.items()}
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,26 +1,48 @@
-"""Where a training computes, and in what precision."""
+"""Where a training computes, in what precision, and what it keeps in memory."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kanseg.config import TrainingConfig
 from kanseg.errors import UsageError
 
 
 def make_accelerator(options: TrainingConfig) -> Accelerator:
-    """The GPU where there is one, else the CPU; mixed precision (bf16) on CUDA only."""
+    """The GPU where there is one, else the CPU; mixed precision (bf16, else fp16) on CUDA only."""
     cuda = options.device == "auto" and torch.cuda.is_available()
-    if options.precision == "bf16" and not cuda:
-        raise UsageError("training.precision=bf16 needs a CUDA device; leave it at auto.")
+    if options.precision in ("bf16", "fp16") and not cuda:
+        raise UsageError(f"training.precision={options.precision} needs a CUDA device; leave it at auto.")
     if not cuda:
         keep_freed_memory()
-    bf16 = cuda and options.precision != "float32" and torch.cuda.is_bf16_supported()
-    return Accelerator(cpu=options.device == "cpu", mixed_precision="bf16" if bf16 else "no")
+    best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "no"
+    precision = {"auto": best, "float32": "no"}.get(options.precision, options.precision)
+    return Accelerator(cpu=not cuda, mixed_precision=precision)
+
+
+def checkpoint_stages(model: nn.Module) -> None:
+    """Let each stage keep its input alone and compute the rest again in the backward pass.
+
+    Stages are the elements of the outermost lists of modules; their names and weights stay as they are.
+    """
+    for stage in _stages(model):
+        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def _stages(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if not isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from _stages(child)
+            continue
+        yield from (stage for stage in child if next(stage.children(), None) is not None)
 
 
 def keep_freed_memory() -> None:

@@ -45,6 +45,15 @@ def write_json(path: Path, values: Any) -> Path:
     return write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote, None where there is no such file or no JSON object in it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
 def make_folder(path: Path) -> Path:
     """Make a folder and its parents, or say why that is not possible."""
     try:

@@ -1,4 +1,4 @@
-"""What a training shows: a progress bar or plain lines, log.jsonl, progress.png, TensorBoard, wandb."""
+"""What a training shows: a progress bar or plain lines, log.jsonl, progress.png, and trackers by name."""
 
 from __future__ import annotations
 
@@ -15,32 +15,41 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from kanseg.config import Config
-from kanseg.errors import UserError
 from kanseg.training.files import write_bytes
+from kanseg.training.trackers import start_trackers
 
-Tracker = Callable[[dict[str, float], int], None]
 LOG, PICTURE = "log.jsonl", "progress.png"
+MUCH_WAITING = 0.1  # share of an epoch from which on it is worth a word: more data.workers may help
 
 
 class Monitor:
     """Shows and records the epochs of one training; a context manager around the loop.
 
-    A record has the keys epoch, loss, lr, dice (class -> mean over cases; None without a validation),
-    mean_dice, seconds (of the epoch), total_seconds, data_wait (share of the epoch), peak_memory_mb.
+    A record has the keys epoch, loss, lr, METRIC (class -> mean over cases; None without a validation),
+    mean_METRIC, seconds (of the epoch), total_seconds, data_wait (share of the epoch), peak_memory_mb.
 
     Args:
         folder: where log.jsonl and progress.png are.
         config: its `logging` section names further trackers.
+        metric: of the validations: "dice".
         console: where to print; `quiet` (on all but the main process) prints and writes nothing.
         first_epoch: records from this epoch on are dropped: the resumed training makes them again.
     """
 
     def __init__(
-        self, folder: Path, config: Config, console: Console, first_epoch: int = 0, quiet: bool = False
+        self,
+        folder: Path,
+        config: Config,
+        metric: str = "dice",
+        console: Console | None = None,
+        first_epoch: int = 0,
+        quiet: bool = False,
     ) -> None:
-        self.folder, self.console, self.quiet = folder, console, quiet
+        self.console = console = console or Console()
+        self.folder, self.metric, self.quiet = folder, metric, quiet
+        self.watch: Callable[[dict[str, Any]], None] | None = None  # told every record, after all else
         self.records = [] if quiet else _kept_records(folder / LOG, first_epoch)
-        self.trackers = [] if quiet else _trackers(folder, config, console)
+        self.trackers = {} if quiet else start_trackers(folder, config, self.say)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -61,8 +70,9 @@ class Monitor:
 
     def step(self, epoch: int, loss: float, fraction: float, seconds: float) -> None:
         """Move the bar."""
-        dice = next((record["mean_dice"] for record in reversed(self.records) if record["dice"]), None)
-        shown = "" if dice is None else f"  Dice {dice:.3f}"
+        mean = f"mean_{self.metric}"
+        score = next((record[mean] for record in reversed(self.records) if record[self.metric]), None)
+        shown = "" if score is None else f"  {self.metric.capitalize()} {score:.3f}"
         state = f"loss {loss:.3f}{shown}  {time_left(fraction, seconds)} left"
         self.bar.update(self.task, completed=fraction, description=f"epoch {epoch}", state=state)
 
@@ -79,40 +89,42 @@ class Monitor:
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if not self.console.is_terminal:
-            self.say(f"{_line(record)}, {time_left(fraction, record['total_seconds'])} left")
+            self.say(f"{_line(record, self.metric)}, {time_left(fraction, record['total_seconds'])} left")
         self._track(record)
+        if self.watch is not None:
+            self.watch(record)
 
     def picture(self) -> None:
         """Draw loss and Dice over the epochs."""
         if not self.quiet and self.records:
-            write_bytes(self.folder / PICTURE, draw_progress(self.records))
+            write_bytes(self.folder / PICTURE, draw_progress(self.records, self.metric))
 
     def _track(self, record: dict[str, Any]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        numbers |= {f"dice/{name}": value for name, value in (record["dice"] or {}).items()}
-        for tracker in list(self.trackers):
+        numbers |= {f"{self.metric}/{name}": value for name, value in (record[self.metric] or {}).items()}
+        for name, tracker in list(self.trackers.items()):
             try:
                 tracker(numbers, record["epoch"])
             except Exception as error:  # whatever goes wrong in a tracker, the training is worth more
-                self.trackers.remove(tracker)
-                self.say(f"Warning: a tracker failed and is off from now on: {error}")
+                del self.trackers[name]
+                self.say(f"Warning: {name} failed and is off from now on: {error}")
 
 
-def draw_progress(records: list[dict[str, Any]]) -> bytes:
-    """Loss and Dice curves of `Monitor`'s records as PNG."""
+def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
+    """Loss and score curves of `Monitor`'s records as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([record["epoch"] for record in records], [record["loss"] for record in records], color="black")
     left.set(xlabel="epoch", ylabel="training loss")
-    validated = [record for record in records if record["dice"]]
+    validated = [record for record in records if record[metric]]
     epochs = [record["epoch"] for record in validated]
-    for name in validated[-1]["dice"] if validated else ():
-        right.plot(epochs, [record["dice"].get(name) for record in validated], label=name, marker=".")
+    for name in validated[-1][metric] if validated else ():
+        right.plot(epochs, [record[metric].get(name) for record in validated], label=name, marker=".")
     if validated:
         right.legend()
-    right.set(xlabel="epoch", ylabel="Dice of validation cases", ylim=(0, 1))
+    right.set(xlabel="epoch", ylabel=f"{metric.capitalize()} of validation cases", ylim=(0, 1))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
@@ -159,49 +171,12 @@ def _kept_records(path: Path, first_epoch: int) -> list[dict[str, Any]]:
     return records
 
 
-def _line(record: dict[str, Any]) -> str:
-    dice = record["dice"]
-    by_class = ", ".join(f"{name} {value:.3f}" for name, value in (dice or {}).items())
-    shown = f", Dice {record['mean_dice']:.3f} ({by_class})" if dice else ""
+def _line(record: dict[str, Any], metric: str) -> str:
+    scores = record[metric]
+    by_name = ", ".join(f"{name} {value:.3f}" for name, value in (scores or {}).items())
+    shown = f", {metric.capitalize()} {record[f'mean_{metric}']:.3f} ({by_name})" if scores else ""
     start = f"epoch {record['epoch']}: loss {record['loss']:.4f}{shown}"
-    return f"{start}, lr {record['lr']:.1e}, {record['seconds']:.1f} s"
-
-
-def _trackers(folder: Path, config: Config, console: Console) -> list[Tracker]:
-    made = []
-    for name in ("tensorboard", "wandb"):
-        if not getattr(config.logging, name):
-            continue
-        if find_spec(name) is None:
-            raise UserError(f"logging.{name}=true needs: pip install {name}. Or leave it off.")
-        try:
-            made.append({"tensorboard": _tensorboard, "wandb": _wandb}[name](folder, config))
-        except Exception as error:  # no network, no login: the training goes on without
-            console.print(f"Warning: {name} cannot start and stays off: {error}", markup=False)
-    return made
-
-
-def _tensorboard(folder: Path, config: Config) -> Tracker:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def track(numbers: dict[str, float], epoch: int) -> None:
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, epoch)
-        writer.flush()
-
-    return track
-
-
-def _wandb(folder: Path, config: Config) -> Tracker:
-    import wandb
-
-    run = wandb.init(
-        project=config.logging.project, dir=str(folder), config=config.model_dump(), name=folder.parent.name
+    waits = (
+        f", {record['data_wait']:.0%} of it waiting for data" if record["data_wait"] > MUCH_WAITING else ""
     )
-
-    def track(numbers: dict[str, float], epoch: int) -> None:
-        run.log(numbers, step=epoch)
-
-    return track
+    return f"{start}, lr {record['lr']:.1e}, {record['seconds']:.1f} s{waits}"

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kanseg.config import Config, read_config, resumed_config
+from kanseg.config import Config, read_config, resumed_config, unlike
+from kanseg.data.fingerprint import check_unchanged, load_fingerprint
 from kanseg.data.formats import Case, Dataset
-from kanseg.data.plan import Plan
-from kanseg.data.splits import split
+from kanseg.data.plans import AnyPlan
+from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError
 from kanseg.training.checkpoint import LAST
 from kanseg.training.files import make_folder, write_json
 
 CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
-ALL = "all"
+PREDICTIONS = "validation"  # label maps of a fold's validation cases, by a network that never saw them
+ALL, FINAL = "all", "final"  # every fold in turn; a training on every case
 Splits = list[dict[str, list[str]]]
 
 
-def run_config(config: Config, run: Path, fold: int | str, resume: bool) -> Config:
+def run_config(config: Config, run: Path, fold: int | str, resume: bool, override: bool = False) -> Config:
     """The options to train with: the given ones, or the stored ones where a training is resumed.
 
     Raises:
@@ -29,42 +31,54 @@ def run_config(config: Config, run: Path, fold: int | str, resume: bool) -> Conf
         raise UsageError(
             f"{run / f'fold_{fold}'} holds a training already. Go on with --resume, or choose another folder."
         )
-    if trained:
-        return resumed_config(run / CONFIG, config)
     others = [path.parent.name for path in sorted(run.glob(f"fold_*/{LAST}"))]
-    if others and read_config(run / CONFIG) != config:
+    if trained or (others and resume):
+        return resumed_config(run / CONFIG, config, override)
+    if others and not override and (changed := unlike(read_config(run / CONFIG), config)):
         raise UsageError(
-            f"{others[0]} in {run} was trained with other options (see {run / CONFIG}). "
-            "Give the same ones, or choose another run folder."
+            f"{others[0]} in {run} was trained with other options ({', '.join(changed)}; see {run / CONFIG}). "
+            "Give the same ones, say --override, or choose another run folder."
         )
     return config
 
 
-def run_splits(dataset: Dataset, config: Config, run: Path) -> Splits:
-    """The folds of RUN/splits.json where it exists (also one written by hand), else new ones by patient."""
+def run_splits(dataset: Dataset, config: Config, run: Path, fold: int | str = 0) -> Splits:
+    """The folds of RUN/splits.json where it exists (also one written by hand), else new ones by patient.
+
+    Raises:
+        UserError: the data are not those of the plan, or a fold trains on a patient that it validates on.
+    """
+    check_unchanged(dataset, run)
+    same = (load_fingerprint(run) or {"same": []})["same"]
     path = run / SPLITS
+    if not path.exists() and fold == FINAL:  # it needs none, and there may be too few patients
+        return []
     if not path.exists():
-        return split(dataset, folds=config.data.folds, seed=config.data.seed)
+        return split(dataset, folds=config.data.folds, seed=config.data.seed, same=same)
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
-        return [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in splits]
+        read = json.loads(path.read_text(encoding="utf-8"))
+        splits = [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in read]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a list of folds with 'train' and 'val' ({error}). Correct or delete it."
         ) from error
+    check_leaks(splits, dataset, same)
+    return splits
 
 
 def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases of a fold; fold "all" trains on every case.
+    """Training and validation cases of a fold; fold "final" trains on every case.
 
     Raises:
         UsageError: there is no such fold.
         UserError: the split names cases that the data set does not have, or the fold has nothing to train on.
     """
-    if fold == ALL:
+    if fold == FINAL:
         return list(dataset.cases), []
     if not isinstance(fold, int) or not 0 <= fold < len(splits):
-        raise UsageError(f"There is no fold {fold}. Folds are 0 ... {len(splits) - 1}, or '{ALL}'.")
+        raise UsageError(
+            f"There is no fold {fold}. Folds are 0 ... {len(splits) - 1}, '{ALL}' and '{FINAL}'."
+        )
     cases = {case.id: case for case in dataset.cases}
     names = [*splits[fold]["train"], *splits[fold]["val"]]
     unknown = [name for name in names if name not in cases]
@@ -75,30 +89,34 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[
         )
     if not splits[fold]["train"]:
         raise UserError(
-            f"Fold {fold} of {dataset.root} has no training case. Give more cases or fold '{ALL}'."
+            f"Fold {fold} of {dataset.root} has no training case. Give more cases or fold '{FINAL}'."
         )
     training, validation = ([cases[name] for name in splits[fold][key]] for key in ("train", "val"))
     return training, validation
 
 
-def prepare_run(config: Config, plan: Plan, splits: Splits, run: Path, fold: int | str) -> None:
+def prepare_run(config: Config, plan: AnyPlan, splits: Splits, run: Path, fold: int | str) -> None:
     """Make the folders and write what the folds share."""
     make_folder(run / f"fold_{fold}")
     write_json(run / CONFIG, config.model_dump())
-    write_json(run / SPLITS, splits)
+    if splits:
+        write_json(run / SPLITS, splits)
     plan.save(run / PLAN)
 
 
-def check_data(plan: Plan, dataset: Dataset) -> None:
+def check_data(plan: AnyPlan, dataset: Dataset) -> None:
     """Raise `UserError` if the plan was made for data of another kind."""
-    for what in ("spatial_dims", "channel_names", "label_values"):
-        planned, found = _plain(getattr(plan, what)), _plain(getattr(dataset, what))
+    wanted = {
+        "spatial_dims": (plan.image_dims, dataset.spatial_dims),
+        "channel_names": (plan.channel_names, dataset.channel_names),
+        "label_values": (plan.label_values, dataset.label_values),
+        "regions": (plan.regions, dataset.regions),
+        "ignore_value": (plan.ignore_value, dataset.ignore_value),
+    }
+    for what, pair in wanted.items():
+        planned, found = (json.loads(json.dumps(value)) for value in pair)
         if planned != found:
             raise UserError(
                 f"The plan does not fit {dataset.root}: its {what} is {planned}, the data's {found}. "
                 "Plan this data set in a run folder of its own."
             )
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, list | tuple) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,24 +18,27 @@ class State:
         step: steps of it that are done.
         updates: steps of all epochs.
         seconds: wall-clock time of training and its validations, over all resumes.
-        epoch_began: `seconds` when the epoch began.
-        epoch_waited: seconds of the epoch spent on waiting for patches.
+        waited: seconds of it spent on waiting for patches.
+        epoch_began, epoch_waited: both when the epoch began.
         epoch_loss: sum of the losses of the epoch's steps.
         lr: learning rate of the last step.
-        best_dice: highest mean validation Dice; -1 before the first validation.
+        best: highest mean validation score; -1 before the first validation.
         best_epoch: its epoch; -1 before.
+        stale: validations since.
     """
 
     epoch: int = 0
     step: int = 0
     updates: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     epoch_began: float = 0.0
     epoch_waited: float = 0.0
     epoch_loss: float = 0.0
     lr: float = 0.0
-    best_dice: float = -1.0
+    best: float = -1.0
     best_epoch: int = -1
+    stale: int = 0
 
     def fraction(self, options: TrainingConfig) -> float:
         """Share of the training that is done, by epochs or by time, whichever is further."""
@@ -42,6 +46,11 @@ class State:
         by_epochs = epochs / options.epochs if options.epochs else 0.0
         by_time = self.seconds / (60 * options.max_minutes) if options.max_minutes else 0.0
         return max(by_epochs, by_time)
+
+    def at_end(self, options: TrainingConfig) -> bool:
+        """Whether the budget or the patience is spent and the last epoch closed."""
+        impatient = options.patience is not None and self.stale >= options.patience
+        return self.step == 0 and (impatient or self.fraction(options) >= 1)
 
     def count_step(self, loss: float) -> None:
         """One more step, with its loss."""
@@ -52,14 +61,15 @@ class State:
     def next_epoch(self) -> None:
         """Close the epoch."""
         self.epoch, self.step = self.epoch + 1, 0
-        self.epoch_began, self.epoch_waited, self.epoch_loss = self.seconds, 0.0, 0.0
+        self.epoch_began, self.epoch_waited, self.epoch_loss = self.seconds, self.waited, 0.0
 
-    def is_best(self, dice: dict[str, float]) -> bool:
+    def is_best(self, scores: Mapping[str, float]) -> bool:
         """Whether this validation beats all before it; if so it is noted."""
-        mean = mean_dice(dice)
-        if mean is None or mean <= self.best_dice:
+        mean = mean_score(scores)
+        self.stale += 1
+        if mean is None or mean <= self.best:
             return False
-        self.best_dice, self.best_epoch = mean, self.epoch
+        self.best, self.best_epoch, self.stale = mean, self.epoch, 0
         return True
 
     def record(self) -> dict[str, Any]:
@@ -71,21 +81,26 @@ class State:
             "lr": self.lr,
             "seconds": round(seconds, 2),
             "total_seconds": round(self.seconds, 2),
-            "data_wait": round(self.epoch_waited / seconds, 4) if seconds else 0.0,
+            "data_wait": _share(self.waited - self.epoch_waited, seconds),
         }
 
-    def standing(self) -> dict[str, Any]:
+    def standing(self, metric: str) -> dict[str, Any]:
         """What of it a summary tells."""
         validated = self.best_epoch >= 0
         return {
             "epochs": self.epoch,
             "updates": self.updates,
             "minutes": round(self.seconds / 60, 2),
+            "data_wait": _share(self.waited, self.seconds),
             "best_epoch": self.best_epoch if validated else None,
-            "best_epoch_dice": self.best_dice if validated else None,
+            f"best_epoch_{metric}": self.best if validated else None,
         }
 
 
-def mean_dice(dice: dict[str, float] | None) -> float | None:
+def mean_score(scores: Mapping[str, float] | None) -> float | None:
     """Mean over the classes; None without a validation."""
-    return sum(dice.values()) / len(dice) if dice else None
+    return sum(scores.values()) / len(scores) if scores else None
+
+
+def _share(part: float, whole: float) -> float:
+    return round(part / whole, 4) if whole else 0.0

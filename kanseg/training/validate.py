@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from monai.metrics import DiceMetric
 from torch import Tensor, nn
 
 from kanseg.config import InferenceConfig
-from kanseg.data.formats import Case
-from kanseg.data.images import read_label
+from kanseg.data.formats import Case, label_path
+from kanseg.data.images import read_label, write_label
 from kanseg.data.plan import Plan
-from kanseg.data.transforms import class_numbers
+from kanseg.evaluation.metrics import dice, label_dice
 from kanseg.inference.predict import predict_case, predict_logits
 
 RESAMPLES = 2000
@@ -31,20 +32,38 @@ def dice_per_class(prediction: Tensor, reference: Tensor, classes: int) -> list[
 def validate_batch(
     model: nn.Module, batch: Mapping[str, Tensor], plan: Plan, device: torch.device
 ) -> list[float]:
-    """Dice a class of one preprocessed case: image (1, C, *S), label (1, 1, *S); windows overlap little."""
-    logits = predict_logits(model, batch["image"], plan, overlap=0.25, device=device)
-    classes = logits.shape[1]
-    return dice_per_class(logits[0].argmax(0), batch["label"][0, 0].to(logits.device), classes)
+    """Dice a class of one preprocessed case: image (1, C, *S), label as the loss takes it; windows overlap little."""
+    logits = predict_logits(model, batch["image"], plan, overlap=0.25, device=device)[0]
+    label = batch["label"][0].to(logits.device)
+    known = label[0] >= 0  # voxels that nobody annotated do not count
+    if plan.regions:
+        return [dice((logits[k] > 0) & known, (label[k] > 0) & known) for k in range(1, len(logits))]
+    return dice_per_class(logits.argmax(0) * known, label[0].clamp(min=0), len(logits))
 
 
 def validate_case(
-    model: nn.Module, case: Case, plan: Plan, options: InferenceConfig, device: torch.device
+    model: nn.Module,
+    case: Case,
+    plan: Plan,
+    options: InferenceConfig,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> list[float]:
-    """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does."""
-    labels, _ = predict_case(model, case, plan, overlap=options.overlap, tta=options.tta, device=device)
-    reference = read_label(case.label, plan.spatial_dims)  # type: ignore[arg-type]  # splits hold labelled cases
-    pair = [torch.from_numpy(class_numbers(array, plan.label_values, case)) for array in (labels, reference)]
-    return dice_per_class(pair[0], pair[1], len(plan.label_values))
+    """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does.
+
+    Args:
+        folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
+    """
+    how: dict[str, Any] = {"overlap": options.overlap, "blending": options.blending, "tta": options.tta}
+    labels, source = predict_case(model, case, plan, device=device, **how)
+    if folder is not None:
+        write_label(kept_prediction(folder, case, plan), labels, source, plan.label_dtype)
+    return label_dice(labels, read_label(label_path(case), plan.image_dims), plan)
+
+
+def kept_prediction(folder: Path, case: Case, plan: Plan) -> Path:
+    """Where the label map of a validation case is kept."""
+    return folder / f"{case.id}{'.png' if plan.image_dims == 2 else '.nii.gz'}"
 
 
 def summarize(

@@ -1,0 +1,213 @@
+"""Classified images in arrays: MNIST's idx files, the binary version of CIFAR, MedMNIST's npz.
+
+Formats: idx is a big-endian header (type, number of axes, sizes) before the bytes, also compressed by gzip; a record of
+CIFAR is one label byte (CIFAR-100: coarse, then fine) and 3 x 32 x 32 bytes; MedMNIST's npz holds PART_images and
+PART_labels. CIFAR's "python version" is a pickle, which can run code, and is refused.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from kanseg.errors import UserError
+
+PARTS = ("train", "val", "test")
+IDX = {
+    (part, kind): [f"{prefix}-{kind}{dot}{axes}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
+    for part, prefix in (("train", "train"), ("test", "t10k"))
+    for kind, axes in (("images", "idx3"), ("labels", "idx1"))
+}
+UINT8 = 8  # idx's number for unsigned bytes
+CIFAR_SHAPE = (3, 32, 32)
+CIFAR_10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+ORGANS = (
+    "bladder|left femur|right femur|heart|left kidney|right kidney|liver|left lung|right lung|pancreas|spleen"
+)
+# Classes of MedMNIST v2 (Yang et al., Scientific Data 10:41, 2023), by the name of the file.
+MEDMNIST = {
+    "pathmnist": "adipose|background|debris|lymphocytes|mucus|smooth muscle|normal mucosa|stroma|adenocarcinoma",
+    "dermamnist": "actinic keratosis|basal cell carcinoma|benign keratosis|dermatofibroma|melanoma|nevus"
+    "|vascular lesion",
+    "octmnist": "choroidal neovascularization|diabetic macular edema|drusen|normal",
+    "pneumoniamnist": "normal|pneumonia",
+    "breastmnist": "malignant|normal or benign",
+    "bloodmnist": "basophil|eosinophil|erythroblast|immature granulocyte|lymphocyte|monocyte|neutrophil|platelet",
+    "organamnist": ORGANS,
+    "organcmnist": ORGANS,
+    "organsmnist": ORGANS,
+    "organmnist3d": "liver|right kidney|left kidney|right femur|left femur|bladder|heart|right lung|left lung|spleen"
+    "|pancreas",
+    "nodulemnist3d": "benign|malignant",
+    "adrenalmnist3d": "normal|hyperplasia",
+    "fracturemnist3d": "buckle|nondisplaced|displaced",
+    "vesselmnist3d": "vessel|aneurysm",
+    "synapsemnist3d": "inhibitory|excitatory",
+}
+DAMAGED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, KeyError)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images (N, *S) or (N, *S, C) and class numbers (N,) by part, and the files that they lie in."""
+
+    layout: str
+    spatial_dims: int
+    channels: int
+    names: Sequence[str]
+    images: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    files: Sequence[Path]
+
+
+Found = Callable[[], Arrays]
+
+
+def find_arrays(path: Path) -> Found | None:
+    """What reads the arrays that lie there (also in a folder below), or None."""
+    if path.suffix == ".npz" and path.is_file():
+        return partial(_read_npz, path)
+    if not path.is_dir():
+        return None
+    for folder in (path, *sorted(p for p in path.glob("*") if p.is_dir()), *sorted(path.glob("*/raw"))):
+        if all(_idx_file(folder, "train", kind) for kind in ("images", "labels")):
+            return partial(_read_mnist, folder)
+        if (folder / "data_batch_1.bin").is_file() or (folder / "train.bin").is_file():
+            return partial(_read_cifar, folder)
+        if (folder / "batches.meta").is_file() or (
+            (folder / "meta").is_file() and (folder / "train").is_file()
+        ):
+            return partial(_refuse_pickles, folder)
+    files = sorted(path.glob("*.npz"))
+    return partial(_read_npz, files[0]) if len(files) == 1 else None
+
+
+def _idx_file(folder: Path, part: str, kind: str) -> Path | None:
+    return next((folder / name for name in IDX[part, kind] if (folder / name).is_file()), None)
+
+
+def _read_mnist(folder: Path) -> Arrays:
+    files, images, labels = [], {}, {}
+    for part in ("train", "test"):
+        pictures, numbers = (_idx_file(folder, part, kind) for kind in ("images", "labels"))
+        if pictures is None or numbers is None:
+            continue
+        images[part], labels[part] = read_idx(pictures), read_idx(numbers)
+        files += [pictures, numbers]
+    names = _numbers(labels["train"])
+    return _checked("MNIST (idx files)", names, images, labels, files, images["train"].ndim - 1)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The bytes of an idx file as an array; `UserError` where it is cut short or holds other numbers."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except DAMAGED as error:
+        raise UserError(f"{path} cannot be read ({error}). Fetch it again.") from error
+    kind, axes = content[2:4] if len(content) >= 4 and content[:2] == b"\0\0" else (None, 0)
+    start = 4 + 4 * axes
+    shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
+    if kind != UINT8 or len(content) != start + math.prod(shape):
+        raise UserError(
+            f"{path} is no whole idx file: {len(content)} bytes for the shape {shape}. Fetch it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _read_cifar(folder: Path) -> Arrays:
+    """CIFAR-10 with five files to train, or CIFAR-100 with one and two labels a record: the fine one counts."""
+    hundred = (folder / "train.bin").is_file()
+    train = [folder / "train.bin"] if hundred else sorted(folder.glob("data_batch_*.bin"))
+    test = folder / ("test.bin" if hundred else "test_batch.bin")
+    parts = {"train": train, "test": [test] if test.is_file() else []}
+    table = folder / ("fine_label_names.txt" if hundred else "batches.meta.txt")
+    names = table.read_text(encoding="utf-8").split() if table.is_file() else CIFAR_10
+    images, labels = {}, {}
+    for part, files in parts.items():
+        if files:
+            records = np.concatenate([_records(file, 2 if hundred else 1) for file in files])
+            size = math.prod(CIFAR_SHAPE)
+            labels[part] = records[:, -size - 1]
+            images[part] = np.moveaxis(records[:, -size:].reshape(-1, *CIFAR_SHAPE), 1, -1)
+    if hundred and not table.is_file():
+        names = _numbers(labels["train"])
+    layout = f"CIFAR-{100 if hundred else 10} (binary version)"
+    return _checked(layout, names, images, labels, [*parts["train"], *parts["test"]], 2)
+
+
+def _records(path: Path, label_bytes: int) -> np.ndarray:
+    content = np.fromfile(path, np.uint8)
+    size = label_bytes + math.prod(CIFAR_SHAPE)
+    if len(content) == 0 or len(content) % size:
+        raise UserError(f"{path} has {len(content)} bytes, no multiple of a record's {size}. Fetch it again.")
+    return content.reshape(-1, size)
+
+
+def _refuse_pickles(folder: Path) -> Arrays:
+    raise UserError(
+        f"{folder} is CIFAR's python version, a pickle, which can run code: kanseg does not open it. Take the binary "
+        "version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz; `kanseg download cifar10` or `cifar100`)."
+    )
+
+
+def _read_npz(path: Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except DAMAGED as error:
+        raise UserError(f"{path} cannot be read as arrays of numbers ({error}). Fetch it again.") from error
+    parts = [part for part in PARTS if {f"{part}_images", f"{part}_labels"} <= set(found)]
+    if "train" not in parts:
+        raise UserError(
+            f"{path} holds {', '.join(list(found)[:6]) or 'nothing'}; expected are train_images and train_labels, also "
+            "val_... and test_... (MedMNIST)."
+        )
+    images = {part: found[f"{part}_images"] for part in parts}
+    labels = {part: found[f"{part}_labels"] for part in parts}
+    labels = {part: one[:, 0] if one.ndim == 2 and one.shape[1] == 1 else one for part, one in labels.items()}
+    if any(one.ndim > 1 for one in labels.values()):
+        raise UserError(
+            f"{path} has several labels an image ({labels['train'].shape}); kanseg learns one class an image."
+        )
+    shape = images["train"].shape
+    colours = len(shape) > 3 and shape[-1] == 3  # volumes of MedMNIST are no wider than 28 or 64
+    names = MEDMNIST.get(path.stem.partition("_")[0], "").split("|")
+    if len(names) <= labels["train"].max():
+        names = _numbers(labels["train"])
+    return _checked("arrays (MedMNIST's npz)", names, images, labels, [path], len(shape) - 1 - colours)
+
+
+def _numbers(labels: np.ndarray) -> list[str]:
+    """Names of classes that have none."""
+    return [str(number) for number in range(int(labels.max()) + 1)]
+
+
+def _checked(
+    layout: str,
+    names: Sequence[str],
+    images: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    files: Sequence[Path],
+    dims: int,
+) -> Arrays:
+    for part, one in images.items():
+        if dims not in (2, 3) or one.ndim != images["train"].ndim:
+            raise UserError(f"{files[0]} has images of shape {one.shape[1:]}; 2D or 3D ones are expected.")
+        if len(one) != len(labels[part]) or len(one) == 0:
+            raise UserError(
+                f"{files[0]} has {len(one)} images and {len(labels[part])} labels in its part {part}."
+            )
+        if labels[part].dtype.kind not in "iu" or labels[part].min() < 0 or labels[part].max() >= len(names):
+            raise UserError(
+                f"{files[0]} has labels that are no classes 0 ... {len(names) - 1} in its part {part}."
+            )
+    channels = 1 if images["train"].ndim == dims + 1 else images["train"].shape[-1]
+    return Arrays(layout, dims, channels, names, images, labels, files)

@@ -1,0 +1,152 @@
+"""The fingerprint of a data set: what planning looks at, and what tells later whether the data are still the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from kanseg.data.digests import file_digest, near_duplicates, signature, thumbnail
+from kanseg.data.formats import Case, Dataset, label_path
+from kanseg.data.images import SUFFIXES_NIFTI, check_pair, header_dtype, label_from, read_image, suffix_of
+from kanseg.data.labels import known_values
+from kanseg.errors import UserError
+from kanseg.progress import progress
+from kanseg.training.files import write_json
+
+FINGERPRINT = "fingerprint.json"
+SAMPLES = 10_000  # intensities kept a case and channel
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """Size, spacing, class frequencies and digests of every case, and foreground intensities; pairs are checked.
+
+    Returns:
+        {"cases": id -> {"size", "spacing", "voxels", "group", "files"}, "channels", "label_dtype", "same": pairs of
+        ids whose images are one}.
+    """
+    cases: dict[str, dict[str, Any]] = {}
+    intensities: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
+    zeros: list[list[float]] = []  # share of voxels that are 0, a channel
+    thumbnails: dict[str, np.ndarray] = {}
+    dtypes = set()
+    values = known_values(dataset)
+    generator = np.random.default_rng(0)
+    for case in progress(dataset.cases, "Reading images"):
+        image = read_image(case.images, dataset.spatial_dims)
+        label_image = read_image(label_path(case), dataset.spatial_dims)
+        check_pair(image, label_image)
+        label = label_from(label_image)
+        if image.array.shape[0] != len(dataset.channel_names):
+            raise UserError(
+                f"{image.path} has {image.array.shape[0]} channels, {len(dataset.channel_names)} are expected "
+                f"({', '.join(dataset.channel_names)}). Give every case the same channels."
+            )
+        thumbnails[case.id] = thumbnail(image.array)
+        array, label, spacing = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
+        foreground = label > 0
+        zeros.append([float((channel == 0).mean()) for channel in array])
+        for channel, samples in zip(array, intensities, strict=True):
+            inside = channel[foreground] if foreground.any() else channel.ravel()
+            samples.append(generator.choice(inside, min(SAMPLES, inside.size), replace=False))
+        if suffix_of(label_path(case)) in SUFFIXES_NIFTI:
+            dtypes.add(np.dtype(header_dtype(label_path(case))))
+        counts = {str(value): int((label == value).sum()) for value in values}
+        files = {
+            str(path): {**signature(path), "sha256": file_digest(path)}
+            for path in (*case.images, label_path(case))
+        }
+        cases[case.id] = {"size": list(label.shape), "spacing": spacing, "voxels": counts}
+        cases[case.id] |= {"group": case.group, "files": files}
+    return {
+        "cases": cases,
+        "channels": [
+            {**_intensity(np.concatenate(samples)), "zeros": float(share)}
+            for samples, share in zip(intensities, np.median(zeros, axis=0), strict=True)
+        ],
+        "label_dtype": _label_dtype(dtypes, dataset.label_values),
+        "same": [list(pair) for pair in near_duplicates(thumbnails)],
+    }
+
+
+def save_fingerprint(seen: dict[str, Any], run: Path) -> Path:
+    """Write RUN/fingerprint.json: what later steps compare the data with. It names cases, so no model carries it."""
+    return write_json(run / FINGERPRINT, {"cases": seen["cases"], "same": seen["same"]})
+
+
+def load_fingerprint(run: Path) -> dict[str, Any] | None:
+    """What `save_fingerprint` wrote, None where a run has none."""
+    path = run / FINGERPRINT
+    if not path.exists():
+        return None
+    try:
+        seen = json.loads(path.read_text(encoding="utf-8"))
+        return {"cases": dict(seen["cases"]), "same": list(seen["same"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Run `kanseg plan` again.") from error
+
+
+def check_unchanged(dataset: Dataset, run: Path) -> None:
+    """Raise `UserError` with the difference if the data are not those that the run was planned for.
+
+    A file that has its size and time of change is taken as it was; any other is compared by its digest.
+    """
+    seen = load_fingerprint(run)
+    if seen is None:
+        return
+    planned, found = seen["cases"], {case.id: case for case in dataset.cases}
+    differences = [f"{name} is gone" for name in planned if name not in found]
+    differences += [f"{name} is new" for name in found if name not in planned]
+    for name in found:
+        if name in planned:
+            differences += _differences(name, planned[name], found[name])
+    if differences:
+        shown = "; ".join(differences[:5])
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise UserError(
+            f"{dataset.root} is not as it was planned in {run}: {shown}{more}. Put the data back, or plan anew in "
+            "another run folder."
+        )
+
+
+def _differences(name: str, planned: dict[str, Any], case: Case) -> list[str]:
+    found = []
+    if planned["group"] != case.group:
+        found.append(f"{name} belonged to '{planned['group']}' and belongs to '{case.group}' now")
+    paths = [*case.images, label_path(case)]
+    if len(paths) != len(planned["files"]):
+        return [*found, f"{name} had {len(planned['files'])} files and has {len(paths)} now"]
+    for path, file in zip(paths, planned["files"].values(), strict=True):
+        now = signature(path)
+        same = now == {key: file[key] for key in now}
+        if not same and (now["bytes"] != file["bytes"] or file_digest(path) != file["sha256"]):
+            found.append(f"{path.name} of {name} has changed")
+    return found
+
+
+def _in_ras(
+    array: np.ndarray, affine: np.ndarray, label: np.ndarray, dims: int
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Image, label and spacing, axes in RAS order, as preprocessing puts them (flips do not matter here)."""
+    if dims == 2:
+        return array, label, [1.0, 1.0]
+    order = np.argsort(nib.io_orientation(affine)[:, 0])
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
+    return array.transpose(0, *(order + 1)), label.transpose(order), [float(s) for s in spacing]
+
+
+def _intensity(values: np.ndarray) -> dict[str, float]:
+    lower, median, upper = np.percentile(values, (0.5, 50, 99.5))
+    numbers = {"mean": values.mean(), "std": values.std(), "median": median, "lower": lower, "upper": upper}
+    return {name: float(number) for name, number in numbers.items()}
+
+
+def _label_dtype(dtypes: set[np.dtype], values: Sequence[int]) -> str:
+    """The integer type of the labels in the files, else the smallest that holds their values."""
+    if len(dtypes) == 1 and (dtype := next(iter(dtypes))).kind in "iu" and dtype.itemsize <= 2:
+        return dtype.name
+    return np.result_type(np.min_scalar_type(max(values)), np.min_scalar_type(min(values))).name

@@ -1,0 +1,287 @@
+"""Images with a class each, in the layouts that such data have: folders, tables and arrays, read into one data set.
+
+Folders: a folder a class, alone or below train/, val/ and test/ (ImageNet), and Tiny ImageNet's. Tables: HAM10000's
+metadata, any CSV with the columns image and class. Arrays (`kanseg.data.class_arrays`): MNIST's idx files, the binary
+version of CIFAR-10 and -100, MedMNIST's npz in 2D and 3D. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kanseg.data.class_arrays import Found, find_arrays
+from kanseg.data.formats import (
+    COLOURS,
+    LABEL_FOLDERS,
+    Case,
+    Dataset,
+    by_pattern,
+    image_files,
+    read_rows,
+    repeated,
+)
+from kanseg.data.images import SUFFIXES_2D, read_image, stem_of, suffix_of
+from kanseg.errors import UserError
+
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that hold no class
+CLASS_COLUMNS = ("class", "dx", "diagnosis", "target")
+GROUP_COLUMNS = ("group", "patient", "patient_id", "subject", "lesion_id")
+HAM10000 = {
+    "akiec": "actinic keratosis",
+    "bcc": "basal cell carcinoma",
+    "bkl": "benign keratosis",
+    "df": "dermatofibroma",
+    "mel": "melanoma",
+    "nv": "nevus",
+    "vasc": "vascular lesion",
+}
+LAYOUTS = (
+    "a folder a class (also below train/, val/, test/), Tiny ImageNet, HAM10000 (its metadata beside the images), a "
+    ".csv with the columns image and class, MNIST's idx files, the binary version of CIFAR, or MedMNIST's .npz"
+)
+
+
+@dataclass(frozen=True)
+class ImageClasses(Dataset):
+    """Images with a class each; a case's `values` are the number of its class, in the order of `label_names`.
+
+    `cases` are for training and validation; `test_cases` have their class too, and nothing is chosen by them.
+
+    Attributes:
+        arrays: images (N, *S) or (N, *S, C) by part, where they lie in no files of their own; a case's id is then
+            PART-NUMBER.
+    """
+
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+    @property
+    def sources(self) -> Sequence[Case]:
+        """What the files are digested by: arrays as a whole, else the cases."""
+        return [Case(path.name, (path,), None, "") for path in self.files] or self.cases
+
+    def read(self, case: Case) -> np.ndarray:
+        """The image of a case as it is stored, (C, *S)."""
+        part, _, number = case.id.rpartition("-")
+        if part not in self.arrays:
+            return read_image(case.images, self.spatial_dims).array
+        image = self.arrays[part][int(number)]
+        return image[None] if image.ndim == self.spatial_dims else np.moveaxis(image, -1, 0)
+
+
+def is_classes(path: Path | str) -> bool:
+    """Whether images with classes are recognised there; nothing but names is looked at."""
+    return _recognised(Path(path)) is not None
+
+
+def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageClasses:
+    """Recognise the layout and list the images; arrays are read now, images in files when they are asked for.
+
+    Args:
+        id_pattern: regular expression with one group that takes the patient from an image's id.
+
+    Raises:
+        UserError: nothing recognised, damaged files, a class without images, or labels that are no classes.
+    """
+    path = Path(path)
+    read = _recognised(path)
+    if read is None:
+        why = "There is no such file or folder" if not path.exists() else "No layout was recognised"
+        raise UserError(f"{path} holds no images with classes: {why}. Expected: {LAYOUTS}.")
+    dataset = read()
+    if len(dataset.label_names) < 2:
+        raise UserError(f"{path} has one class, {dataset.label_names}; there is nothing to tell apart.")
+    if id_pattern is not None:
+        dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
+    return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
+
+
+def _recognised(path: Path) -> Callable[[], ImageClasses] | None:
+    """What reads the layout that is found there."""
+    for find, read in READERS:
+        if found := find(path):
+            return partial(read, path, found)
+    return None
+
+
+def _class_folders(path: Path) -> list[Path]:
+    """Folders of images directly below, each a class; none where the names say that it is something else."""
+    if not path.is_dir() or (path / "dataset.json").exists():
+        return []
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+    if any(folder.name in SEGMENTATION for folder in folders):
+        return []
+    return [folder for folder in folders if image_files(folder)]
+
+
+def _part_folders(path: Path) -> dict[str, Path]:
+    """train/ and the like with class folders below, by part."""
+    found = {PARTS[p.name.lower()]: p for p in sorted(path.glob("*")) if p.name.lower() in PARTS}
+    return found if "train" in found and len(_class_folders(found["train"])) > 1 else {}
+
+
+def _all_folders(path: Path) -> dict[str, Path]:
+    return {"train": path} if len(_class_folders(path)) > 1 else {}
+
+
+def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
+    names = [folder.name for folder in _class_folders(parts["train"])]
+    cases = {part: list(_folder_cases(folder, names)) for part, folder in parts.items()}
+    if "val" in parts and not cases["val"]:
+        raise UserError(
+            f"{parts['val']} has no class folders. Sort its images into the folders {', '.join(names[:3])}, ... as in "
+            f"{parts['train']}, or take it away."
+        )
+    return make(path, "a folder a class", names, cases)
+
+
+def _folder_cases(folder: Path, names: Sequence[str]) -> Iterable[Case]:
+    for below in _class_folders(folder):
+        if below.name not in names:
+            raise UserError(f"{below} is a class that is not in train/. Known: {', '.join(list(names)[:8])}.")
+        for file in image_files(below):
+            name = f"{folder.name}/{below.name}/{stem_of(file)}"
+            yield Case(name, (file,), None, name, (names.index(below.name),))
+
+
+def _tiny_imagenet(path: Path) -> Path | None:
+    wanted = ("wnids.txt", "train", "val/val_annotations.txt")
+    return path if all((path / name).exists() for name in wanted) else None
+
+
+def _read_tiny_imagenet(path: Path, root: Path) -> ImageClasses:
+    """train/WNID/images/*.JPEG and a table of val/images; test/ has no classes and is not used."""
+    names = (root / "wnids.txt").read_text(encoding="utf-8").split()
+    rows = [line.split("\t") for line in (root / "val/val_annotations.txt").read_text("utf-8").splitlines()]
+    words = _words(root / "words.txt")
+    train = [
+        (file, names.index(name)) for name in names for file in image_files(root / "train" / name / "images")
+    ]
+    val = [(root / "val" / "images" / row[0], names.index(row[1])) for row in rows if len(row) > 1]
+    cases = {
+        part: [Case(f"{part}/{stem_of(f)}", (f,), None, f"{part}/{stem_of(f)}", (n,)) for f, n in found]
+        for part, found in (("train", train), ("val", val))
+    }
+    return make(path, "Tiny ImageNet", [words.get(name, name) for name in names], cases)
+
+
+def _words(path: Path) -> dict[str, str]:
+    """WordNet id -> its first word and the id, where there is the table."""
+    if not path.is_file():
+        return {}
+    rows = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    return {key: f"{words.partition(',')[0]} ({key})" for key, _, words in rows}
+
+
+def _table(path: Path) -> Path | None:
+    """A table of images and classes: the file itself, or the one beside them (HAM10000's metadata)."""
+    if any((path / name).is_dir() for name in LABEL_FOLDERS):
+        return None
+    files = [path] if path.is_file() else [path / "cases.csv", *sorted(path.glob("HAM10000_metadata*"))]
+    for file in files:
+        if file.is_file() and (file.suffix.lower() == ".csv" or file.name.startswith("HAM10000_metadata")):
+            rows = read_rows(file)
+            columns = (("image", "image_id"), CLASS_COLUMNS)
+            if rows and "label" not in rows[0] and all(_column(rows[0], names) for names in columns):
+                return file
+    return None
+
+
+def _column(row: Mapping[str, str], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _read_table(path: Path, table: Path) -> ImageClasses:
+    rows = read_rows(table)
+    key, kind = _column(rows[0], ("image", "image_id")) or "", _column(rows[0], CLASS_COLUMNS) or ""
+    group, root = _column(rows[0], GROUP_COLUMNS), table.parent
+    files = {stem_of(file): file for file in root.rglob("*") if suffix_of(file) not in ("", ".dcm")}
+    shown = HAM10000 if kind == "dx" else {}
+    classes = sorted({row[kind] for row in rows})
+    cases: dict[str, list[Case]] = {"train": []}
+    for row in rows:
+        file = root / row[key] if (root / row[key]).is_file() else files.get(stem_of(Path(row[key])))
+        if file is None:
+            raise UserError(
+                f"{table} names the image '{row[key]}', which is not in {root}. Add it, or take the row out."
+            )
+        part = PARTS.get(str(row.get("split") or "train").lower())
+        if part is None:
+            raise UserError(f"{table}: split '{row['split']}' is none of train, val, test.")
+        name = row.get("id") or stem_of(file)
+        patient = row[group] if group else name
+        cases.setdefault(part, []).append(Case(name, (file,), None, patient, (classes.index(row[kind]),)))
+    layout = "HAM10000" if shown else "a table of images and classes"
+    notes = [f"column '{group}' keeps the images of one {group} together"] if group else []
+    return make(path, layout, [shown.get(name, name) for name in classes], cases, notes)
+
+
+def _read_arrays(path: Path, found: Found) -> ImageClasses:
+    arrays = found()
+    names, images = arrays.names, arrays.images
+    cases = {
+        part: [
+            Case(f"{part}-{i:06d}", (arrays.files[0],), None, f"{part}-{i:06d}", (int(number),))
+            for i, number in enumerate(arrays.labels[part])
+        ]
+        for part in images
+    }
+    dataset = make(path, arrays.layout, names, cases, dims=arrays.spatial_dims, channels=arrays.channels)
+    return replace(dataset, arrays=images, files=tuple(arrays.files))
+
+
+def make(
+    path: Path,
+    layout: str,
+    names: Sequence[str],
+    cases: Mapping[str, Sequence[Case]],
+    notes: Sequence[str] = (),
+    *,
+    dims: int | None = None,
+    channels: int | None = None,
+) -> ImageClasses:
+    """The data set of cases by part ("train", "val", "test"); dimension and channels are the first image's."""
+    train, val = list(cases["train"]), list(cases.get("val", []))
+    present = {number for case in train for number in case.values}
+    if missing := [name for number, name in enumerate(names) if number not in present]:
+        raise UserError(
+            f"{path} has no image to train on for: {', '.join(missing[:5])}. Add some, or drop the class."
+        )
+    for name in repeated(case.id for part in cases.values() for case in part):
+        raise UserError(f"{path} has two images called '{name}'. Give every image a name of its own.")
+    if dims is None or channels is None:
+        dims = 2 if suffix_of(train[0].images[0]) in SUFFIXES_2D else 3
+        channels = max(
+            len(read_image(case.images, dims).array) for case in train[:: max(1, len(train) // 8)][:8]
+        )
+    given = {"train": [case.id for case in train], "val": [case.id for case in val]}
+    return ImageClasses(
+        name=path.stem,
+        root=path if path.is_dir() else path.parent,
+        layout=f"{layout}: {', '.join(f'{len(part)} {name}' for name, part in cases.items())}",
+        spatial_dims=dims,
+        channel_names=COLOURS if channels == 3 else tuple(f"channel {i}" for i in range(channels)),
+        label_names=tuple(names),
+        label_values=tuple(range(len(names))),
+        cases=(*train, *val),
+        test_cases=tuple(cases.get("test", ())),
+        notes=tuple(notes),
+        splits=(given,) if val else (),
+    )
+
+
+# How a layout is found by names (what is found goes to the reader), and read; the first that fits.
+READERS: Sequence[tuple[Callable[[Path], Any], Callable[[Path, Any], ImageClasses]]] = (
+    (find_arrays, _read_arrays),
+    (_tiny_imagenet, _read_tiny_imagenet),
+    (_table, _read_table),
+    (_part_folders, _read_folders),
+    (_all_folders, _read_folders),
+)

@@ -1,0 +1,175 @@
+"""What the numbers in label files mean: classes, regions that overlap, and voxels that nobody annotated.
+
+The grammar is nnU-Net's: {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+with `regions_class_order` [1, 2, 3]; the Decathlon's {"1": "organ"} is read as well. Regions are learnt one by one
+(sigmoid outputs) and painted in their order, the later over the earlier, each with its own value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kanseg.errors import UsageError, UserError
+
+IGNORE = "ignore"
+UNKNOWN = -1  # class number of voxels that nobody annotated
+
+
+class Labels(Protocol):
+    """What a data set and a plan know of their labels.
+
+    Attributes:
+        label_names: name of each class, the background first.
+        label_values: value that is written for each class, and read for it where there are no regions.
+        regions: values in the files that belong to each class; empty where each class is the one of its value.
+        ignore_value: value of voxels that count neither in the loss nor in a score.
+    """
+
+    @property
+    def label_names(self) -> Sequence[str]: ...
+    @property
+    def label_values(self) -> Sequence[int]: ...
+    @property
+    def regions(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def ignore_value(self) -> int | None: ...
+
+
+def parse_labels_of(described: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
+    """Fields of a `Dataset` from `labels`, `regions` and `regions_class_order` of a dataset.json.
+
+    Raises:
+        UserError: a class without a name or value of its own, or regions whose order of painting is not clear.
+    """
+    labels: dict[str, int | list[int]] = {}
+    for key, value in described["labels"].items():
+        name, number = (value, key) if re.fullmatch(r"-?\d+", str(key)) else (key, value)
+        labels[str(name)] = _number(source, str(name), number, labels)
+    ignore = labels.pop(IGNORE, None)
+    if isinstance(ignore, list):
+        raise UserError(f"{source}: '{IGNORE}' is one value, not {ignore}.")
+    if described.get("regions"):
+        labels = {name: labels[name] for name in labels if labels[name] == 0} | dict(described["regions"])
+    if not any(isinstance(value, list) for value in labels.values()):
+        names = {int(value): name for name, value in labels.items()}  # type: ignore[arg-type]
+        names.setdefault(0, "background")
+        values = sorted(names)
+        return {
+            "label_names": tuple(names[value] for value in values),
+            "label_values": tuple(values),
+            "ignore_value": ignore,
+        }
+    return {**regions_of(labels, described.get("regions_class_order"), source), "ignore_value": ignore}
+
+
+def regions_of(labels: Mapping[str, Any], order: Sequence[int] | None, source: Path | str) -> dict[str, Any]:
+    """Fields of a `Dataset` from regions by name; without `order` each is painted with a value of its own."""
+    named = {name: _whole_numbers(source, name, value) for name, value in labels.items()}
+    background = next((name for name, values in named.items() if values == (0,)), "background")
+    named.pop(background, None)
+    if order is None:
+        later = [set().union(*map(set, list(named.values())[i + 1 :])) for i in range(len(named))]
+        own = [sorted(set(values) - others) for values, others in zip(named.values(), later, strict=True)]
+        if not all(own):
+            hidden = list(named)[own.index([])]
+            raise UserError(
+                f"{source}: region '{hidden}' would be painted over by those after it. List the large regions before "
+                "the small ones, or give regions_class_order, the value to paint for each."
+            )
+        order = [values[0] for values in own]
+    if len(order) != len(named) or len(set(order)) != len(order) or 0 in order:
+        raise UserError(
+            f"{source}: regions_class_order {list(order)} needs one value of its own for each of the regions "
+            f"{', '.join(named)}."
+        )
+    return {
+        "label_names": (background, *named),
+        "label_values": (0, *(int(value) for value in order)),
+        "regions": ((0,), *named.values()),
+    }
+
+
+def parse_regions(text: str) -> dict[str, list[int]]:
+    """Regions from the command line.
+
+    >>> parse_regions("whole=1+2+4,enhancing=4")
+    {'whole': [1, 2, 4], 'enhancing': [4]}
+    """
+    regions = {}
+    for part in text.split(","):
+        name, _, values = part.partition("=")
+        if not name.strip() or not re.fullmatch(r"\d+(\+\d+)*", values.strip()):
+            raise UsageError(f"Regions '{text}' are not of the form whole=1+2+4,enhancing=4.")
+        regions[name.strip()] = [int(value) for value in values.split("+")]
+    return regions
+
+
+def known_values(labels: Labels) -> list[int]:
+    """Values of the annotated voxels in the files, rising: class number i of `class_numbers` is entry i."""
+    return sorted(
+        {0, *(v for region in labels.regions for v in region)} if labels.regions else labels.label_values
+    )
+
+
+def class_values(labels: Labels) -> dict[str, tuple[int, ...]]:
+    """Values in the files that belong to each class but the background, by name."""
+    regions = labels.regions or [(value,) for value in labels.label_values]
+    return dict(zip(labels.label_names[1:], map(tuple, regions[1:]), strict=True))
+
+
+def class_numbers(label: np.ndarray, labels: Labels, path: Path | str) -> np.ndarray:
+    """Values in a file -> places in `known_values`, (*S) float32, `UNKNOWN` where the ignore label is.
+
+    Raises:
+        UserError: a value that is not known.
+    """
+    known = known_values(labels)
+    ignored = label == labels.ignore_value if labels.ignore_value is not None else None
+    foreign = np.setdiff1d(label if ignored is None else label[~ignored], known)
+    if foreign.size:
+        raise UserError(
+            f"{path} has the values {foreign[:5].tolist()}, which the plan does not know (it has {known}). Correct "
+            "the label, or plan again."
+        )
+    numbers = np.searchsorted(known, label).astype(np.float32)
+    return numbers if ignored is None else np.where(ignored, np.float32(UNKNOWN), numbers)
+
+
+def targets(numbers: Tensor, labels: Labels) -> Tensor:
+    """What the loss compares with: class numbers (1, *S) as they are, for regions memberships (K, *S); -1 unknown."""
+    if not labels.regions:
+        return numbers
+    known = known_values(labels)
+    table = torch.tensor([[float(value in region) for value in known] for region in labels.regions])
+    table[0] = 1 - table[1:].amax(0)  # the background is what no region has
+    table = torch.cat(
+        [table, torch.full((len(table), 1), float(UNKNOWN))], dim=1
+    )  # index -1 is the last column
+    return table[:, numbers[0].long()]
+
+
+def _number(source: Path | str, name: str, value: Any, labels: Mapping[str, Any]) -> int | list[int]:
+    if isinstance(value, list):
+        number: Any = list(_whole_numbers(source, name, value))
+    else:
+        number = int(value) if str(value).isdigit() else None
+    if number is None or name in labels or number in labels.values():
+        raise UserError(
+            f"{source}: label '{name}' has the value {value!r}; each label needs a name and a whole number from 0 of "
+            "its own, or a list of them (a region)."
+        )
+    return number
+
+
+def _whole_numbers(source: Path | str, name: str, value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or not all(str(v).isdigit() for v in values):
+        raise UserError(f"{source}: region '{name}' is {value!r}; a list of whole numbers is expected.")
+    return tuple(sorted({int(v) for v in values}))

@@ -1,0 +1,50 @@
+"""The kinds of plan, and reading one without knowing its kind; likewise data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kanseg.data.class_plan import ClassPlan
+from kanseg.data.formats import Dataset
+from kanseg.data.image_classes import ImageClasses, read_classes
+from kanseg.data.plan import Plan, planned_dataset
+from kanseg.data.stored_plan import read_values
+from kanseg.errors import UserError, did_you_mean
+
+PLANS: dict[str, type[Plan] | type[ClassPlan]] = {plan.task: plan for plan in (Plan, ClassPlan)}
+AnyPlan = Plan | ClassPlan
+
+
+def plan_from_dict(values: Mapping[str, Any]) -> AnyPlan:
+    """A plan of the kind that it says it is; without a word it is one of segmentation."""
+    rest = dict(values)
+    task = rest.pop("task", Plan.task)
+    if task not in PLANS:
+        raise UserError(f"The plan is for the unknown task '{task}'.{did_you_mean(str(task), PLANS)}")
+    return PLANS[task].from_dict(rest)
+
+
+def load_plan(path: Path | str) -> AnyPlan:
+    """Read a plan.json of either kind."""
+    return plan_from_dict(read_values(path))
+
+
+def dataset_of(plan: AnyPlan) -> Dataset:
+    """The data set of a plan, read as it was for planning."""
+    if isinstance(plan, ClassPlan):
+        return read_classes(plan.data, id_pattern=plan.id_pattern)
+    return planned_dataset(plan)
+
+
+__all__ = [
+    "PLANS",
+    "AnyPlan",
+    "ClassPlan",
+    "ImageClasses",
+    "Plan",
+    "dataset_of",
+    "load_plan",
+    "plan_from_dict",
+]

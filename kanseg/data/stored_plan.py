@@ -1,0 +1,71 @@
+"""What every plan can: be JSON, be read back, and say what a hand has put in wrongly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from kanseg.errors import UserError, did_you_mean
+
+
+@dataclass
+class StoredPlan:
+    """A dataclass that is plan.json, and part of each checkpoint.
+
+    Attributes:
+        task: row of `kanseg.training.tasks.TASKS` that learns by it.
+    """
+
+    task: ClassVar[str]
+
+    def misfit(self) -> str | None:
+        """What a plan edited by hand has wrong, or None."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain numbers, lists and dictionaries."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; keys that are unknown or missing, or do not fit together, raise `UserError`."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UserError(f"A plan has no key '{key}'.{did_you_mean(key, known)}")
+        try:
+            plan = cls(**values)
+            misfit = plan.misfit()
+        except TypeError as error:
+            raise UserError(
+                f"The plan is not complete, or has words for numbers: {error}. Run `kanseg plan` again."
+            ) from error
+        if misfit:
+            raise UserError(
+                f"The plan does not fit together: {misfit}. Correct it, or run `kanseg plan` again."
+            )
+        return plan
+
+    def save(self, path: Path | str) -> Path:
+        """Write plan.json, atomically."""
+        from kanseg.training.files import write_json
+
+        return write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read plan.json."""
+        return cls.from_dict(read_values(path))
+
+
+def read_values(path: Path | str) -> dict[str, Any]:
+    """The values of a plan.json, whatever it plans."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a plan ({error}). Run `kanseg plan` again.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no plan. Run `kanseg plan` again.")
+    return values

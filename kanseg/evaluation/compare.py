@@ -1,0 +1,287 @@
+"""Is A better than B? Paired differences of the same cases, with intervals and a test, a class and a metric.
+
+Patients are drawn and tested as wholes where they are known. Tests are Wilcoxon's signed-rank tests; with several
+classes their p values are corrected by Holm's method within a metric.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from kanseg.data.fingerprint import load_fingerprint
+from kanseg.errors import UserError
+from kanseg.evaluation.metrics import METRICS, RESAMPLES, Label, evaluate_folders
+from kanseg.training.files import make_folder, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TABLES = ("cases.csv", "cross_validation.csv")
+LOWER_IS_BETTER = ("hd95",)
+ALPHA = 0.05
+Scores = dict[str, dict[str, dict[str, float]]]  # metric -> class -> case -> score
+
+
+def compare(
+    one: Path | str,
+    other: Path | str,
+    out: Path | str | None = None,
+    *,
+    reference: Path | str | None = None,
+    labels: Mapping[str, Label] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare two runs, two folders of scores, or, with their references, two folders of label maps.
+
+    Args:
+        out: folder for comparison.json, comparison.csv and comparison.png.
+        reference: folder of references; then `one` and `other` hold label maps.
+        labels: see `kanseg.evaluation.metrics.evaluate_folders`.
+
+    Returns:
+        {"a", "b", "cases", "patients", "only_in_a", "only_in_b", "rows"}; a row has class, metric, mean_a, mean_b,
+        difference (a - b), ci95 of it, p, p_holm, wins, losses (cases in which a is better, worse), better.
+
+    Raises:
+        UserError: no scores, or no case that both have.
+    """
+    first, second = (load_scores(path, reference, labels) for path in (one, other))
+    groups = {**_groups(Path(other)), **_groups(Path(one))}
+    cases = [_cases(scores) for scores in (first, second)]
+    shared = sorted(cases[0] & cases[1])
+    if not shared:
+        raise UserError(
+            f"{one} and {other} have no case in common, e.g. {min(cases[0])} and {min(cases[1])}. Compare predictions "
+            "of the same cases."
+        )
+    rows = []
+    for metric in METRICS:
+        pairs = {
+            label: (column, second[metric][label])
+            for label, column in first.get(metric, {}).items()
+            if label in second.get(metric, {})
+        }
+        rows += _with_holm([_row(label, metric, pair, groups, seed) for label, pair in pairs.items()])
+    if not rows:
+        raise UserError(f"{one} and {other} have no class and metric in common.")
+    result = {
+        "a": str(one),
+        "b": str(other),
+        "cases": len(shared),
+        "patients": len({groups.get(case, case) for case in shared}),
+        "only_in_a": sorted(cases[0] - cases[1]),
+        "only_in_b": sorted(cases[1] - cases[0]),
+        "interval": f"95 % bootstrap interval of the mean difference, {RESAMPLES} resamples of patients, seed {seed}",
+        "rows": rows,
+    }
+    if out is not None:
+        folder = make_folder(Path(out))
+        write_json(folder / "comparison.json", result)
+        write_bytes(folder / "comparison.csv", _csv(rows).encode())
+        scatter = {label: (first["dice"][label], second["dice"][label]) for label in _classes(rows)}
+        write_bytes(folder / "comparison.png", draw(result, scatter, shared))
+    return result
+
+
+def load_scores(
+    path: Path | str, reference: Path | str | None = None, labels: Mapping[str, Label] | None = None
+) -> Scores:
+    """Scores of every case: of a table, an evaluated folder, a run, or label maps with their references."""
+    path = Path(path)
+    if reference is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            evaluate_folders(path, reference, folder, labels=labels)
+            return _from_table(Path(folder) / TABLES[0])
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return _from_table(path)
+    for name in TABLES:
+        if (path / name).is_file():
+            return _from_table(path / name)
+    summaries = sorted(path.glob("fold_*/summary.json")) or sorted(path.glob("summary.json"))
+    scores: Scores = {}
+    for file in summaries:
+        for case, by_class in (_json(file).get("cases") or {}).items() if _has_cases(file) else ():
+            for label, dice in by_class.items():
+                scores.setdefault("dice", {}).setdefault(label, {})[case] = float(dice)
+    if not scores:
+        raise UserError(
+            f"{path} holds no scores. Give a folder of `kanseg evaluate -o`, a run whose folds are validated, or label "
+            "maps with --reference."
+        )
+    return _with_mean(scores)
+
+
+def _has_cases(file: Path) -> bool:
+    return isinstance(_json(file).get("cases"), dict)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}).") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _from_table(file: Path) -> Scores:
+    scores: Scores = {}
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                for metric in METRICS:
+                    if row.get(metric):
+                        by_class = scores.setdefault(metric, {}).setdefault(row["label"], {})
+                        by_class[row["case"]] = float(row[metric])
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{file} is no table of scores with the columns case, label, {', '.join(METRICS)}."
+        ) from error
+    if not scores:
+        raise UserError(f"{file} holds no scores.")
+    return _with_mean(scores)
+
+
+def _with_mean(scores: Scores) -> Scores:
+    """The class "mean": of each case over its classes, where there are several."""
+    for by_class in scores.values():
+        if len(by_class) > 1 and "mean" not in by_class:
+            shared = set.intersection(*(set(column) for column in by_class.values()))
+            by_class["mean"] = {
+                case: float(np.mean([column[case] for column in by_class.values()])) for case in shared
+            }
+    return scores
+
+
+def _cases(scores: Scores) -> set[str]:
+    return {case for by_class in scores.values() for column in by_class.values() for case in column}
+
+
+def _groups(path: Path) -> dict[str, str]:
+    """Patient of each case, where the run's fingerprint knows."""
+    seen = load_fingerprint(path) if path.is_dir() else None
+    return {case: entry["group"] for case, entry in seen["cases"].items()} if seen else {}
+
+
+def _row(
+    label: str,
+    metric: str,
+    pair: tuple[Mapping[str, float], Mapping[str, float]],
+    groups: Mapping[str, str],
+    seed: int,
+) -> dict[str, Any]:
+    """One class and metric, over the cases that both sides have."""
+    cases = sorted(set(pair[0]) & set(pair[1]))
+    first, second = (np.array([column[case] for case in cases]) for column in pair)
+    difference = first - second
+    _, index = np.unique([groups.get(case, case) for case in cases], return_inverse=True)
+    sums, sizes = np.bincount(index, difference), np.bincount(index)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), (2.5, 97.5))
+    gain = -difference if metric in LOWER_IS_BETTER else difference
+    return {
+        "class": label,
+        "metric": metric,
+        "n": len(difference),
+        "mean_a": float(first.mean()),
+        "mean_b": float(second.mean()),
+        "difference": float(difference.mean()),
+        "ci95": [float(low), float(high)],
+        "p": _p(sums / sizes),
+        "wins": int((gain > 0).sum()),
+        "losses": int((gain < 0).sum()),
+    }
+
+
+def _p(differences: np.ndarray) -> float:
+    """Wilcoxon's signed-rank test of patients' differences; without any difference there is nothing to test."""
+    return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+
+
+def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add p_holm over the classes of a metric ("mean" is no further hypothesis), and which side is better."""
+    classes = sorted((row for row in rows if row["class"] != "mean"), key=lambda row: row["p"])
+    highest = 0.0
+    for place, row in enumerate(classes):
+        highest = max(highest, min(1.0, row["p"] * (len(classes) - place)))
+        row["p_holm"] = highest
+    for row in rows:
+        row.setdefault("p_holm", row["p"])
+        gain = -row["difference"] if row["metric"] in LOWER_IS_BETTER else row["difference"]
+        row["better"] = "" if row["p_holm"] >= ALPHA else "a" if gain > 0 else "b"
+    return rows
+
+
+def _classes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [row["class"] for row in rows if row["metric"] == "dice"]
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    flat = [{**row, "ci95": None, "low": row["ci95"][0], "high": row["ci95"][1]} for row in rows]
+    columns = [key for key in flat[0] if key != "ci95"]
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """For the terminal: a row a class and metric; the better side is marked where the test says so."""
+    from rich.table import Table
+
+    title = f"A = {result['a']}, B = {result['b']}: {result['cases']} cases of {result['patients']} patients"
+    table = Table("class", "metric", title=title, title_justify="left")
+    for heading in ("A", "B", "A - B [95 % interval]", "p (Holm)", "A better / worse"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        low, high = row["ci95"]
+        mean_a, mean_b = f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}"
+        table.add_row(
+            row["class"],
+            row["metric"],
+            f"[bold]{mean_a}[/bold]" if row["better"] == "a" else mean_a,
+            f"[bold]{mean_b}[/bold]" if row["better"] == "b" else mean_b,
+            f"{row['difference']:+.4f} [[{low:+.4f}, {high:+.4f}]",
+            f"{row['p_holm']:.3g}",
+            f"{row['wins']} / {row['losses']}",
+        )
+    return table
+
+
+def draw(
+    result: Mapping[str, Any],
+    scatter: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]],
+    cases: Sequence[str],
+) -> bytes:
+    """PNG: Dice of A against B case by case, and the mean differences with their intervals."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if row["metric"] == "dice"] or result["rows"]
+    figure = Figure(figsize=(10, max(3.8, 0.45 * len(rows) + 1.6)), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for label, (first, second) in scatter.items():
+        if label != "mean" or len(scatter) == 1:
+            both = [case for case in cases if case in first and case in second]
+            left.plot([second[c] for c in both], [first[c] for c in both], ".", label=label, alpha=0.7)
+    left.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+    left.set(xlabel="Dice of B", ylabel="Dice of A", title="each point is a case; above the line A is better")
+    if scatter:
+        left.legend()
+    for place, row in enumerate(reversed(rows)):
+        right.plot(row["ci95"], [place, place], color="black", linewidth=1)
+        right.plot([row["difference"]], [place], "o", color="black")
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set_yticks(range(len(rows)), [row["class"] for row in reversed(rows)])
+    right.set(xlabel=f"A - B ({rows[0]['metric']}), mean and 95 % interval")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,240 @@
+"""Several networks or predictions as one: folds of a run, models of different plans, folders of label maps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from kanseg.data.digests import file_digest
+from kanseg.data.formats import Case, find_images
+from kanseg.data.images import check_pair, label_from, read_image, write_label
+from kanseg.data.plan import Plan
+from kanseg.errors import UserError
+from kanseg.inference.postprocess import Rule, check_rule
+from kanseg.inference.predict import decide, find_probabilities, predict_folder
+from kanseg.progress import progress
+from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model
+from kanseg.training.devices import keep_freed_memory
+
+TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
+FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
+POSTPROCESSING = "postprocessing.json"  # in a run folder, the rules chosen by its cross-validation
+
+
+class Ensemble(nn.Module):
+    """Networks of one plan as one network: logits whose probabilities are the mean of the members'.
+
+    forward: (N, C, *S) -> (N, K, *S).
+    """
+
+    def __init__(self, members: Sequence[nn.Module], regions: bool) -> None:
+        super().__init__()
+        self.members, self.regions = nn.ModuleList(members), regions
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.regions:
+            mean = torch.stack([member(x).sigmoid() for member in self.members]).mean(0)
+            return torch.logit(mean, eps=1e-6)
+        logs = torch.stack([member(x).log_softmax(1) for member in self.members])
+        return logs.logsumexp(0) - math.log(len(self.members))
+
+
+class Loaded:
+    """Networks to predict with, one a plan, and what is known of them.
+
+    Attributes:
+        networks, plans: as `kanseg.inference.predict.predict_folder` takes them.
+        files: the checkpoints, and `digests` of them.
+        rules: post-processing that was stored with the first model.
+    """
+
+    def __init__(self, paths: Sequence[Path], device: str | torch.device = "cpu") -> None:
+        self.files = [file for path in paths for file in find_members(path)]
+        self.digests = [file_digest(file) for file in self.files]
+        self.rules: list[Rule] = _rules(Path(paths[0]))
+        members: dict[str, list[tuple[nn.Module, Plan]]] = {}
+        for file in self.files:
+            network, plan, info = load_model(file, device)
+            self.rules = self.rules or info.get("postprocessing") or []
+            members.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
+        self.plans = [group[0][1] for group in members.values()]
+        self.networks: list[nn.Module] = [
+            group[0][0]
+            if len(group) == 1
+            else Ensemble([n for n, _ in group], bool(group[0][1].regions)).eval()
+            for group in members.values()
+        ]
+        for rule in self.rules:
+            check_rule(rule)
+        _require_one_task(self.files, self.plans)
+
+    @property
+    def plan(self) -> Plan:
+        """The first plan; channels and labels are those of all."""
+        return self.plans[0]
+
+
+def predict_with(
+    models: Sequence[Path],
+    images: Path,
+    out: Path,
+    *,
+    console: Console,
+    version: str,
+    suffix: str | None = None,
+    overlap: float = 0.5,
+    blending: str = "gaussian",
+    tta: bool = False,
+    probabilities: bool = False,
+    postprocess: bool = True,
+    again: bool = False,
+) -> dict[str, Any]:
+    """Predict images with all networks of the given models, runs or checkpoints; see `predict_folder`.
+
+    Returns:
+        {"predicted", "failed": message by case, "out"}.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
+    loaded = Loaded(models, device)
+    if len(loaded.files) > 1:
+        console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
+    if tta and not any(plan.mirror_axes for plan in loaded.plans):
+        console.print("--tta changes nothing: the plan names no axes whose ends may be exchanged")
+    cases = find_images(images, channels=len(loaded.plan.channel_names))
+    how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
+    rules = loaded.rules if postprocess else []
+    failures = predict_folder(
+        loaded.networks,
+        loaded.plans,
+        cases,
+        out,
+        suffix=suffix,
+        probabilities=probabilities,
+        rules=rules,
+        settings={**how, "models": loaded.digests, "rules": rules},
+        again=again,
+        console=console,
+        description=f"kanseg {version} {loaded.plan.model} {loaded.plan.dataset_name}",
+        device=device,
+        **how,
+    )
+    return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
+
+
+def find_members(path: Path | str) -> list[Path]:
+    """Checkpoints that a file, model, fold or run folder stands for: of a run all folds, or its final one."""
+    path = Path(path)
+    if (path / FINAL_MODEL).is_dir():
+        path = path / FINAL_MODEL
+    if path.is_file() or not path.is_dir() or any((path / name).is_file() for name in (EXPORTED, BEST, LAST)):
+        return [find_checkpoint(path)]
+    folds = sorted(
+        f for f in path.glob("fold_*") if any((f / name).is_file() for name in (EXPORTED, BEST, LAST))
+    )
+    numbered = [fold for fold in folds if fold.name[5:].isdigit()]
+    return [find_checkpoint(fold) for fold in numbered] or [find_checkpoint(path)]
+
+
+def _rules(path: Path) -> list[Rule]:
+    folder = path if path.is_dir() else path.parent
+    for file in (folder / POSTPROCESSING, folder.parent / POSTPROCESSING):
+        if file.is_file():
+            try:
+                rules = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{file} cannot be read as post-processing rules ({error}).") from error
+            return rules["rules"] if isinstance(rules, dict) and "rules" in rules else rules
+    return []
+
+
+def _sameness(plan: Plan) -> dict[str, Any]:
+    """What networks must have in common to see the same windows."""
+    keys = ("spatial_dims", "spacing", "patch_size", "normalization", "orientation", "slice_axis", "slices")
+    return {key: getattr(plan, key) for key in (*keys, "mirror_axes", *TASK)}
+
+
+def _require_one_task(files: Sequence[Path], plans: Sequence[Plan]) -> None:
+    for plan in plans[1:]:
+        for key in TASK:
+            if getattr(plan, key) != getattr(plans[0], key):
+                raise UserError(
+                    f"{', '.join(map(str, files))} are no ensemble: their {key} differ, {getattr(plans[0], key)} and "
+                    f"{getattr(plan, key)}. Combine models of one task."
+                )
+
+
+def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Combine predictions of the same cases: by mean probability where every folder has maps, else by vote.
+
+    Maps are those of `kanseg predict --probabilities`. In a vote a tie goes to the earliest folder's label.
+
+    Returns:
+        {"cases", "by": case -> "probability" or "vote", "out"}.
+
+    Raises:
+        UserError: a case that a folder lacks, label maps on different grids, or an output that replaces an input.
+    """
+    if len(folders) < 2:
+        raise UserError("An ensemble needs at least two folders of predictions.")
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise UserError(f"{out} is one of the folders to combine. Choose another for the result.")
+    found = [_predictions(folder) for folder in folders]
+    for folder, cases in zip(folders[1:], found[1:], strict=True):
+        if differing := sorted(set(cases) ^ set(found[0])):
+            raise UserError(
+                f"{folders[0]} and {folder} do not hold the same cases: only one has {', '.join(differing[:5])}."
+            )
+    by = {}
+    for name, first in progress(found[0].items(), "Combining"):
+        paths = [cases[name].images[0] for cases in found]
+        images = [read_image(path) for path in paths]
+        for image in images[1:]:
+            check_pair(images[0], image)
+        maps = [find_probabilities(path) for path in paths]
+        known = {(tuple(m[1]), m[2]) for m in maps if m is not None}
+        if None in maps or len(known) > 1:
+            by[name], labels = "vote", _vote([label_from(image) for image in images])
+        else:
+            ((values, regions),) = known
+            by[name], labels = "probability", decide(_mean_of([m[0] for m in maps if m]), values, regions)
+        dtype = np.result_type(np.min_scalar_type(int(labels.max(initial=0))), np.uint8).name
+        write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble")
+    if console is not None:
+        console.print(
+            f"{len(by)} cases of {len(folders)} predictions -> {out}", highlight=False, soft_wrap=True
+        )
+    return {"cases": len(by), "by": by, "out": str(out)}
+
+
+def _predictions(folder: Path) -> dict[str, Case]:
+    """Label maps of a folder; the maps of probabilities beside them are none."""
+    return {case.id: case for case in find_images(folder, channels=1) if "_prob_" not in case.id}
+
+
+def _mean_of(maps: Sequence[Sequence[Path]]) -> Iterator[np.ndarray]:
+    """Mean probability of each class in turn, from the maps of each prediction."""
+    for files in zip(*maps, strict=True):
+        yield np.mean([read_image(file).array[0] for file in files], axis=0)
+
+
+def _vote(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """The most frequent label at each voxel."""
+    values = np.unique(np.concatenate([np.unique(label) for label in labels]))
+    most = np.zeros(labels[0].shape, np.int16)
+    result = np.zeros_like(labels[0])
+    for label in labels:
+        for value in values:
+            count = sum((other == value).astype(np.int16) for other in labels)
+            place = (label == value) & (count > most)
+            result[place], most[place] = value, count[place]
+    return result

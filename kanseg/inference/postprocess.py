@@ -1,0 +1,133 @@
+"""Post-processing of label maps: largest component, smallest size, filled holes, a class or all classes at once.
+
+A rule is plain JSON: {"labels": [1, 2], "largest": true, "min_mm3": 100.0, "fill_holes": true}. It looks at all voxels
+that hold one of its labels; what it removes becomes background, what it fills was background. Rules are chosen by the
+Dice of cases that the network has not seen in training, as nnU-Net does (Isensee et al., Nature Methods 18, 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from kanseg.errors import UserError, did_you_mean
+from kanseg.evaluation.metrics import dice
+
+Rule = dict[str, Any]
+Pair = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, Sequence[float]]
+KEYS = ("labels", "largest", "min_mm3", "fill_holes")
+LEAST_GAIN = 1e-4  # of the mean Dice; a rule that gains less is noise
+SHARES = (0.05, 0.2)  # of a class's median volume: the smallest sizes that are tried
+
+
+def apply_postprocessing(
+    labelmap: np.ndarray, rules: Sequence[Rule], spacing: Sequence[float] | None = None
+) -> np.ndarray:
+    """The label map (*S) after all rules, in their order; the given array is left as it is.
+
+    Args:
+        spacing: mm, one number an axis; default 1.
+    """
+    done = labelmap.copy()
+    for rule in rules:
+        check_rule(rule)
+        mask = np.isin(done, rule["labels"])
+        if not mask.any():
+            continue
+        box = ndimage.find_objects(mask.astype(np.uint8))[0]
+        inside, view = mask[box], done[box]
+        kept = _cleaned(inside, rule, spacing)
+        view[inside & ~kept] = 0
+        view[kept & ~inside & (view == 0)] = rule["labels"][0]
+    return done
+
+
+def check_rule(rule: Rule) -> None:
+    """Raise `UserError` unless a rule read from a file is one."""
+    if not isinstance(rule, dict) or not rule.get("labels"):
+        raise UserError(
+            f"Post-processing rule {rule!r} needs 'labels', e.g. {{'labels': [1], 'largest': true}}."
+        )
+    for key in rule:
+        if key not in KEYS:
+            raise UserError(f"Post-processing rules have no key '{key}'.{did_you_mean(key, KEYS)}")
+
+
+def choose_postprocessing(pairs: Iterable[Pair], labels: Mapping[str, int] | Sequence[int]) -> list[Rule]:
+    """Rules that raise the mean Dice of unseen cases; [] where none does.
+
+    First all labels together (one organ, whatever its parts), then each label alone, given what was chosen before.
+
+    Args:
+        pairs: (prediction, reference) or (prediction, reference, spacing in mm) of each case, label maps (*S); walked
+            through once a decision, so a list, or an object that reads the cases again at each `iter`.
+        labels: the label values (or name -> value), without the background.
+    """
+    values = list(labels.values() if isinstance(labels, Mapping) else labels)
+    rules: list[Rule] = []
+    together = [values] if len(values) > 1 else []
+    for group in [*together, *([value] for value in values)]:
+        candidates = _candidates(group, _triples(pairs))
+        scores = np.array([_scores(pair, group, rules, candidates) for pair in _triples(pairs)])
+        if not scores.size:
+            break
+        means = scores.mean(axis=0)  # the first candidate changes nothing
+        best = int(means.argmax())
+        if means[best] >= means[0] + LEAST_GAIN:
+            rules.append(candidates[best])
+    return rules
+
+
+def _triples(pairs: Iterable[Pair]) -> Iterator[tuple[np.ndarray, np.ndarray, Sequence[float]]]:
+    for prediction, reference, *spacing in pairs:
+        yield prediction, reference, spacing[0] if spacing else (1.0,) * prediction.ndim
+
+
+def _candidates(
+    group: list[int], triples: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]]
+) -> list[Rule]:
+    """No change first; then components by size, holes, and both. Holes of several labels belong to none of them."""
+    volumes = [float(np.isin(ref, group).sum() * np.prod(spacing)) for _, ref, spacing in triples]
+    median = float(np.median([v for v in volumes if v] or [0.0]))
+    sizes = [{"min_mm3": float(f"{median * share:.3g}")} for share in SHARES if median]
+    parts: list[Rule] = [{}, {"largest": True}, *sizes]
+    holes: list[Rule] = [{}, {"fill_holes": True}] if len(group) == 1 else [{}]
+    return [{"labels": group, **part, **hole} for hole, part in product(holes, parts)]
+
+
+def _scores(
+    triple: tuple[np.ndarray, np.ndarray, Sequence[float]],
+    group: list[int],
+    rules: Sequence[Rule],
+    candidates: Sequence[Rule],
+) -> list[float]:
+    """Dice (mean over the group's labels) of one case under each candidate."""
+    prediction, reference, spacing = triple
+    before = apply_postprocessing(prediction, rules, spacing)
+    scores = []
+    for candidate in candidates:
+        after = apply_postprocessing(before, [candidate], spacing)
+        scores.append(float(np.mean([dice(after == value, reference == value) for value in group])))
+    return scores
+
+
+def _cleaned(mask: np.ndarray, rule: Rule, spacing: Sequence[float] | None) -> np.ndarray:
+    """The mask (*S) after one rule; voxels that touch by a corner are one component."""
+    if rule.get("fill_holes"):
+        mask = ndimage.binary_fill_holes(mask)
+    smallest = rule.get("min_mm3") or 0
+    if not rule.get("largest") and not smallest:
+        return mask
+    components, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
+    sizes = np.bincount(components.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    voxel = float(np.prod(spacing)) if spacing is not None else 1.0
+    kept = sizes * voxel >= smallest
+    if rule.get("largest"):
+        kept &= np.arange(count + 1) == sizes.argmax()
+    kept[0] = False
+    return kept[components]

@@ -1,0 +1,123 @@
+"""Random changes of patches in batches, on the device: what `data.transforms.augmentation` does one by one on the CPU.
+
+A patch's changes depend on its `seed` alone, not on its batch, so processes and interruptions change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kanseg.data.plan import Plan
+from kanseg.data.transforms import LINEAR, ROTATION, rotation
+from kanseg.training.task import Batch
+
+SCALE = {2: 0.2, 3: 0.15}
+AFFINE, NOISE, BLUR, BRIGHTNESS, COARSE, GAMMA = 0.3, 0.15, 0.1, 0.15, 0.1, 0.15  # probabilities
+NOISE_STD, BLUR_SIGMA, BRIGHTNESS_RANGE, GAMMA_RANGE = 0.1, (0.5, 1.0), 0.25, (0.7, 1.5)
+
+
+class BatchAugmentation:
+    """Rotation and scale, flips, noise, blur, brightness, low resolution and gamma of a batch.
+
+    Called with {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)}; gives the same keys.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.dims, self.mirror_axes = plan.spatial_dims, plan.mirror_axes
+        self.rotation = rotation(plan) if plan.spatial_dims == 3 else (2 * ROTATION,)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch changed; the one that was given stays."""
+        image, label = batch["image"].float(), batch["label"].float()
+        draws = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+        image, label = self._moved(image, label, draws)
+        image = torch.stack([self._shaded(one, draw) for one, draw in zip(image, draws, strict=True)])
+        return {**batch, "image": image, "label": label}
+
+    def _moved(self, image: Tensor, label: Tensor, draws: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """One resampling of the whole batch; a patch that is not turned keeps its values to rounding."""
+        matrices = torch.stack([self._matrix(draw, image.shape[2:]) for draw in draws]).to(image)
+        theta = torch.cat([matrices, torch.zeros_like(matrices[..., :1])], dim=-1)
+        grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+        moved = (
+            F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
+            for x, mode in ((image, "bilinear"), (label, "nearest"))
+        )
+        return next(moved), next(moved)
+
+    def _matrix(self, draw: torch.Generator, size: torch.Size) -> Tensor:
+        """From places in the new patch to places in the old, in `grid_sample`'s units and order (last axis first)."""
+        extent = torch.tensor(size, dtype=torch.float32)
+        matrix = torch.eye(self.dims)
+        if _chance(draw, AFFINE):
+            for angle, (a, b) in zip(self.rotation, self._planes(), strict=True):
+                turn, by = torch.eye(self.dims), _between(draw, -angle, angle)
+                turn[a, a] = turn[b, b] = math.cos(by)
+                turn[a, b], turn[b, a] = -math.sin(by), math.sin(by)
+                matrix = matrix @ turn
+            scale = SCALE[self.dims]
+            matrix = matrix * torch.tensor([1 + _between(draw, -scale, scale) for _ in size])
+        for axis in self.mirror_axes:
+            if _chance(draw, 0.5):
+                matrix[:, axis] *= -1
+        return (matrix * extent[None, :] / extent[:, None]).flip((0, 1))
+
+    def _planes(self) -> list[tuple[int, int]]:
+        """The plane that each angle turns: about axis 0, 1 and 2 in 3D."""
+        return [(0, 1)] if self.dims == 2 else [(1, 2), (0, 2), (0, 1)]
+
+    def _shaded(self, image: Tensor, draw: torch.Generator) -> Tensor:
+        """Changes of intensity of one image (C, *patch)."""
+        if _chance(draw, NOISE):
+            own = torch.Generator(image.device).manual_seed(int(torch.randint(2**31, (), generator=draw)))
+            noise = torch.randn(image.shape, generator=own, device=image.device)
+            image = image + _between(draw, 0, NOISE_STD) * noise
+        if _chance(draw, BLUR):
+            image = self._blurred(image, _between(draw, *BLUR_SIGMA))
+        if _chance(draw, BRIGHTNESS):
+            image = image * (1 + _between(draw, -BRIGHTNESS_RANGE, BRIGHTNESS_RANGE))
+        if _chance(draw, COARSE):
+            image = self._coarse(image, _between(draw, 0.5, 1.0))
+        if _chance(draw, GAMMA):
+            image = _gamma(image, _between(draw, *GAMMA_RANGE))
+        return image
+
+    def _blurred(self, image: Tensor, sigma: float) -> Tensor:
+        reach = math.ceil(3 * sigma)
+        kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=image.device) / sigma) ** 2)
+        kernel = kernel / kernel.sum()
+        convolve = {2: F.conv2d, 3: F.conv3d}[self.dims]
+        blurred = image[:, None]
+        for axis in range(self.dims):
+            shape, pad = [1] * (self.dims + 2), [0] * (2 * self.dims)
+            shape[axis + 2] = len(kernel)
+            pad[-2 * axis - 2] = pad[-2 * axis - 1] = reach
+            blurred = convolve(F.pad(blurred, pad, mode="replicate"), kernel.view(shape))
+        return blurred[:, 0]
+
+    def _coarse(self, image: Tensor, zoom: float) -> Tensor:
+        small = [max(1, round(n * zoom)) for n in image.shape[1:]]
+        low = F.interpolate(image[None], size=small, mode="nearest-exact")
+        return F.interpolate(low, size=image.shape[1:], mode=LINEAR[self.dims], align_corners=False)[0]
+
+
+def _gamma(image: Tensor, gamma: float) -> Tensor:
+    """Values raised to a power between their least and greatest, mean and spread kept, channel by channel."""
+    axes = tuple(range(1, image.dim()))
+    low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
+    mean, std = image.mean(axes, keepdim=True), image.std(axes, keepdim=True)
+    changed = ((image - low) / (high - low).clamp_min(1e-7)) ** gamma
+    spread = changed.std(axes, keepdim=True).clamp_min(1e-7)
+    return (changed - changed.mean(axes, keepdim=True)) / spread * std + mean
+
+
+def _chance(draw: torch.Generator, probability: float) -> bool:
+    return _between(draw, 0, 1) < probability
+
+
+def _between(draw: torch.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), generator=draw))

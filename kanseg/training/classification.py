@@ -1,0 +1,200 @@
+"""The task of classification: images in, a class each out; accuracy while training, AUC and more at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from kanseg.config import Config
+from kanseg.data.class_loader import ImageBatches, TrainingImages
+from kanseg.data.class_plan import ClassPlan
+from kanseg.data.formats import Case
+from kanseg.data.image_classes import ImageClasses
+from kanseg.data.loaders import EndlessLoader
+from kanseg.errors import refused_options
+from kanseg.evaluation.classification import class_scores, write_predictions
+from kanseg.registry import Registry
+from kanseg.training.files import make_folder
+from kanseg.training.task import Batch
+from kanseg.training.validate import spread
+
+CLASS_LOSSES = Registry("loss of classes")
+PREDICTIONS = "predictions.csv"
+
+
+@CLASS_LOSSES.register("ce")
+class CrossEntropy(nn.CrossEntropyLoss):
+    """Cross-entropy of logits (N, K) and classes (N,) or their shares (N, K).
+
+    Args:
+        weight: of each class.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, weight: Sequence[float] | None = None) -> None:
+        super().__init__(None if weight is None else torch.tensor(weight), label_smoothing=label_smoothing)
+
+
+@CLASS_LOSSES.register("focal")
+class FocalCrossEntropy(CrossEntropy):
+    """Cross-entropy whose terms count (1 - p)^gamma, so the sure ones count less (Lin et al., arXiv 1708.02002)."""
+
+    def __init__(
+        self, gamma: float = 1.5, label_smoothing: float = 0.0, weight: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(label_smoothing, weight)
+        self.gamma = gamma
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean loss; 1 - p is of the smoothed, mixed target's own class shares."""
+        classes = logits.shape[1]
+        shares = target if target.dim() == 2 else F.one_hot(target, classes).to(logits.dtype)
+        shares = shares * (1 - self.label_smoothing) + self.label_smoothing / classes
+        logs = logits.log_softmax(1)
+        weight = 1.0 if self.weight is None else self.weight
+        return -(weight * shares * (1 - logs.exp()) ** self.gamma * logs).sum(1).mean()
+
+
+class Classification:
+    """A fold's images, learned in shuffled passes and scored by accuracy; see `task.Task`.
+
+    Args:
+        main: whether this process writes files.
+    """
+
+    metric = "accuracy"
+    names: Sequence[str] = ("top-1",)
+
+    def __init__(
+        self,
+        config: Config,
+        plan: ClassPlan,
+        training: Sequence[Case],
+        validation: Sequence[Case],
+        device: torch.device,
+        *,
+        dataset: ImageClasses,
+        main: bool = True,
+    ) -> None:
+        self.config, self.options, self.classes = config, config.training, config.classification
+        self.plan, self.dataset, self.training, self.validation = plan, dataset, training, validation
+        self.device, self.main = device, main
+        self.batch_size = self.options.batch_size or plan.batch_size
+        self.prepared = ImageBatches(dataset.read, plan, config.data.workers)
+        self.tested: Sequence[Case] = dataset.test_cases or validation
+        self.folder: Path | None = None
+        self.criterion = class_loss(config).to(device)
+        count = len(plan.label_names)
+        mixers = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+        chosen = {name: getattr(self.classes, name) for name in mixers}
+        self.mixers = [
+            mixers[name](num_classes=count, alpha=alpha) for name, alpha in chosen.items() if alpha
+        ]
+        self._samples(1)  # unknown changes are refused before any training
+
+    def batches(self, epoch: int, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+        """Prepared images after random changes."""
+        steps = self.options.steps_per_epoch * self.options.accumulate
+        loader = EndlessLoader(
+            self._samples(steps * self.batch_size * ranks),
+            batch_size=self.batch_size,
+            steps=steps,
+            workers=self.config.data.workers,
+            rank=rank,
+            ranks=ranks,
+            pin=self.device.type == "cuda",
+        )
+        return loader.batches(epoch, step)
+
+    def augmented(self, batch: Batch) -> Batch:
+        """The images mixed in pairs by one of mixup and cutmix, and their classes as shares (N, K)."""
+        if not self.mixers or len(batch["image"]) < 2:
+            return batch
+        image, volumes = batch["image"], batch["image"].dim() == 5
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(batch["seed"][0]))
+            mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
+            # Slices of volumes stand for frames: one box is cut through all of them.
+            mixed, shares = mixer(tv_tensors.Video(image) if volumes else image, batch["label"])
+        return {**batch, "image": torch.Tensor(mixed) if volumes else mixed, "label": shares}
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Loss of logits; of the list of a nested head the sum over its members."""
+        outputs = [output] if isinstance(output, Tensor) else output
+        return torch.stack([self.criterion(logits, batch["label"]) for logits in outputs]).sum()
+
+    def watched(self) -> Sequence[Sequence[Case]]:
+        """Validation images, a batch an item."""
+        return self._in_batches(spread(self.validation, self.options.validation_cases))
+
+    def score(self, model: nn.Module, item: Sequence[Case], device: torch.device) -> list[float]:
+        """How many are right, and of how many."""
+        probabilities = self._probabilities(model, item, device)
+        right = sum(
+            int(row.argmax()) == case.values[0] for row, case in zip(probabilities, item, strict=True)
+        )
+        return [float(right), float(len(item))]
+
+    def mean(self, scores: Sequence[list[float]]) -> Mapping[str, float]:
+        """Accuracy of all watched images."""
+        right, count = np.sum(scores, axis=0)
+        return {self.names[0]: float(right / count)}
+
+    def held_out(self) -> Sequence[Sequence[Case]]:
+        """The test images that the data come with, else those of validation."""
+        return self._in_batches(self.tested) if self.options.final_validation else []
+
+    def final_score(
+        self, model: nn.Module, item: Sequence[Case], device: torch.device, folder: Path
+    ) -> list[list[float]]:
+        """Probabilities of each image."""
+        self.folder = folder
+        return self._probabilities(model, item, device).tolist()
+
+    def summarize(self, scores: Sequence[list[list[float]]]) -> Mapping[str, Any]:
+        """`class_scores` of the held-out images, whose probabilities are kept in FOLDER/predictions.csv."""
+        probabilities = np.array([row for batch in scores for row in batch])
+        numbers = [case.values[0] for case in self.tested]
+        if self.folder is not None and self.main:
+            path = make_folder(self.folder) / PREDICTIONS
+            write_predictions(
+                path, [case.id for case in self.tested], probabilities, self.plan.label_names, numbers
+            )
+        groups = [case.group for case in self.tested]
+        found = class_scores(
+            probabilities, np.array(numbers), self.plan.label_names, groups, self.config.data.seed
+        )
+        return {"held_out": "test" if self.dataset.test_cases else "validation", **found}
+
+    def _samples(self, epoch_size: int) -> TrainingImages:
+        return TrainingImages(
+            self.dataset.read,
+            self.training,
+            self.plan,
+            changes=self.classes.changes,
+            epoch_size=epoch_size,
+            seed=self.config.data.seed,
+            balanced=self.options.balanced,
+        )
+
+    def _in_batches(self, cases: Sequence[Case]) -> list[Sequence[Case]]:
+        return [cases[start : start + self.batch_size] for start in range(0, len(cases), self.batch_size)]
+
+    @torch.inference_mode()
+    def _probabilities(self, model: nn.Module, cases: Sequence[Case], device: torch.device) -> np.ndarray:
+        return model(self.prepared(cases).to(device)).softmax(1).cpu().numpy()
+
+
+def class_loss(config: Config) -> nn.Module:
+    """The loss of a config; `UsageError` for one that is not known or has no such option."""
+    classes = config.classification
+    options = {"label_smoothing": classes.label_smoothing, **classes.loss_options}
+    with refused_options(f"The loss '{classes.loss}'"):
+        return CLASS_LOSSES.create(classes.loss, **options)

@@ -1,0 +1,162 @@
+"""Cross-validation: every fold in turn, and what its cases, each predicted by a network that never saw it, tell.
+
+RUN/cross_validation.json has the pooled scores, cross_validation.csv a row a case and class, postprocessing.json the
+rules that raise the Dice of these predictions; `kanseg predict -m RUN` applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from kanseg.config import Config
+from kanseg.data.formats import Case, Dataset, label_path
+from kanseg.data.images import label_from, read_image, read_label
+from kanseg.data.labels import class_values
+from kanseg.data.plan import Plan
+from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
+from kanseg.inference.postprocess import Rule, apply_postprocessing, choose_postprocessing
+from kanseg.progress import is_main
+from kanseg.training.checkpoint import LAST
+from kanseg.training.files import locked, write_bytes, write_json
+from kanseg.training.fit import fit
+from kanseg.training.parallel import once
+from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits
+from kanseg.training.validate import kept_prediction
+
+RESULT, TABLE, POSTPROCESSING = "cross_validation.json", "cross_validation.csv", "postprocessing.json"
+Where = Mapping[str, Path]  # label map of each case
+Seen = tuple[Case, np.ndarray, np.ndarray, Sequence[float]]
+
+
+def cross_validate(
+    config: Config,
+    plan: Plan,
+    dataset: Dataset,
+    run: Path | str,
+    *,
+    resume: bool = False,
+    override: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train every fold, pool the predictions of their validation cases, and choose post-processing by them.
+
+    A fold that fails is reported, the others go on. Finished folds are left alone when resuming.
+
+    Returns:
+        "folds" (summary of each), "failed" (message of each fold that failed), "metrics" (class -> metric -> mean,
+        95 % interval by patient), "postprocessing" and the mean Dice without it.
+
+    Raises:
+        UsageError: a fold holds a training and nobody said to resume it.
+        UserError: every fold failed, or the run folder is in use.
+    """
+    run, console = Path(run), console or Console()
+    config = config.model_copy(
+        update={"training": config.training.model_copy(update={"final_validation": True})}
+    )
+    splits = run_splits(dataset, config, run)
+    trained = [path.parent.name for path in sorted(run.glob(f"fold_*/{LAST}"))]
+    if trained and not resume:
+        raise UsageError(
+            f"{run} holds a training already ({trained[0]}). Go on with --resume, or choose another."
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    failed: dict[int, str] = {}
+    folds: dict[int, dict[str, Any]] = {}
+    with locked(run, is_main()):
+        for fold in range(len(splits)):
+            console.print(f"Fold {fold} of {len(splits)}", highlight=False)
+            try:
+                how: dict[str, Any] = {"resume": True, "override": override, "console": console}
+                folds[fold] = fit(config, plan, dataset, run, fold=fold, **how)
+            except UsageError:
+                raise
+            except (
+                UserError,
+                RuntimeError,
+                MemoryError,
+            ) as error:  # torch's lack of memory is a RuntimeError
+                failed[fold] = str(error)
+                console.print(f"Fold {fold} failed: {error}", markup=False, highlight=False, soft_wrap=True)
+        if not folds:
+            raise UserError(f"Every fold of {run} failed, the first by: {failed[0]}")
+        unseen = held_out(run, splits, plan, dataset)
+        return once(lambda: conclude(run, plan, dataset, unseen, folds=folds, failed=failed))
+
+
+def held_out(run: Path, splits: Splits, plan: Plan, dataset: Dataset) -> dict[str, Path]:
+    """Label map of each validation case of the finished folds, by case."""
+    cases = {case.id: case for case in dataset.cases}
+    return {
+        name: kept_prediction(folder / PREDICTIONS, cases[name], plan)
+        for fold, names in enumerate(splits)
+        if (folder := run / f"fold_{fold}") and (folder / SUMMARY).exists()
+        for name in names["val"]
+    }
+
+
+def conclude(folder: Path, plan: Plan, dataset: Dataset, predictions: Where, **facts: Any) -> dict[str, Any]:
+    """What `pool` finds, with further facts, written to a folder."""
+    found = pool(plan, dataset, predictions)
+    write_bytes(folder / TABLE, rows_as_csv(found.pop("rows")).encode())
+    write_json(folder / POSTPROCESSING, {"rules": found["postprocessing"]})
+    write_json(folder / RESULT, {**facts, **found})
+    return {**facts, **found}
+
+
+def pool(plan: Plan, dataset: Dataset, predictions: Where) -> dict[str, Any]:
+    """Post-processing chosen by predictions of unseen cases, and their scores after it."""
+    cases = [case for case in dataset.cases if case.id in predictions]
+    names = class_values(plan)
+    pairs = Pairs(cases, predictions, plan)
+    rules = choose_postprocessing(pairs, plan.label_values[1:])
+    rows = [row for seen in pairs.walk() for row in _scores(seen, names, rules)]
+    plain = [np.mean(label_dice(prediction, reference, plan)) for prediction, reference, _ in pairs]
+    return {
+        "cases": len(cases),
+        "metrics": summarize_rows(rows, groups={case.id: case.group for case in cases}),
+        "postprocessing": rules,
+        "dice_without_postprocessing": float(np.mean(plain)),
+        "rows": rows,
+    }
+
+
+def _scores(
+    seen: Seen, classes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]
+) -> list[dict[str, Any]]:
+    """Rows of a case, one a class, after post-processing."""
+    case, prediction, reference, spacing = seen
+    done = apply_postprocessing(prediction, rules, spacing)
+    scores = evaluate_case(done, reference, spacing, list(classes.values()))
+    return [{"case": case.id, "label": name, **scores[values]} for name, values in classes.items()]
+
+
+class Pairs:
+    """(prediction, reference, spacing) of each case, read anew at each walk, so that they need not fit into memory.
+
+    Voxels with the ignore label are background in both.
+    """
+
+    def __init__(self, cases: Sequence[Case], predictions: Where, plan: Plan) -> None:
+        self.cases, self.predictions, self.plan = cases, predictions, plan
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, Sequence[float]]]:
+        for _, prediction, reference, spacing in self.walk():
+            yield prediction, reference, spacing
+
+    def walk(self) -> Iterator[Seen]:
+        """The same, with the case."""
+        for case in self.cases:
+            reference = read_label(label_path(case), self.plan.image_dims)
+            image = read_image(self.predictions[case.id], self.plan.image_dims)
+            prediction = label_from(image)
+            if self.plan.ignore_value is not None:
+                known = reference != self.plan.ignore_value
+                prediction, reference = prediction * known, reference * known
+            yield case, prediction, reference, image.spacing

@@ -1,0 +1,198 @@
+"""Starting from weights that exist: of a kanseg run or model, of a state_dict, or of a MONAI bundle.
+
+Channels and classes may differ: a class or channel of the same name keeps its weights, a further channel gets the mean
+of the known ones, a further class starts afresh.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kanseg.errors import UserError
+from kanseg.training.checkpoint import BEST, EXPORTED, KEY, LAST, find_checkpoint, load_checkpoint, part
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "network_weights", "network")
+BUNDLE_WEIGHTS = ("models/model.safetensors", "models/model.pt")
+BUNDLE_CONFIGS = ("configs/inference.json", "configs/train.json", "configs/evaluate.json")
+
+
+@dataclass
+class Start:
+    """Weights to start from.
+
+    Attributes:
+        model: {"name", "options"} of the network that they belong to, None where the file does not say it.
+        classes, channels: their names, where known; else as many as the weights' network has, unnamed.
+    """
+
+    source: Path
+    weights: dict[str, Tensor]
+    model: dict[str, Any] | None = None
+    classes: Sequence[str] = field(default_factory=list)
+    channels: Sequence[str] = field(default_factory=list)
+
+
+def read_start(path: Path | str) -> Start:
+    """Read weights; code in files is never run.
+
+    Raises:
+        UserError: nothing there that is known, or a file that needs more than tensors to be loaded.
+    """
+    path = Path(path)
+    if (path / "configs" / "metadata.json").is_file():
+        return _read_bundle(path)
+    if path.is_dir() or path.name in (EXPORTED, BEST, LAST):
+        return _read_checkpoint(find_checkpoint(path))
+    if not path.is_file():
+        raise UserError(
+            f"There are no weights {path}. Give a run, a saved model, a file of weights or a MONAI bundle."
+        )
+    weights = _read_tensors(path)
+    return _read_checkpoint(path) if weights is None else Start(path, weights)
+
+
+def _read_checkpoint(path: Path) -> Start:
+    tensors, info = load_checkpoint(path)
+    spec, plan = info.get("model", {}), info.get("plan", {})
+    model = {"name": spec.get("name"), "options": spec.get("options", {})} if spec.get("name") else None
+    classes = list(info.get("labels", [])) or [""] * spec.get("out_channels", 0)
+    channels = plan.get("channel_names") or [""] * spec.get("in_channels", 0)
+    return Start(path, part(tensors, "average") or part(tensors, "model"), model, classes, channels)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """Tensors of a file; None for a checkpoint of kanseg."""
+    from safetensors import safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                if KEY in (file.metadata() or {}):
+                    return None
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as weights: {error}") from error
+    except Exception as error:  # pickle.UnpicklingError: the file asks for code
+        raise UserError(
+            f"{path} holds more than tensors, and kanseg runs no code of files. Save its state_dict alone: "
+            "torch.save(model.state_dict(), ...)."
+        ) from error
+    for key in WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{path} holds no state_dict (names and tensors).")
+    return {name.removeprefix("module."): value for name, value in found.items()}
+
+
+def _read_bundle(folder: Path) -> Start:
+    """Weights of a bundle and MONAI's network as its config describes it, if it does so without code."""
+    file = next((folder / name for name in BUNDLE_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"The bundle {folder} has no {' or '.join(BUNDLE_WEIGHTS)}. Download its weights first."
+        )
+    weights = {f"network.{name}": value for name, value in (_read_tensors(file) or {}).items()}
+    definition = _network_definition(folder)
+    target = str(definition.pop("_target_")).rpartition(".")[2]
+    sizes = {name: definition.pop(name, None) for name in ("spatial_dims", "in_channels", "out_channels")}
+    model = {"name": "monai", "options": {"network": target, "arguments": definition}}
+    names = [[""] * int(sizes[name] or 0) for name in ("out_channels", "in_channels")]
+    return Start(folder, weights, model, *names)
+
+
+def _network_definition(folder: Path) -> dict[str, Any]:
+    for name in BUNDLE_CONFIGS:
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("network_def")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(found, dict) and "_target_" in found and not _has_code(found):
+            return found
+    raise UserError(
+        f"No config of the bundle {folder} describes network_def by plain values. Convert its weights to a file and "
+        "give model.name=monai with model.options.network and model.options.arguments."
+    )
+
+
+def _has_code(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(_has_code(part) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and value[:1] in ("$", "@", "%")
+
+
+def transfer(model: nn.Module, start: Start, classes: Sequence[str], channels: Sequence[str]) -> str:
+    """Put the weights that fit into a model, and say which did.
+
+    Args:
+        classes, channels: the new names, background first.
+
+    Raises:
+        UserError: not one weight fits.
+    """
+    own = model.state_dict()
+    taken, adapted, fresh = [], [], []
+    for name, value in own.items():
+        given = start.weights.get(name)
+        if given is not None and given.shape == value.shape:
+            taken.append(name)
+            own[name] = given
+        elif given is not None and (fitted := _fitted(given, value, start, classes, channels)) is not None:
+            adapted.append(name)
+            own[name] = fitted
+        else:
+            fresh.append(name)
+    if not taken:
+        raise UserError(
+            f"No weight of {start.source} fits the model: it has {', '.join(list(start.weights)[:3])}, the model "
+            f"{', '.join(list(own)[:3])}. Choose the network that they belong to (model.name, model.options)."
+        )
+    model.load_state_dict(own)
+    parts = {"taken": taken, "adapted": adapted, "new": fresh}
+    shown = (f"{len(names)} {what}{_shown(names, what)}" for what, names in parts.items() if names)
+    return f"Weights of {start.source}: {', '.join(shown)}."
+
+
+def _shown(names: list[str], what: str) -> str:
+    return "" if what == "taken" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _fitted(
+    given: Tensor, own: Tensor, start: Start, classes: Sequence[str], channels: Sequence[str]
+) -> Tensor | None:
+    """A tensor that differs in its classes (first axis) or its image channels (second, else first axis), or None."""
+    if given.dim() != own.dim() or not own.is_floating_point():
+        return None
+    differing = [axis for axis in range(own.dim()) if given.shape[axis] != own.shape[axis]]
+    if differing == [0] and (len(given), len(own)) == (len(start.classes), len(classes)):
+        return _by_name(given, own, start.classes, classes, own)
+    old, new = len(start.channels), len(channels)
+    if len(differing) != 1 or not old or given.shape[differing[0]] % old:
+        return None
+    (axis,) = differing
+    each = given.shape[axis] // old  # numbers a channel: the plain one and those of a basis
+    if own.shape[axis] != each * new or axis > 1:
+        return None
+    parted = (tensor.movedim(axis, 0).unflatten(0, (-1, each)) for tensor in (given, own))
+    before, after = (tensor.contiguous() for tensor in parted)
+    mean = before.mean(0, keepdim=True).expand_as(after)
+    known = any(name and name in start.channels for name in channels)
+    mean = mean if known else mean * (old / new if axis else 1)  # sums over channels keep their size
+    return _by_name(before, after, start.channels, channels, mean).flatten(0, 1).movedim(0, axis)
+
+
+def _by_name(given: Tensor, own: Tensor, old: Sequence[str], new: Sequence[str], rest: Tensor) -> Tensor:
+    """Rows of `given` where a new name is an old one too, rows of `rest` elsewhere."""
+    places = {name: place for place, name in enumerate(old) if name}
+    rows = [given[places[name]].to(own.dtype) if name in places else rest[i] for i, name in enumerate(new)]
+    return torch.stack(rows)

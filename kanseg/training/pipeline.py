@@ -1,0 +1,376 @@
+"""From a labelled folder to a chosen, cross-validated model with its report, in one go that any stop may interrupt.
+
+RUN/3d and RUN/2d are run folders, one a configuration, and RUN/ensemble has the label maps of both together;
+choice.json says which is best by the Dice of unseen cases. RUN/model is the final model, complete in itself, and
+RUN/report.md tells it all. What is done already is not done again: calling it once more goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kanseg.config import Config, load_config, make_config
+from kanseg.data.doctor import diagnose
+from kanseg.data.fingerprint import fingerprint
+from kanseg.data.formats import Case, Dataset, read_dataset
+from kanseg.data.images import write_label
+from kanseg.data.plan import Plan, plan_run
+from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.evaluation.report import score_table
+from kanseg.inference.predict import predict_case
+from kanseg.progress import is_main, progress
+from kanseg.training.checkpoint import BEST, EXPORTED, load_model
+from kanseg.training.cross_validation import POSTPROCESSING, RESULT, conclude, cross_validate
+from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
+from kanseg.training.fit import fit
+from kanseg.training.parallel import once
+from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, Splits, run_splits
+from kanseg.training.trial import measure_step
+from kanseg.training.validate import kept_prediction
+
+CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
+ENSEMBLE, CHOICE, SETTINGS, MODEL, REPORT = "ensemble", "choice.json", "run.json", "model", "report.md"
+DOCTOR, REPAIRED = "doctor.json", "data"
+FINALS = ("folds", "all")
+SHOWN = 20  # findings of the doctor; all of them are in doctor.json
+MARGIN = 1e-9  # of the Dice: of equals the simpler is taken
+
+
+@dataclass
+class Pipeline:
+    """What the steps share: the folder, the data, the options, and the configurations that compete."""
+
+    run: Path
+    dataset: Dataset
+    config: Config
+    names: list[str]
+    final: str
+    override: bool
+    console: Console
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def run_pipeline(
+    data: Path | str,
+    run: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    minutes: float | None = None,
+    configurations: str = "auto",
+    final: str = "folds",
+    memory: int | None = None,
+    size: str = "standard",
+    config: str = "default",
+    id_pattern: str | None = None,
+    override: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Look at the data, plan, train all folds of each configuration, choose, post-process, build the model, report.
+
+    Args:
+        minutes: of training in all, shared out evenly; default as long as the config says.
+        configurations: "auto" (3d and 2d for volumes, 2d for pictures), or names with commas.
+        final: "folds" (the model is all networks of the chosen folds) or "all" (one more training on every case).
+        memory, size: see `make_plan`.
+        override: go on although options differ from those of the first call.
+
+    Returns:
+        {"choice", "dice" (None for a single patient), "model", "report", "configurations": Dice of each}.
+
+    Raises:
+        UsageError: unknown names, or options that differ from those of the first call.
+        UserError: the data cannot be used, or every configuration failed.
+    """
+    run, console = Path(run), console or Console()
+    if final not in FINALS:
+        raise UsageError(f"--final is {' or '.join(FINALS)}, got '{final}'.")
+    if not Path(data).exists():
+        raise UserError(f"There is no {data}. Give a folder or list of labelled images.")
+    checked, wanted = load_config(config, overrides), _configurations(configurations)
+    asked = {"data": str(Path(data).resolve()), "overrides": list(overrides), "minutes": minutes}
+    asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
+    asked |= {"config": config, "id_pattern": id_pattern}
+    _check_asked(run, asked, override)
+    with locked(make_folder(run), is_main()):
+        source = once(lambda: _examined(Path(data), run, id_pattern, console))
+        dataset = read_dataset(source, id_pattern=id_pattern)
+        folds = _folds(checked, dataset, console)
+        names = _fitting(wanted, dataset)
+        if not folds:  # nobody is left to choose by
+            names, final = names[:1], "all"
+        if minutes is not None:
+            share = minutes / (len(names) * folds + (final == "all"))
+            checked = _with(checked, "training", max_minutes=share, max_epochs=None)
+        checked = _with(checked, "data", folds=max(2, folds))
+        job = Pipeline(run, dataset, checked, names, final, override, console)
+        once(lambda: _plan(job, memory=memory, size=size))
+        once(lambda: write_json(run / SETTINGS, asked))
+        found = _validated(job) if folds else {}
+        choice = once(lambda: _choose(job, found)) if folds else names[0]
+        trained = _final_folds(job, choice)
+        model = once(lambda: _build(job, trained))
+        report = once(lambda: _report(job, found, choice))
+    dice = {name: result["metrics"]["mean"]["dice"]["mean"] for name, result in found.items()}
+    told = f"{dice[choice]:.4f}" if dice else "unknown: one patient leaves nobody to validate on"
+    job.say(f"Chosen: {choice}, Dice {told}. Model: {model}. Report: {report}")
+    return {
+        "choice": choice,
+        "dice": dice.get(choice),
+        "model": str(model),
+        "report": str(report),
+        "configurations": dice,
+    }
+
+
+def _configurations(text: str) -> list[str]:
+    """The names that are asked for; none for auto."""
+    names = [] if text == "auto" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in CONFIGURATIONS:
+            raise UsageError(
+                f"Unknown configuration '{name}'.{did_you_mean(name, ['auto', *CONFIGURATIONS])}"
+            )
+    return names
+
+
+def _fitting(wanted: Sequence[str], dataset: Dataset) -> list[str]:
+    fitting = [name for name, dims in CONFIGURATIONS.items() if dims <= dataset.spatial_dims]
+    if beyond := [name for name in wanted if name not in fitting]:
+        raise UsageError(f"Configuration '{beyond[0]}' does not fit {dataset.spatial_dims}D data.")
+    return list(wanted) or fitting
+
+
+def _check_asked(run: Path, asked: Mapping[str, Any], override: bool) -> None:
+    before = read_json(run / SETTINGS) or asked
+    changed = [key for key in asked if before.get(key) != asked[key]]
+    if changed and (not override or "data" in changed):
+        told = ", ".join(f"{key}={before.get(key)!r}, not {asked[key]!r}" for key in changed)
+        way = "Choose another folder" if "data" in changed else "Give the same, or say --override"
+        raise UsageError(f"{run} was begun with {told}. {way}.")
+
+
+def _folds(config: Config, dataset: Dataset, console: Console) -> int:
+    """As many folds as asked for, or one a patient where there are fewer patients; 0 for a single patient."""
+    patients = len({case.group for case in dataset.cases})
+    folds = min(config.data.folds, patients) if patients > 1 else 0
+    if folds < config.data.folds:
+        console.print(f"{patients} patients: {folds or 'no'} folds", highlight=False)
+    return folds
+
+
+def _with(config: Config, section: str, **options: Any) -> Config:
+    values = config.model_dump()
+    values[section] |= options
+    return make_config(values)
+
+
+def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> Path:
+    """What to train on: the data, or a repaired copy of them in RUN/data where the doctor finds errors.
+
+    Raises:
+        UserError: an error that cannot be repaired.
+    """
+    done = read_json(run / DOCTOR)
+    if done is not None:
+        return Path(done["trained_on"])
+    found = diagnose(data, id_pattern=id_pattern)
+    console.print(
+        f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
+    )
+    for finding in found.findings[:SHOWN]:
+        console.print(f"- {finding.case}: {finding.message}", highlight=False, markup=False, soft_wrap=True)
+    if found.errors:
+        console.print(
+            f"{len(found.errors)} errors: training on a repaired copy, {run / REPAIRED}", soft_wrap=True
+        )
+        shutil.rmtree(run / REPAIRED, ignore_errors=True)
+        found.fix(run / REPAIRED)
+    trained_on = (run / REPAIRED if found.errors else data).resolve()
+    write_json(run / DOCTOR, {**found.to_dict(), "trained_on": str(trained_on)})
+    return trained_on
+
+
+def _plan(job: Pipeline, **how: Any) -> None:
+    """Plan the configurations that have no plan yet; the images are read once for all."""
+    missing = [name for name in job.names if not (job.run / name / PLAN).exists()]
+    seen = fingerprint(job.dataset) if missing else {}
+    for name in missing:
+        dim = CONFIGURATIONS[name]
+        plan = plan_run(job.dataset, job.run / name, seen=seen, dim=dim, measure=measure_step, **how)
+        for reason in plan.reasons:
+            job.say(f"- {reason}")
+
+
+def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
+    """Result of the cross-validation of each configuration, and of all together; the same splits for each.
+
+    Raises:
+        UserError: every configuration failed.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    splits: Splits | None = None
+    for name in job.names:
+        folder, plan = job.run / name, Plan.load(job.run / name / PLAN)
+        if splits is None:
+            splits = run_splits(job.dataset, job.config, folder)
+        if not (folder / SPLITS).exists():
+            write_json(folder / SPLITS, splits)
+        done = read_json(folder / RESULT)
+        if done is not None and not done["failed"] and not job.override:
+            found[name] = done
+            continue
+        try:
+            how: dict[str, Any] = {"resume": True, "override": job.override, "console": job.console}
+            job.say(f"Cross-validation of {name}")
+            found[name] = cross_validate(job.config, plan, job.dataset, folder, **how)
+        except UsageError:
+            raise
+        except (UserError, RuntimeError, MemoryError) as error:
+            failed[name] = str(error)
+            job.say(f"Configuration {name} failed: {error}")
+    if not found:
+        raise UserError(f"Every configuration of {job.run} failed: {failed}")
+    if len(found) > 1:
+        members = list(found)
+        found[ENSEMBLE] = once(lambda: _ensemble(job, members, splits or []))
+    for name, result in found.items():
+        job.console.print(score_table(result["metrics"], f"{name}: {result['cases']} unseen cases"))
+    return found
+
+
+def _ensemble(job: Pipeline, names: Sequence[str], splits: Splits) -> dict[str, Any]:
+    """Result of all configurations together: each case by the networks of its own fold, which never saw it."""
+    folder = make_folder(job.run / ENSEMBLE)
+    kept = make_folder(folder / PREDICTIONS)
+    cases = {case.id: case for case in job.dataset.cases}
+    plan = Plan.load(job.run / names[0] / PLAN)
+    predictions: dict[str, Path] = {}
+    new = False
+    for fold, entry in enumerate(splits):
+        folders = [job.run / name / f"fold_{fold}" for name in names]
+        if all((path / SUMMARY).exists() for path in folders):
+            own = [cases[name] for name in entry["val"]]
+            predictions |= {case.id: kept_prediction(kept, case, plan) for case in own}
+            new |= _predict_together(job, folders, own, kept)
+    done = read_json(folder / RESULT)
+    if done is not None and not new and done["cases"] == len(predictions):
+        return done
+    return conclude(folder, plan, job.dataset, predictions)
+
+
+def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Case], kept: Path) -> bool:
+    """Label maps of the networks of several folders together, where they are not newer than those; whether any was."""
+    trained = max((folder / BEST).stat().st_mtime for folder in folders)
+    plan = Plan.load(folders[0].parent / PLAN)
+    paths = {case.id: kept_prediction(kept, case, plan) for case in cases}
+    missing = [case for case in cases if not _newer(paths[case.id], trained)]
+    if not missing:
+        return False
+    loaded = [load_model(folder)[:2] for folder in folders]
+    networks, plans = [network for network, _ in loaded], [plan for _, plan in loaded]
+    inference = job.config.inference
+    how: dict[str, Any] = {"overlap": inference.overlap, "blending": inference.blending, "tta": inference.tta}
+    for case in progress(missing, "Predicting"):
+        labels, source = predict_case(networks, case, plans, **how)
+        write_label(paths[case.id], labels, source, plan.label_dtype)
+    return True
+
+
+def _newer(path: Path, time: float) -> bool:
+    return path.exists() and path.stat().st_mtime > time
+
+
+def _choose(job: Pipeline, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The configuration with the highest mean Dice of unseen cases, after post-processing; it is written down."""
+    dice = {name: result["metrics"]["mean"]["dice"]["mean"] for name, result in found.items()}
+    most = max(result["cases"] for result in found.values())
+    whole = [name for name, result in found.items() if result["cases"] == most]  # a failed fold tells less
+    choice = max(whole, key=lambda name: dice[name] - MARGIN * list(found).index(name))
+    write_json(job.run / CHOICE, {"choice": choice, "dice": dice})
+    write_json(job.run / POSTPROCESSING, {"rules": found[choice]["postprocessing"]})
+    return choice
+
+
+def _final_folds(job: Pipeline, choice: str) -> list[Path]:
+    """Fold folders of the networks that the final model is made of; one more on every case where that is asked for."""
+    done = [name for name in job.names if (job.run / name / RESULT).exists()]
+    names = done if choice == ENSEMBLE else [choice]
+    if job.final == "all":
+        for name in names:
+            plan = Plan.load(job.run / name / PLAN)
+            how: dict[str, Any] = {"resume": True, "override": job.override, "console": job.console}
+            fit(job.config, plan, job.dataset, job.run / name, fold=FINAL, **how)
+    pattern = f"fold_{FINAL}" if job.final == "all" else "fold_[0-9]*"
+    folds = [fold for name in names for fold in sorted((job.run / name).glob(pattern))]
+    return [fold for fold in folds if (fold / SUMMARY).exists()]
+
+
+def _build(job: Pipeline, folds: Sequence[Path]) -> Path:
+    """RUN/model: checkpoints of the networks as fold_0, fold_1 ..., and their post-processing."""
+    model, part = job.run / MODEL, job.run / f".{MODEL}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    for number, fold in enumerate(folds):
+        write_bytes(make_folder(part / f"fold_{number}") / EXPORTED, (fold / BEST).read_bytes())
+    write_json(part / POSTPROCESSING, read_json(job.run / POSTPROCESSING) or {"rules": []})
+    shutil.rmtree(model, ignore_errors=True)
+    part.rename(model)
+    return model
+
+
+def _report(job: Pipeline, found: Mapping[str, Mapping[str, Any]], choice: str) -> Path:
+    """RUN/report.md: data, plans, scores of every configuration, what was chosen, time."""
+    lines = [
+        f"# {job.dataset.name}",
+        "",
+        f"{job.dataset.layout}, {len(job.dataset.cases)} labelled images.",
+        "",
+    ]
+    why = "by the Dice of unseen cases" if found else "without validation: there is one patient"
+    lines += [f"Chosen {why}: **{choice}**.", ""]
+    lines += [f"Predict: `kanseg predict -m {job.run} -i IMAGES -o OUT`."]
+    for name, result in found.items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{result['cases']} unseen cases, mean [95 % interval by patient]:",
+            "",
+        ]
+        lines += _table(result["metrics"])
+        rules = json.dumps(result["postprocessing"]) if result["postprocessing"] else "none that helps"
+        lines += [
+            "",
+            f"Post-processing: {rules} (Dice without it: {result['dice_without_postprocessing']:.4f}).",
+        ]
+        for fold, summary in result.get("folds", {}).items():
+            dice = summary["dice"]["mean"] if "dice" in summary else float("nan")
+            waited = f"{summary['data_wait']:.0%} of the time waiting for data"
+            lines += [
+                f"- fold {fold}: Dice {dice:.4f}, {summary['epochs']} epochs, {summary['minutes']} min, {waited}"
+            ]
+        lines += [f"- fold {fold} failed: {message}" for fold, message in result.get("failed", {}).items()]
+        if (job.run / name / PLAN).exists():
+            lines += ["", "Plan:", *(f"- {reason}" for reason in Plan.load(job.run / name / PLAN).reasons)]
+    return write_bytes(job.run / REPORT, ("\n".join(lines) + "\n").encode())
+
+
+def _table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (mm)", "nsd": "NSD"}
+    rows = [
+        [f"{s[m]['mean']:.3f} [{s[m]['ci95'][0]:.3f}, {s[m]['ci95'][1]:.3f}]" for m in columns]
+        for s in metrics.values()
+    ]
+    heading = ["class", *columns.values()]
+    body = [[name, *row] for name, row in zip(metrics, rows, strict=True)]
+    return [f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *body]]

@@ -1,0 +1,98 @@
+"""The task of segmentation: patches in, logits out, Dice of whole cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kanseg.config import Config
+from kanseg.data.formats import Case
+from kanseg.data.loaders import TrainLoader, val_loader
+from kanseg.data.plan import Plan
+from kanseg.training.augment import BatchAugmentation
+from kanseg.training.losses import create_loss
+from kanseg.training.task import Batch
+from kanseg.training.validate import spread, summarize, validate_batch, validate_case
+
+
+class Segmentation:
+    """A fold's cases, learned by random patches and scored by the Dice of whole images; see `task.Task`."""
+
+    metric = "dice"
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        training: Sequence[Case],
+        validation: Sequence[Case],
+        device: torch.device,
+    ) -> None:
+        self.config, self.options, self.plan = config, config.training, plan
+        self.training, self.validation, self.device = training, validation, device
+        self.names: Sequence[str] = list(plan.label_names[1:])
+        where = config.training.augment
+        self.on_device = where == "device" or (where == "auto" and device.type == "cuda")
+        self.changes = BatchAugmentation(plan) if self.on_device else None
+        self.criterion = create_loss(self.options.loss, **self.options.loss_options).to(device)
+
+    def batches(self, epoch: int, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+        """Patches; every case is read once, now."""
+        loader = TrainLoader(
+            self.plan,
+            self.training,
+            batch_size=self.options.batch_size or self.plan.batch_size,
+            steps=self.options.steps_per_epoch * self.options.accumulate,
+            seed=self.config.data.seed,
+            workers=self.config.data.workers,
+            rank=rank,
+            ranks=ranks,
+            foreground=self.options.foreground,
+            balanced=self.options.balanced,
+            changes=not self.on_device,
+            pin=self.device.type == "cuda",
+        )
+        return loader.batches(epoch, step)
+
+    def augmented(self, batch: Batch) -> Batch:
+        """The patches changed in space and intensity, where the loader has not done it."""
+        return self.changes(batch) if self.changes else batch
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Loss of logits, or of the list of a deeply supervised network."""
+        return self.criterion(output, batch["label"].float())
+
+    @cached_property
+    def _watched(self) -> Sequence[Batch]:
+        return val_loader(self.plan, spread(self.validation, self.options.validation_cases))
+
+    def watched(self) -> Sequence[Batch]:
+        """Preprocessed validation cases, kept in memory."""
+        return self._watched
+
+    def score(self, model: nn.Module, item: Batch, device: torch.device) -> list[float]:
+        """Dice a class on the preprocessed grid."""
+        return validate_batch(model, item, self.plan, device)
+
+    def mean(self, scores: Sequence[list[float]]) -> Mapping[str, float]:
+        """Mean Dice of each class."""
+        return dict(zip(self.names, np.mean(scores, axis=0).tolist(), strict=True))
+
+    def held_out(self) -> Sequence[Case]:
+        """All validation cases, where they are asked for at the end."""
+        return self.validation if self.options.final_validation else []
+
+    def final_score(self, model: nn.Module, item: Case, device: torch.device, folder: Path) -> list[float]:
+        """Dice a class on the image's own grid; the label map is written to `folder`."""
+        return validate_case(model, item, self.plan, self.config.inference, device, folder)
+
+    def summarize(self, scores: Sequence[list[float]]) -> Mapping[str, Any]:
+        """Dice by case and class with intervals."""
+        by_case = {case.id: found for case, found in zip(self.validation, scores, strict=True)}
+        return summarize(self.validation, by_case, self.plan, self.config.data.seed)

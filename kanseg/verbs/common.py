@@ -1,0 +1,46 @@
+"""What the verbs share: common options, sizes in words, and where results and remarks go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kanseg.errors import UsageError
+from kanseg.progress import is_main
+
+Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or file) to write.")]
+Pattern = Annotated[str | None, typer.Option(help="Regular expression, one group: the patient in an id.")]
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def size_in_bytes(text: str | None) -> int | None:
+    """ "8G" -> bytes; None stays None."""
+    if text is None:
+        return None
+    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
+    if number and number[-1] in UNITS:
+        number, unit = number[:-1], number[-1]
+    try:
+        size = float(number) * UNITS[unit]
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise UsageError(f"--memory '{text}' is not a size such as 8G or 500M.")
+    return int(size)
+
+
+def console(to_stderr: bool) -> Any:
+    """Where to talk: standard error while standard output carries JSON; of several processes the first one talks."""
+    from rich.console import Console
+
+    return Console(stderr=to_stderr, quiet=not is_main())
+
+
+def emit(result: Any, json_: bool) -> None:
+    """The result on standard output, where JSON was asked for."""
+    if json_ and is_main():
+        print(json.dumps(result, indent=1, default=str))

@@ -1,0 +1,124 @@
+"""Verbs around data sets: look, repair, fetch, convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.verbs.common import Json, Out, Pattern, console, emit
+
+app = typer.Typer()
+
+
+@app.command()
+def doctor(
+    data: Annotated[Path, typer.Argument(help="A data set in any layout, or a folder of images.")],
+    fix: Annotated[Path | None, typer.Option(help="New folder for a repaired copy.")] = None,
+    id_pattern: Pattern = None,
+    json_: Json = False,
+) -> None:
+    """Find what is wrong with a data set, explain it, and write a repaired copy; the source stays as it is.
+
+    The exit code is 1 while there is an error that no repair was made for.
+
+    Example: kanseg doctor scans/ --fix scans_repaired/
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from kanseg.data.doctor import diagnose, rows
+
+    found = diagnose(data, id_pattern=id_pattern)
+    table = Table("", "what", "found", "repair (--fix)", title=f"{data}: {found.layout}, {found.cases} cases")
+    table.columns[2].overflow = "fold"
+    for row in rows(found):
+        table.add_row(*map(escape, row))
+    talk = console(json_)
+    talk.print(table if found.findings else f"{data}: {found.layout}, {found.cases} cases, nothing wrong")
+    result: dict[str, Any] = found.to_dict()
+    if fix is not None:
+        result["fixed"] = found.fix(fix)
+        count = result["fixed"]["training"]
+        talk.print(
+            f"{count} of {found.cases} cases written to {fix}. Next: kanseg plan {fix} -o RUN",
+            highlight=False,
+        )
+    emit(result, json_)
+    if found.errors and fix is None:
+        advice = "Write a repaired copy with --fix OUT." if found.dataset else "See the table."
+        raise UserError(f"{data} has {len(found.errors)} errors. {advice}")
+
+
+@app.command()
+def convert(
+    given: Annotated[Path, typer.Argument(help="A data set in any layout; with --from a file of weights.")],
+    out: Out,
+    to: Annotated[str, typer.Option(help="msd (Medical Segmentation Decathlon) or nnunet.")] = "msd",
+    source: Annotated[str | None, typer.Option("--from", help="Whose weights: torch-conv-kan.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Published name of the weights, if it is not recognised.")
+    ] = None,
+    id_pattern: Pattern = None,
+    json_: Json = False,
+) -> None:
+    """Write a data set in the layout of the Decathlon or of nnU-Net, or make a model of published weights.
+
+    Patients of a data set go along as `subjects`. Weights of torch-conv-kan (VGG KAGN 11 v2 and v4, VGG KAGN-BN 11 v4)
+    may then start a segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
+
+    Example: kanseg convert scans/ -o nnUNet_raw/Dataset001_Scans --to nnunet
+
+    Example: kanseg convert --from torch-conv-kan vgg_kagn11_v4.safetensors -o models/vgg11v4
+    """
+    if source is not None:
+        _convert_weights(given, out, source, architecture, json_)
+        return
+    from kanseg.data.convert import convert as convert_to
+    from kanseg.data.formats import read_dataset
+
+    made = convert_to(read_dataset(given, id_pattern=id_pattern), out, to)
+    counts = f"{made['training']} labelled and {made['test']} further images"
+    console(json_).print(f"{counts} -> {out}", highlight=False, soft_wrap=True)
+    emit(made, json_)
+
+
+def _convert_weights(file: Path, out: Path, source: str, architecture: str | None, json_: bool) -> None:
+    from kanseg.compat.published import SOURCES
+
+    if source not in SOURCES:
+        raise UsageError(f"Unknown source '{source}'.{did_you_mean(source, SOURCES)}")
+    spec = SOURCES[source](file, out, architecture)
+    talk = console(json_)
+    talk.print(f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False)
+    emit({"out": str(out), "model": spec}, json_)
+
+
+@app.command()
+def download(
+    name: Annotated[str | None, typer.Argument(help="A data set; without one they are listed.")] = None,
+    out: Out = Path("data"),
+    json_: Json = False,
+) -> None:
+    """Fetch a public data set, its licence shown first; goes on where an earlier call broke off.
+
+    Example: kanseg download Task04_Hippocampus -o data/
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from kanseg.data.download import SOURCES, find_source
+    from kanseg.data.download import download as fetch
+
+    talk = console(json_)
+    if name is not None:
+        emit(fetch(find_source(name), out, talk), json_)
+        return
+    table = Table("name", "what", "size", "licence")
+    for source in SOURCES.values():
+        table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
+    talk.print(table)
+    emit([asdict(source) for source in SOURCES.values()], json_)

@@ -1,0 +1,74 @@
+"""Verbs around results: compare, combine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kanseg import __version__
+from kanseg.errors import UsageError, UserError
+from kanseg.verbs.common import Json, Out, console, emit
+
+app = typer.Typer()
+Paths = Annotated[list[Path], typer.Argument(help="Folders of predictions; with -i: runs or models.")]
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(metavar="A", help="Run, scores of kanseg evaluate, or label maps.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="The like.")],
+    reference: Annotated[Path | None, typer.Option(help="References, for folders of label maps.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="For table, numbers and picture.")] = None,
+    labels: Annotated[str | None, typer.Option(help="With --reference: as in kanseg evaluate.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say whether A is better than B on the same cases: paired bootstrap and Wilcoxon test a class and metric.
+
+    Example: kanseg compare scores_kan/ scores_plain/ -o comparison/
+    """
+    from kanseg.evaluation.compare import compare as compare_scores
+    from kanseg.evaluation.compare import comparison_table
+    from kanseg.evaluation.metrics import parse_labels
+
+    named = None if labels is None else parse_labels(labels)
+    result = compare_scores(one, other, out, reference=reference, labels=named)
+    talk = console(json_)
+    talk.print(comparison_table(result))
+    for side in ("a", "b"):
+        if alone := result[f"only_in_{side}"]:
+            talk.print(f"{len(alone)} cases only in {side.upper()} do not count: {', '.join(alone[:5])}")
+    emit(result, json_)
+
+
+@app.command()
+def ensemble(
+    members: Paths,
+    out: Out,
+    images: Annotated[Path | None, typer.Option("-i", "--input", help="Images; then models predict.")] = None,
+    tta: Annotated[bool, typer.Option("--tta", help="With -i: average over the mirror axes.")] = False,
+    json_: Json = False,
+) -> None:
+    """Combine several predictions of the same cases, or several models on images, by their mean probability.
+
+    Label maps without the maps of `kanseg predict --probabilities` are combined by vote.
+
+    Example: kanseg ensemble masks_2d/ masks_3d/ -o masks/
+
+    Example: kanseg ensemble runs/2d runs/3d -i scans/ -o masks/
+    """
+    talk = console(True)
+    if images is None:
+        if tta:
+            raise UsageError("--tta needs models and images; give -i.")
+        from kanseg.inference.ensemble import combine_folders
+
+        emit(combine_folders(members, out, console=talk), json_)
+        return
+    from kanseg.inference.ensemble import predict_with
+
+    result: dict[str, Any] = predict_with(members, images, out, console=talk, version=__version__, tta=tta)
+    emit(result, json_)
+    if result["failed"]:
+        raise UserError(f"{len(result['failed'])} cases failed: {', '.join(list(result['failed'])[:5])}.")

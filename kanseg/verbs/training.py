@@ -1,0 +1,68 @@
+"""Verbs around training: everything in one go, and the search of options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kanseg.verbs.common import Json, Out, Pattern, console, emit, size_in_bytes
+
+app = typer.Typer()
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value: training.optimizer=sgd")]
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV or datalist JSON.")],
+    out: Out,
+    overrides: Overrides = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Of training in all; default by epochs.", min=0)
+    ] = None,
+    configurations: Annotated[str, typer.Option(help="auto, 3d, 2d, or several: 3d,2d.")] = "auto",
+    final: Annotated[
+        str, typer.Option(help="Final model: folds (all of them) or all (trained on all).")
+    ] = "folds",
+    memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
+    size: Annotated[str, typer.Option(help="Of the network: small, standard or large.")] = "standard",
+    config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
+    id_pattern: Pattern = None,
+    override: Annotated[bool, typer.Option("--override", help="Go on with other options.")] = False,
+    json_: Json = False,
+) -> None:
+    """From a labelled folder to a cross-validated model with its report. Stopped, it goes on when called again.
+
+    Example: kanseg run Task04_Hippocampus -o runs/hippocampus --minutes 120
+    """
+    from kanseg.training.pipeline import run_pipeline
+
+    how: dict[str, Any] = {"minutes": minutes, "configurations": configurations, "final": final}
+    how |= {"memory": size_in_bytes(memory), "size": size, "config": config, "id_pattern": id_pattern}
+    found = run_pipeline(data, out, overrides or [], override=override, console=console(json_), **how)
+    emit(found, json_)
+
+
+@app.command()
+def search(
+    run: Annotated[Path, typer.Argument(help="Folder with plan.json.")],
+    options: Annotated[
+        list[str], typer.Argument(help="training.lr=loguniform(1e-4,1e-2) and fixed key=value.")
+    ],
+    trials: Annotated[int, typer.Option(min=1)] = 20,
+    concurrent: Annotated[int, typer.Option(help="Trials at the same time.", min=1)] = 1,
+    fold: Annotated[int, typer.Option("-f", "--fold", help="Whose cases tell.", min=0)] = 0,
+    config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
+    prune: Annotated[bool, typer.Option(help="End trials early that fall behind.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of this folder.")] = False,
+    json_: Json = False,
+) -> None:
+    """Search options on Ray Tune with Optuna's sampler: uniform, loguniform, randint (a,b), choice(a,b,...).
+
+    Example: kanseg search runs/hippocampus "training.lr=loguniform(1e-4,1e-2)" training.max_epochs=20 --trials 16
+    """
+    from kanseg.training.search import search as search_options
+
+    how: dict[str, Any] = {"trials": trials, "concurrent": concurrent, "fold": fold, "config": config}
+    emit(search_options(run, options, prune=prune, resume=resume, console=console(json_), **how), json_)

@@ -1,0 +1,100 @@
+"""Changes of patches in batches: they depend on the seed of each patch alone and move image and label alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kanseg.data.formats import read_dataset
+from kanseg.data.plan import make_plan
+from kanseg.training import augment
+from kanseg.training.augment import BatchAugmentation
+from kanseg.training.checkpoint import load_checkpoint
+
+SIZES = {2: (24, 20), 3: (16, 20, 12)}
+
+
+@pytest.fixture(scope="module")
+def plans(blobs):
+    plan = make_plan(read_dataset(blobs), memory=2**31)
+    flat = replace(plan, spatial_dims=2, spacing=[1.0, 1.0], mirror_axes=[0, 1])
+    return {2: flat, 3: replace(plan, mirror_axes=[0, 1, 2])}
+
+
+def batch_of(dims, count=16):
+    centre = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, n) for n in SIZES[dims]], indexing="ij"))
+    label = ((centre - 0.3).square().sum(0) < 0.2).float().expand(count, 1, *SIZES[dims])
+    return {"image": 3 * label + 0.05, "label": label, "seed": torch.arange(count)}
+
+
+def only(monkeypatch, **probabilities):
+    for name in ("AFFINE", "NOISE", "BLUR", "BRIGHTNESS", "COARSE", "GAMMA"):
+        monkeypatch.setattr(augment, name, probabilities.get(name, 0.0))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_patch_is_changed_alike_whatever_batch_it_is_in(plans, dims):
+    change, batch = BatchAugmentation(plans[dims]), batch_of(dims)
+    whole = change(batch)
+    halves = [change({key: value[part] for key, value in batch.items()}) for part in (slice(7), slice(7, 16))]
+    for key in ("image", "label"):
+        assert torch.allclose(whole[key], torch.cat([half[key] for half in halves]), atol=1e-5)
+    assert not torch.allclose(whole["image"][0], whole["image"][1])
+    assert torch.equal(batch["image"], batch_of(dims)["image"])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_image_and_label_move_together_and_no_class_is_made_up(plans, dims, monkeypatch):
+    only(monkeypatch, AFFINE=1.0)
+    changed = BatchAugmentation(plans[dims])(batch_of(dims))
+    assert set(changed["label"].unique().tolist()) == {0.0, 1.0}
+    assert ((changed["image"] > 1.55).float() - changed["label"]).abs().mean() < 0.02
+    moved = (changed["label"] != batch_of(dims)["label"]).flatten(1).any(1)
+    assert moved.all()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_without_chance_nothing_changes_but_the_flips(plans, dims, monkeypatch):
+    only(monkeypatch)
+    batch = batch_of(dims)
+    still = BatchAugmentation(replace(plans[dims], mirror_axes=[]))(batch)
+    assert torch.allclose(still["image"], batch["image"], atol=1e-4)
+    flipped = BatchAugmentation(plans[dims])(batch)
+    axes = [tuple(a + 1 for a in range(dims) if number >> a & 1) for number in range(2**dims)]
+    pairs = zip(flipped["label"], batch["label"], strict=True)
+    kinds = {next(a for a in axes if torch.equal(x, y.flip(a))) for x, y in pairs}
+    assert len(kinds) > 2
+
+
+@pytest.mark.parametrize("name", ["NOISE", "BLUR", "BRIGHTNESS", "COARSE", "GAMMA"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_each_change_of_intensity_leaves_the_label_and_stays_finite(plans, dims, name, monkeypatch):
+    only(monkeypatch, **{name: 1.0})
+    batch = batch_of(dims)
+    batch["image"] = batch["image"] + 0.1 * torch.randn(batch["image"].shape)
+    changed = BatchAugmentation(replace(plans[dims], mirror_axes=[]))(batch)
+    assert torch.equal(changed["label"], batch["label"])
+    assert torch.isfinite(changed["image"]).all()
+    assert not torch.allclose(changed["image"], batch["image"], atol=1e-2)
+    correlation = torch.corrcoef(torch.stack([changed["image"].flatten(), batch["image"].flatten()]))[0, 1]
+    assert correlation > 0.8
+
+
+def test_a_constant_image_survives_gamma_and_blur(plans):
+    change = BatchAugmentation(plans[3])
+    flat = torch.full((1, *SIZES[3]), 2.0)
+    assert torch.allclose(augment._gamma(flat, 1.4), flat)
+    assert torch.allclose(change._blurred(flat, 0.8), flat, atol=1e-5)
+
+
+def test_a_training_with_changes_on_the_device_is_resumed_to_the_bit(fit_balls, tmp_path):
+    options = ("training.augment=device", "training.schedule=constant", "training.warmup=0")
+    again = tmp_path / "again"
+    fit_balls(*options, "training.max_epochs=1", run=again)
+    fit_balls(*options, "training.max_epochs=2", run=again, resume=True)
+    straight = tmp_path / "straight"
+    fit_balls(*options, "training.max_epochs=2", run=straight)
+    one, two = (load_checkpoint(run / "fold_0/last.safetensors")[0] for run in (again, straight))
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []

@@ -1,0 +1,122 @@
+"""Comparisons find a difference that is there, none that is not, and count patients, not scans."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+from scipy.stats import ttest_rel, wilcoxon
+
+from kanseg.errors import UserError
+from kanseg.evaluation.compare import compare, comparison_table, load_scores
+from kanseg.evaluation.metrics import COLUMNS, METRICS, evaluate_folders
+
+
+def table(folder: Path, dice: np.ndarray, cases: list[str] | None = None) -> Path:
+    """cases.csv of an evaluation, (cases, classes) Dice; the distance falls as Dice rises."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = cases or [f"c{i:02d}" for i in range(len(dice))]
+    with (folder / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["case", "label", *COLUMNS])
+        writer.writeheader()
+        for name, row in zip(names, dice, strict=True):
+            for number, value in enumerate(row):
+                scores = {"dice": value, "iou": value / (2 - value), "hd95": 10 * (1 - value), "nsd": value}
+                writer.writerow({"case": name, "label": f"organ {number}", **scores})
+    return folder
+
+
+def random_dice(seed: int, cases: int = 30, classes: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0.6, 0.9, (cases, classes))
+
+
+def test_numbers_are_those_of_the_formulas(tmp_path: Path) -> None:
+    one, other = random_dice(0), random_dice(1)
+    result = compare(table(tmp_path / "a", one), table(tmp_path / "b", other))
+    rows = {(row["class"], row["metric"]): row for row in result["rows"]}
+    assert len(rows) == 3 * len(METRICS)
+    for number in range(2):
+        row = rows[f"organ {number}", "dice"]
+        difference = one[:, number] - other[:, number]
+        assert row["difference"] == pytest.approx(difference.mean())
+        assert row["p"] == pytest.approx(wilcoxon(difference).pvalue)
+        assert (row["wins"], row["losses"]) == ((difference > 0).sum(), (difference < 0).sum())
+        low, high = ttest_rel(one[:, number], other[:, number]).confidence_interval()
+        np.testing.assert_allclose(row["ci95"], [low, high], atol=0.006)  # close to normal with 30 cases
+    ps = sorted(rows[f"organ {number}", "dice"]["p"] for number in range(2))
+    holm = sorted(rows[f"organ {number}", "dice"]["p_holm"] for number in range(2))
+    assert holm == pytest.approx([min(1, 2 * ps[0]), max(min(1, 2 * ps[0]), ps[1])])
+    mean = rows["mean", "dice"]
+    assert mean["difference"] == pytest.approx((one - other).mean())
+
+
+def test_a_true_difference_is_found_on_the_right_side(tmp_path: Path) -> None:
+    base = random_dice(0)
+    noise = np.random.default_rng(2).normal(0, 0.01, base.shape)
+    better, worse = table(tmp_path / "a", base + 0.02 + noise), table(tmp_path / "b", base)
+    for one, other, side in ((better, worse, "a"), (worse, better, "b"), (worse, worse, "")):
+        rows = compare(one, other)["rows"]
+        assert {row["better"] for row in rows} == {side}  # also for distances, where less is better
+
+
+def test_scans_of_one_patient_count_once(tmp_path: Path) -> None:
+    """Eight scans of each of four patients: 32 differences, but four patients prove nothing."""
+    shifts = np.repeat([0.05, 0.04, 0.03, -0.01], 8)[:, None]
+    base = random_dice(0, 32, 1)
+    one, other = table(tmp_path / "a", base + shifts), table(tmp_path / "b", base)
+    (alone,) = (row for row in compare(one, other)["rows"] if row["metric"] == "dice")
+    cases = {f"c{i:02d}": {"group": f"p{i // 8}"} for i in range(32)}
+    (one / "fingerprint.json").write_text(json.dumps({"cases": cases, "same": []}))
+    result = compare(one, other)
+    (grouped,) = (row for row in result["rows"] if row["metric"] == "dice")
+    assert result["patients"] == 4
+    assert alone["better"] == "a"
+    assert grouped["better"] == ""
+    assert np.ptp(grouped["ci95"]) > 1.5 * np.ptp(alone["ci95"])
+
+
+def test_cases_that_only_one_side_has_are_named(tmp_path: Path) -> None:
+    one = table(tmp_path / "a", random_dice(0, 4), ["w", "x", "y", "z"])
+    other = table(tmp_path / "b", random_dice(1, 3), ["x", "y", "v"])
+    result = compare(one, other, tmp_path / "out")
+    assert (result["only_in_a"], result["only_in_b"], result["cases"]) == (["w", "z"], ["v"], 2)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"comparison.{s}" for s in ("csv", "json", "png")
+    ]
+    assert Picture.open(tmp_path / "out" / "comparison.png").size[0] > 500
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == result
+    assert comparison_table(result).row_count == len(result["rows"])
+    with pytest.raises(UserError, match="no case in common"):
+        compare(one, table(tmp_path / "c", random_dice(0, 1), ["other"]))
+
+
+def test_label_maps_are_scored_against_their_references(blobs: Path, tmp_path: Path) -> None:
+    result = compare(blobs / "labelsTr", blobs / "labelsTr", reference=blobs / "labelsTr")
+    assert all(row["difference"] == 0 and row["p"] == 1 for row in result["rows"])
+    evaluate_folders(blobs / "labelsTr", blobs / "labelsTr", tmp_path / "scores")
+    assert load_scores(tmp_path / "scores") == load_scores(blobs / "labelsTr", blobs / "labelsTr")
+
+
+def test_runs_are_compared_by_their_validation(tmp_path: Path) -> None:
+    for run, shift in (("one", 0.1), ("two", 0.0)):
+        for fold in range(2):
+            folder = tmp_path / run / f"fold_{fold}"
+            folder.mkdir(parents=True)
+            cases = {f"c{fold}{i}": {"near": 0.5 + shift + 0.01 * i, "far": 0.6 + shift} for i in range(5)}
+            (folder / "summary.json").write_text(json.dumps({"cases": cases}))
+    result = compare(tmp_path / "one", tmp_path / "two")
+    assert result["cases"] == 10
+    assert {row["class"] for row in result["rows"]} == {"near", "far", "mean"}
+    assert all(row["difference"] == pytest.approx(0.1) and row["better"] == "a" for row in result["rows"])
+
+
+@pytest.mark.parametrize("content", [None, "a,b\n1,2\n", "case,label,dice\nx,y,z\n"])
+def test_what_has_no_scores_is_explained(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "cases.csv").write_text(content)
+    with pytest.raises(UserError, match="no scores|no table of scores"):
+        load_scores(tmp_path)

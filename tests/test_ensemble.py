@@ -1,0 +1,223 @@
+"""Ensembles average probabilities, of networks and of predictions; a cohort goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.images import read_image
+from kanseg.data.plan import Plan, make_plan
+from kanseg.errors import UserError
+from kanseg.inference.ensemble import POSTPROCESSING, Ensemble, Loaded, combine_folders, find_members
+from kanseg.inference.predict import find_probabilities, predict, predict_case, predict_folder
+from kanseg.training.checkpoint import BEST, build_model, named, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def plan(blobs: Path) -> Plan:
+    return replace(make_plan(read_dataset(blobs), memory=2**31), patch_size=[16, 16, 16])
+
+
+class Constant(nn.Module):
+    """The same logits everywhere."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.view(1, -1, 1, 1, 1).expand(len(x), -1, *x.shape[2:]).clone()
+
+
+class Brightness(nn.Module):
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.threshold - x, x - self.threshold, -5 + 0 * x], dim=1)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_members_probabilities_are_averaged(regions: bool) -> None:
+    members = [Constant(2.0, 0.5, -1.0), Constant(-1.0, 0.3, 3.0)]
+    x = torch.zeros(1, 1, 2, 2, 2)
+    chance = (lambda z: z.sigmoid()) if regions else (lambda z: z.softmax(1))
+    mean = (chance(members[0](x)) + chance(members[1](x))) / 2
+    torch.testing.assert_close(chance(Ensemble(members, regions)(x)), mean)
+
+
+def test_networks_of_different_plans_meet_on_the_grid_of_the_image(plan: Plan, blobs: Path) -> None:
+    flat = replace(
+        make_plan(read_dataset(blobs), memory=2**31, dim=2),
+        slice_axis=2,
+        spacing=[1.0, 1.0],
+        patch_size=[16, 16],
+    )
+    coarse = replace(plan, spacing=[1.3, 1.3, 1.5])
+    case = read_dataset(blobs).cases[0]
+    networks, plans = [Brightness(0.5), Brightness(1.0), Brightness(2.0)], [plan, coarse, flat]
+    together = predict(networks, case, plans)
+    alone = [predict(n, case, p).probability(1) for n, p in zip(networks, plans, strict=True)]
+    np.testing.assert_allclose(together.probability(1), np.mean(alone, axis=0), atol=1e-6)
+    np.testing.assert_array_equal(together.labels() == 1, np.mean(alone, axis=0) > 0.5)
+
+
+def checkpoint(plan: Plan, folder: Path, seed: int, **changes: object) -> Path:
+    torch.manual_seed(seed)
+    options = {"features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [3, 3]}
+    spec = {"name": "ukanet", "spatial_dims": 3, "in_channels": 1, "out_channels": 3, "options": options}
+    folder.mkdir(parents=True)
+    info = json.loads(json.dumps({"model": spec, "plan": replace(plan, **changes).to_dict()}))  # type: ignore[arg-type]
+    return save_checkpoint(folder / BEST, named("model", build_model(spec).state_dict()), info)
+
+
+def test_a_run_predicts_by_all_its_folds(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    files = [checkpoint(plan, tmp_path / f"fold_{i}", i) for i in range(3)]
+    assert find_members(tmp_path) == files
+    assert find_members(tmp_path / "fold_1") == [files[1]]
+    assert find_members(files[2]) == [files[2]]
+    case = read_dataset(blobs).cases[0]
+    loaded = Loaded([tmp_path])
+    assert len(loaded.networks) == 1
+    labels, _ = predict_case(loaded.networks, case, loaded.plans)
+    single = [Loaded([file]) for file in files]
+    chances = [
+        np.stack([predict(s.networks, case, s.plans).probability(k) for k in range(3)]) for s in single
+    ]
+    agreement = (labels == np.mean(chances, axis=0).argmax(0)).mean()
+    assert (
+        agreement > 0.99
+    )  # windows are blended as logits, so they differ where windows meet and nothing is sure
+
+
+def test_folds_named_all_stand_alone(plan: Plan, tmp_path: Path) -> None:
+    file = checkpoint(plan, tmp_path / "fold_all", 0)
+    assert find_members(tmp_path) == [file]
+    with pytest.raises(UserError, match="does not exist"):
+        find_members(tmp_path / "nothing")
+
+
+def test_models_of_different_tasks_are_no_ensemble(plan: Plan, tmp_path: Path) -> None:
+    first = checkpoint(plan, tmp_path / "a", 0)
+    other = checkpoint(plan, tmp_path / "b", 1, label_names=["background", "near", "other"])
+    with pytest.raises(UserError, match="are no ensemble: their label_names differ"):
+        Loaded([first, other])
+
+
+def test_rules_of_a_run_are_loaded_and_checked(plan: Plan, tmp_path: Path) -> None:
+    checkpoint(plan, tmp_path / "fold_0", 0)
+    rules = [{"labels": [1], "largest": True}]
+    (tmp_path / POSTPROCESSING).write_text(json.dumps({"rules": rules}))
+    assert Loaded([tmp_path]).rules == Loaded([tmp_path / "fold_0"]).rules == rules
+    (tmp_path / POSTPROCESSING).write_text(json.dumps([{"label": 1}]))
+    with pytest.raises(UserError, match="needs 'labels'"):
+        Loaded([tmp_path])
+
+
+def test_folders_with_probabilities_are_averaged_others_vote(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    cases = find_images(blobs / "imagesTr")[:2]
+    mapped = replace(plan, label_values=[0, 7, 300], label_dtype="uint16")
+    folders = [tmp_path / name for name in "abc"]
+    for folder, threshold in zip(folders, (0.2, 0.6, 2.5), strict=True):
+        predict_folder(Brightness(threshold), mapped, cases, folder, probabilities=True)
+    files, values, regions = find_probabilities(folders[0] / "case_0.nii.gz") or ([], [], True)
+    assert (len(files), values, regions) == (3, [0, 7, 300], False)
+    assert set(combine_folders(folders, tmp_path / "mean")["by"].values()) == {"probability"}
+    networks = [Brightness(t) for t in (0.2, 0.6, 2.5)]
+    wanted, _ = predict_case(networks, cases[0], [mapped] * 3)
+    found = read_image(tmp_path / "mean" / "case_0.nii.gz").array[0]
+    np.testing.assert_array_equal(found, wanted)
+    for path in folders[0].glob("*_prob_*"):
+        path.unlink()
+    assert set(combine_folders(folders, tmp_path / "vote")["by"].values()) == {"vote"}
+    middle = read_image(
+        folders[1] / "case_0.nii.gz"
+    ).array  # of three thresholds the middle one is the majority
+    np.testing.assert_array_equal(read_image(tmp_path / "vote" / "case_0.nii.gz").array, middle)
+    nib_map = nib.load(tmp_path / "vote" / "case_0.nii.gz")
+    np.testing.assert_allclose(nib_map.affine, nib.load(cases[0].images[0]).affine)
+
+
+def test_folders_that_cannot_be_combined_are_refused(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    for folder, count in (("a", 2), ("b", 1)):
+        predict_folder(Brightness(0.5), plan, find_images(blobs / "imagesTr")[:count], tmp_path / folder)
+    with pytest.raises(UserError, match="do not hold the same cases: only one has case_1"):
+        combine_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    with pytest.raises(UserError, match="is one of the folders to combine"):
+        combine_folders([tmp_path / "a", tmp_path / "a"], tmp_path / "a")
+    with pytest.raises(UserError, match="at least two"):
+        combine_folders([tmp_path / "a"], tmp_path / "out")
+
+
+class Counting(Brightness):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+def test_a_cohort_goes_on_where_it_stopped(plan: Plan, blobs: Path, tmp_path: Path, suffix: str) -> None:
+    scans = tmp_path / "scans"
+    shutil.copytree(blobs / "imagesTr", scans)
+    cases = find_images(scans)
+
+    def predicted(settings: dict, **how: object) -> int:
+        """How many cases the network saw."""
+        network = Counting(0.5)
+        how = {"suffix": suffix, "settings": settings, **how}
+        assert not predict_folder(network, plan, cases, tmp_path / "out", **how)  # type: ignore[arg-type]
+        return network.calls // per_case
+
+    per_case = 1
+    per_case = predicted({"model": "x"}) // len(cases)
+    assert predicted({"model": "x"}) == 0
+    (tmp_path / "out" / f"case_2{suffix}").unlink()
+    assert predicted({"model": "x"}) == 1
+    assert predicted({"model": "x"}, again=True) == len(cases)
+    assert predicted({"model": "y"}) == len(cases)
+    file = nib.load(scans / "case_3.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(file.dataobj) * 2, file.affine), scans / "case_3.nii.gz")
+    assert predicted({"model": "y"}) == 1
+    assert len(list((tmp_path / "out").iterdir())) == len(cases)
+
+
+def recorder(seen: list[tuple[int, int]]) -> Callable[[int, int], None]:
+    return lambda done, total: seen.append((done, total))
+
+
+def test_progress_within_a_case_counts_every_window(plan: Plan, blobs: Path) -> None:
+    case = read_dataset(blobs).cases[0]
+    for how in ({}, {"tta": True}, {"overlap": 0.25}, {"blending": "constant"}):
+        seen: list[tuple[int, int]] = []
+        mirrored = replace(plan, mirror_axes=[0, 2])
+        predict([Brightness(0.5)] * 2, case, [plan, mirrored], watch=recorder(seen), **how)
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        first = [at for at in seen if at[0] <= at[1] // 2]
+        assert first[-1][0] * 2 == first[-1][1]
+        assert seen[-1][0] == seen[-1][1]
+
+
+def test_constant_blending_weighs_windows_alike(plan: Plan) -> None:
+    from kanseg.inference.predict import predict_logits
+
+    class Ramp(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.arange(16.0).view(1, 1, -1, 1, 1).expand(len(x), 3, 16, 16, 16).clone()
+
+    image = torch.zeros(1, 1, 24, 16, 16)
+    line = predict_logits(Ramp(), image, plan, overlap=0.5, blending="constant")[0, 0, :, 0, 0]
+    wanted = [*range(8), *((i + i - 8) / 2 for i in range(8, 16)), *range(8, 16)]
+    torch.testing.assert_close(line, torch.tensor(wanted))

@@ -1,0 +1,136 @@
+"""The fingerprint: what was looked at, which images are one, and whether the data are still those of the plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from kanseg.data.digests import near_duplicates, thumbnail
+from kanseg.data.fingerprint import check_unchanged, fingerprint, load_fingerprint
+from kanseg.data.formats import read_dataset
+from kanseg.data.images import read_image
+from kanseg.data.plan import plan_run
+from kanseg.errors import UserError
+
+
+@pytest.fixture
+def copy(blobs: Path, tmp_path: Path) -> Path:
+    shutil.copytree(blobs, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def test_the_same_data_pass_also_after_a_copy_that_changes_times(copy: Path, tmp_path: Path) -> None:
+    plan_run(read_dataset(copy), tmp_path / "run", memory=2**31)
+    check_unchanged(read_dataset(copy), tmp_path / "run")
+    for path in copy.rglob("*.nii.gz"):
+        os.utime(path, (1, 1))
+    check_unchanged(read_dataset(copy), tmp_path / "run")
+    check_unchanged(read_dataset(copy), tmp_path / "elsewhere")  # a run without a fingerprint asks nothing
+
+
+def change_label(root: Path) -> None:
+    path = root / "labelsTr" / "case_2.nii.gz"
+    file = nib.load(path)
+    nib.save(nib.Nifti1Image(np.flip(np.asarray(file.dataobj), 0).copy(), file.affine), path)
+
+
+def described(root: Path, change: dict) -> None:
+    file = root / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_label, "case_2.nii.gz of case_2 has changed"),
+        (
+            lambda root: described(root, {"subjects": {"case_0": "other"}}),
+            "case_0 belonged to 'p0' and belongs to",
+        ),
+        (
+            lambda root: described(
+                root, {"training": json.loads((root / "dataset.json").read_text())["training"][1:]}
+            ),
+            "case_0 is gone",
+        ),
+    ],
+)
+def test_a_plan_for_data_that_changed_is_refused_with_the_difference(
+    copy: Path, tmp_path: Path, change: object, message: str
+) -> None:
+    plan_run(read_dataset(copy), tmp_path / "run", memory=2**31)
+    change(copy)  # type: ignore[operator]
+    with pytest.raises(UserError, match=f"is not as it was planned in .*{message}"):
+        check_unchanged(read_dataset(copy), tmp_path / "run")
+
+
+def test_training_refuses_changed_data_and_leaking_splits(copy: Path, tmp_path: Path) -> None:
+    from kanseg.config import load_config
+    from kanseg.training.run_folder import run_splits
+
+    run, config = tmp_path / "run", load_config(overrides=["data.folds=3"])
+    plan_run(read_dataset(copy), run, memory=2**31)
+    splits = run_splits(read_dataset(copy), config, run)
+    ids = [case.id for case in read_dataset(copy).cases]
+    (run / "splits.json").write_text(json.dumps([*splits[:2], {"train": ids[1:], "val": ids[:1]}]))
+    with pytest.raises(UserError, match="Fold 2 trains on 'case_1' and validates on 'case_0'"):
+        run_splits(read_dataset(copy), config, run)
+    (run / "splits.json").unlink()
+    change_label(copy)
+    with pytest.raises(UserError, match="case_2 has changed"):
+        run_splits(read_dataset(copy), config, run)
+
+
+def test_copies_under_other_names_stay_on_one_side_of_every_fold(copy: Path, tmp_path: Path) -> None:
+    from kanseg.config import load_config
+    from kanseg.training.run_folder import run_splits
+
+    noise = np.random.default_rng(0).normal(0, 0.01, (20, 24, 18))
+    first, other = (nib.load(copy / "imagesTr" / f"case_{i}.nii.gz") for i in (0, 3))
+    array = (np.asarray(first.dataobj) + noise).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, other.affine), copy / "imagesTr" / "case_3.nii.gz")
+    plan = plan_run(read_dataset(copy), tmp_path / "run", memory=2**31)
+    assert "case_0 = case_3" in " ".join(plan.reasons)
+    assert (load_fingerprint(tmp_path / "run") or {})["same"] == [["case_0", "case_3"]]
+    config = load_config(overrides=["data.folds=2"])
+    for fold in run_splits(read_dataset(copy), config, tmp_path / "run"):
+        assert ("case_0" in fold["val"]) == ("case_3" in fold["val"])
+
+
+def test_no_model_carries_the_names_of_cases(copy: Path, tmp_path: Path) -> None:
+    plan_run(read_dataset(copy), tmp_path / "run", memory=2**31)
+    assert "case_" not in (tmp_path / "run" / "plan.json").read_text()
+    assert "case_0" in (tmp_path / "run" / "fingerprint.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["hippocampus", "busi", "glas", "chase_db1", "drive"])
+def test_different_patients_of_real_sets_are_no_duplicates(shared_data: Path, name: str) -> None:
+    root = shared_data / name
+    folder = root / ("imagesTr" if (root / "imagesTr").exists() else "images")
+    images = {path.name: read_image(path).array for path in sorted(folder.iterdir())[:120]}
+    thumbnails = {key: thumbnail(array) for key, array in images.items()}
+    assert near_duplicates(thumbnails) == []
+    generator = np.random.default_rng(0)
+    for key in list(images)[:5]:  # the same picture, noisier, darker, a little cut
+        array = images[key][..., 1:, 1:] if images[key].ndim == 3 else images[key]
+        array = 0.8 * array + generator.normal(0, 0.03 * array.std(), array.shape)
+        assert near_duplicates({**thumbnails, "copy": thumbnail(array)}) == [(key, "copy")]
+
+
+def test_the_numbers_of_the_fingerprint_are_those_of_the_files(blobs: Path) -> None:
+    dataset = read_dataset(blobs)
+    seen = fingerprint(dataset)
+    for case in dataset.cases:
+        label = np.asarray(nib.load(case.label).dataobj)
+        entry = seen["cases"][case.id]
+        assert entry["size"] == list(label.shape)
+        assert entry["spacing"] == [1.0, 1.0, 1.5]
+        assert entry["voxels"] == {str(v): int((label == v).sum()) for v in (0, 1, 2)}
+        assert set(case.values) == {0, 1, 2}
+    assert seen["same"] == []

@@ -1,0 +1,178 @@
+"""Regions that overlap, voxels that nobody annotated, and their way through loss, prediction and scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kanseg.data.formats import read_dataset
+from kanseg.data.images import read_label
+from kanseg.data.labels import class_numbers, class_values, known_values, parse_regions, targets
+from kanseg.data.plan import Plan, make_plan, planned_dataset
+from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.metrics import evaluate_folders, label_dice, parse_labels
+from kanseg.inference.predict import decide, predict_case
+from kanseg.training.losses import LOSSES, create_loss
+
+BRATS = {"whole": [1, 2, 3, 4], "core": [1, 3, 4], "enhancing": [4]}
+
+
+@pytest.fixture(scope="module")
+def regions(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The blobs with a region of both balls and one of the far ball, and a slab that nobody annotated."""
+    root = tmp_path_factory.mktemp("regions") / "set"
+    shutil.copytree(blobs, root)
+    described = json.loads((root / "dataset.json").read_text())
+    described["labels"] = {"background": 0, "both": [1, 2], "far": [2], "ignore": 9}
+    described["regions_class_order"] = [1, 2]
+    (root / "dataset.json").write_text(json.dumps(described))
+    import nibabel as nib
+
+    for path in (root / "labelsTr").iterdir():
+        file = nib.load(path)
+        label = np.asarray(file.dataobj).copy()
+        label[:2] = 9
+        nib.save(nib.Nifti1Image(label, file.affine), path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def plan(regions: Path) -> Plan:
+    return replace(make_plan(read_dataset(regions), memory=2**31), patch_size=[16, 16, 16])
+
+
+def test_the_grammar_is_that_of_nnunet(regions: Path) -> None:
+    dataset = read_dataset(regions)
+    assert dataset.label_names == ("background", "both", "far")
+    assert dataset.label_values == (0, 1, 2)
+    assert dataset.regions == ((0,), (1, 2), (2,))
+    assert dataset.ignore_value == 9
+    assert class_values(dataset) == {"both": (1, 2), "far": (2,)}
+    assert known_values(dataset) == [0, 1, 2]
+
+
+def test_tumour_regions_of_real_data_need_no_order(shared_data: Path) -> None:
+    assert parse_regions("whole=1+2+3+4,core=1+3+4,enhancing=4") == BRATS
+    dataset = read_dataset(shared_data / "brats_small", regions=BRATS)
+    assert dataset.label_names == ("background", *BRATS)
+    assert dataset.label_values == (0, 2, 1, 4)  # a value that no later region has, for each
+    plan = Plan.from_dict(make_plan(dataset, memory=2**32, regions=BRATS).to_dict())
+    assert planned_dataset(plan).regions == dataset.regions
+    label = read_label(dataset.cases[0].label)  # type: ignore[arg-type]
+    member = targets(torch.from_numpy(class_numbers(label, plan, "x"))[None], plan)
+    for number, values in enumerate(plan.regions[1:], start=1):
+        np.testing.assert_array_equal(member[number].numpy() > 0, np.isin(label, values))
+    painted = decide((m.numpy() for m in member), plan.label_values, True)
+    assert label_dice(painted, label, plan) == [1.0] * 3
+
+
+@pytest.mark.parametrize("text", ["whole", "whole=", "whole=a+b", "=1+2"])
+def test_regions_that_cannot_be_read_are_explained(text: str) -> None:
+    with pytest.raises(UsageError, match="not of the form"):
+        parse_regions(text)
+
+
+def test_a_plan_with_other_labels_than_the_data_is_refused(regions: Path, blobs: Path, plan: Plan) -> None:
+    from kanseg.training.run_folder import check_data
+
+    check_data(plan, read_dataset(regions))
+    with pytest.raises(UserError, match="its regions is"):
+        check_data(plan, read_dataset(blobs))
+
+
+def test_the_loss_of_regions_is_binary_cross_entropy_and_dice() -> None:
+    logits, member = torch.randn(2, 3, 6, 6, 6), (torch.rand(2, 3, 6, 6, 6) > 0.5).float()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits[:, 1:], member[:, 1:])
+    chance = logits.sigmoid()
+    overlap = [2 * (chance[:, k] * member[:, k]).sum() + 1e-5 for k in (1, 2)]
+    both = [chance[:, k].sum() + member[:, k].sum() + 1e-5 for k in (1, 2)]
+    soft_dice = 1 - torch.stack([o / b for o, b in zip(overlap, both, strict=True)]).mean()
+    torch.testing.assert_close(create_loss("dice_ce")(logits, member), cross_entropy + soft_dice)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_what_nobody_annotated_has_no_gradient(name: str, overlapping: bool) -> None:
+    logits = torch.randn(2, 3, 6, 6, 6, requires_grad=True)
+    label = torch.randint(3, (2, 1, 6, 6, 6)).float()
+    if overlapping:
+        label = (torch.rand(2, 3, 6, 6, 6) > 0.5).float()
+    label[:, :, :2] = -1
+    loss = create_loss(name)(logits, label)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert logits.grad is not None
+    assert (logits.grad[:, :, :2] == 0).all()
+    assert (logits.grad[:, 1:, 2:] != 0).any()
+    with torch.no_grad():
+        other = logits.clone()
+        other[:, :, :2] = 5 * torch.randn(2, 3, 2, 6, 6)
+        torch.testing.assert_close(create_loss(name)(other, label), loss.detach())
+
+
+class Known(nn.Module):
+    """A network whose answer is known: "both" where the image is high, "far" where it is highest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([0 * x, 4 * (x - 1.0), 4 * (x - 2.2)], dim=1)
+
+
+def test_regions_are_painted_in_their_order(plan: Plan, regions: Path) -> None:
+    case = read_dataset(regions).cases[0]
+    labels, source = predict_case(Known(), case, plan)
+    array = source.array[0]
+    x = (array - array.mean()) / array.std()
+    np.testing.assert_array_equal(labels, np.where(x > 2.2, 2, np.where(x > 1.0, 1, 0)))
+    pair, _ = predict_case([Known(), Known()], case, [plan, plan])
+    np.testing.assert_array_equal(pair, labels)
+
+
+def test_scores_count_regions_as_wholes_and_leave_the_unknown_out(
+    plan: Plan, regions: Path, blobs: Path, tmp_path: Path
+) -> None:
+    """The true labels, drawn where nobody annotated: perfect, although values differ there."""
+    plan.save(tmp_path / "plan.json")
+    names = parse_labels(str(tmp_path))
+    assert names == {"both": (1, 2), "far": 2}
+    scores = evaluate_folders(blobs / "labelsTr", regions / "labelsTr", labels=names, ignore=9)
+    assert all(row["dice"]["mean"] == 1 for row in scores["metrics"].values())
+    truth = read_label(regions / "labelsTr" / "case_0.nii.gz")
+    near = np.where(truth == 2, 1, truth)
+    assert label_dice(near, truth, plan) == [1.0, 0.0]
+    assert parse_labels("whole=1+2,core=2") == {"whole": (1, 2), "core": 2}
+
+
+def test_a_network_learns_regions_and_ignores(plan: Plan, regions: Path, tmp_path: Path) -> None:
+    """From a folder with regions to a label map, by the ordinary ways."""
+    from kanseg.config import load_config
+    from kanseg.inference.ensemble import Loaded
+    from kanseg.training.fit import fit
+
+    config = load_config(
+        overrides=[
+            "training.max_epochs=1",
+            "training.steps_per_epoch=30",
+            "training.lr=0.01",
+            "training.ema_decay=null",
+            "data.folds=3",
+            "data.workers=0",
+            "model.options.features_per_stage=[8,16]",
+            "model.options.strides=[1,2]",
+            "model.options.kernel_sizes=[3,3]",
+            "model.options.deep_supervision=false",
+        ]
+    )
+    summary = fit(config, plan, read_dataset(regions), tmp_path / "run", fold=0)
+    assert set(summary["dice"]) == {"both", "far", "mean"}
+    assert summary["dice"]["both"] > 0.6
+    loaded = Loaded([tmp_path / "run"])
+    labels, _ = predict_case(loaded.networks, read_dataset(regions).cases[0], loaded.plans)
+    assert set(np.unique(labels)) <= {0, 1, 2}

@@ -1,0 +1,104 @@
+"""Several processes under `accelerate launch`, on the CPU over gloo: the loss curve of one with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kanseg
+from kanseg.training.checkpoint import load_checkpoint, load_model
+from kanseg.training.monitor import read_log
+
+OPTIONS = [
+    "training.max_epochs=2",
+    "training.steps_per_epoch=3",
+    "training.loss=dice_ce",
+    "data.workers=0",
+    "data.folds=3",
+    "model.options.features_per_stage=[4,8]",
+    "model.options.strides=[1,2]",
+    "model.options.kernel_sizes=[3,3]",
+    "model.options.deep_supervision=false",
+]
+
+
+def launch(processes: int, *arguments: object, sharded: bool = False) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` of the command line; where there is no GPU its processes compute on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kind = ["--use_fsdp", "--fsdp_version", 2] if sharded else ["--multi_gpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--mixed_precision", "no"]
+    command += ["--num_processes", processes, "--num_machines", 1, "--main_process_port", port]
+    command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", 1, "-m", "kanseg.cli", *arguments]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(kanseg.__file__).parents[1]), *sys.path]),
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(blobs, tmp_path_factory):
+    """A run of one process with a batch of 2."""
+    from kanseg.cli import app
+
+    run = tmp_path_factory.mktemp("alone") / "run"
+    app(
+        ["train", str(blobs), *OPTIONS, "training.batch_size=2", "-o", str(run), "--json"],
+        standalone_mode=False,
+    )
+    return run
+
+
+@pytest.mark.parametrize(
+    ("sharded", "resume"),
+    [
+        pytest.param(False, False, id="DDP"),
+        pytest.param(False, True, id="DDP resumed", marks=pytest.mark.slow),
+        pytest.param(True, True, id="FSDP resumed", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_have_the_loss_curve_of_one_with_the_whole_batch(
+    blobs, alone, tmp_path, sharded, resume
+):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    run = tmp_path / "run"
+    words = ("train", blobs, *OPTIONS, "training.batch_size=1", "-o", run)
+    done = launch(2, *words, sharded=sharded)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = [read_log(folder / "fold_0" / "log.jsonl") for folder in (alone, run)]
+    for one, other in zip(*logs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["mean_dice"] == pytest.approx(other["mean_dice"], abs=5e-3)
+    one, other = (load_checkpoint(folder / "fold_0/last.safetensors")[0] for folder in (alone, run))
+    assert {name for name in one if not name.startswith("rng")} == {
+        n for n in other if not n.startswith("rng")
+    }
+    assert all(one[name].shape == other[name].shape for name in one)
+    assert {"rng.0.torch", "rng.1.torch"} <= other.keys()
+    summaries = [json.loads((folder / "fold_0/summary.json").read_text()) for folder in (alone, run)]
+    assert summaries[0]["cases"].keys() == summaries[1]["cases"].keys()
+    load_model(run)
+    if not resume:
+        return
+    words = [word.replace("max_epochs=2", "max_epochs=3") for word in map(str, words)]
+    resumed = launch(2, *words, "--resume", sharded=sharded)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert [record["epoch"] for record in read_log(run / "fold_0/log.jsonl")] == [0, 1, 2]

@@ -1,0 +1,161 @@
+"""kanseg run: one command from a folder to a chosen model, which any stop may interrupt."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from kanseg.data.images import read_label
+from kanseg.errors import UsageError, UserError
+from kanseg.inference.ensemble import Loaded
+from kanseg.segmenter import Segmenter
+from kanseg.training.checkpoint import load_checkpoint
+from kanseg.training.pipeline import run_pipeline
+
+QUICK = ["training.steps_per_epoch=4", "training.max_epochs=1", "data.workers=0", "data.folds=3"]
+
+
+def run(balls, folder, *overrides, **options):
+    """The pipeline with the small plan of the balls."""
+    dataset, plan = balls
+    (folder / "3d").mkdir(parents=True, exist_ok=True)
+    if not (folder / "3d" / "plan.json").exists():
+        plan.save(folder / "3d" / "plan.json")
+    how = {"configurations": "3d", "console": Console(quiet=True), **options}
+    return run_pipeline(dataset.source, folder, [*QUICK, *overrides], **how)
+
+
+def run_in_process(balls, folder):
+    torch.set_num_threads(1)
+    run(balls, folder)
+
+
+@pytest.fixture(scope="module")
+def done(balls, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(balls, folder)
+
+
+def test_the_folder_holds_a_model_that_predicts_and_a_report(balls, done, tmp_path):
+    dataset, _ = balls
+    folder, found = done
+    assert found["choice"] == "3d"
+    assert len(Loaded([folder]).files) == 3
+    assert all(folder / "model" in file.parents for file in Loaded([folder]).files)
+    shutil.copytree(folder / "model", tmp_path / "moved")
+    moved = Loaded([tmp_path / "moved"])
+    rules = json.loads((folder / "postprocessing.json").read_text())["rules"]
+    assert moved.rules == rules == Loaded([folder]).rules
+    assert Segmenter.load(folder).predict(dataset.cases[0].images[0]).shape == (14, 14, 14)
+    report = (folder / "report.md").read_text()
+    assert f"{found['dice']:.3f}" in report
+    assert "6 unseen cases" in report
+
+
+def test_called_again_it_does_nothing_anew_and_says_the_same(balls, done):
+    folder, found = done
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")}
+    began = time.monotonic()
+    assert run(balls, folder) == found
+    assert time.monotonic() - began < 5
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")} == before
+
+
+def test_other_options_are_named_and_taken_by_override(balls, done, tmp_path):
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    with pytest.raises(UsageError, match=r"overrides=.*--override"):
+        run(balls, folder, "training.max_epochs=2")
+    run(balls, folder, "training.max_epochs=2", override=True)
+    assert load_checkpoint(folder / "3d/fold_1/last.safetensors")[1]["state"]["epoch"] == 2
+
+
+def test_minutes_are_shared_out_over_all_trainings(balls, tmp_path):
+    run(balls, tmp_path, minutes=0.06, final="all")
+    config = json.loads((tmp_path / "3d/config.json").read_text())
+    assert config["training"]["max_minutes"] == pytest.approx(0.06 / 4)  # three folds and the final one
+    (model,) = Loaded([tmp_path]).files
+    last = load_checkpoint(tmp_path / "3d/fold_final/best.safetensors")[0]
+    assert all(torch.equal(value, last[name]) for name, value in load_checkpoint(model)[0].items())
+
+
+def test_killed_anywhere_it_ends_with_the_same_scores(balls, done, tmp_path, processes):
+    folder = tmp_path / "run"
+    for mark in ("3d/fold_0/last.safetensors", "3d/fold_1/log.jsonl", "3d/fold_2/validation"):
+        process = processes.Process(target=run_in_process, args=(balls, folder), daemon=True)
+        process.start()
+        while not (folder / mark).exists() and process.is_alive():
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)
+    found = run(balls, folder)
+    assert found["dice"] == done[1]["dice"]
+    for path in sorted((done[0] / "3d").glob("fold_*/validation/*.nii.gz")):
+        assert np.array_equal(read_label(path), read_label(folder / path.relative_to(done[0])))
+
+
+def test_a_second_one_in_the_folder_is_refused(balls, done):
+    from kanseg.training.files import locked
+
+    with locked(done[0]), pytest.raises(UserError, match="runs in"):
+        run(balls, done[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"configurations": "4d"}, "Unknown configuration '4d'"),
+        ({"final": "none"}, "--final is folds or all"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_is_written(balls, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        run_pipeline(balls[0].source, tmp_path / "run", console=Console(quiet=True), **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_with_errors_are_repaired_and_trained_on_without_a_word_of_the_user(balls, tmp_path):
+    dataset, plan = balls
+    plan = replace(plan, label_values=[0, 1])  # a repaired copy numbers its classes 0, 1, 2, ...
+    shutil.copytree(dataset.source.parent, tmp_path / "data")
+    image = nib.load(dataset.cases[3].images[0])
+    spoilt = np.array(image.dataobj)
+    spoilt[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(spoilt, image.affine), tmp_path / "data/image3.nii.gz")
+    found = run((replace(dataset, source=tmp_path / "data/cases.csv"), plan), tmp_path / "run")
+    told = json.loads((tmp_path / "run/doctor.json").read_text())
+    assert {finding["case"] for finding in told["findings"] if finding["severity"] == "error"} == {"image3"}
+    assert "6 unseen cases" in (tmp_path / "run/report.md").read_text()
+    assert found["choice"] == "3d"
+
+
+def test_a_single_patient_is_trained_on_without_validation(balls, tmp_path):
+    dataset, plan = balls
+    lines = dataset.source.read_text().splitlines()
+    shutil.copytree(dataset.source.parent, tmp_path / "data")
+    (tmp_path / "data/cases.csv").write_text("\n".join(lines[:3]))  # the head, and two images of one patient
+    found = run((replace(dataset, source=tmp_path / "data/cases.csv"), plan), tmp_path / "run")
+    assert found["dice"] is None
+    assert len(Loaded([tmp_path / "run"]).files) == 1
+    assert "one patient" in (tmp_path / "run/report.md").read_text()
+
+
+@pytest.mark.slow
+def test_both_dimensions_and_their_ensemble_compete_on_volumes(blobs, tmp_path):
+    options = [*QUICK, "data.folds=2"]
+    found = run_pipeline(blobs, tmp_path, options, size="small", console=Console(quiet=True))
+    assert set(found["configurations"]) == {"3d", "2d", "ensemble"}
+    assert found["dice"] == max(found["configurations"].values())
+    splits = [json.loads((tmp_path / name / "splits.json").read_text()) for name in ("3d", "2d")]
+    assert splits[0] == splits[1]
+    assert len(list((tmp_path / "ensemble/validation").iterdir())) == 6
+    assert len(Loaded([tmp_path]).files) == (4 if found["choice"] == "ensemble" else 2)

@@ -1,0 +1,72 @@
+"""Post-processing does what its rule says, and is chosen only where it helps."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from kanseg.errors import UserError
+from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing
+
+
+def scene(dims: int = 3) -> np.ndarray:
+    """A large block of 1 with a hole, a small one of 1, and a block of 2."""
+    labels = np.zeros((20,) * dims, np.uint8)
+    labels[(slice(2, 9),) * dims] = 1
+    labels[(slice(5, 6),) * dims] = 0
+    labels[(slice(16, 18),) * dims] = 1
+    labels[(slice(11, 14),) * dims] = 2
+    return labels
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_each_rule_changes_what_it_names_and_nothing_else(dims: int) -> None:
+    labels = scene(dims)
+    before = labels.copy()
+    largest = apply_postprocessing(labels, [{"labels": [1], "largest": True}])
+    assert (largest == 1).sum() == 7**dims - 1
+    filled = apply_postprocessing(labels, [{"labels": [1], "fill_holes": True}])
+    assert (filled == 1).sum() == 7**dims + 2**dims
+    for changed in (largest, filled):
+        np.testing.assert_array_equal(changed == 2, labels == 2)
+    whole = apply_postprocessing(labels, [{"labels": [1, 2], "largest": True}])
+    assert set(np.unique(whole)) == {0, 1}
+    np.testing.assert_array_equal(labels, before)
+
+
+def test_the_smallest_size_is_in_cubic_millimetres() -> None:
+    labels = scene()
+    rule = [{"labels": [1], "min_mm3": 9.0}]
+    assert (apply_postprocessing(labels, rule, (1, 1, 1))[16, 16, 16]) == 0
+    np.testing.assert_array_equal(apply_postprocessing(labels, rule, (1, 1, 2)), labels)
+
+
+def test_holes_are_filled_where_no_other_label_is() -> None:
+    labels = np.ones((9, 9, 9), np.uint8)
+    labels[3:6, 3:6, 3:6] = 0
+    labels[4, 4, 4] = 2
+    filled = apply_postprocessing(labels, [{"labels": [1], "fill_holes": True}])
+    assert filled[4, 4, 4] == 2
+    assert (filled == 1).sum() == 9**3 - 1
+
+
+def test_what_helps_is_chosen_and_what_harms_is_not() -> None:
+    """Class 1 has stray blocks in every prediction; class 2 truly comes in two pieces."""
+    truth = np.zeros((24, 24, 24), np.uint8)
+    truth[2:10, 2:10, 2:10] = 1
+    truth[14:18, 2:6, 2:6] = truth[14:18, 14:18, 2:6] = 2
+    guess = truth.copy()
+    guess[20:23, 20:23, 20:23] = 1
+    rules = choose_postprocessing([(guess, truth, (1.0, 1.0, 1.0))] * 3, {"organ": 1, "lesion": 2})
+    assert rules
+    np.testing.assert_array_equal(apply_postprocessing(guess, json.loads(json.dumps(rules))), truth)
+    np.testing.assert_array_equal(apply_postprocessing(truth, rules), truth)
+    assert choose_postprocessing([(truth, truth)], [1, 2]) == []
+    assert choose_postprocessing([], [1, 2]) == []
+
+
+def test_a_rule_from_a_file_is_checked() -> None:
+    with pytest.raises(UserError, match="no key 'largst'. Did you mean 'largest'"):
+        apply_postprocessing(scene(), [{"labels": [1], "largst": True}])

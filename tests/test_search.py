@@ -1,0 +1,63 @@
+"""kanseg search: Ray and Optuna find what is better, a stopped search goes on, and mistakes are told at once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from kanseg.errors import UsageError
+from kanseg.training.search import parse_space, search
+
+FIXED = ["training.max_epochs=2", "training.steps_per_epoch=2", "data.workers=0", "data.folds=3"]
+
+
+@pytest.fixture
+def planned(balls, tmp_path):
+    _, plan = balls
+    plan.save(tmp_path / "plan.json")
+    return tmp_path
+
+
+def test_spaces_are_parted_from_what_is_fixed():
+    fixed, space = parse_space(
+        ["data.folds=3", "model.options.basis=choice(gram,null,2)", "a.b=uniform(0,1.5)"]
+    )
+    assert fixed == ["data.folds=3"]
+    assert space == {"model.options.basis": ("choice", ["gram", None, 2]), "a.b": ("uniform", [0, 1.5])}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training.lr=0.1"], "nothing to search"),
+        (["training.lr=loguniforn(1,2)"], "Did you mean 'loguniform'"),
+        (["training.lr=uniform(2,1)"], "two rising numbers"),
+        (["training.lt=uniform(1,2)"], "Did you mean 'lr'"),
+        (["model.options.basis=choice(grma,gram)"], "Did you mean 'gram'"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_it_starts(planned, words, message):
+    with pytest.raises(UsageError, match=message):
+        search(planned, [*FIXED, *words])
+    assert not (planned / "search" / "trials").exists()
+
+
+@pytest.mark.slow
+def test_four_trials_on_a_local_ray_find_the_better_rate_and_a_resumed_search_makes_no_more(planned):
+    pytest.importorskip("ray")
+    words = [*FIXED, "training.lr=choice(0.01,1e-9)", "training.ema_decay=null"]
+    how = {"trials": 4, "concurrent": 2, "prune": True, "console": Console(quiet=True)}
+    found = search(planned, words, **how)
+    assert len(found["trials"]) == 4
+    assert {row["training.lr"] for row in found["trials"]} <= {0.01, 1e-9}
+    scores = [row["dice"] for row in found["trials"]]
+    assert scores == sorted(scores, reverse=True)
+    assert found["best"] == json.loads((planned / "search" / "best.json").read_text())
+    assert f"training.lr={found['best']['training.lr']}" in found["best"]["overrides"]
+    assert len((planned / "search" / "trials.csv").read_text().splitlines()) == 5
+    with pytest.raises(UsageError, match="--resume"):
+        search(planned, words, **how)
+    again = search(planned, words, resume=True, **how)
+    assert {row["trial"] for row in again["trials"]} == {row["trial"] for row in found["trials"]}
