@@ -215,23 +215,21 @@ def evaluate(
 
 @app.command()
 def models(json_: Json = False) -> None:
-    """List the networks with their parameters (1 channel, 3 classes) and what they are.
+    """List networks and encoders with their parameters (1 channel, 3 classes) and what they are.
+
+    Networks are for `kanseg train --model NAME`, encoders for model.options.encoder=NAME.
 
     Example: kanseg models
     """
     from rich.table import Table
 
-    from kanseg.models import create_model, describe_model, list_models
+    from kanseg.models.table import table_of_models
 
-    rows: list[dict[str, Any]] = []
-    for name in list_models():
-        networks = {f"parameters_{d}d": create_model(name, d, 1, 3) for d in (2, 3)}
-        counts = {key: sum(p.numel() for p in net.parameters()) for key, net in networks.items()}
-        rows.append({"name": name, **counts, "description": describe_model(name)})
-    table = Table("name", "parameters 2D", "parameters 3D", "description")
+    rows = table_of_models()
+    table = Table("name", "kind", "parameters 2D", "parameters 3D", "description")
     for row in rows:
         millions = [f"{row[f'parameters_{d}d'] / 1e6:.1f} M" for d in (2, 3)]
-        table.add_row(row["name"], *millions, row["description"])
+        table.add_row(row["name"], row["kind"], *millions, row["description"])
     _console(json_).print(table)
     _emit(rows, json_)
 
@@ -253,9 +251,11 @@ def info(json_: Json = False) -> None:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    from kanseg.layers.kernels.gpu import described
     from kanseg.layers.kernels.native import available
 
     found["compiled kernels"] = available() or "none (was there a compiler at installation?)"
+    found["triton kernels"] = described()
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

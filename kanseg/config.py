@@ -185,7 +185,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
 
 def check_names(config: Config) -> None:
     """Raise `UsageError` for an unknown model, model option, encoder, basis, loss or optimizer."""
-    from kanseg.encoders import ENCODERS
+    from kanseg.encoders import check_encoder_name
     from kanseg.layers.families import family_name
     from kanseg.models import MODELS
     from kanseg.training.losses import create_loss
@@ -200,10 +200,10 @@ def check_names(config: Config) -> None:
     for option in config.model.options:
         if option not in known:
             raise UsageError(f"Unknown config key 'model.options.{option}'.{did_you_mean(option, known)}")
-    if "basis" in config.model.options:
-        family_name(config.model.options["basis"])
-    if "encoder" in config.model.options:
-        ENCODERS.get(config.model.options["encoder"])
+    basis = config.model.options.get("basis")
+    for one in basis if isinstance(basis, list) else [basis]:
+        family_name(one)
+    check_encoder_name(config.model.options.get("encoder"))
 
 
 def model_options(name: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from kanseg.errors import UsageError, did_you_mean
@@ -44,6 +46,20 @@ class Registry:
     def create(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call the entry of that name."""
         return self.get(name)(*args, **kwargs)
+
+    def preset(self, name: str, entry: Callable[..., Any], description: str, **defaults: Any) -> None:
+        """Make an object available under a further name, with other defaults."""
+        made = partial(entry, **defaults)
+        made.__doc__ = description
+        self.register(name)(made)
+
+    def describe(self, name: str) -> str:
+        """The first sentence of the entry's documentation."""
+        return (inspect.getdoc(self.get(name)) or "").partition("\n")[0]
+
+    def parameters(self, name: str) -> dict[str, inspect.Parameter]:
+        """What the entry takes by name."""
+        return dict(inspect.signature(self.get(name)).parameters)
 
     def names(self) -> list[str]:
         """All names, sorted."""

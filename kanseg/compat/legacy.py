@@ -156,3 +156,13 @@ class GatheredFocalModulation(FocalModulation):
 
     def everywhere(self, context: Tensor, gathered: Tensor) -> Tensor:
         return super().everywhere(gathered, gathered)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Normalises the channels at each position, (N, C, *S) -> (N, C, *S) (timm's LayerNorm2d)."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__(channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)

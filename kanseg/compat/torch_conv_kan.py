@@ -7,13 +7,14 @@ reference's numbers in `eval()`, its errors included (`compat.legacy`); new netw
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from kanseg.compat import blocks, layers, linear, parts
+from kanseg.compat import blocks, classifiers, layers, linear, parts, segmenters
 from kanseg.compat.links import Conversion, load, spread
 from kanseg.errors import UsageError, did_you_mean
 
@@ -23,6 +24,8 @@ CONVERTERS: dict[str, Converter] = {
     **layers.CONVERTERS,
     **blocks.CONVERTERS,
     **linear.CONVERTERS,
+    **segmenters.CONVERTERS,
+    **classifiers.CONVERTERS,
     **parts.CONVERTERS,
 }
 
@@ -68,7 +71,8 @@ def find(class_name: str, args: Mapping[str, Any]) -> tuple[Converter, int]:
     match = re.search(r"([123N])D", short)
     name = short.replace(match[0], "{n}D") if match else short
     if name not in CONVERTERS:
-        known = [key.replace("{n}", "{1,2,3}") for key in CONVERTERS]
+        spelled = [key.replace("{n}", "{1,2,3}") for key in CONVERTERS]
+        known = difflib.get_close_matches(short, spelled, n=8, cutoff=0.3) or layers.LAYERS
         raise UsageError(f"Unknown class '{class_name}' of torch-conv-kan.{did_you_mean(class_name, known)}")
     dims = match[1] if match and match[1] != "N" else args.get("ndim", 2)
     return CONVERTERS[name], int(dims)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from torch import Tensor, nn
 
+from kanseg.encoders.transfer import load_encoder
+from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers.kan_conv import CONVOLUTIONS, per_axis
 from kanseg.registry import Registry
 
 ENCODERS = Registry("encoder")
+# Libraries whose encoders are taken by LIBRARY/NAME, filled by `kanseg.encoders.pretrained`.
+LIBRARIES = Registry("encoder library")
+DOWNLOAD = "download"
+SHAPE = ("features_per_stage", "blocks_per_stage", "strides", "kernel_sizes")
 
 
 class Encoder(nn.Module):
@@ -15,10 +26,98 @@ class Encoder(nn.Module):
     Attributes:
         out_channels: channels of each map.
         strides: stride of each stage against the one before it, one number an axis; the first may be 1.
+        stages: the modules that give the maps, one from the other.
     """
 
     out_channels: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
+    stages: nn.ModuleList
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: Sequence[int],
+        strides: Sequence[int | Sequence[int]],
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in CONVOLUTIONS:
+            raise UsageError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+        if min(in_channels, *out_channels) < 1:
+            raise UsageError(
+                f"channels must be positive, got in_channels={in_channels} and {tuple(out_channels)} in the stages"
+            )
+        self.spatial_dims, self.in_channels = spatial_dims, in_channels
+        self.out_channels = tuple(out_channels)
+        self.strides = tuple(per_axis(stride, spatial_dims, "strides") for stride in strides)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} does not define its forward pass")
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+def create_encoder(
+    name: str | Encoder,
+    spatial_dims: int,
+    in_channels: int,
+    *,
+    weights: str | Path | None = None,
+    **options: Any,
+) -> Encoder:
+    """An encoder by its name in `ENCODERS`, or in 2D by "timm/NAME" or "smp/NAME"; a ready one is checked.
+
+    Args:
+        weights: file to start from, see `kanseg.encoders.load_encoder`; "download" lets timm or smp fetch theirs.
+        options: of the encoder and its layers. Where the encoder brings its own shape, those of `SHAPE` are left aside;
+            encoders of other libraries have no layers of ours, and leave the layers' options aside too.
+
+    Raises:
+        UsageError: unknown name or option (the nearest is named), or values that do not fit together.
+    """
+    if isinstance(name, Encoder):
+        return _checked(name, spatial_dims, in_channels)
+    library, slash, theirs = name.partition("/")
+    if slash:
+        options["pretrained"] = weights == DOWNLOAD
+        encoder = LIBRARIES.get(library)(theirs, spatial_dims, in_channels, **options)
+        return encoder if weights in (None, DOWNLOAD) else load_encoder(encoder, weights)
+    known = ENCODERS.parameters(name)
+    kept = {
+        key: value
+        for key, value in options.items()
+        if key not in SHAPE or (key in known and value is not None)
+    }
+    if weights == DOWNLOAD:
+        raise UsageError(
+            f"There are no weights of encoder '{name}' to download. Give a file, or a timm or smp encoder."
+        )
+    encoder = ENCODERS.create(name, spatial_dims, in_channels, **kept)
+    return encoder if weights is None else load_encoder(encoder, weights)
+
+
+def check_encoder_name(name: Any, spatial_dims: int | None = None) -> None:
+    """Raise `UsageError` where there is no encoder of that name, or not in that many dimensions."""
+    if not isinstance(name, str):
+        return
+    library, slash, _ = name.partition("/")
+    if not slash:
+        ENCODERS.get(name)
+    else:
+        LIBRARIES.get(library)
+        if spatial_dims not in (None, 2):
+            raise UsageError(
+                f"encoder '{name}' is 2D only, but spatial_dims={spatial_dims}. Choose one of ours:"
+                f"{did_you_mean('', ENCODERS).removeprefix(' Known:')}"
+            )
+
+
+def _checked(encoder: Encoder, spatial_dims: int, in_channels: int) -> Encoder:
+    if (encoder.spatial_dims, encoder.in_channels) != (spatial_dims, in_channels):
+        raise UsageError(
+            f"The encoder has spatial_dims={encoder.spatial_dims} and in_channels={encoder.in_channels}, the network "
+            f"spatial_dims={spatial_dims} and in_channels={in_channels}. Give both the same."
+        )
+    return encoder

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.registry import Registry
 
 MODELS = Registry("model")
+CLASSIFIERS = Registry("classifier")  # logits for the whole image; not among `list_models`
 
 
 def list_models() -> list[str]:
@@ -24,7 +26,7 @@ def list_models() -> list[str]:
 
 def describe_model(name: str) -> str:
     """The first line of the model's documentation."""
-    return (inspect.getdoc(MODELS.get(name)) or "").partition("\n")[0]
+    return MODELS.describe(name)
 
 
 def create_model(
@@ -32,12 +34,28 @@ def create_model(
 ) -> nn.Module:
     """A network by name. In `eval()` its forward returns one logits tensor, (N, out_channels, *S).
 
+    "classifier" makes a `Classifier`, whose logits are (N, out_channels).
+
     Raises:
         UsageError: unknown name or option (the nearest one is named), or values that do not fit together.
     """
-    entry = MODELS.get(name)
-    known = [p for p in inspect.signature(entry).parameters if p not in ("self", "kwargs")]
+    table = CLASSIFIERS if name in CLASSIFIERS else MODELS
+    known = [option for option in table.parameters(name) if option not in ("self", "kwargs")]
     for option in options:
         if option not in known:
             raise UsageError(f"Model '{name}' has no option '{option}'.{did_you_mean(option, known)}")
-    return entry(spatial_dims, in_channels, out_channels, **options)
+    return table.create(name, spatial_dims, in_channels, out_channels, **options)
+
+
+def check_patch(model: nn.Module, patch_size: Sequence[int]) -> None:
+    """Raise `UsageError` where a patch is smaller than the stride of the coarsest map of a network with an encoder."""
+    strides = getattr(getattr(model, "encoder", None), "strides", None)
+    if strides is None:
+        return
+    total = np.prod(strides, axis=0).tolist()
+    if any(size < stride for size, stride in zip(patch_size, total, strict=True)):
+        raise UsageError(
+            f"{type(model).__name__} halves too often for the patch: its coarsest map has stride {total}, the patch "
+            f"has {list(patch_size)}. Take fewer stages (depth, strides or encoder in model.options), another model, "
+            "or a larger patch_size in plan.json."
+        )

@@ -77,6 +77,15 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, info
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a safetensors file is a checkpoint of kanseg; a file that cannot be read is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
     """Put weights into a model, all of them or none.
 
@@ -116,6 +125,8 @@ def load_model(
         spec, plan = dict(info["model"]), Plan.from_dict(info["plan"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not describe its model and plan ({error}). Train again.") from error
+    started = {"encoder_weights": None}  # what training started from is no longer needed, nor perhaps there
+    spec["options"] = {key: started.get(key, value) for key, value in spec["options"].items()}
     model = build_model(spec)
     load_weights(model, part(tensors, "average") or part(tensors, "model"), file)
     return model.to(device).eval(), plan, info

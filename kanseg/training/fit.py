@@ -23,6 +23,7 @@ from kanseg.config import Config, check_names
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.formats import Dataset
 from kanseg.data.plan import Plan
+from kanseg.models import check_patch
 from kanseg.training.checkpoint import LAST, build_model, describe, load_checkpoint, model_spec
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked
@@ -73,6 +74,7 @@ def fit(
     accelerator = make_accelerator(config.training)
     set_seed(config.data.seed)
     spec, model, started = _model(config, plan, folder)  # before anything is written: options may not fit
+    check_patch(model, plan.patch_size)
     if accelerator.is_main_process:
         prepare_run(config, plan, splits, run, fold)
     accelerator.wait_for_everyone()

@@ -1,0 +1,139 @@
+"""Published weights of torch-conv-kan as kanseg models: VGG networks of Gram layers, from a local file.
+
+The reference multiplies the Gram recurrence by 4 n^2 - 1 where it should divide, times a learned factor. The factor
+takes that up exactly, so a converted model is an ordinary one of ours, with nothing of the reference's errors in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kanseg.bases.orthogonal import Gram
+from kanseg.compat.legacy import multiplied_gram
+from kanseg.compat.torch_conv_kan import from_torch_conv_kan
+from kanseg.encoders.transfer import read_weights
+from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.layers import ConvLayer
+from kanseg.models import Classifier
+
+# Published name -> the reference's function and its `vgg_type`. Classes, degree and width are read off the weights.
+PUBLISHED = {
+    "vgg_kagn11_v2": ("vggkagn", "VGG11v2"),
+    "vgg_kagn11_v4": ("vggkagn", "VGG11v4"),
+    "vgg_kagn_bn11_v4": ("vggkagn_bn", "VGG11v4"),
+}
+FIRST, LAST = "features.0.base_conv.0.weight", "classifier.1.weight"
+PREFIXES = ("", "model.", "module.")
+
+
+def convert_published(path: Path | str, architecture: str | None = None) -> tuple[Classifier, dict[str, Any]]:
+    """A classifier of ours with the published weights, in `eval()`, and the options that make it again.
+
+    Args:
+        path: .safetensors file, or a state_dict that torch saved.
+        architecture: name in `PUBLISHED`; default the one whose keys fit.
+
+    Raises:
+        UserError: the weights do not fit the architecture; the first keys that do not are named.
+    """
+    stored = read_weights(path)
+    state = _without_prefix(stored)
+    name = architecture or _guess(state, path)
+    if name not in PUBLISHED:
+        raise UsageError(f"Unknown architecture '{name}'.{did_you_mean(name, PUBLISHED)}")
+    function, plan = PUBLISHED[name]
+    args = {"vgg_type": plan, **_sizes(state)}
+    try:
+        reference: Any = from_torch_conv_kan(function, args, state).network
+    except UserError as error:
+        raise UserError(f"{path} is no {name}: {error}") from error
+    options = _options(function, args, reference)
+    model = Classifier(2, args["input_channels"], args["num_classes"], **options)
+    model.load_state_dict(reference.state_dict())
+    for module in model.modules():
+        if isinstance(module, Gram):
+            _take_up(module)
+    return model.eval(), options
+
+
+def write_published(path: Path | str, out: Path | str, architecture: str | None = None) -> dict[str, Any]:
+    """Convert and write OUT/model.safetensors: weights, and how to make the network; returns the latter."""
+    from kanseg.training.checkpoint import EXPORTED, named, save_checkpoint
+    from kanseg.training.files import make_folder
+
+    model, options = convert_published(path, architecture)
+    spec = {"name": "classifier", "spatial_dims": 2, "in_channels": model.in_channels}
+    spec |= {"out_channels": model.out_channels, "options": options}
+    info = {"model": spec, "source": f"torch-conv-kan {Path(path).name}"}
+    save_checkpoint(make_folder(Path(out)) / EXPORTED, named("model", model.state_dict()), info)
+    return spec
+
+
+def _guess(state: Mapping[str, Tensor], path: Path | str) -> str:
+    """The published architecture whose layers are named as in the file."""
+    narrow = any(".inner_proj.0.weight" in key for key in state)
+    numbers = [int(match[1]) for match in (re.match(r"features\.(\d+)\.", key) for key in state) if match]
+    last = state.get(f"features.{max(numbers, default=0)}.base_conv.0.weight")
+    fits = {
+        "vgg_kagn11_v2": not narrow and last is not None and last.shape[0] == last.shape[1] == 256,
+        "vgg_kagn11_v4": not narrow and last is not None and last.shape[0] == 512,
+        "vgg_kagn_bn11_v4": narrow and last is not None,
+    }
+    for name, fit in fits.items():
+        if fit:
+            return name
+    first = ", ".join(list(state)[:3])
+    raise UserError(
+        f"{path} is none of {', '.join(PUBLISHED)} of torch-conv-kan: its first keys are {first}. Name the "
+        "architecture, or load other networks by kanseg.compat.from_torch_conv_kan."
+    )
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what a wrapper has put before all names."""
+    prefix = max(PREFIXES, key=lambda p: (all(key.startswith(p) for key in state), len(p)))
+    return {key[len(prefix) :]: value for key, value in state.items()}
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments that the shapes of the weights tell; where the weights are missing, as published."""
+    args: dict[str, Any] = {"input_channels": 3, "num_classes": 1000, "degree": 5, "width_scale": 2}
+    if FIRST in state:
+        args.update(input_channels=state[FIRST].shape[1], width_scale=state[FIRST].shape[0] / 16)
+    if LAST in state:
+        args["num_classes"] = state[LAST].shape[0]
+    if "features.0.beta_weights" in state:
+        args["degree"] = len(state["features.0.beta_weights"]) - 1
+    return {**args, "expected_feature_shape": (1, 1)}
+
+
+def _options(function: str, args: Mapping[str, Any], reference: Classifier) -> dict[str, Any]:
+    """Options of our `Classifier` for the reference's arguments, norms as they are in the converted network."""
+    narrow = function.endswith("_bn")
+    norm: Any = next(layer for layer in reference.modules() if isinstance(layer, ConvLayer)).norm
+    return {
+        "encoder": args["vgg_type"].lower().replace("vgg", "vggkan"),
+        "basis": "bottleneck_kagn" if narrow else "kagn",
+        "pool_size": list(args["expected_feature_shape"]),
+        "norm": ["batch" if isinstance(norm, nn.BatchNorm2d) else "instance", {"affine": norm.affine}],
+        "layer_options": {"degree": args["degree"], **({"dim_reduction": 8} if narrow else {})},
+        "encoder_options": {"width": args["width_scale"]},
+    }
+
+
+def _take_up(basis: Gram) -> None:
+    """Multiply the learned factors by what the reference's recurrence has in excess of ours."""
+    reference = multiplied_gram(basis.degree)
+    for n, ((_, _, ours), (_, _, theirs)) in enumerate(
+        zip(basis.recurrence, reference.recurrence, strict=True)
+    ):
+        if n:
+            basis.beta.data[n - 1] *= theirs / ours
+
+
+SOURCES = {"torch-conv-kan": write_published}

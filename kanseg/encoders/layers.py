@@ -1,0 +1,98 @@
+"""The layers of a network from its options: which family stands in which stage, with which norm and how grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from kanseg.errors import UsageError
+from kanseg.layers import MixtureOfExperts, conv_layer
+from kanseg.layers.kan_conv import per_axis
+
+LayerFactory = Callable[..., nn.Module]  # (spatial_dims, in_channels, out_channels, kernel_size, **geometry)
+Layer = str | None | LayerFactory
+INSTANCE = ("instance", {"affine": True})
+
+
+def network_layer(
+    basis: Layer = "gram",
+    *,
+    bottleneck: bool = False,
+    norm: str | Sequence | None = INSTANCE,
+    dropout: float = 0.0,
+    groups: int = 1,
+    num_experts: int = 0,
+    k: int = 2,
+    **options: Any,
+) -> LayerFactory:
+    """A constructor of the conv-norm-act layers that a network is built of.
+
+    Args:
+        basis: basis or family of the KAN layers; None for the plain twin; a constructor is taken as it is.
+        bottleneck: KAN layers in their narrow form (1x1 down, KAN convolution, 1x1 up).
+        norm: MONAI norm spec; of the input where the family normalises its input (FastKAN).
+        dropout: channel dropout.
+        groups, num_experts: of every convolution but those of kernel 1, depthwise ones and the one on the image; with
+            experts each is a `MixtureOfExperts`, of which k see a sample.
+        options: further options of the KAN layers (degree, grid_size, act, ...); the plain twin does without.
+    """
+    if callable(basis):
+        return basis
+    options = {**({} if basis is None else options), "norm": _spec(norm), "dropout": dropout}
+    if conv_layer(basis).keywords.get("input_norm"):
+        options["input_norm"] = options.pop("norm")
+    layer = conv_layer(basis, bottleneck=bottleneck and basis is not None, **options)
+    inner = partial(layer, groups=groups)
+    if num_experts:
+        inner = partial(MixtureOfExperts, expert_layer=inner, num_experts=num_experts, k=k)
+    return layer if groups == 1 and not num_experts else partial(_by_place, layer, inner)
+
+
+def stage_layers(
+    basis: Layer | Sequence[Layer], stages: int, kan_stages: str | Sequence[int] = "all", **options: Any
+) -> list[LayerFactory]:
+    """One constructor of layers a stage.
+
+    Args:
+        basis: for all stages, or one a stage.
+        kan_stages: where KAN layers stand: "all", "deep" (from the second stage on) or stage numbers from 0; plain
+            layers stand elsewhere.
+        options: of `network_layer`.
+    """
+    given: list[Any] = list(basis) if isinstance(basis, list | tuple) else [basis] * stages
+    if len(given) != stages:
+        raise UsageError(f"basis needs one entry or {stages}, one a stage, got {len(given)}")
+    where = _kan_stages(kan_stages, stages)
+    return [network_layer(given[stage] if stage in where else None, **options) for stage in range(stages)]
+
+
+def _by_place(
+    layer: LayerFactory,
+    inner: LayerFactory,
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int] = 3,
+    **geometry: Any,
+) -> nn.Module:
+    """`layer` where the network is pointwise or says the groups itself, `inner` elsewhere."""
+    own = "groups" in geometry or set(per_axis(kernel_size, spatial_dims, "kernel_size")) == {1}
+    return (layer if own else inner)(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
+
+
+def _spec(norm: Any) -> Any:
+    """A norm spec as MONAI wants it; JSON turns the pair into a list."""
+    return tuple(norm) if isinstance(norm, list) else norm
+
+
+def _kan_stages(kan_stages: str | Sequence[int], stages: int) -> set[int]:
+    named = {"all": range(stages), "deep": range(1, stages)}
+    if isinstance(kan_stages, str) and kan_stages not in named:
+        raise UsageError(f"kan_stages must be 'all', 'deep' or stage numbers, got '{kan_stages}'")
+    chosen = set(named[kan_stages] if isinstance(kan_stages, str) else kan_stages)
+    if not chosen <= set(range(stages)):
+        raise UsageError(f"kan_stages must lie in 0 ... {stages - 1}, got {sorted(chosen)}")
+    return chosen

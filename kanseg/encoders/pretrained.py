@@ -1,0 +1,141 @@
+"""Encoders of other libraries, in 2D: "timm/NAME" and "smp/NAME", speaking the contract of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kanseg.encoders.encoder import LIBRARIES, Encoder
+from kanseg.errors import UsageError, did_you_mean
+
+# What lets timm's transformers take images of any size; the others do anyway, and know no such option.
+ANY_SIZE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+
+
+class ForeignEncoder(Encoder):
+    """A 2D encoder of another library, (N, in_channels, H, W) -> maps from fine to coarse.
+
+    Attributes:
+        body: the other library's network; its own names for its weights are below.
+        multiple: the image is filled up with zeros to a multiple of it (transformers take no other sizes).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        body: nn.Module,
+        kept: Sequence[int],
+        out_channels: Sequence[int],
+        reductions: Sequence[int],
+        channels_last: bool = False,
+        fill_up: bool = False,
+    ) -> None:
+        strides = [now // before for before, now in zip((1, *reductions), reductions, strict=False)]
+        super().__init__(2, in_channels, out_channels, strides)
+        self.body, self.kept, self.channels_last = body, tuple(kept), channels_last
+        self.multiple = reductions[-1] if fill_up else 1
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        height, width = (-size % self.multiple for size in x.shape[2:])
+        maps = self.body(F.pad(x, (0, width, 0, height)) if height or width else x)
+        maps = [maps[index] for index in self.kept]
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
+
+
+@LIBRARIES.register("timm")
+def timm_encoder(
+    name: str, spatial_dims: int, in_channels: int, *, pretrained: bool = False, **options: Any
+) -> Encoder:
+    """An encoder of timm by its name there.
+
+    Args:
+        pretrained: let timm download its weights.
+        options: those of our layers are left aside.
+    """
+    import timm
+
+    _two_dimensions(f"timm/{name}", spatial_dims)
+    plain, _, tag = name.partition(".")
+    if plain not in timm.list_models(plain) or (
+        tag and name not in timm.list_models(f"{plain}.*", pretrained=True)
+    ):
+        raise UsageError(
+            f"timm has no encoder '{name}'.{did_you_mean(name, _near(plain, timm.list_models()))}"
+        )
+    options = {"features_only": True, "in_chans": in_channels, "pretrained": pretrained}
+    body, failure = None, ""
+    for any_size in ANY_SIZE:
+        try:
+            body = timm.create_model(name, **options, **any_size)
+            break
+        except TypeError:
+            continue  # not an option of this network
+        except (RuntimeError, AttributeError, AssertionError) as error:
+            failure = str(error)
+    if body is None:
+        raise UsageError(f"timm/{name} gives no feature maps of several resolutions: {failure}")
+    info: Any = body.feature_info
+    last = _last_of_each(info.reduction())
+    channels, reductions = ([values[i] for i in last] for values in (info.channels(), info.reduction()))
+    formats = str(getattr(body, "output_fmt", "NCHW"))
+    return ForeignEncoder(
+        in_channels, body, last, channels, reductions, channels_last="NHWC" in formats, fill_up=bool(any_size)
+    )
+
+
+@LIBRARIES.register("smp")
+def smp_encoder(
+    name: str,
+    spatial_dims: int,
+    in_channels: int,
+    *,
+    pretrained: bool = False,
+    depth: int = 5,
+    **options: Any,
+) -> Encoder:
+    """An encoder of segmentation-models-pytorch by its name there.
+
+    Args:
+        pretrained: let smp download its weights (ImageNet).
+        depth: maps; the last has stride 2^depth.
+        options: those of our layers are left aside.
+    """
+    from segmentation_models_pytorch.encoders import encoders, get_encoder
+
+    _two_dimensions(f"smp/{name}", spatial_dims)
+    if name not in encoders and not name.startswith("tu-"):
+        raise UsageError(f"smp has no encoder '{name}'.{did_you_mean(name, _near(name, encoders))}")
+    weights = "imagenet" if pretrained else None
+    body = get_encoder(name, in_channels=in_channels, depth=depth, weights=weights)
+    # The first map is mostly the image itself, and some encoders have empty ones in between.
+    with torch.no_grad():
+        probe = torch.zeros(1, in_channels, 64, 64)
+        maps = body.eval()(probe)
+    body.train()
+    kept = [i for i, m in enumerate(maps) if m.shape[1] and m is not probe]
+    reductions = [64 // maps[i].shape[-1] for i in kept]
+    return ForeignEncoder(in_channels, body, kept, [maps[i].shape[1] for i in kept], reductions)
+
+
+def _two_dimensions(name: str, spatial_dims: int) -> None:
+    if spatial_dims != 2:
+        raise UsageError(
+            f"encoder '{name}' is 2D only, but spatial_dims={spatial_dims}. Choose one of `kanseg models`, e.g. "
+            "reskanet18, or 2D data."
+        )
+
+
+def _near(name: str, names: Any) -> list[str]:
+    """The few nearest of very many names."""
+    import difflib
+
+    return difflib.get_close_matches(name, list(names), n=5, cutoff=0.3) or sorted(names)[:5]
+
+
+def _last_of_each(reductions: Sequence[int]) -> list[int]:
+    """Index of the last map at each resolution."""
+    return [i for i, r in enumerate(reductions) if i + 1 == len(reductions) or reductions[i + 1] != r]

@@ -1,0 +1,208 @@
+"""Networks of IvanDrokin/torch-conv-kan: its numbers in `eval()`, and its published weights as ours."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kanseg import UKANet, create_model
+from kanseg.compat import from_torch_conv_kan, to_torch_conv_kan
+from kanseg.compat.links import spread
+from kanseg.compat.published import PUBLISHED, convert_published, write_published
+from kanseg.compat.torch_conv_kan import CONVERTERS
+from kanseg.encoders import load_encoder
+from kanseg.errors import UsageError, UserError
+from kanseg.training.checkpoint import build_model, load_checkpoint, load_weights, part
+
+PARITY = Path(__file__).parents[1] / ".." / "shared" / "parity"
+
+
+def cases() -> list[Any]:
+    manifest = PARITY / "manifest.json"
+    listed = json.loads(manifest.read_text())["cases"] if manifest.exists() else []
+    return [pytest.param(case, id=case["id"]) for case in listed if case["kind"] == "model"]
+
+
+def values(key: str, seed: int, shape: list[int], low: float, high: float) -> Tensor:
+    """Weights by the rule of the parity data: SplitMix64 of crc32(seed:key) * 2^32 + index."""
+    count = np.arange(int(np.prod(shape)), dtype=np.uint64)
+    z = (np.uint64(zlib.crc32(f"{seed}:{key}".encode())) << np.uint64(32)) + count
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    u = ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float64) / 2**24
+    return torch.from_numpy((low + (high - low) * u).astype(np.float32).reshape(shape))
+
+
+def state_of(case: dict, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    stored = {key.removeprefix("state."): value for key, value in data.items() if key.startswith("state.")}
+    if case["mode"] == "stored":
+        return stored
+    described = json.loads((PARITY / case["state_file"]).read_text())
+    return {
+        key: data.get(f"const.{key}", torch.zeros(entry["shape"]))
+        if "const" in entry
+        else values(key, case["seed"], entry["shape"], entry["lo"], entry["hi"])
+        for key, entry in described.get("state", described).items()
+    }
+
+
+@pytest.mark.skipif(not cases(), reason="the parity data (../shared/parity) is not beside the project")
+@pytest.mark.parametrize("case", cases())
+def test_network_gives_the_numbers_of_the_reference(case: dict) -> None:
+    data = load_file(PARITY / case["file"])
+    state = state_of(case, data)
+    model = from_torch_conv_kan(case["class"], case["args"], state)
+    double = case["compare"] != "float32"
+    dtype, suffix = (torch.float64, "64") if double else (torch.float32, "")
+    with torch.no_grad():
+        outputs = model.to(dtype)(data["input"].to(dtype))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    names = list(case["outputs"])
+    assert len(names) == len(outputs)
+    for name, output in zip(names, outputs, strict=True):
+        expected = data[name + suffix]
+        error = (torch.as_tensor(output) - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+        assert error <= max(1e-5, 10 * case["relative_f32_noise"]), name
+    back = to_torch_conv_kan(model.float())
+    assert all(
+        torch.equal(back[key], state[key]) for key in back if not key.endswith(("beta_weights", "tracked"))
+    )
+
+
+def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dict[str, Tensor]:
+    """A state_dict with the names that the reference would have."""
+    conversion = CONVERTERS[name](2, dict(args), {})
+    state = spread(conversion.links, conversion.module.state_dict())
+    for key in list(state):
+        if key.endswith("beta_weights"):
+            state[key] = torch.randn(args.get("degree", 3) + 1) * 0.01
+        if key.endswith("base_conv.0.weight") and learned_norms:
+            norm = key.removesuffix("base_conv.0.weight") + "layer_norm.0."
+            channels = len(state[key])
+            state[f"{norm}weight"], state[f"{norm}bias"] = torch.rand(channels) + 0.5, torch.randn(channels)
+            if name.endswith("_bn"):
+                state[f"{norm}running_mean"], state[f"{norm}running_var"] = (
+                    torch.zeros(channels),
+                    torch.ones(channels),
+                )
+    return {key: value.contiguous().clone() for key, value in state.items()}
+
+
+NAMES = {  # of the reference, with arguments that make them small
+    **{
+        f"{family}_18x32p": {"width_scale": 1}
+        for family in ("reskanet", "fast_reskanet", "reskagnet", "moe_reskalnet")
+    },
+    "moe_reskagnetbn_18x32p": {"num_experts": 2},
+    "reskacnet_50x64p": {},
+    "fast_u2kanet_small": {},
+    "u2kacnet_small": {},
+    "ukacnet_18": {},
+    "UKAGNet": {"unet_depth": 2, "unet_layers": 1, "mixer_type": "self-att", "degree": 4},
+    "wav_vggkan": {"vgg_type": "VGG13", "expected_feature_shape": (2, 2)},
+    "vggkaln": {"vgg_type": "VGG11v4", "expected_feature_shape": (1, 1), "head_type": "KAN"},
+    "vggkagn": {"vgg_type": "VGG11", "expected_feature_shape": (1, 1), "head_type": "HiddenKAN", "degree": 2},
+    "moe_vggkagn": {"vgg_type": "VGG11", "expected_feature_shape": (1, 1), "num_experts": 2, "k": 1},
+    "densekalnet121": {"growth_rate": 2, "num_init_features": 4},
+    "tiny_densekagnet": {"growth_rate": 4, "num_init_features": 8},
+    "EightSimpleConvKACN": {"layer_sizes": (4,) * 8},
+    "SimpleConvWavKAN": {"layer_sizes": (4,) * 4, "degree_out": 1},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_go_there_and_back(name: str) -> None:
+    args = {"num_classes": 5, **NAMES[name]}
+    state = made_up(name, args)
+    model = from_torch_conv_kan(f"models.{name}", args, state)
+    back = to_torch_conv_kan(model)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[key], state[key]) for key in state if not key.endswith("beta_weights"))
+    outputs = model(torch.randn(1, 3, 64, 64))
+    assert all(
+        torch.as_tensor(output).isfinite().all()
+        for output in (outputs if isinstance(outputs, tuple) else [outputs])
+    )
+
+
+def test_layers_wrapped_by_a_penalty_are_found() -> None:
+    args = {"layer_sizes": (4,) * 4, "num_classes": 5, "degree_out": 1}
+    plain = made_up("SimpleConvKALN", args)
+    state = {key.replace("layers.2.", "layers.2.module."): value for key, value in plain.items()}
+    x = torch.randn(1, 3, 16, 16)
+    one, other = (from_torch_conv_kan("SimpleConvKALN", args, weights) for weights in (plain, state))
+    assert torch.equal(one(x), other(x))
+
+
+def test_foreign_weights_name_the_first_keys_that_do_not_fit() -> None:
+    state = made_up("ukalnet_18", {})
+    with pytest.raises(UserError, match=r"does not fit ukagnet_18: missing \['conv1.beta_weights'"):
+        from_torch_conv_kan("ukagnet_18", {}, state)
+    with pytest.raises(UserError, match="output.weight of ukalnet_18 has shape"):
+        from_torch_conv_kan("ukalnet_18", {"num_classes": 7}, state)
+    with pytest.raises(UsageError, match="Unknown class 'ukagnet_19'.*Did you mean 'ukagnet_18'"):
+        from_torch_conv_kan("ukagnet_19", {}, state)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_published_weights_become_an_ordinary_classifier(name: str, prefix: str, tmp_path: Path) -> None:
+    function, plan = PUBLISHED[name]
+    args = {
+        "vgg_type": plan,
+        "num_classes": 7,
+        "degree": 4,
+        "expected_feature_shape": (1, 1),
+        "dim_reduction": 8,
+    }
+    state = made_up(function, args, learned_norms=True)
+    path = tmp_path / "weights.safetensors"
+    save_file({prefix + key: value for key, value in state.items()}, path)
+    reference = from_torch_conv_kan(function, args, state)
+    converted, options = convert_published(path, name)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = reference(x)
+        torch.testing.assert_close(converted(x), expected, atol=1e-5, rtol=1e-4)
+    write_published(path, tmp_path / "model", name)
+    tensors, info = load_checkpoint(tmp_path / "model" / "model.safetensors")
+    again = build_model(info["model"]).eval()
+    load_weights(again, part(tensors, "model"), path)
+    assert torch.equal(again(x), converted(x))
+    segmenter = create_model(
+        "ukanet", 2, 3, 2, encoder_weights=tmp_path / "model", **_of_encoder(options)
+    ).eval()
+    assert torch.equal(segmenter.encoder(x)[-1], converted.encoder(x)[-1])
+    assert isinstance(load_encoder(segmenter, converted), UKANet)
+
+
+def _of_encoder(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in ("pool_size",)}
+
+
+def test_the_published_architecture_is_recognised_or_explained(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    args = {"vgg_type": "VGG11v4", "num_classes": 3, "width_scale": 2, "expected_feature_shape": (1, 1)}
+    save_file(made_up("vggkagn", args), path)
+    assert write_published(path, tmp_path / "model")["options"]["encoder"] == "vggkan11v4"
+    with pytest.raises(
+        UserError, match=r"is no vgg_kagn_bn11_v4: .*missing \['features.0.inner_proj.0.weight'"
+    ):
+        convert_published(path, "vgg_kagn_bn11_v4")
+    with pytest.raises(UsageError, match="Unknown architecture 'vgg_kagn11_v3'. Did you mean"):
+        convert_published(path, "vgg_kagn11_v3")
+    save_file({"a.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"none of vgg_kagn11_v2.*its first keys are a.weight"):
+        convert_published(path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        convert_published(path)

@@ -1,0 +1,286 @@
+"""Networks: every listed one trains, predicts, saves and loads in 2D and 3D; published sizes; mistakes explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.inferers import sliding_window_inference
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kanseg import U2KANet, UKAGNet, UKANet, create_model, list_models
+from kanseg.bases import BASES
+from kanseg.errors import UsageError
+from kanseg.layers import FAMILIES, FocalModulation, KANAttention
+from kanseg.models import check_patch, describe_model
+from kanseg.models.classifier import HEADS, Classifier
+from kanseg.models.table import table_of_models
+from kanseg.models.u2kanet import NestedU
+
+# Options that make each network small.
+SMALL: dict[str, dict[str, Any]] = {
+    "monai": {"arguments": {"init_filters": 8, "blocks_down": (1, 1), "blocks_up": (1,)}},
+    "ukanet": {"features_per_stage": (4, 8), "encoder": "reskanet10"},
+    "ukagnet": {"depth": 2, "layers": 1, "width": 0.25},
+    "u2kanet": {"width": 0.25},
+    "u2kanet_small": {"width": 0.25},
+    "ukan": {"features": (4, 4, 8, 8), "token_layers": 1},
+}
+PUBLISHED_UKANETS = [name for name in list_models() if name.endswith("_18")]
+SMALL |= {name: {"encoder_options": {"blocks_per_stage": 1, "width": 0.25}} for name in PUBLISHED_UKANETS}
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize(("dims", "size"), [(2, (32, 27)), (3, (16, 16, 9))])
+def test_every_network_learns_predicts_saves_and_loads(
+    name: str, dims: int, size: tuple[int, ...], tmp_path: Path
+) -> None:
+    model, other = (create_model(name, dims, 1, 3, **SMALL[name]) for _ in range(2))
+    x = torch.randn(2, 1, *size)
+    label = (nn.functional.avg_pool2d(x.flatten(2, -2), 3, 1, 1).view_as(x) > 0).float()
+    loss_function = DeepSupervisionLoss(DiceCELoss(to_onehot_y=True, softmax=True))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(2):
+        loss = loss_function(model(x), label)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    with torch.no_grad():
+        logits = model.eval()(x)
+        assert torch.equal(logits, other.eval()(x))
+    assert logits.shape == (2, 3, *size)
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("size", [(33,), (7, 50), (1, 1), (5, 31, 12)])
+def test_every_network_takes_any_size(name: str, size: tuple[int, ...]) -> None:
+    if name == "monai" and len(size) == 1:
+        pytest.skip("MONAI's networks are 2D and 3D")
+    model = create_model(name, len(size), 1, 2, **SMALL[name]).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 1, *size)).shape == (1, 2, *size)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_volume_of_one_slice_goes_through_sliding_windows(name: str) -> None:
+    model = create_model(name, 3, 1, 2, **SMALL[name]).eval()
+    with torch.no_grad():
+        tiled = sliding_window_inference(torch.randn(1, 1, 1, 24, 20), (1, 16, 16), 1, model)
+    assert torch.as_tensor(tiled).shape == (1, 2, 1, 24, 20)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "hermite", None])
+@pytest.mark.parametrize("name", ["ukagnet", "u2kanet_small", "ukan"])
+def test_every_family_stands_in_every_network(name: str, family: str | None) -> None:
+    narrow = {"bottleneck": False} if name == "ukagnet" else {}
+    model = create_model(name, 2, 1, 2, basis=family, **narrow, **SMALL[name]).eval()
+    assert model(torch.randn(1, 1, 32, 32)).isfinite().all()
+
+
+# Trainable parameters of torch-conv-kan's networks (3 channels in, 1 class). Ours have two numbers fewer in each Gram
+# layer: factors that no output depends on.
+UKAGNETS: list[tuple[dict[str, Any], int]] = [
+    ({"mixer": "conv"}, 788_982),
+    ({"mixer": "self-attention"}, 2_510_493),
+    ({"mixer": "focal"}, 1_241_132),
+    ({"mixer": "conv", "bottleneck": False}, 2_434_361),
+    ({"mixer": "self-attention", "bottleneck": False}, 8_968_928),
+    ({"mixer": "focal", "bottleneck": False}, 3_468_983),
+    ({"depth": 5}, 3_043_334),
+    ({"depth": 5, "width": 2}, 12_002_166),
+    ({"depth": 5, "width": 4}, 47_944_057),
+    ({"depth": 5, "bottleneck": False}, 9_808_713),
+    ({"depth": 5, "bottleneck": False, "width": 4}, 156_876_873),
+    ({"depth": 5, "mixer": "self-attention"}, 9_965_754),
+    ({"depth": 5, "mixer": "focal"}, 4_747_542),
+    ({"depth": 5, "mixer": "self-attention", "bottleneck": False}, 36_252_925),
+    ({"depth": 5, "mixer": "focal", "bottleneck": False}, 13_868_897),
+]
+FAST = {"grid_size": 5}
+U2KANETS: list[tuple[dict[str, Any], int]] = [
+    ({"basis": "kagn"}, 13_747_997),
+    ({"basis": "kaln"}, 13_747_549),
+    ({"basis": "kacn"}, 11_000_173),
+    ({"basis": "kan"}, 24_737_165),
+    ({"basis": "fastkan", "layer_options": FAST}, 16_497_731),
+    ({"basis": "bottleneck_kagn", "layer_options": {"dim_reduction": 8}}, 3_647_002),
+    ({"basis": "kagn", "shape": "small"}, 354_109),
+    ({"basis": "kaln", "shape": "small"}, 353_661),
+    ({"basis": "kacn", "shape": "small"}, 283_389),
+    ({"basis": "kan", "shape": "small"}, 634_861),
+    ({"basis": "fastkan", "shape": "small", "layer_options": FAST}, 424_427),
+]
+# The reference builds the second block of each level without the arguments of the call, so without learned norms:
+# 2 * 2 * (8 + 16 + 32 + 64) * 2 numbers, which ours have.
+SECOND_BLOCKS = 960
+UKANETS = [("ukanet_18", 2_094_760), ("fast_ukanet_18", 1_396_911), ("ukalnet_18", 1_164_321)]
+UKANETS += [("ukagnet_18", 1_164_477), ("ukacnet_18", 931_721)]
+
+
+def size_of(model: nn.Module) -> int:
+    unused = 2 * sum(name.endswith("beta") for name, _ in model.named_parameters())
+    return unused + sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("options", "published"), UKAGNETS)
+def test_ukagnet_has_the_published_size(options: dict, published: int) -> None:
+    with torch.device("meta"):
+        assert size_of(UKAGNet(2, 3, 1, norm="batch", **options)) == published
+
+
+@pytest.mark.parametrize(("options", "published"), U2KANETS)
+def test_u2kanet_has_the_published_size(options: dict, published: int) -> None:
+    with torch.device("meta"):
+        assert size_of(U2KANet(2, 3, 1, **options)) == published
+
+
+@pytest.mark.parametrize(("name", "published"), UKANETS)
+def test_ukanet_18_has_the_published_size(name: str, published: int) -> None:
+    with torch.device("meta"):
+        assert size_of(create_model(name, 2, 3, 1)) == published + SECOND_BLOCKS
+        # The narrow one has learned norms in its second blocks there too.
+        assert size_of(create_model("ukagnetnb_18", 2, 3, 1)) == 431_618
+
+
+def test_u2kanet_gives_seven_outputs_in_training() -> None:
+    model = U2KANet(2, 1, 3, shape="small", width=0.25)
+    outputs = model(torch.randn(2, 1, 33, 40))
+    assert [tuple(o.shape) for o in outputs] == [(2, 3, 33, 40)] * 7
+    assert isinstance(
+        U2KANet(2, 1, 3, shape="small", width=0.25, deep_supervision=False)(torch.ones(2, 1, 9, 9)), Tensor
+    )
+
+
+def test_a_nested_u_is_its_skip_where_its_last_layer_is_silent() -> None:
+    def plain(
+        spatial_dims: int, inputs: int, outputs: int, kernel_size: int = 3, dilation: int = 1
+    ) -> nn.Module:
+        return nn.Conv2d(inputs, outputs, kernel_size, padding=dilation, dilation=dilation)
+
+    nested: Any = NestedU(2, 2, 4, 6, 5, plain, plain)
+    nn.init.zeros_(nested.up[-1].weight)
+    nn.init.zeros_(nested.up[-1].bias)
+    x = torch.randn(1, 2, 20, 23)
+    assert torch.equal(nested(x), nested.enter(x))
+
+
+def test_mixers_stand_in_the_decoder() -> None:
+    for mixer, kind in (("self-attention", KANAttention), ("focal", FocalModulation)):
+        model = UKAGNet(2, 1, 2, depth=3, layers=1, width=0.25, mixer=mixer)
+        assert all(isinstance(stage.layers[0], kind) for stage in model.decoder)
+        model(torch.randn(2, 1, 16, 12)).square().mean().backward()
+
+
+@pytest.mark.parametrize("name", ["ukanet", "ukagnet", "ukan"])
+def test_deep_supervision_gives_a_list_from_fine_to_coarse(name: str) -> None:
+    options = {**SMALL[name], "deep_supervision": True}
+    options |= (
+        {"features_per_stage": (4, 4, 8)} if name == "ukanet" else {"depth": 4} if name == "ukagnet" else {}
+    )
+    outputs = create_model(name, 2, 1, 3, **options)(torch.randn(2, 1, 32, 32))
+    sizes = [o.shape[-1] for o in outputs]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 32
+
+
+def test_strides_by_axis_reach_ukagnet() -> None:
+    model = UKAGNet(3, 1, 2, strides=(1, (1, 2, 2), 2), layers=1, width=0.25)
+    assert [tuple(m.shape[2:]) for m in model.encoder(torch.randn(1, 1, 6, 16, 16))] == [
+        (6, 16, 16),
+        (6, 8, 8),
+        (3, 4, 4),
+    ]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("basis", ["gram", "fastkan", None])
+def test_classifiers_train_with_every_head(head: str, basis: str | None) -> None:
+    model = Classifier(
+        2, 1, 5, encoder="plainkanet4", encoder_options={"layers": (4,) * 4}, head=head, basis=basis
+    )
+    x = torch.randn(3, 1, 16, 16)
+    logits = model(x)
+    nested = logits if isinstance(logits, list | tuple) else [logits]
+    assert len(nested) == (5 if "tryoshka" in head else 1)
+    sum(nn.functional.cross_entropy(one, torch.tensor([0, 1, 2])) for one in nested).backward()
+    assert isinstance(model.eval()(x), Tensor)
+
+
+def test_classifiers_work_in_3d_and_by_name() -> None:
+    model = create_model(
+        "classifier", 3, 1, 4, encoder="reskanet10", encoder_options={"features_per_stage": (4, 8, 8, 8)}
+    )
+    assert model.eval()(torch.randn(1, 1, 9, 8, 7)).shape == (1, 4)
+    assert "classifier" not in list_models()
+
+
+def test_one_basis_a_stage() -> None:
+    model = UKANet(2, 1, 2, features_per_stage=(4, 8, 8), basis=[None, "legendre", "gram"])
+    kinds = [stage[0].layers[0].conv.basis for stage in model.encoder.stages]
+    assert kinds[0] is None
+    assert type(kinds[1]) is not type(kinds[2])
+
+
+def test_the_table_has_every_network_and_encoder_with_its_size_and_a_description() -> None:
+    rows = {row["name"]: row for row in table_of_models()}
+    assert set(list_models()) <= set(rows)
+    for row in rows.values():
+        assert 0 < row["parameters_2d"] < row["parameters_3d"] * 1.01
+        assert row["description"].endswith(".")
+        assert "partial" not in row["description"]
+    ukanet = create_model("ukanet", 2, 1, 3)
+    assert rows["ukanet"]["parameters_2d"] == sum(p.numel() for p in ukanet.parameters())
+    assert describe_model("ukan").startswith("U-KAN")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ukagnet", {"mixer": "attention"}, "Unknown mixer 'attention'. Did you mean 'self-attention'"),
+        ("ukagnet", {"depth": 1}, "needs depth >= 2"),
+        ("ukagnet", {"strides": (1, 2), "depth": 3}, "at most as many stages as strides"),
+        ("ukagnet", {"basis": "grma"}, "Did you mean 'gram'"),
+        ("u2kanet", {"shape": "tiny"}, "shape large or small"),
+        ("u2kanet", {"width": 0.1}, "width must be at least"),
+        ("ukan", {"token_stages": 9}, "at least one convolutional"),
+        ("ukanet", {"decoder": "wide"}, "Unknown decoder 'wide'"),
+        ("classifier", {"head": "liner"}, "Unknown head 'liner'. Did you mean 'linear'"),
+        ("classifier", {"pool": "mean"}, "Unknown pool 'mean'"),
+        (
+            "ukanet_18",
+            {"encoder_option": {}},
+            "has no option 'encoder_option'. Did you mean 'encoder_options'",
+        ),
+    ],
+)
+def test_mistakes_are_explained(name: str, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        create_model(name, 2, 1, 2, **options)
+
+
+def test_a_patch_too_small_for_the_depth_is_refused() -> None:
+    check_patch(UKAGNet(2, 1, 2, depth=3, layers=1, width=0.25), [4, 8])
+    with pytest.raises(
+        UsageError, match=r"coarsest map has stride \[16, 16\], the patch has \[8, 16\].*fewer stages"
+    ):
+        check_patch(UKAGNet(2, 1, 2, depth=5, layers=1, width=0.25), [8, 16])
+
+
+def test_every_basis_stands_in_ukan() -> None:
+    for basis in BASES:
+        assert (
+            create_model("ukan", 2, 1, 2, basis=basis, **SMALL["ukan"])(torch.randn(2, 1, 32, 32))
+            .isfinite()
+            .all()
+        )
