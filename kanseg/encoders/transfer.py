@@ -15,6 +15,13 @@ from kanseg.errors import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
 # Where the encoder is in a checkpoint of ours (classifier or segmenter), a bare network, or a bare encoder.
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "network_weights",
+    "network",
+)  # around a state_dict in a file
 PREFIXES = ("average.encoder.", "model.encoder.", "encoder.", "")
 
 
@@ -66,7 +73,9 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as weights ({error}).") from error
     except Exception as error:  # a pickle with code in it: torch has an error class of its own, by version
         raise UserError(f"{path} is no plain state_dict ({str(error).splitlines()[0]}).") from error
-    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    for key in WRAPPERS:
+        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
+            stored = stored[key]
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise UserError(f"{path} holds no state_dict (names and tensors).")
     return dict(stored)
