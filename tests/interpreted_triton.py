@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from kanseg.layers import FAMILIES, KANConv, conv_layer
 from kanseg.layers.kernels import conv_operator, gpu, instance_norm_act, norm_act, triton_conv
+from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last
 
 SIZES = {1: (19,), 2: (5, 6), 3: (3, 4, 5)}
@@ -82,7 +83,9 @@ def assert_like_float64(make: Callable[..., nn.Module], x: Tensor, tolerance: fl
 def test_every_family_is_its_formula(family: str, spatial_dims: int, launches: list[str]) -> None:
     x = torch.randn(2, 4, *SIZES[spatial_dims])
     assert_like_float64(lambda **options: conv_layer(family, **options)(spatial_dims, 4, 6), x, 1e-4)
-    assert {"prepare", "contract", "unfold"} <= set(launches)
+    conv: Any = conv_layer(family)(spatial_dims, 4, 6).conv
+    known = triton_conv.described(read(getattr(conv, "inner", conv).recipe)) is not None
+    assert ({"prepare", "contract", "unfold"} <= set(launches)) == known
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

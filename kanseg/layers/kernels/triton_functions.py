@@ -1,8 +1,8 @@
 """The functions of an expansion, their slopes and activations, on tiles of a GPU's registers, in float32.
 
 `Functions` says which; it is a constant of the compiled code. Formulas: `kanseg.bases`; the sums over truncated powers
-of B-splines as in `bases/bspline.py`. All that is unrolled here has as many steps as there are functions. Triton 3.6 takes
-the fields of a constant for constants only where it is told so: hence `tl.constexpr(F.act)`.
+of B-splines as in `bases/bspline.py`. All that is unrolled here has as many steps as there are functions. Triton 3.6
+takes the fields of a constant for constants only where it is told so: hence `tl.constexpr(F.act)`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def derivative(k, t, f, F: tl.constexpr):
         for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
             reach = 0.5 * (F.order + 1) - j - tl.abs(v)
             inside = tl.where(reach > 0, power(reach, tl.constexpr(F.order - 1)), 0.0)
-            total -= F.order * F.numbers[F.functions + 1 + j] * inside
+            total -= inside * F.numbers[F.functions + 1 + j] * F.order
         return tl.where(v > 0, total, -total) * F.numbers[F.functions]
     else:  # rbf
         return (F.numbers[k] - t) * f * (2.0 * F.numbers[F.functions] * F.numbers[F.functions])
