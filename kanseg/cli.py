@@ -134,7 +134,13 @@ def train(
     how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
     if fold == "all":
         found = cross_validate(checked, plan_, dataset, folder, **how)
-        console.print(score_table(found["metrics"], f"{found['cases']} unseen cases, mean [95 % interval]"))
+        if "metrics" in found:
+            title = f"{found['cases']} unseen cases, mean [95 % interval]"
+            console.print(score_table(found["metrics"], title))
+        for name, score in found.get("scores", {}).items():
+            console.print(
+                f"{name} {score['mean']:.4f} +- {score['std']:.4f} over {len(found['folds'])} folds"
+            )
         _emit(found, json_)
         if found["failed"]:
             raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}")

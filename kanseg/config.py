@@ -73,6 +73,7 @@ class TrainingConfig(Section):
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=3e-5, ge=0)
     schedule: str = Field(default="poly", description="of the learning rate after the warm-up")
+    schedule_options: dict[str, Any] = Field(default={}, description="of the schedule: power of poly")
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the training in which lr rises")
     gradient_clip: float = Field(default=12.0, gt=0, description="largest norm of the gradient")
     loss: str = "dice_ce"
@@ -207,14 +208,14 @@ def check_names(config: Config) -> None:
     from kanseg.models import table_of
     from kanseg.training.classification import class_loss
     from kanseg.training.losses import create_loss
-    from kanseg.training.optimizers import OPTIMIZERS, SCHEDULES
+    from kanseg.training.optimizers import OPTIMIZERS, lr_factor
 
     create_loss(config.training.loss, **config.training.loss_options)
     class_loss(config)
     for change in config.classification.changes:
         CHANGES.get(change)
     OPTIMIZERS.get(config.training.optimizer)
-    SCHEDULES.get(config.training.schedule)
+    lr_factor(1.0, 0.0, config.training.schedule, **config.training.schedule_options)
     if config.model.name is not None:
         table_of(config.model.name).get(config.model.name)
     names = PLANNED if config.model.name is None else (config.model.name,)

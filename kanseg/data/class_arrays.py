@@ -154,7 +154,7 @@ def _records(path: Path, label_bytes: int) -> np.ndarray:
 def _refuse_pickles(folder: Path) -> Arrays:
     raise UserError(
         f"{folder} is CIFAR's python version, a pickle, which can run code: kanseg does not open it. Take the binary "
-        "version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz; `kanseg download cifar10` or `cifar100`)."
+        "version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz; `kanseg download cifar10`)."
     )
 
 

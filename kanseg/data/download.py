@@ -1,7 +1,8 @@
 """Public data sets, fetched only when asked: where they lie, under what licence, and a download that can be resumed.
 
 Addresses and checksums of the Medical Segmentation Decathlon are those of MONAI's `DecathlonDataset` (Amazon's open
-data; Antonelli et al., Nature Communications 13:4128, 2022), that of IXI tiny is TorchIO's. Sizes are rounded.
+data; Antonelli et al., Nature Communications 13:4128, 2022), that of IXI tiny is TorchIO's, those of MNIST are
+torchvision's, of CIFAR and MedMNIST their makers'. Sizes are rounded.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import make_folder
 
 BLOCK = 1 << 20
+PLAIN = (".npz", ".gz")
 TIMEOUT = 30  # seconds without an answer
 MSD = "https://msd-for-monai.s3-us-west-2.amazonaws.com/{}.tar"
 CC_BY_SA_4 = "CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/"
@@ -40,6 +42,7 @@ class Source:
         size: of the archive, rounded.
         md5: of the archive.
         cite: the paper that its makers ask to be cited.
+        files: url and md5 of each further file of the data set; `url` is then the first.
     """
 
     name: str
@@ -49,11 +52,63 @@ class Source:
     md5: str
     licence: str
     cite: str
+    files: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def parts(self) -> list[Source]:
+        """Each file as a source of its own."""
+        return [self, *(replace(self, url=url, md5=md5, files=()) for url, md5 in self.files)]
 
 
 def _msd(name: str, what: str, size: str, md5: str) -> Source:
     cite = "Antonelli et al., Nature Communications 13:4128 (2022); Simpson et al., arXiv:1902.09063"
     return Source(name, what, MSD.format(name), size, md5, CC_BY_SA_4, cite)
+
+
+# MedMNIST's 28-pixel files of one class an image, with the checksums that its makers publish.
+MEDMNIST = {
+    "pathmnist": ("colon pathology, 9 classes", "a8b06965200029087d5bd730944a56c1"),
+    "dermamnist": ("skin lesions, 7 classes", "0744692d530f8e62ec473284d019b0c7"),
+    "octmnist": ("retinal OCT, 4 classes", "c68d92d5b585d8d81f7112f81e2d0842"),
+    "pneumoniamnist": ("chest X-ray, 2 classes", "28209eda62fecd6e6a2d98b1501bb15f"),
+    "retinamnist": ("fundus, 5 grades", "bd4c0672f1bba3e3a89f0e4e876791e4"),
+    "breastmnist": ("breast ultrasound, 2 classes", "750601b1f35ba3300ea97c75c52ff8f6"),
+    "bloodmnist": ("blood cells, 8 classes", "7053d0359d879ad8a5505303e11de1dc"),
+    "tissuemnist": ("kidney cortex cells, 8 classes", "ebe78ee8b05294063de985d821c1c34b"),
+    "organamnist": ("abdominal CT, axial, 11 classes", "68e3f8846a6bd62f0c9bf841c0d9eacc"),
+    "organcmnist": ("abdominal CT, coronal, 11 classes", "b9ceb9546e10131b32923c5bbeaea2b1"),
+    "organsmnist": ("abdominal CT, sagittal, 11 classes", "9ab87b696fb54e2a387ebe992d6ed5f1"),
+    "organmnist3d": ("abdominal CT, 3D, 11 classes", "a0c5a1ff56af4f155c46d46fbb45a2fe"),
+    "nodulemnist3d": ("lung nodules, 3D, 2 classes", "8755a7e9e05a4d9ce80a24c3e7a256f3"),
+    "adrenalmnist3d": ("adrenal shapes, 3D, 2 classes", "bbd3c5a5576322bc4cdfea780653b1ce"),
+    "fracturemnist3d": ("rib fractures, 3D, 3 classes", "6aa7b0143a6b42da40027a9dda61302f"),
+    "vesselmnist3d": ("brain vessels, 3D, 2 classes", "b41fd4f7e7e2feedddb201585ecafa1b"),
+    "synapsemnist3d": ("synapses, 3D, 2 classes", "1235b78a3cd6280881dd7850a78eadb6"),
+}
+
+
+def _medmnist(name: str, what: str, md5: str) -> Source:
+    url = f"https://zenodo.org/records/10519652/files/{name}.npz?download=1"
+    kind = "BY-NC" if name == "dermamnist" else "BY"
+    licence = f"CC {kind} 4.0, https://creativecommons.org/licenses/{kind.lower()}/4.0/"
+    cite = "Yang et al., Scientific Data 10:41 (2023), and the data's own source (medmnist.com)"
+    return Source(name, what, url, "0.3 GB or less", md5, licence, cite)
+
+
+def _mnist(name: str, what: str, root: str, licence: str, cite: str, md5s: Sequence[str]) -> Source:
+    """Four files in the idx format, at one address."""
+    names = [
+        f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+    ]
+    first, *rest = ((f"{root}{file}", md5) for file, md5 in zip(names, md5s, strict=True))
+    return Source(name, what, first[0], "12 to 30 MB", first[1], licence, cite, tuple(rest))
+
+
+def _cifar(classes: int, md5: str) -> Source:
+    url = f"https://www.cs.toronto.edu/~kriz/cifar-{classes}-binary.tar.gz"
+    cite = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)"
+    licence = "none is stated"
+    return Source(f"cifar{classes}", f"photographs, {classes} classes", url, "0.2 GB", md5, licence, cite)
 
 
 SOURCES = {
@@ -83,6 +138,44 @@ SOURCES = {
             "CC BY-SA 3.0, https://creativecommons.org/licenses/by-sa/3.0/",
             "IXI, brain-development.org; Perez-Garcia et al., Comput Methods Programs Biomed 208 (2021)",
         ),
+        _mnist(
+            "mnist",
+            "handwritten digits, 10 classes",
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "CC BY-SA 3.0, https://creativecommons.org/licenses/by-sa/3.0/",
+            "LeCun et al., Proceedings of the IEEE 86:2278 (1998)",
+            (
+                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+                "d53e105ee54ea40749a09fcbcd1e9432",
+                "9fb629c4189551a2d022fa330f9573f3",
+                "ec29112dd5afa0611ce80d1b7f02629c",
+            ),
+        ),
+        _mnist(
+            "fashion_mnist",
+            "clothes, 10 classes",
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "MIT, https://github.com/zalandoresearch/fashion-mnist",
+            "Xiao et al., arXiv:1708.07747",
+            (
+                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                "25c81989df183df01b3e8a0aad5dffbe",
+                "bef4ecab320f06d8554ea6380940ec79",
+                "bb300cfdad3c16e7a12a480ee83cd310",
+            ),
+        ),
+        _cifar(10, "c32a1d4ab5d03f1284b67883e8d87530"),
+        _cifar(100, "03b5dce01913d631647c71ecec9e9cb8"),
+        Source(
+            "tiny_imagenet",
+            "photographs of 64 pixels, 200 classes",
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+            "0.25 GB",
+            "90528d7ca1a48142e341f4ef8d21d0de",
+            "none is stated; ImageNet's terms are for research, not for commerce",
+            "Le and Yang, Tiny ImageNet Visual Recognition Challenge (2015)",
+        ),
+        *(_medmnist(name, what, md5) for name, (what, md5) in MEDMNIST.items()),
     )
 }
 
@@ -113,22 +206,34 @@ def download(source: Source, out: Path | str, console: Console | None = None) ->
     console.print(f"{source.name}: {source.what}, about {source.size}", highlight=False)
     console.print(f"Licence: {source.licence}", highlight=False, soft_wrap=True)
     console.print(f"Cite: {source.cite}", highlight=False, soft_wrap=True)
-    folder, archive = make_folder(out) / source.name, out / _archive_name(source)
+    folder = make_folder(out) / source.name
+    archives = {part: out / _archive_name(part) for part in source.parts}
     if folder.exists():
         raise UserError(f"{folder} is there already. Delete it to fetch the data anew.")
-    if not archive.exists():
-        _fetch(source, archive, console)
-    _check(source, archive)
-    with new_folder(folder) as part:
-        _unpack(archive, part)
-        _lift(part)
-    archive.unlink()
+    for part, archive in archives.items():
+        if not archive.exists():
+            _fetch(part, archive, console)
+        _check(part, archive)
+    with new_folder(folder) as made:
+        for part, archive in archives.items():
+            _unpack(part, archive, made)
+        _lift(made)
+    for archive in archives.values():
+        archive.unlink()
     console.print(f"{folder}. Next: kanseg plan {folder} -o RUN", highlight=False, soft_wrap=True)
     return {"name": source.name, "folder": str(folder), "licence": source.licence, "cite": source.cite}
 
 
 def _archive_name(source: Source) -> str:
+    if plain := _plain_name(source):
+        return f"{source.name}.{plain}"
     return source.name + (".zip" if ".zip" in source.url else ".tar")
+
+
+def _plain_name(source: Source) -> str | None:
+    """The name of a file that is kept as it is."""
+    name = source.url.rpartition("/")[2].partition("?")[0]
+    return name if name.endswith(PLAIN) and not name.endswith(".tar.gz") else None
 
 
 def _fetch(source: Source, archive: Path, console: Console) -> None:
@@ -186,10 +291,12 @@ def _check(source: Source, archive: Path) -> None:
         )
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Both formats by ways that let no member leave the folder."""
+def _unpack(source: Source, archive: Path, folder: Path) -> None:
+    """Both formats by ways that let no member leave the folder; other files are copied."""
     try:
-        if archive.suffix == ".zip":
+        if plain := _plain_name(source):
+            shutil.copyfile(archive, folder / plain)
+        elif archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as file:
                 file.extractall(folder)
         else:

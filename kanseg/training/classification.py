@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from kanseg.config import Config
-from kanseg.data.class_loader import ImageBatches, TrainingImages
+from kanseg.data.class_loader import ImageBatches, TrainingImages, seeded
 from kanseg.data.class_plan import ClassPlan
 from kanseg.data.formats import Case
 from kanseg.data.image_classes import ImageClasses
@@ -118,8 +118,7 @@ class Classification:
         if not self.mixers or len(batch["image"]) < 2:
             return batch
         image, volumes = batch["image"], batch["image"].dim() == 5
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(batch["seed"][0]))
+        with seeded(int(batch["seed"][0])):
             mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
             # Slices of volumes stand for frames: one box is cut through all of them.
             mixed, shares = mixer(tv_tensors.Video(image) if volumes else image, batch["label"])

@@ -17,7 +17,7 @@ from kanseg.config import Config
 from kanseg.data.formats import Case, Dataset, label_path
 from kanseg.data.images import label_from, read_image, read_label
 from kanseg.data.labels import class_values
-from kanseg.data.plan import Plan
+from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
 from kanseg.inference.postprocess import Rule, apply_postprocessing, choose_postprocessing
@@ -30,13 +30,14 @@ from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits
 from kanseg.training.validate import kept_prediction
 
 RESULT, TABLE, POSTPROCESSING = "cross_validation.json", "cross_validation.csv", "postprocessing.json"
+CLASS_SCORES = ("accuracy", "top5", "balanced_accuracy", "auc")
 Where = Mapping[str, Path]  # label map of each case
 Seen = tuple[Case, np.ndarray, np.ndarray, Sequence[float]]
 
 
 def cross_validate(
     config: Config,
-    plan: Plan,
+    plan: AnyPlan,
     dataset: Dataset,
     run: Path | str,
     *,
@@ -50,7 +51,8 @@ def cross_validate(
 
     Returns:
         "folds" (summary of each), "failed" (message of each fold that failed), "metrics" (class -> metric -> mean,
-        95 % interval by patient), "postprocessing" and the mean Dice without it.
+        95 % interval by patient), "postprocessing" and the mean Dice without it. Of classifiers, in place of the last
+        three, "scores" (score -> mean and standard deviation over the folds).
 
     Raises:
         UsageError: a fold holds a training and nobody said to resume it.
@@ -86,8 +88,24 @@ def cross_validate(
                 console.print(f"Fold {fold} failed: {error}", markup=False, highlight=False, soft_wrap=True)
         if not folds:
             raise UserError(f"Every fold of {run} failed, the first by: {failed[0]}")
+        facts = {"folds": folds, "failed": failed}
+        if not isinstance(plan, Plan):
+            return once(lambda: _conclude_classes(run, **facts))
         unseen = held_out(run, splits, plan, dataset)
-        return once(lambda: conclude(run, plan, dataset, unseen, folds=folds, failed=failed))
+        return once(lambda: conclude(run, plan, dataset, unseen, **facts))
+
+
+def _conclude_classes(run: Path, **facts: Any) -> dict[str, Any]:
+    found = {**facts, "scores": spread_of(list(facts["folds"].values()))}
+    write_json(run / RESULT, found)
+    return found
+
+
+def spread_of(folds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over the folds of each score of classifiers (see `class_scores`)."""
+    names = [name for name in CLASS_SCORES if all(fold.get(name) is not None for fold in folds)]
+    values = {name: np.array([fold[name] for fold in folds], dtype=float) for name in names}
+    return {name: {"mean": float(v.mean()), "std": float(v.std())} for name, v in values.items()}
 
 
 def held_out(run: Path, splits: Splits, plan: Plan, dataset: Dataset) -> dict[str, Path]:

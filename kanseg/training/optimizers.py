@@ -95,15 +95,19 @@ def constant(fraction: float) -> float:
     return 1.0
 
 
-def lr_factor(fraction: float, warmup: float = 0.02, schedule: str = "poly") -> float:
+def lr_factor(fraction: float, warmup: float = 0.02, schedule: str = "poly", **options: Any) -> float:
     """Share of the full learning rate at `fraction` of the training: linear warm-up, then the schedule's decay.
+
+    Args:
+        options: of the schedule.
 
     >>> [round(lr_factor(f), 3) for f in (0.01, 0.5, 1.0)]
     [0.495, 0.536, 0.0]
     """
     fraction = min(max(fraction, 0.0), 1.0)
     rise = min(1.0, max(fraction / warmup, 0.01)) if warmup else 1.0
-    return rise * SCHEDULES.create(schedule, fraction)
+    with refused_options(f"The schedule '{schedule}'"):
+        return rise * SCHEDULES.create(schedule, fraction, **options)
 
 
 def create_optimizer(model: nn.Module, options: TrainingConfig) -> torch.optim.Optimizer:

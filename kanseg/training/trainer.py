@@ -158,7 +158,8 @@ class Trainer:
     def _train_step(self, batches: list[Batch]) -> float:
         """One step of the optimizer; its closure computes loss and gradient of the batches as often as it asks."""
         state, options = self.state, self.options
-        state.lr = options.lr * lr_factor(self.fraction(), options.warmup, options.schedule)
+        schedule = lr_factor(self.fraction(), options.warmup, options.schedule, **options.schedule_options)
+        state.lr = options.lr * schedule
         for group in self.optimizer.param_groups:
             group["lr"] = state.lr * group["lr_scale"]
         moved = [self.task.augmented(self._on_device(batch)) for batch in batches]
