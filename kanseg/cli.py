@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kanseg import __version__
-from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.errors import UsageError, UserError
 from kanseg.verbs import data, results, training
 from kanseg.verbs.common import Json, Out, Pattern
 from kanseg.verbs.common import console as _console
@@ -51,7 +51,9 @@ def demo(
 
 @app.command()
 def plan(
-    data: Annotated[Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV, or images by class.")],
+    data: Annotated[
+        Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV, or images by class.")
+    ],
     out: Out,
     memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
     dim: Annotated[str, typer.Option(help="auto, 2 or 3; 2 learns volumes slice by slice.")] = "auto",
@@ -92,6 +94,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Network of `kanseg models`; default the plan's.")] = None,
     config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
     id_pattern: Pattern = None,
+    trial: Annotated[bool, typer.Option(help="Measure the memory of a step, if it must plan.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     override: Annotated[bool, typer.Option("--override", help="Go on with other options.")] = False,
     json_: Json = False,
@@ -119,9 +122,10 @@ def train(
     from kanseg.evaluation.report import score_table
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
+    from kanseg.training.parallel import once
 
-    if not planned:
-        _make_plan(run, folder, console=console, id_pattern=id_pattern)
+    make: dict[str, Any] = {"console": console, "id_pattern": id_pattern, "trial": trial}
+    once(lambda: planned or _make_plan(run, folder, **make))
     plan_ = load_plan(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
@@ -134,7 +138,9 @@ def train(
             title = f"{found['cases']} unseen cases, mean [95 % interval]"
             console.print(score_table(found["metrics"], title))
         for name, score in found.get("scores", {}).items():
-            console.print(f"{name} {score['mean']:.4f} +- {score['std']:.4f} over {len(found['folds'])} folds")
+            console.print(
+                f"{name} {score['mean']:.4f} +- {score['std']:.4f} over {len(found['folds'])} folds"
+            )
         _emit(found, json_)
         if found["failed"]:
             raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}")
@@ -195,7 +201,9 @@ def predict(
 @app.command()
 def evaluate(
     prediction: Annotated[Path, typer.Argument(help="Folder of label maps, one file, or predictions.csv.")],
-    reference: Annotated[Path, typer.Argument(help="References with the same names, or images with classes.")],
+    reference: Annotated[
+        Path, typer.Argument(help="References with the same names, or images with classes.")
+    ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="For cases.csv, summary.json.")] = None,
     labels: Annotated[str | None, typer.Option(help="1,2 or tumour=1,whole=1+2 or a run folder.")] = None,
     ignore: Annotated[int | None, typer.Option(help="Value of voxels that do not count.")] = None,
@@ -246,35 +254,13 @@ def models(json_: Json = False) -> None:
     from kanseg.models.table import table_of_models
 
     rows = table_of_models()
-    table = Table("name", "kind", "parameters 2D", "parameters 3D", "description")
-    for row in rows:
-        millions = [f"{row[f'parameters_{d}d'] / 1e6:.1f} M" for d in (2, 3)]
-        table.add_row(row["name"], row["kind"], *millions, row["description"])
-    _console(json_).print(table)
+    for kind in ("network", "encoder"):
+        table = Table(kind, "2D", "3D", "what it is", title="Parameters in millions", box=None)
+        for row in (row for row in rows if row["kind"] == kind):
+            millions = [f"{row[f'parameters_{d}d'] / 1e6:.1f}" for d in (2, 3)]
+            table.add_row(row["name"], *millions, row["description"])
+        _console(json_).print(table)
     _emit(rows, json_)
-
-
-@app.command()
-def convert(
-    file: Annotated[Path, typer.Argument(help="Weights: .safetensors or a state_dict of torch.")],
-    out: Out,
-    source: Annotated[str, typer.Option("--from", help="Whose weights: torch-conv-kan.")],
-    architecture: Annotated[str | None, typer.Option(help="Published name, if it is not recognised.")] = None,
-    json_: Json = False,
-) -> None:
-    """Make a kanseg model of published weights of torch-conv-kan (VGG KAGN 11 v2 and v4, VGG KAGN-BN 11 v4).
-
-    The encoder then starts a segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
-
-    Example: kanseg convert --from torch-conv-kan vgg_kagn11_v4.safetensors -o models/vgg11v4
-    """
-    from kanseg.compat.published import SOURCES
-
-    if source not in SOURCES:
-        raise UsageError(f"Unknown source '{source}'.{did_you_mean(source, SOURCES)}")
-    spec = SOURCES[source](file, out, architecture)
-    _console(json_).print(f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False)
-    _emit({"out": str(out), "model": spec}, json_)
 
 
 @app.command()
@@ -294,9 +280,11 @@ def info(json_: Json = False) -> None:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    from kanseg.layers.kernels.gpu import described
     from kanseg.layers.kernels.native import available
 
     found["compiled kernels"] = available() or "none (was there a compiler at installation?)"
+    found["triton kernels"] = described()
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -317,7 +305,7 @@ def _make_plan(
     **how: Any,
 ) -> Any:
     """Read, plan, say what was decided and why, and write plan.json and fingerprint.json."""
-    from kanseg.data.formats import read_dataset
+    from kanseg.data.formats import few, read_dataset
     from kanseg.data.image_classes import is_classes
     from kanseg.data.plan import plan_run
     from kanseg.training.trial import measure_step
@@ -332,7 +320,7 @@ def _make_plan(
     patients = len({case.group for case in dataset.cases})
     console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
     found = f"{len(dataset.cases)} labelled images of {patients} patients"
-    console.print(f"{found}; {', '.join(dataset.label_names)}", highlight=False)
+    console.print(f"{found}; {few(dataset.label_names)}", highlight=False)
     made = plan_run(dataset, out, regions=regions, measure=measure_step if trial else None, **how)
     for reason in made.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)

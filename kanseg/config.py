@@ -120,7 +120,8 @@ class ClassificationConfig(Section):
     mixup: float = Field(default=0.0, ge=0, description="Beta(a, a) mixes two images; 0 for none")
     cutmix: float = Field(default=0.0, ge=0, description="Beta(a, a) is the area of a box of another image")
     changes: list[str] = Field(
-        default=["shift"], description="random ones in turn: flip, flips, resized_crop, autoaugment_cifar10, ..."
+        default=["shift"],
+        description="random ones in turn: flip, flips, resized_crop, autoaugment_cifar10, ...",
     )
 
 
@@ -233,7 +234,9 @@ def model_options(name: str) -> list[str]:
     from kanseg.models import table_of
 
     given = ("self", "spatial_dims", "in_channels", "out_channels", "kwargs")
-    return [option for option in inspect.signature(table_of(name).get(name)).parameters if option not in given]
+    return [
+        option for option in inspect.signature(table_of(name).get(name)).parameters if option not in given
+    ]
 
 
 def config_folder() -> Path:

@@ -1,7 +1,8 @@
-"""Progress on long work: a bar on a terminal, silence elsewhere."""
+"""Progress on long work: a bar on a terminal, silence elsewhere, and of several processes one that talks."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -18,3 +19,8 @@ def progress(items: Iterable[T], text: str) -> Iterator[T]:
     return iter(
         track(items, text, console=Console(stderr=True), transient=True) if sys.stderr.isatty() else items
     )
+
+
+def is_main() -> bool:
+    """Whether this is the first process of all, as a launcher numbers them: the one that talks and writes."""
+    return int(os.environ.get("RANK", 0)) == 0

@@ -136,7 +136,9 @@ class Segmenter:
 
         network, plan, info = load_model(path, device)
         if plan.task != "segmentation":
-            raise UsageError(f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes.")
+            raise UsageError(
+                f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes."
+            )
         self.network, self.plan, self.info = network, plan, info
         spec = self.info["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
@@ -152,9 +154,10 @@ class Segmenter:
 
     def _plan(self, dataset: Dataset, run: Path) -> Plan:
         from kanseg.data.plan import Plan, plan_run
+        from kanseg.training.parallel import once
 
         if not (run / "plan.json").exists():
-            return plan_run(dataset, run, dim=self.spatial_dims)
+            return once(lambda: plan_run(dataset, run, dim=self.spatial_dims))
         plan = Plan.load(run / "plan.json")
         if self.spatial_dims not in (None, plan.spatial_dims):
             raise UsageError(

@@ -24,6 +24,7 @@ from kanseg.training.fit import fit
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
+collect_ignore = ["interpreted_triton.py"]  # run by test_triton.py in a process of its own
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

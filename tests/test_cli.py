@@ -21,8 +21,8 @@ from typer.main import get_command
 
 from kanseg.cli import app, main
 
-VERBS = ("demo", "doctor", "plan", "train", "predict", "evaluate", "models", "info", "run", "search")
-VERBS += ("download", "convert", "compare", "ensemble")
+VERBS = ("demo", "plan", "train", "predict", "evaluate", "models", "info")
+VERBS += ("doctor", "convert", "download", "compare", "ensemble", "run", "search")
 QUICK = [
     "training.max_epochs=1",
     "training.steps_per_epoch=2",
@@ -174,7 +174,7 @@ def test_predict_writes_one_file_in_another_format(run: Path, blobs: Path, tmp_p
 
 
 def test_a_data_set_without_a_plan_is_planned_first(blobs: Path, tmp_path: Path) -> None:
-    trained = kanseg("train", blobs, *QUICK, "-o", tmp_path / "run", "-f", "final", "--json")
+    trained = kanseg("train", blobs, *QUICK, "-o", tmp_path / "run", "-f", "final", "--no-trial", "--json")
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["fold"] == "final"
     assert "spacing" in trained.stderr
@@ -340,7 +340,7 @@ def test_a_flat_model_refuses_a_volume(blobs: Path, tmp_path: Path) -> None:
         for folder, array in (("images", mask // 2 + generator.integers(0, 90, mask.shape)), ("masks", mask)):
             (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
             Picture.fromarray(array.astype(np.uint8)).save(tmp_path / "data" / folder / f"{number}.png")
-    trained = kanseg("train", tmp_path / "data", *QUICK, "-o", tmp_path / "run")
+    trained = kanseg("train", tmp_path / "data", *QUICK, "-o", tmp_path / "run", "--no-trial")
     assert trained.returncode == 0, trained.stderr
     picture, volume = tmp_path / "data" / "images" / "0.png", blobs / "imagesTr" / "case_0.nii.gz"
     assert kanseg("predict", "-m", tmp_path / "run", "-i", picture, "-o", tmp_path / "m").returncode == 0
@@ -356,3 +356,77 @@ def test_a_model_of_another_dimension_is_refused(run: Path, shared_data: Path, t
 def test_a_second_training_in_a_folder_is_refused(run: Path) -> None:
     refused(kanseg("train", run, *QUICK), 2, "--resume")
     assert kanseg("train", run, "--resume").returncode == 0
+
+
+def test_doctor_repair_and_conversion_by_command(blobs: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(blobs, root)
+    assert kanseg("doctor", root).returncode == 0
+    (root / "labelsTr" / "case_3.nii.gz").unlink()
+    refused(kanseg("doctor", root), 1, "has 1 errors. Write a repaired copy with --fix OUT.")
+    fixed = kanseg("doctor", root, "--fix", tmp_path / "fixed", "--json")
+    assert fixed.returncode == 0, fixed.stderr
+    told = json.loads(fixed.stdout)
+    assert [finding["kind"] for finding in told["findings"]] == ["missing file"]
+    assert told["fixed"]["training"] == 5
+    converted = kanseg("convert", tmp_path / "fixed", "-o", tmp_path / "nnunet", "--to", "nnunet")
+    assert converted.returncode == 0, converted.stderr
+    assert len(list((tmp_path / "nnunet" / "imagesTr").glob("*_0000.nii.gz"))) == 5
+    refused(kanseg("convert", root, "-o", tmp_path / "x", "--to", "nnunet"), 1, "case_3")
+    refused(kanseg("doctor", tmp_path / "nowhere"), 1, "There is no")
+
+
+def test_data_sets_are_listed_and_unknown_ones_named(tmp_path: Path) -> None:
+    listed = kanseg("download", "--json", cwd=tmp_path)
+    assert {"Task04_Hippocampus", "ixi_tiny"} <= {source["name"] for source in json.loads(listed.stdout)}
+    refused(kanseg("download", "Task4_Hippo", cwd=tmp_path), 2, "Did you mean")
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_combined_and_compared_by_command(run: Path, blobs: Path, tmp_path: Path) -> None:
+    scans, references = blobs / "imagesTr", blobs / "labelsTr"
+    first = kanseg("predict", "-m", run, "-i", scans, "-o", tmp_path / "a", "--blending", "constant")
+    assert first.returncode == 0, first.stderr
+    again = kanseg("predict", "-m", run, "-i", scans, "-o", tmp_path / "a", "--blending", "constant")
+    assert again.stderr.count("is there already") == 6
+    other = kanseg("ensemble", run, run / "fold_0", "-i", scans, "-o", tmp_path / "b")
+    assert other.returncode == 0, other.stderr
+    assert "An ensemble of 2 networks" in other.stderr
+    vote = kanseg("ensemble", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c", "--json")
+    assert json.loads(vote.stdout)["cases"] == 6
+    compared = kanseg(
+        "compare", tmp_path / "a", tmp_path / "c", "--reference", references, "--labels", run, "-o", tmp_path / "d"
+    )  # fmt: skip
+    assert compared.returncode == 0, compared.stderr
+    assert "A - B" in compared.stdout
+    assert (tmp_path / "d" / "comparison.png").exists()
+    refused(
+        kanseg("predict", "-m", run, "-i", scans, "-o", tmp_path / "a", "--blending", "linear"), 2, "gaussian"
+    )
+
+
+def test_a_plan_for_data_that_changed_is_refused(blobs: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(blobs, root)
+    planned = kanseg("plan", root, "-o", tmp_path / "run", "--memory", "2G", "--no-trial")
+    assert planned.returncode == 0, planned.stderr
+    shutil.copy(root / "labelsTr" / "case_1.nii.gz", root / "labelsTr" / "case_1.nii.gz.old")
+    file = nib.load(root / "labelsTr" / "case_1.nii.gz")
+    nib.save(
+        nib.Nifti1Image(np.zeros(file.shape, np.uint8), file.affine), root / "labelsTr" / "case_1.nii.gz"
+    )
+    refused(kanseg("train", tmp_path / "run", *QUICK), 1, "is not as it was planned", "case_1 has changed")
+    (root / "labelsTr" / "case_1.nii.gz.old").rename(root / "labelsTr" / "case_1.nii.gz")
+
+
+def test_slices_and_regions_are_planned_by_command(blobs: Path, shared_data: Path, tmp_path: Path) -> None:
+    flat = kanseg("plan", blobs, "-o", tmp_path / "a", "--dim", "2", "--slices", "3", "--no-trial", "--json")
+    plan = json.loads(flat.stdout)
+    assert (plan["spatial_dims"], plan["slice_axis"], plan["slices"]) == (2, 2, 3)
+    regions = kanseg(
+        "plan", blobs, "-o", tmp_path / "b", "--regions", "both=1+2,far=2", "--no-trial", "--size", "small"
+    )
+    assert regions.returncode == 0, regions.stderr
+    trained = kanseg("train", tmp_path / "b", *QUICK)
+    assert trained.returncode == 0, trained.stderr
+    assert "both" in trained.stdout

@@ -12,7 +12,12 @@ from safetensors.torch import save_file
 from test_cli import kanseg, refused
 from test_compat_models import made_up
 
-QUICK = ["training.max_epochs=1", "training.steps_per_epoch=1", "training.final_validation=false", "data.workers=0"]
+QUICK = [
+    "training.max_epochs=1",
+    "training.steps_per_epoch=1",
+    "training.final_validation=false",
+    "data.workers=0",
+]
 QUICK += ["data.folds=2", "training.batch_size=1"]
 # Options that make a network small, as one gives them on the command line.
 SMALL = {
@@ -59,7 +64,9 @@ def test_networks_train_and_predict_from_the_command_line(
     assert len(list((tmp_path / "masks").iterdir())) == 1
 
 
-def test_an_encoder_of_timm_trains_on_pictures_from_a_local_file(pictures: Path, blobs: Path, tmp_path: Path) -> None:
+def test_an_encoder_of_timm_trains_on_pictures_from_a_local_file(
+    pictures: Path, blobs: Path, tmp_path: Path
+) -> None:
     import timm
 
     weights = tmp_path / "resnet.safetensors"
@@ -99,13 +106,21 @@ def test_impossible_networks_are_refused_before_training(
 def test_published_weights_are_converted(tmp_path: Path) -> None:
     args = {"vgg_type": "VGG11v4", "num_classes": 3, "width_scale": 2, "expected_feature_shape": (1, 1)}
     save_file(made_up("vggkagn", args), tmp_path / "vgg.safetensors")
-    result = kanseg("convert", "--from", "torch-conv-kan", tmp_path / "vgg.safetensors", "-o", tmp_path / "m", "--json")
+    result = kanseg(
+        "convert", "--from", "torch-conv-kan", tmp_path / "vgg.safetensors", "-o", tmp_path / "m", "--json"
+    )
     assert json.loads(result.stdout)["model"]["options"]["encoder"] == "vggkan11v4"
     assert (tmp_path / "m" / "model.safetensors").exists()
-    refused(kanseg("convert", "--from", "torch-kan", "x", "-o", tmp_path / "n"), 2, "Did you mean 'torch-conv-kan'")
+    refused(
+        kanseg("convert", "--from", "torch-kan", "x", "-o", tmp_path / "n"),
+        2,
+        "Did you mean 'torch-conv-kan'",
+    )
     wrong = ["--architecture", "vgg_kagn_bn11_v4"]
     refused(
-        kanseg("convert", "--from", "torch-conv-kan", tmp_path / "vgg.safetensors", "-o", tmp_path / "n", *wrong),
+        kanseg(
+            "convert", "--from", "torch-conv-kan", tmp_path / "vgg.safetensors", "-o", tmp_path / "n", *wrong
+        ),
         1,
         "missing ['features.0.inner_proj.0.weight'",
     )

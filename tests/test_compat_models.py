@@ -16,8 +16,8 @@ from torch import Tensor
 from kanseg import UKANet, create_model
 from kanseg.compat import from_torch_conv_kan, to_torch_conv_kan
 from kanseg.compat.links import spread
-from kanseg.compat.models import CONVERTERS
 from kanseg.compat.published import PUBLISHED, convert_published, write_published
+from kanseg.compat.torch_conv_kan import CONVERTERS
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
 from kanseg.training.checkpoint import build_model, load_checkpoint, load_weights, part
@@ -73,7 +73,9 @@ def test_network_gives_the_numbers_of_the_reference(case: dict) -> None:
         error = (torch.as_tensor(output) - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
         assert error <= max(1e-5, 10 * case["relative_f32_noise"]), name
     back = to_torch_conv_kan(model.float())
-    assert all(torch.equal(back[key], state[key]) for key in back if not key.endswith(("beta_weights", "tracked")))
+    assert all(
+        torch.equal(back[key], state[key]) for key in back if not key.endswith(("beta_weights", "tracked"))
+    )
 
 
 def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dict[str, Tensor]:
@@ -81,20 +83,25 @@ def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dic
     conversion = CONVERTERS[name](2, dict(args), {})
     state = spread(conversion.links, conversion.module.state_dict())
     for key in list(state):
-        prefix, _, last = key.rpartition(".")
-        if last == "beta_weights":
+        if key.endswith("beta_weights"):
             state[key] = torch.randn(args.get("degree", 3) + 1) * 0.01
         if key.endswith("base_conv.0.weight") and learned_norms:
             norm = key.removesuffix("base_conv.0.weight") + "layer_norm.0."
             channels = len(state[key])
             state[f"{norm}weight"], state[f"{norm}bias"] = torch.rand(channels) + 0.5, torch.randn(channels)
             if name.endswith("_bn"):
-                state[f"{norm}running_mean"], state[f"{norm}running_var"] = torch.zeros(channels), torch.ones(channels)
+                state[f"{norm}running_mean"], state[f"{norm}running_var"] = (
+                    torch.zeros(channels),
+                    torch.ones(channels),
+                )
     return {key: value.contiguous().clone() for key, value in state.items()}
 
 
 NAMES = {  # of the reference, with arguments that make them small
-    **{f"{family}_18x32p": {"width_scale": 1} for family in ("reskanet", "fast_reskanet", "reskagnet", "moe_reskalnet")},
+    **{
+        f"{family}_18x32p": {"width_scale": 1}
+        for family in ("reskanet", "fast_reskanet", "reskagnet", "moe_reskalnet")
+    },
     "moe_reskagnetbn_18x32p": {"num_experts": 2},
     "reskacnet_50x64p": {},
     "fast_u2kanet_small": {},
@@ -121,7 +128,10 @@ def test_weights_go_there_and_back(name: str) -> None:
     assert set(back) == set(state)
     assert all(torch.equal(back[key], state[key]) for key in state if not key.endswith("beta_weights"))
     outputs = model(torch.randn(1, 3, 64, 64))
-    assert all(torch.as_tensor(output).isfinite().all() for output in (outputs if isinstance(outputs, tuple) else [outputs]))
+    assert all(
+        torch.as_tensor(output).isfinite().all()
+        for output in (outputs if isinstance(outputs, tuple) else [outputs])
+    )
 
 
 def test_layers_wrapped_by_a_penalty_are_found() -> None:
@@ -147,7 +157,13 @@ def test_foreign_weights_name_the_first_keys_that_do_not_fit() -> None:
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_published_weights_become_an_ordinary_classifier(name: str, prefix: str, tmp_path: Path) -> None:
     function, plan = PUBLISHED[name]
-    args = {"vgg_type": plan, "num_classes": 7, "degree": 4, "expected_feature_shape": (1, 1), "dim_reduction": 8}
+    args = {
+        "vgg_type": plan,
+        "num_classes": 7,
+        "degree": 4,
+        "expected_feature_shape": (1, 1),
+        "dim_reduction": 8,
+    }
     state = made_up(function, args, learned_norms=True)
     path = tmp_path / "weights.safetensors"
     save_file({prefix + key: value for key, value in state.items()}, path)
@@ -162,7 +178,9 @@ def test_published_weights_become_an_ordinary_classifier(name: str, prefix: str,
     again = build_model(info["model"]).eval()
     load_weights(again, part(tensors, "model"), path)
     assert torch.equal(again(x), converted(x))
-    segmenter = create_model("ukanet", 2, 3, 2, encoder_weights=tmp_path / "model", **_of_encoder(options)).eval()
+    segmenter = create_model(
+        "ukanet", 2, 3, 2, encoder_weights=tmp_path / "model", **_of_encoder(options)
+    ).eval()
     assert torch.equal(segmenter.encoder(x)[-1], converted.encoder(x)[-1])
     assert isinstance(load_encoder(segmenter, converted), UKANet)
 
@@ -176,7 +194,9 @@ def test_the_published_architecture_is_recognised_or_explained(tmp_path: Path) -
     args = {"vgg_type": "VGG11v4", "num_classes": 3, "width_scale": 2, "expected_feature_shape": (1, 1)}
     save_file(made_up("vggkagn", args), path)
     assert write_published(path, tmp_path / "model")["options"]["encoder"] == "vggkan11v4"
-    with pytest.raises(UserError, match=r"is no vgg_kagn_bn11_v4: .*missing \['features.0.inner_proj.0.weight'"):
+    with pytest.raises(
+        UserError, match=r"is no vgg_kagn_bn11_v4: .*missing \['features.0.inner_proj.0.weight'"
+    ):
         convert_published(path, "vgg_kagn_bn11_v4")
     with pytest.raises(UsageError, match="Unknown architecture 'vgg_kagn11_v3'. Did you mean"):
         convert_published(path, "vgg_kagn11_v3")

@@ -35,7 +35,7 @@ def small(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ENCODERS.names())
 def test_every_encoder_keeps_the_contract_and_trains(name: str) -> None:
-    for dims, size in ((1, (21,)), (2, (16, 19)), (3, (9, 16, 12))):
+    for dims, size in ((2, (16, 19)), (3, (9, 16, 12))):
         encoder = create_encoder(name, dims, 2, **small(name))
         maps = encoder(torch.randn(2, 2, *size))
         assert [m.shape[1] for m in maps] == list(encoder.out_channels)
@@ -46,6 +46,12 @@ def test_every_encoder_keeps_the_contract_and_trains(name: str) -> None:
             expected = list(m.shape[2:])
         sum(m.square().mean() for m in maps).backward()
         assert all(p.grad is not None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["reskanet34", "vggkan13", "densekanet_tiny", "rdkanet_tiny", "plainkanet8"])
+def test_encoders_work_on_signals(name: str) -> None:
+    encoder = create_encoder(name, 1, 2, **small(name))
+    assert [m.shape[1] for m in encoder(torch.randn(1, 2, 21))] == list(encoder.out_channels)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, None])
@@ -156,7 +162,13 @@ def test_files_that_hold_code_are_not_run(tmp_path: Path) -> None:
         load_encoder(nn.Linear(1, 1), tmp_path / "module.pt")
 
 
-FOREIGN = ["timm/resnet18", "timm/convnext_atto", "timm/mobilenetv3_small_050", "smp/mobilenet_v2", "smp/mit_b0"]
+FOREIGN = [
+    "timm/resnet18",
+    "timm/convnext_atto",
+    "timm/mobilenetv3_small_050",
+    "smp/mobilenet_v2",
+    "smp/mit_b0",
+]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -188,7 +200,11 @@ def test_weights_of_other_libraries_come_from_their_files(name: str, channels: i
     x = torch.randn(1, 1, 64, 64)
     whole.eval()
     with torch.no_grad():
-        first = whole.forward_features(x.expand(1, 3, 64, 64)) if library == "timm" else whole(x.expand(1, 3, 64, 64))[-1]
+        first = (
+            whole.forward_features(x.expand(1, 3, 64, 64))
+            if library == "timm"
+            else whole(x.expand(1, 3, 64, 64))[-1]
+        )
         ours = model.encoder(x.expand(1, channels, 64, 64))[-1]
     if name != "timm/convnext_atto":  # whose last norm is left out of its maps
         torch.testing.assert_close(ours, first, atol=1e-4, rtol=1e-4)
@@ -240,7 +256,18 @@ def test_attention_stands_before_the_last_poolings_or_last() -> None:
         assert len(encoder(torch.randn(1, 1, 32, 32))) == 5
 
 
-SMP = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "UPerNet", "Segformer"]
+SMP = [
+    "Unet",
+    "UnetPlusPlus",
+    "MAnet",
+    "Linknet",
+    "FPN",
+    "PSPNet",
+    "DeepLabV3",
+    "DeepLabV3Plus",
+    "UPerNet",
+    "Segformer",
+]
 
 
 @pytest.mark.parametrize("architecture", SMP)

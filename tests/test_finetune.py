@@ -86,7 +86,7 @@ def test_a_state_dict_file_is_read_and_one_with_code_is_refused(tmp_path, wrap):
     save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "w.safetensors")
     assert read_start(tmp_path / "w.safetensors").weights.keys() == weights.keys()
     torch.save(net(), tmp_path / "model.pth")
-    with pytest.raises(UserError, match="more than tensors"):
+    with pytest.raises(UserError, match="no plain state_dict"):
         read_start(tmp_path / "model.pth")
     with pytest.raises(UserError, match="There are no weights"):
         read_start(tmp_path / "none.pth")
@@ -151,3 +151,20 @@ def test_networks_of_monai_take_any_size(network):
     )
     model = create_model("monai", 2, 1, 3, network=network, arguments=arguments)
     assert model.eval()(torch.zeros(1, 1, 37, 50)).shape == (1, 3, 37, 50)
+
+
+def test_a_classifier_lends_its_encoder_to_a_segmenter(tmp_path):
+    from kanseg.training.checkpoint import named, save_checkpoint
+
+    segmenter = create_model("ukanet", 2, 1, 3, encoder="reskanet18", features_per_stage=(4, 8))
+    classifier = torch.nn.Module()
+    classifier.encoder = segmenter.encoder
+    info = {"model": {"name": "classifier", "options": {}, "in_channels": 1, "out_channels": 10}}
+    path = save_checkpoint(tmp_path / "model.safetensors", named("model", classifier.state_dict()), info)
+    start = read_start(path)
+    assert start.model is None
+    fresh = create_model("ukanet", 2, 1, 3, encoder="reskanet18", features_per_stage=(4, 8))
+    told = transfer(fresh, start, ["b", "x", "y"], ["T1"])
+    assert "new" in told
+    for name, value in fresh.encoder.state_dict().items():
+        assert torch.equal(value, segmenter.encoder.state_dict()[name])

@@ -24,6 +24,7 @@ from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
 from kanseg.training.monitor import read_log
 from kanseg.training.optimizers import lr_factor, update_average
+from kanseg.training.segmentation import Segmentation
 from kanseg.training.state import State
 from kanseg.training.validate import bootstrap_interval, dice_per_class, spread
 
@@ -226,6 +227,20 @@ def test_sigterm_saves_within_the_epoch_and_exits_with_143(balls, tmp_path, proc
     assert process.exitcode == 143
     assert 0 < load_checkpoint(last)[1]["state"]["step"] < 50
     assert not (last.parent / ".lock").exists()
+
+
+def test_a_signal_that_ends_the_workers_during_a_validation_is_a_stop_and_no_failure(
+    balls, tmp_path, monkeypatch
+):
+    def interrupted(self, model, item, device):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    monkeypatch.setattr(Segmentation, "score", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(balls, tmp_path / "run", "training.max_epochs=1")
+    assert stop.value.code == 143
+    assert not (tmp_path / "run/fold_0/.lock").exists()
 
 
 def test_a_second_training_in_the_folder_is_refused(balls, tmp_path):

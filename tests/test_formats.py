@@ -60,6 +60,34 @@ def test_folders(tmp_path: Path, labels: str) -> None:
     assert "4 -> 2" in " ".join(dataset.notes)
 
 
+def test_one_folder_for_all_and_a_folder_a_case(shared_data: Path, tmp_path: Path) -> None:
+    volumes(tmp_path / "flat", ["a_image", "b_image"])
+    volumes(tmp_path / "flat", ["a_label", "b_seg"], (1,))
+    dataset = read_dataset(tmp_path / "flat")
+    assert [case.id for case in dataset.cases] == ["a", "b"]
+    assert [case.label.name for case in dataset.cases if case.label] == ["a_label.nii.gz", "b_seg.nii.gz"]
+    for name in "xy":
+        volumes(tmp_path / "nested" / name, ["image_0000", "image_0001"])
+        volumes(tmp_path / "nested" / name, ["mask"], (1,))
+    dataset = read_dataset(tmp_path / "nested")
+    assert [(case.id, len(case.images)) for case in dataset.cases] == [("x", 2), ("y", 2)]
+    real = read_dataset(shared_data / "volumes_misc")
+    assert len(real.cases) == 7
+    assert "a folder a case" in real.layout
+    (tmp_path / "nested" / "x" / "mask.nii.gz").unlink()
+    with pytest.raises(UserError, match="x has 0 label maps"):
+        read_dataset(tmp_path / "nested")
+
+
+def test_a_channel_that_a_case_lacks_is_named(tmp_path: Path) -> None:
+    volumes(tmp_path / "imagesTr", ["a_0000", "a_0001", "b_0000"])
+    volumes(tmp_path / "labelsTr", ["a", "b"], (1,))
+    described = {"channel_names": {"0": "T1", "1": "FLAIR"}, "labels": {"background": 0, "organ": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="'b' .* lacks the channel FLAIR ._0001"):
+        read_dataset(tmp_path)
+
+
 def test_csv_with_groups_and_datalist(tmp_path: Path) -> None:
     volumes(tmp_path / "scans", ["a", "b", "c"])
     volumes(tmp_path / "truth", ["a", "b"], (1,))

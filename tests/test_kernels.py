@@ -145,6 +145,25 @@ def test_options_of_the_basis(backend: str, options: dict) -> None:
     assert_like_float64(lambda **o: KANConv(2, 5, 3, **{"basis_act": "silu", **options}, **o), x)
 
 
+@pytest.mark.parametrize("family", ["kagn", "kan", "fastkan", "bottleneck_kagn"])
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2}, {"kernel_size": 1}])
+def test_bfloat16_operands_cost_three_digits_and_no_more(backend: str, family: str, geometry: dict) -> None:
+    """The expansion and the weight are rounded to 8 bits, the result stays float32; so do gradients.
+
+    Gram's two learned numbers get sums over all voxels that cancel: two digits less.
+    """
+    layer = conv_layer(family, norm=None, act=None)(2, 8, 8, **geometry)
+    rounded = conv_layer(family, norm=None, act=None, operands="bfloat16")(2, 8, 8, **geometry)
+    rounded.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, 21, 20)
+    cotangent = torch.randn(layer(x).shape)
+    assert rounded(x).dtype == torch.float32
+    assert not torch.equal(rounded(x), layer(x)), "nothing was rounded"
+    for ours, theirs in zip(gradients(rounded, x, cotangent), gradients(layer, x, cotangent), strict=True):
+        if theirs is not None and theirs.numel():
+            assert (ours - theirs).norm() < (5e-3 if theirs.numel() > 2 else 5e-2) * theirs.norm()
+
+
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 5])
 def test_splines_of_every_order(backend: str, order: int) -> None:
     x = torch.randn(1, 5, 9, 9)

@@ -14,6 +14,7 @@ from kanseg.bases import BASES
 from kanseg.errors import UsageError
 from kanseg.layers import FAMILIES, ConvLayer, KANConv, conv_layer
 from kanseg.layers.families import LAYER_CLASSES
+from kanseg.layers.kan_conv import ConvGeometry
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SIZES = {1: (9,), 2: (8, 9), 3: (5, 6, 7)}
@@ -208,3 +209,15 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_impossible_options_are_explained(options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         KANConv(**{"spatial_dims": 2, "in_channels": 4, "out_channels": 6, **options})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_strided_layer_of_kernel_one_is_the_strided_convolution(family: str) -> None:
+    layer = conv_layer(family)(2, 4, 6, 1, stride=2)
+    x = torch.randn(2, 4, 7, 8)
+    kept = layer(x)
+    for part in layer.conv.modules():
+        if isinstance(part, ConvGeometry):
+            part.stride = (2, 2)
+    layer.kept = None
+    torch.testing.assert_close(kept, layer(x), atol=1e-5, rtol=1e-4)

@@ -23,6 +23,7 @@ from kanseg.models.u2kanet import NestedU
 
 # Options that make each network small.
 SMALL: dict[str, dict[str, Any]] = {
+    "monai": {"arguments": {"init_filters": 8, "blocks_down": (1, 1), "blocks_up": (1,)}},
     "ukanet": {"features_per_stage": (4, 8), "encoder": "reskanet10"},
     "ukagnet": {"depth": 2, "layers": 1, "width": 0.25},
     "u2kanet": {"width": 0.25},
@@ -64,6 +65,8 @@ def test_every_network_learns_predicts_saves_and_loads(
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("size", [(33,), (7, 50), (1, 1), (5, 31, 12)])
 def test_every_network_takes_any_size(name: str, size: tuple[int, ...]) -> None:
+    if name == "monai" and len(size) == 1:
+        pytest.skip("MONAI's networks are 2D and 3D")
     model = create_model(name, len(size), 1, 2, **SMALL[name]).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 1, *size)).shape == (1, 2, *size)
@@ -154,11 +157,15 @@ def test_u2kanet_gives_seven_outputs_in_training() -> None:
     model = U2KANet(2, 1, 3, shape="small", width=0.25)
     outputs = model(torch.randn(2, 1, 33, 40))
     assert [tuple(o.shape) for o in outputs] == [(2, 3, 33, 40)] * 7
-    assert isinstance(U2KANet(2, 1, 3, shape="small", width=0.25, deep_supervision=False)(torch.ones(2, 1, 9, 9)), Tensor)
+    assert isinstance(
+        U2KANet(2, 1, 3, shape="small", width=0.25, deep_supervision=False)(torch.ones(2, 1, 9, 9)), Tensor
+    )
 
 
 def test_a_nested_u_is_its_skip_where_its_last_layer_is_silent() -> None:
-    def plain(spatial_dims: int, inputs: int, outputs: int, kernel_size: int = 3, dilation: int = 1) -> nn.Module:
+    def plain(
+        spatial_dims: int, inputs: int, outputs: int, kernel_size: int = 3, dilation: int = 1
+    ) -> nn.Module:
         return nn.Conv2d(inputs, outputs, kernel_size, padding=dilation, dilation=dilation)
 
     nested: Any = NestedU(2, 2, 4, 6, 5, plain, plain)
@@ -178,7 +185,9 @@ def test_mixers_stand_in_the_decoder() -> None:
 @pytest.mark.parametrize("name", ["ukanet", "ukagnet", "ukan"])
 def test_deep_supervision_gives_a_list_from_fine_to_coarse(name: str) -> None:
     options = {**SMALL[name], "deep_supervision": True}
-    options |= {"features_per_stage": (4, 4, 8)} if name == "ukanet" else {"depth": 4} if name == "ukagnet" else {}
+    options |= (
+        {"features_per_stage": (4, 4, 8)} if name == "ukanet" else {"depth": 4} if name == "ukagnet" else {}
+    )
     outputs = create_model(name, 2, 1, 3, **options)(torch.randn(2, 1, 32, 32))
     sizes = [o.shape[-1] for o in outputs]
     assert sizes == sorted(sizes, reverse=True)
@@ -187,13 +196,19 @@ def test_deep_supervision_gives_a_list_from_fine_to_coarse(name: str) -> None:
 
 def test_strides_by_axis_reach_ukagnet() -> None:
     model = UKAGNet(3, 1, 2, strides=(1, (1, 2, 2), 2), layers=1, width=0.25)
-    assert [tuple(m.shape[2:]) for m in model.encoder(torch.randn(1, 1, 6, 16, 16))] == [(6, 16, 16), (6, 8, 8), (3, 4, 4)]
+    assert [tuple(m.shape[2:]) for m in model.encoder(torch.randn(1, 1, 6, 16, 16))] == [
+        (6, 16, 16),
+        (6, 8, 8),
+        (3, 4, 4),
+    ]
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("basis", ["gram", "fastkan", None])
 def test_classifiers_train_with_every_head(head: str, basis: str | None) -> None:
-    model = Classifier(2, 1, 5, encoder="plainkanet4", encoder_options={"layers": (4,) * 4}, head=head, basis=basis)
+    model = Classifier(
+        2, 1, 5, encoder="plainkanet4", encoder_options={"layers": (4,) * 4}, head=head, basis=basis
+    )
     x = torch.randn(3, 1, 16, 16)
     logits = model(x)
     nested = logits if isinstance(logits, list | tuple) else [logits]
@@ -203,7 +218,9 @@ def test_classifiers_train_with_every_head(head: str, basis: str | None) -> None
 
 
 def test_classifiers_work_in_3d_and_by_name() -> None:
-    model = create_model("classifier", 3, 1, 4, encoder="reskanet10", encoder_options={"features_per_stage": (4, 8, 8, 8)})
+    model = create_model(
+        "classifier", 3, 1, 4, encoder="reskanet10", encoder_options={"features_per_stage": (4, 8, 8, 8)}
+    )
     assert model.eval()(torch.randn(1, 1, 9, 8, 7)).shape == (1, 4)
     assert "classifier" not in list_models()
 
@@ -240,7 +257,11 @@ def test_the_table_has_every_network_and_encoder_with_its_size_and_a_description
         ("ukanet", {"decoder": "wide"}, "Unknown decoder 'wide'"),
         ("classifier", {"head": "liner"}, "Unknown head 'liner'. Did you mean 'linear'"),
         ("classifier", {"pool": "mean"}, "Unknown pool 'mean'"),
-        ("ukanet_18", {"encoder_option": {}}, "has no option 'encoder_option'. Did you mean 'encoder_options'"),
+        (
+            "ukanet_18",
+            {"encoder_option": {}},
+            "has no option 'encoder_option'. Did you mean 'encoder_options'",
+        ),
     ],
 )
 def test_mistakes_are_explained(name: str, options: dict, message: str) -> None:
@@ -250,10 +271,16 @@ def test_mistakes_are_explained(name: str, options: dict, message: str) -> None:
 
 def test_a_patch_too_small_for_the_depth_is_refused() -> None:
     check_patch(UKAGNet(2, 1, 2, depth=3, layers=1, width=0.25), [4, 8])
-    with pytest.raises(UsageError, match=r"coarsest map has stride \[16, 16\], the patch has \[8, 16\].*fewer stages"):
+    with pytest.raises(
+        UsageError, match=r"coarsest map has stride \[16, 16\], the patch has \[8, 16\].*fewer stages"
+    ):
         check_patch(UKAGNet(2, 1, 2, depth=5, layers=1, width=0.25), [8, 16])
 
 
 def test_every_basis_stands_in_ukan() -> None:
     for basis in BASES:
-        assert create_model("ukan", 2, 1, 2, basis=basis, **SMALL["ukan"])(torch.randn(2, 1, 32, 32)).isfinite().all()
+        assert (
+            create_model("ukan", 2, 1, 2, basis=basis, **SMALL["ukan"])(torch.randn(2, 1, 32, 32))
+            .isfinite()
+            .all()
+        )

@@ -7,6 +7,7 @@ no grid tensor the size of the image.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +22,44 @@ def cardinal_bspline(v: Tensor, order: int) -> Tensor:
     Sum over j of (-1)^j binom(order + 1, j) relu((order + 1) / 2 - |v| - j)^order / order!; the even form needs only
     the first half of the sum and so loses no digits to cancellation.
     """
-    distance = v.abs()
     if order == 0:
         return ((v >= -0.5) & (v < 0.5)).to(v.dtype)
-    half = (order + 1) / 2
-    terms = (
-        (-1) ** j * math.comb(order + 1, j) / math.factorial(order) * (half - j - distance).relu() ** order
-        for j in range(math.ceil(half))
-    )
-    return sum(terms, torch.zeros((), dtype=v.dtype, device=v.device))
+    return _CardinalBSpline.apply(v, order)
+
+
+class _CardinalBSpline(torch.autograd.Function):
+    """Its derivative is a sum of the same form, cheaper than a way back through each step."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor, order: int) -> Tensor:
+        return _truncated_powers(v, order, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        v, ctx.order = inputs
+        ctx.save_for_backward(v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (v,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # differentiated again: as a difference of splines of lower order
+            lower = ctx.order - 1
+            return grad * (cardinal_bspline(v + 0.5, lower) - cardinal_bspline(v - 0.5, lower)), None
+        return _truncated_powers(v, ctx.order, ctx.order - 1).mul_(grad).mul_(v.sign().neg_()), None
+
+
+def _truncated_powers(v: Tensor, order: int, power: int) -> Tensor:
+    """Sum over j of (-1)^j binom(order + 1, j) relu((order + 1) / 2 - j - |v|)^power / power!, few passes, in place."""
+    half, distance, total = (order + 1) / 2, v.abs(), None
+    for j in range(math.ceil(half)):
+        reach = half - j - distance
+        term = reach.clamp_(min=0).pow_(power) if power else (reach > 0).to(reach.dtype)
+        factor = (-1) ** j * math.comb(order + 1, j)
+        total = term if total is None else total.add_(term, alpha=factor)
+    assert total is not None
+    return total.div_(math.factorial(power))
 
 
 @BASES.register("bspline")
@@ -63,4 +93,5 @@ class BSpline(Basis):
         self.centres = [low + self.width * (k + (1 - spline_order) / 2) for k in range(self.num_functions)]
 
     def functions(self, t: Tensor) -> list[Tensor]:
-        return [cardinal_bspline((t - centre) / self.width, self.spline_order) for centre in self.centres]
+        u = t / self.width
+        return [cardinal_bspline(u - centre / self.width, self.spline_order) for centre in self.centres]

@@ -31,9 +31,7 @@ FIRST, LAST = "features.0.base_conv.0.weight", "classifier.1.weight"
 PREFIXES = ("", "model.", "module.")
 
 
-def convert_published(
-    path: Path | str, architecture: str | None = None
-) -> tuple[Classifier, dict[str, Any]]:
+def convert_published(path: Path | str, architecture: str | None = None) -> tuple[Classifier, dict[str, Any]]:
     """A classifier of ours with the published weights, in `eval()`, and the options that make it again.
 
     Args:
@@ -91,8 +89,8 @@ def _guess(state: Mapping[str, Tensor], path: Path | str) -> str:
             return name
     first = ", ".join(list(state)[:3])
     raise UserError(
-        f"{path} is none of {', '.join(PUBLISHED)} of torch-conv-kan: its first keys are {first}. Name the architecture, "
-        "or load other networks by kanseg.compat.from_torch_conv_kan."
+        f"{path} is none of {', '.join(PUBLISHED)} of torch-conv-kan: its first keys are {first}. Name the "
+        "architecture, or load other networks by kanseg.compat.from_torch_conv_kan."
     )
 
 
@@ -131,7 +129,9 @@ def _options(function: str, args: Mapping[str, Any], reference: Classifier) -> d
 def _take_up(basis: Gram) -> None:
     """Multiply the learned factors by what the reference's recurrence has in excess of ours."""
     reference = multiplied_gram(basis.degree)
-    for n, ((_, _, ours), (_, _, theirs)) in enumerate(zip(basis.recurrence, reference.recurrence, strict=True)):
+    for n, ((_, _, ours), (_, _, theirs)) in enumerate(
+        zip(basis.recurrence, reference.recurrence, strict=True)
+    ):
         if n:
             basis.beta.data[n - 1] *= theirs / ours
 

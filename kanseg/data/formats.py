@@ -1,8 +1,8 @@
 """Folders of labelled images in the layouts that people have, read into one `Dataset`.
 
 Medical Segmentation Decathlon and nnU-Net (`dataset.json`), `images/` beside `labels/` or `masks/`, one folder with
-`x` and `x_mask`, a CSV, a MONAI datalist. What was recognised is said aloud in `layout` and `notes`; nothing is
-guessed in silence.
+`x` and `x_mask`, a folder a case, a CSV, a MONAI datalist. What was recognised is said aloud in `layout` and `notes`;
+nothing is guessed in silence.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ IMAGE_FOLDERS = ("images", "imagesTr", "image")
 LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask")
 LABEL_ENDING = re.compile(r"(_mask|_label|_seg)(_\d+)?$")
 IMAGE_ENDING = re.compile(r"(_image|_img)$")
+CASE_IMAGE, CASE_LABEL = re.compile(r"(image|img)(_\d{4})?"), re.compile(r"label|mask|seg|segmentation")
 MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a label map
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), one folder with x and x_mask (or x_label), a .csv with the columns image and label, or a datalist .json "
-    "of MONAI"
+    "masks/), one folder with x and x_mask (or x_label), a folder a case with image and label, a .csv with the columns "
+    "image and label, or a datalist .json of MONAI"
 )
 
 
@@ -410,10 +411,35 @@ def _read_one_folder(root: Path, problem: Problem) -> Dataset:
     images = [file for file in files if file not in masks]
     cases = _named(_cases(images, join=False))
     if not any(_label_names(case.id, {stem_of(mask) for mask in masks}) for case in cases):
-        raise UserError(f"{root} has no layout that kanseg knows. Expected: {LAYOUTS}.")
+        return _read_case_folders(root, problem)
     groups, notes = _groups_beside(root)
     cases, unused = _paired(cases, masks, groups, problem)
     return _dataset(root.name, root, "images and masks in one folder", cases, [], None, [*notes, *unused])
+
+
+def _read_case_folders(root: Path, problem: Problem) -> Dataset:
+    """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ...) beside NAME/label.nii.gz (or mask, seg)."""
+    groups, notes = _groups_beside(root)
+    cases = []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "."):
+        files = {stem_of(file): file for file in image_files(folder)}
+        images = [file for stem, file in files.items() if CASE_IMAGE.fullmatch(stem)]
+        labels = [file for stem, file in files.items() if CASE_LABEL.fullmatch(stem)]
+        if not images:
+            continue
+        if len(labels) != 1:
+            kind = "several masks" if labels else "missing label"
+            problem(
+                kind,
+                folder.name,
+                f"{folder} has {len(labels)} label maps; one, e.g. label.nii.gz, is expected.",
+                labels,
+            )
+        label = labels[0] if labels else None
+        cases.append(Case(folder.name, tuple(images), label, groups.get(folder.name, folder.name)))
+    if not any(case.label for case in cases):
+        raise UserError(f"{root} has no layout that kanseg knows. Expected: {LAYOUTS}.")
+    return _dataset(root.name, root, "a folder a case with image and label", cases, [], None, notes)
 
 
 def _named(cases: Sequence[Case]) -> list[Case]:
@@ -586,13 +612,24 @@ def _label_notes(dataset: Dataset) -> list[str]:
         )
         notes.append(f"regions, each learnt for itself and painted in this order: {shown}")
     elif dataset.label_values != tuple(range(len(dataset.label_values))):
-        shown = ", ".join(f"{value} -> {i}" for i, value in enumerate(dataset.label_values))
+        shown = few([f"{value} -> {i}" for i, value in enumerate(dataset.label_values)])
         notes.append(f"label values are mapped for training ({shown}) and mapped back in every output")
     if dataset.ignore_value is not None:
         notes.append(
             f"voxels of the value {dataset.ignore_value} (ignore) count neither in the loss nor in scores"
         )
     return notes
+
+
+def few(names: Sequence[str], count: int = 12) -> str:
+    """A list in words, cut where it grows long.
+
+    >>> few(["a", "b", "c"], 2)
+    'a, b, ... (3 in all)'
+    """
+    return (
+        ", ".join(names) if len(names) <= count else f"{', '.join(names[:count])}, ... ({len(names)} in all)"
+    )
 
 
 def label_path(case: Case) -> Path:

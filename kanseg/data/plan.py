@@ -271,6 +271,12 @@ def make_plan(
     if axis is not None:
         many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
         plan.reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[axis]}{many}")
+    whole = _whole_image_bytes(seen, plan)
+    if whole > plan.memory_bytes / 2:
+        plan.reasons.append(
+            f"beware: a prediction of the largest image holds about {whole / 2**30:.1f} GiB ({len(plan.label_names)} "
+            f"classes), so validation may pass the {plan.memory_bytes / 2**30:.1f} GiB that a step stays within"
+        )
     if seen["same"]:
         shown = ", ".join(f"{one} = {other}" for one, other in seen["same"][:3])
         plan.reasons.append(f"{len(seen['same'])} pairs of images are the same and stay together: {shown}")
@@ -354,14 +360,23 @@ def _sized(plan: Plan, image: np.ndarray, features: int, voxels: float) -> Plan:
 
 def _cache_bytes(seen: dict[str, Any], plan: Plan) -> int:
     """What prepared cases take in memory, at most the share that the loader keeps there."""
-    total = 0.0
-    for case in seen["cases"].values():
-        target = list(plan.spacing)
-        if plan.slice_axis is not None:
-            target.insert(plan.slice_axis, case["spacing"][plan.slice_axis])
-        voxels = np.prod(np.array(case["size"]) * np.array(case["spacing"]) / np.array(target))
-        total += float(voxels) * (4 * len(plan.channel_names) + BYTES_A_CASE_VOXEL)
+    bytes_a_voxel = 4 * len(plan.channel_names) + BYTES_A_CASE_VOXEL
+    total = sum(_resampled_voxels(case, plan) for case in seen["cases"].values()) * bytes_a_voxel
     return int(min(total, CACHE_SHARE * plan.memory_bytes))
+
+
+def _whole_image_bytes(seen: dict[str, Any], plan: Plan) -> float:
+    """Logits of the largest image, twice: as they are summed up, and as they are returned."""
+    voxels = max(_resampled_voxels(case, plan) for case in seen["cases"].values())
+    return voxels * 4 * (2 * len(plan.label_names) + plan.in_channels)
+
+
+def _resampled_voxels(case: dict[str, Any], plan: Plan) -> float:
+    """Voxels of a case at the plan's spacing."""
+    target = list(plan.spacing)
+    if plan.slice_axis is not None:
+        target.insert(plan.slice_axis, case["spacing"][plan.slice_axis])
+    return float(np.prod(np.array(case["size"]) * np.array(case["spacing"]) / np.array(target)))
 
 
 def _slice_axis(spacings: np.ndarray) -> int:

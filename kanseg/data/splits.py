@@ -53,7 +53,8 @@ def split(dataset: Dataset, *, folds: int = 5, seed: int = 0, same: Pairs = ()) 
         held[chosen].update(number for case in groups[name] for number in values[case])
     held_out = [set(ids) for ids in validation]
     return [
-        {"train": sorted(c.id for c in dataset.cases if c.id not in ids), "val": sorted(ids)} for ids in held_out
+        {"train": sorted(c.id for c in dataset.cases if c.id not in ids), "val": sorted(ids)}
+        for ids in held_out
     ]
 
 

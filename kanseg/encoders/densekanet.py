@@ -85,7 +85,9 @@ class DenseKANet(Encoder):
         **layer_options: Any,
     ) -> None:
         if min(*blocks, growth, features) < 1:
-            raise UsageError(f"blocks, growth and features must be positive, got {blocks}, {growth}, {features}")
+            raise UsageError(
+                f"blocks, growth and features must be positive, got {blocks}, {growth}, {features}"
+            )
         maps, channels = [features] if max_pool else [], features
         for count in blocks:
             channels += count * growth
@@ -95,7 +97,11 @@ class DenseKANet(Encoder):
             maps.append(channels)
         super().__init__(spatial_dims, in_channels, maps, (2,) * len(maps))
         layers = stage_layers(basis, len(maps), kan_stages, **layer_options)
-        inner = layers if inner_basis == "same" else stage_layers(inner_basis, len(maps), kan_stages, **layer_options)
+        inner = (
+            layers
+            if inner_basis == "same"
+            else stage_layers(inner_basis, len(maps), kan_stages, **layer_options)
+        )
         stem = layers[0](spatial_dims, in_channels, features, stem_kernel, stride=2, groups=1)
         self.stages = nn.ModuleList()
         head: dict[str, nn.Module] = {"stem": stem}

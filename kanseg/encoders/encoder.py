@@ -85,9 +85,15 @@ def create_encoder(
         encoder = LIBRARIES.get(library)(theirs, spatial_dims, in_channels, **options)
         return encoder if weights in (None, DOWNLOAD) else load_encoder(encoder, weights)
     known = ENCODERS.parameters(name)
-    kept = {key: value for key, value in options.items() if key not in SHAPE or (key in known and value is not None)}
+    kept = {
+        key: value
+        for key, value in options.items()
+        if key not in SHAPE or (key in known and value is not None)
+    }
     if weights == DOWNLOAD:
-        raise UsageError(f"There are no weights of encoder '{name}' to download. Give a file, or a timm or smp encoder.")
+        raise UsageError(
+            f"There are no weights of encoder '{name}' to download. Give a file, or a timm or smp encoder."
+        )
     encoder = ENCODERS.create(name, spatial_dims, in_channels, **kept)
     return encoder if weights is None else load_encoder(encoder, weights)
 

@@ -62,7 +62,7 @@ def stage_layers(
             layers stand elsewhere.
         options: of `network_layer`.
     """
-    given = list(basis) if isinstance(basis, list | tuple) else [basis] * stages
+    given: list[Any] = list(basis) if isinstance(basis, list | tuple) else [basis] * stages
     if len(given) != stages:
         raise UsageError(f"basis needs one entry or {stages}, one a stage, got {len(given)}")
     where = _kan_stages(kan_stages, stages)

@@ -53,10 +53,14 @@ class PlainKANet(Encoder):
                 f"strides and kernel_sizes need {len(stages)} entries, one a stage, got {strides} and {kernel_sizes}"
             )
         if downsampling not in DOWNSAMPLING:
-            raise UsageError(f"Unknown downsampling '{downsampling}'.{did_you_mean(downsampling, DOWNSAMPLING)}")
+            raise UsageError(
+                f"Unknown downsampling '{downsampling}'.{did_you_mean(downsampling, DOWNSAMPLING)}"
+            )
         widths = [[width for width in stage if width is not None] for stage in stages]
         if not widths or not all(widths) or stages[0][0] is None:
-            raise UsageError(f"Every stage needs at least one layer and the first starts with one, got {stages}")
+            raise UsageError(
+                f"Every stage needs at least one layer and the first starts with one, got {stages}"
+            )
         super().__init__(spatial_dims, in_channels, [stage[-1] for stage in widths], strides)
         layers = stage_layers(basis, len(stages), kan_stages, **layer_options)
         self.stages = nn.ModuleList()

@@ -60,8 +60,12 @@ def timm_encoder(
 
     _two_dimensions(f"timm/{name}", spatial_dims)
     plain, _, tag = name.partition(".")
-    if plain not in timm.list_models(plain) or (tag and name not in timm.list_models(f"{plain}.*", pretrained=True)):
-        raise UsageError(f"timm has no encoder '{name}'.{did_you_mean(name, _near(plain, timm.list_models()))}")
+    if plain not in timm.list_models(plain) or (
+        tag and name not in timm.list_models(f"{plain}.*", pretrained=True)
+    ):
+        raise UsageError(
+            f"timm has no encoder '{name}'.{did_you_mean(name, _near(plain, timm.list_models()))}"
+        )
     options = {"features_only": True, "in_chans": in_channels, "pretrained": pretrained}
     body, failure = None, ""
     for any_size in ANY_SIZE:
@@ -74,16 +78,24 @@ def timm_encoder(
             failure = str(error)
     if body is None:
         raise UsageError(f"timm/{name} gives no feature maps of several resolutions: {failure}")
-    info = body.feature_info
+    info: Any = body.feature_info
     last = _last_of_each(info.reduction())
     channels, reductions = ([values[i] for i in last] for values in (info.channels(), info.reduction()))
     formats = str(getattr(body, "output_fmt", "NCHW"))
-    return ForeignEncoder(in_channels, body, last, channels, reductions, channels_last="NHWC" in formats, fill_up=bool(any_size))
+    return ForeignEncoder(
+        in_channels, body, last, channels, reductions, channels_last="NHWC" in formats, fill_up=bool(any_size)
+    )
 
 
 @LIBRARIES.register("smp")
 def smp_encoder(
-    name: str, spatial_dims: int, in_channels: int, *, pretrained: bool = False, depth: int = 5, **options: Any
+    name: str,
+    spatial_dims: int,
+    in_channels: int,
+    *,
+    pretrained: bool = False,
+    depth: int = 5,
+    **options: Any,
 ) -> Encoder:
     """An encoder of segmentation-models-pytorch by its name there.
 

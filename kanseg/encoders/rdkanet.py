@@ -32,7 +32,7 @@ def _by_eight(width: float) -> int:
     return max(8, int(width / 8) * 8)
 
 
-def _wide(basis: Layer) -> Layer:
+def _wide(basis: Any) -> Any:
     """The family without its narrow form."""
     return basis.removeprefix("bottleneck_") if isinstance(basis, str) else basis
 
@@ -141,7 +141,7 @@ class RDKANet(Encoder):
         strides = (patch, *[2] * len(halving))
         super().__init__(spatial_dims, in_channels, [widths[number] for number in last], strides)
         layers = stage_layers(basis, len(strides), kan_stages, **layer_options)
-        wide = [_wide(one) for one in basis] if isinstance(basis, list | tuple) else _wide(basis)
+        wide: Any = [_wide(one) for one in basis] if isinstance(basis, list | tuple) else _wide(basis)
         deep = stage_layers(wide, len(strides), kan_stages, **{**layer_options, "bottleneck": False})
         stem = layers[0](spatial_dims, in_channels, features, patch, stride=patch, padding=0, groups=1)
         self.stages = nn.ModuleList()
@@ -182,5 +182,8 @@ class RDKANet(Encoder):
 
 for _size in SIZES:
     ENCODERS.preset(
-        f"rdkanet_{_size}", RDKANet, f"Dense blocks with depthwise convolutions, {_size}, from 1/4 on.", size=_size
+        f"rdkanet_{_size}",
+        RDKANet,
+        f"Dense blocks with depthwise convolutions, {_size}, from 1/4 on.",
+        size=_size,
     )

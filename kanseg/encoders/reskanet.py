@@ -125,9 +125,15 @@ class ResKANet(Encoder):
         strides = (1, *[2] * (count - 1)) if strides is None else tuple(strides)
         kernel_sizes = (3,) * count if kernel_sizes is None else tuple(kernel_sizes)
         blocks = (blocks_per_stage,) * count if isinstance(blocks_per_stage, int) else tuple(blocks_per_stage)
-        for name, values in (("strides", strides), ("kernel_sizes", kernel_sizes), ("blocks_per_stage", blocks)):
+        for name, values in (
+            ("strides", strides),
+            ("kernel_sizes", kernel_sizes),
+            ("blocks_per_stage", blocks),
+        ):
             if len(values) != count:
-                raise UsageError(f"{name} needs {count} entries, one a stage of features_per_stage, got {values}")
+                raise UsageError(
+                    f"{name} needs {count} entries, one a stage of features_per_stage, got {values}"
+                )
         if count < 1 or min(blocks) < 1:
             raise UsageError(f"blocks_per_stage needs {count} positive numbers, one a stage, got {blocks}")
         if block not in BLOCKS:

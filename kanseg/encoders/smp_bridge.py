@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kanseg.bases import BASES
 from kanseg.encoders.encoder import ENCODERS, create_encoder
 from kanseg.errors import UsageError
+from kanseg.layers import ConvLayer
 from kanseg.layers.families import FAMILIES
 from kanseg.layers.kan_conv import ConvGeometry
 
@@ -42,14 +43,18 @@ class SMPEncoder(nn.Module):
     def set_in_channels(self, in_channels: int, pretrained: bool = False) -> None:
         """Make the encoder, with new weights, for so many image channels."""
         known = ENCODERS.parameters(self.name)
-        sized = {key: value[: self.depth] for key, value in SIZED.items() if key in known}
+        sized: dict[str, Any] = {key: value[: self.depth] for key, value in SIZED.items() if key in known}
         self.body = create_encoder(self.name, 2, in_channels, basis=self.basis, **sized)
         reached = accumulate((stride[0] for stride in self.body.strides), lambda a, b: a * b)
         number = {stride: index for index, stride in enumerate(reached)}
         self.levels = [number.get(2**level) for level in range(self.depth + 1)]
-        self.out_channels = [in_channels if self.levels[0] is None else self.body.out_channels[self.levels[0]]]
+        self.out_channels = [
+            in_channels if self.levels[0] is None else self.body.out_channels[self.levels[0]]
+        ]
         for index in self.levels[1:]:
-            self.out_channels.append(self.out_channels[-1] if index is None else self.body.out_channels[index])
+            self.out_channels.append(
+                self.out_channels[-1] if index is None else self.body.out_channels[index]
+            )
 
     @property
     def output_stride(self) -> int:
@@ -59,17 +64,21 @@ class SMPEncoder(nn.Module):
     def make_dilated(self, output_stride: int) -> None:
         """Replace strides by dilation where the stride would exceed `output_stride`."""
         late = [(level, index) for level, index in enumerate(self.levels) if 2**level > output_stride]
-        modules = {index: list(self.body.stages[index].modules()) for _, index in late if index is not None}
+        modules: dict[int | None, list[nn.Module]] = {
+            index: list(self.body.stages[index].modules()) for _, index in late if index is not None
+        }
         pooled = any(isinstance(m, POOLS) for stage in modules.values() for m in stage)
         if pooled or any(index is None for _, index in late):
             raise ValueError(
-                f"encoder kanseg-{self.name}-{self.basis or 'plain'} pools where DeepLab and PAN want dilation to stride "
-                f"{output_stride}; choose a reskanet, or another model."
+                f"encoder kanseg-{self.name}-{self.basis or 'plain'} pools where DeepLab and PAN want dilation to "
+                f"stride {output_stride}; choose a reskanet, or another model."
             )
         for level, index in late:
-            for module in modules[index]:
+            rate = 2**level // output_stride
+            for module in modules.get(index, []):
+                if isinstance(module, ConvLayer):
+                    module.kept = None
                 if isinstance(module, ConvGeometry):
-                    rate = 2**level // output_stride
                     module.stride, module.dilation = (1, 1), (rate, rate)
                     module.padding = tuple(rate * (k - 1) // 2 for k in module.kernel_size)
         self._stride = output_stride
@@ -90,7 +99,9 @@ def register_smp() -> list[str]:
     try:
         from segmentation_models_pytorch.encoders import encoders
     except ImportError as error:
-        raise UsageError("segmentation-models-pytorch is not installed: pip install segmentation-models-pytorch") from error
+        raise UsageError(
+            "segmentation-models-pytorch is not installed: pip install segmentation-models-pytorch"
+        ) from error
     names = []
     for encoder in ENCODERS:
         for basis in sorted({*BASES, *FAMILIES}):

@@ -15,6 +15,13 @@ from kanseg.errors import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
 # Where the encoder is in a checkpoint of ours (classifier or segmenter), a bare network, or a bare encoder.
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "network_weights",
+    "network",
+)  # around a state_dict in a file
 PREFIXES = ("average.encoder.", "model.encoder.", "encoder.", "")
 
 
@@ -23,8 +30,8 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
 
     Args:
         target: an encoder, a `Classifier`, a `UKANet`, ...
-        source: the same, or a file (.safetensors, or a state_dict that torch saved): a checkpoint of ours, the folder of
-            a saved model, or weights of timm or smp for their encoders.
+        source: the same, or a file (.safetensors, or a state_dict that torch saved): a checkpoint of ours, the folder
+            of a saved model, or weights of timm or smp for their encoders.
 
     Raises:
         UserError: the weights do not fit; the first keys that do not are named, and nothing is changed.
@@ -33,7 +40,9 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
     weights = _encoder(source).state_dict() if isinstance(source, nn.Module) else read_weights(source)
     own = encoder.state_dict()
     places = {_plain(key): key for key in own}
-    stored = max((_below(weights, prefix) for prefix in PREFIXES), key=lambda part: len(part.keys() & places.keys()))
+    stored = max(
+        (_below(weights, prefix) for prefix in PREFIXES), key=lambda part: len(part.keys() & places.keys())
+    )
     found = {key: _fitted(stored[name], own[key]) for name, key in places.items() if name in stored}
     missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
     other = [key for key, value in found.items() if value.shape != own[key].shape]
@@ -41,8 +50,8 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
         name = type(source).__name__ if isinstance(source, nn.Module) else source
         first = [f"{key} {list(found[key].shape)} instead of {list(own[key].shape)}" for key in other]
         raise UserError(
-            f"The weights of {name} do not fit this {type(encoder).__name__}: missing {missing[:3] or 'none'}, of another "
-            f"shape {first[:3] or 'none'}. Give both the same encoder, basis and options."
+            f"The weights of {name} do not fit this {type(encoder).__name__}: missing {missing[:3] or 'none'}, of "
+            f"another shape {first[:3] or 'none'}. Give both the same encoder, basis and options."
         )
     encoder.load_state_dict({**own, **found})
     return target
@@ -53,7 +62,9 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"There is no file {path} with weights. Give a .safetensors file or a state_dict of torch.")
+        raise UserError(
+            f"There is no file {path} with weights. Give a .safetensors file or a state_dict of torch."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -62,7 +73,9 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as weights ({error}).") from error
     except Exception as error:  # a pickle with code in it: torch has an error class of its own, by version
         raise UserError(f"{path} is no plain state_dict ({str(error).splitlines()[0]}).") from error
-    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    for key in WRAPPERS:
+        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
+            stored = stored[key]
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise UserError(f"{path} holds no state_dict (names and tensors).")
     return dict(stored)

@@ -56,7 +56,9 @@ class VGGKAN(PlainKANet):
         places = {"pools": _before_pools, "last": _as_last}
         if attention is not None:
             if attention_at not in places:
-                raise UsageError(f"Unknown attention_at '{attention_at}'.{did_you_mean(attention_at, places)}")
+                raise UsageError(
+                    f"Unknown attention_at '{attention_at}'.{did_you_mean(attention_at, places)}"
+                )
             places[attention_at](stages)
         super().__init__(
             spatial_dims,
@@ -79,5 +81,7 @@ def _as_last(stages: list[list[int | None]]) -> None:
 
 
 for _plan, (_depth, _version) in PLANS.items():
-    _description = f"VGG of {_depth} layers{f' in the shape {_version}' * bool(_version)}, max pooling between."
+    _description = (
+        f"VGG of {_depth} layers{f' in the shape {_version}' * bool(_version)}, max pooling between."
+    )
     ENCODERS.preset(_plan.replace("vgg", "vggkan"), VGGKAN, _description, plan=_plan)

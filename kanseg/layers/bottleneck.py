@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, lean, recomputed
-from kanseg.layers.kernels import native
-from kanseg.layers.kernels.expansion import Branches
+from kanseg.layers.kernels.recipe import Recipe
 
 
 class NoiseInjection(nn.Module):
@@ -87,6 +86,7 @@ class BottleneckKANConv(ConvGeometry):
         self.up_weight = self.new_weight(out_channels, inner, ones)
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
+        self.base_recipe = Recipe(None, self.base_act, nn.Identity()).written()
         options: dict[str, Any] = {"basis": basis, "basis_act": basis_act, "base": False}
         options.update(geometry, groups=groups, recompute=recompute, **basis_options)
         narrow: Any = KANConv if mixture is None else partial(mixture, expert_layer=KANConv)
@@ -99,18 +99,16 @@ class BottleneckKANConv(ConvGeometry):
         x = self.noise(x)
         if not self.recompute:
             return self._convolve(x)
-        if not lean(x) and not self.mixed:
+        if (self.base_recipe is None or not lean(x)) and not self.mixed:
             return recomputed(self._convolve, x, preserve_rng_state=False)
         if self.mixed:  # the gate draws noise, so it runs once; its experts recompute what they are made of
             return self._base(x) + self._narrow(x)
         return self._base(x) + recomputed(self._narrow, x, preserve_rng_state=False)
 
     def _base(self, x: Tensor) -> Tensor:
-        if not lean(x):
+        if self.base_recipe is None or not lean(x):
             return recomputed(self._plain_base, x, preserve_rng_state=False)
-        compiled = native.describe(None, self.base_act, nn.Identity(), 0, 1)
-        activated = Branches(lambda rows: [self.base_act(rows)], (), compiled)
-        return self.convolve_expanded([x], activated, self.base_weight)
+        return self.convolve_expanded([x], self.base_recipe, self.base_weight)
 
     def _plain_base(self, x: Tensor) -> Tensor:
         return self.convolve(self.base_act(x), self.base_weight)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from kanseg.layers.kan_conv import (
     ActSpec,
+    ConvGeometry,
     KANConv,
     activation,
     fused_norm_serves,
@@ -113,10 +114,11 @@ class ConvLayer(nn.Module):
         )
         pointwise = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
         self.recompute = recompute and not pointwise
+        self.kept = _kept_positions(self.conv)
         self.fused_act = FUSED.get(type(self.act))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        y = self.conv(x if self.kept is None else x[self.kept])
         if not self.recompute:
             return self.dropout(self._norm_act(y))
         if self.fused_act is not None and fused_norm_serves(self.norm, y):
@@ -130,6 +132,24 @@ class ConvLayer(nn.Module):
 
     def _norm_act(self, y: Tensor) -> Tensor:
         return self.act(normalise(self.norm, y))
+
+
+def _kept_positions(conv: nn.Module) -> tuple[Any, ...] | None:
+    """What a strided convolution of kernel 1 sees of its input, (N, C, *S); it then goes on without its stride.
+
+    The rest need not be expanded, and torch 2.14's gradient of such a weight crashes in channels-last memory.
+    """
+    parts: list[Any] = [part for part in conv.modules() if isinstance(part, ConvGeometry)]
+    local = all(getattr(part, "basis", None) is None or part.basis.pointwise for part in parts)
+    normed = any(getattr(part, "input_norm", None) is not None for part in parts)
+    if normed or not local or not parts or any({*p.kernel_size, *p.padding} != {0, 1} for p in parts):
+        return None
+    stride = parts[0].stride
+    if set(stride) == {1}:
+        return None
+    for part in parts:
+        part.stride = (1,) * len(stride)
+    return (slice(None), slice(None), *(slice(None, None, step) for step in stride))
 
 
 def _first_and_second_run(norm: nn.Module) -> tuple[Any, Any]:

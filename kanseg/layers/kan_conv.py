@@ -20,13 +20,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.checkpoint import checkpoint
 
 from kanseg.bases import Basis, create_basis
-from kanseg.errors import UsageError
-from kanseg.layers.kernels import expanded_conv, instance_norm_act, native
-from kanseg.layers.kernels.expansion import Branches, Geometry
+from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers.kernels import expanded_conv, gpu, instance_norm_act
+from kanseg.layers.kernels.expansion import Geometry
 from kanseg.layers.kernels.plain_conv import plain_conv
+from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import FORMATS, channels_last
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+OPERANDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ActSpec = str | tuple[str, dict[str, Any]] | None
 
 
@@ -54,9 +56,9 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     """Whether `instance_norm_act` computes this norm."""
-    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats:
+    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or x.dim() not in FORMATS:
         return False
-    return x.dim() in FORMATS and x.dtype.itemsize >= 4 and lean(x)
+    return (x.dtype.itemsize >= 4 or x.device.type == "cuda" or gpu.serves(x)) and lean(x)
 
 
 class ConvGeometry(nn.Module):
@@ -116,19 +118,23 @@ class ConvGeometry(nn.Module):
     def convolve_expanded(
         self,
         inputs: Sequence[Tensor],
-        branches: Branches,
-        weight: Tensor,
-        constant: Tensor | None = None,
+        recipe: str,
+        base: Tensor | None,
+        basis: Tensor | None = None,
+        learned: Sequence[Tensor] = (),
+        operands: torch.dtype | None = None,
     ) -> Tensor:
         """The convolution over an expansion that is not kept; see `expanded_conv`. 1D runs as 2D of height one."""
+        result = result_type(inputs[0], base, basis)
+        dtype = operands if operands is not None and result == torch.float32 else result
         if self.spatial_dims > 1:
-            return expanded_conv(inputs, branches, weight, constant, self.geometry())
+            return expanded_conv(inputs, base, basis, learned, recipe, self.geometry(), dtype).to(result)
         flat = Geometry(
             (1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
         )
-        constant = None if constant is None else constant.unsqueeze(1)
+        base, basis = (None if weight is None else weight.unsqueeze(2) for weight in (base, basis))
         inputs = [x.unsqueeze(2) for x in inputs]
-        return expanded_conv(inputs, branches, weight.unsqueeze(2), constant, flat).squeeze(2)
+        return expanded_conv(inputs, base, basis, learned, recipe, flat, dtype).squeeze(2).to(result)
 
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """A grouped 1x1 convolution, no bias."""
@@ -141,11 +147,22 @@ class ConvGeometry(nn.Module):
         )
 
 
+def result_type(x: Tensor, *weights: Tensor | None) -> torch.dtype:
+    """The type of a convolution's result here and now: that of autocast where it acts."""
+    device = x.device.type
+    acts = torch.is_autocast_enabled(device) and x.dtype.itemsize <= 4
+    return torch.get_autocast_dtype(device) if acts else next(w.dtype for w in weights if w is not None)
+
+
 def lean(x: Tensor) -> bool:
-    """Whether the kernels that work on rows serve here; elsewhere torch's own steps and compilers do better."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether the kernels that work on rows serve here; elsewhere torch's own steps do better."""
+    if torch.compiler.is_compiling():  # the operators choose who computes when they run
+        return x.device.type in ("cpu", "cuda")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return x.device.type == "cpu" or (x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()]))
+    if x.device.type == "cpu" or gpu.serves(x):
+        return True
+    return x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()])
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
@@ -169,6 +186,8 @@ class KANConv(ConvGeometry):
         dropout: channel dropout probability; `dropout_at` says where: "input" (both branches), "basis_input",
             "basis" or "output" (handled by `ConvLayer`).
         recompute: compute the expansion again in backward instead of keeping it.
+        operands: "bfloat16" rounds the expansion and the weight before they are multiplied, where that is faster, and
+            nothing else; for processors with such products (without them it is slow), relative error about 3e-3.
         basis_options: arguments of the basis (degree, grid_size, ...), and `shared_by`, see `create_basis`.
 
     >>> conv = KANConv(3, 4, 8, basis="gram", groups=2)
@@ -179,7 +198,7 @@ class KANConv(ConvGeometry):
     basis: Any  # a Basis; None makes the plain convolution
     base_weight: Any  # parameters; None where the layer has no such branch
     basis_weight: Any
-    folds = True  # whether `branches` and `folded_weights` say the same as `expand` and `weight`
+    folds = True  # whether a recipe says the same as `expand` and `weight`
 
     def __init__(
         self,
@@ -200,8 +219,11 @@ class KANConv(ConvGeometry):
         dropout: float = 0.0,
         dropout_at: str = "basis_input",
         recompute: bool = True,
+        operands: str | None = None,
         **basis_options: Any,
     ) -> None:
+        if operands is not None and operands not in OPERANDS:
+            raise UsageError(f"Unknown operands '{operands}'.{did_you_mean(operands, OPERANDS)}")
         geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
         channels = in_channels // self.groups
@@ -220,6 +242,8 @@ class KANConv(ConvGeometry):
         self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else None
         self.dropout_at = dropout_at
         self.recompute = recompute
+        self.operands = None if operands is None else OPERANDS[operands]
+        self.recipe = self._recipe() if self.basis is not None and self.folds else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.basis is None:
@@ -230,13 +254,10 @@ class KANConv(ConvGeometry):
         inputs = (x,) if self.input_norm is None else (x, self._normed(self._drop("basis_input", x)))
         if not self.recompute:
             return self.expand_and_convolve(*inputs)
-        if self.folds and self.basis.pointwise and not self._drops() and lean(x):
-            learned = [p for p in self.basis.parameters() if p.requires_grad]
-            base = None if self.base_weight is None else self.base_act
-            skip = int(self._constant() is not None)
-            compiled = native.describe(self.basis, base, self.basis_act, skip, len(inputs))
-            branches = Branches(self.branches, learned, compiled)
-            return self.convolve_expanded(inputs, branches, *self.folded_weights())
+        if self.recipe is not None and not self._drops() and lean(x):
+            learned = [*self.basis.parameters(), *self.basis.buffers()]
+            weights = (self.base_weight, self.basis_weight)
+            return self.convolve_expanded(inputs, self.recipe, *weights, learned, self.operands)
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)
 
     def _normed(self, x: Tensor) -> Tensor:
@@ -264,24 +285,11 @@ class KANConv(ConvGeometry):
         by_channel = self.basis_weight.unflatten(1, (-1, self.basis.num_functions))
         return torch.cat([self.base_weight.unsqueeze(2), by_channel], dim=2).flatten(1, 2)
 
-    def branches(self, x: Tensor, normed: Tensor | None = None) -> list[Tensor]:
-        """[act(x), phi_k(x), ...] of rows (P, C), each (P, C), without a phi_0 that `folded_weights` does away with."""
-        functions = self.basis.of(x if normed is None else normed)[int(self._constant() is not None) :]
-        base = [] if self.base_weight is None else [self.base_act(x)]
-        return [*base, *(self.basis_act(f) for f in functions)]
-
-    def folded_weights(self) -> tuple[Tensor, Tensor | None]:
-        """Weights over `branches`, (out_channels, R * C / groups, *kernel), and of the constant that phi_0 is."""
-        by_function = self.basis_weight.unflatten(1, (-1, self.basis.num_functions)).transpose(1, 2)
-        base = [] if self.base_weight is None else [self.base_weight.unsqueeze(1)]
-        kind, constant = self._constant(), None
-        if kind is not None:
-            first, by_function = by_function[:, :1], by_function[:, 1:]
-            if kind == "sum":
-                by_function = by_function - first
-            one = self.basis_act(first.new_ones(())) if kind == "first" else 1.0
-            constant = first.sum((1, 2)) * one
-        return torch.cat([*base, by_function], dim=1).flatten(1, 2), constant
+    def _recipe(self) -> str | None:
+        """What the operator is told of the functions; made once, so a basis is not changed afterwards."""
+        base_act = None if self.base_weight is None else self.base_act
+        recipe = Recipe(self.basis, base_act, self.basis_act, self._constant())
+        return recipe.written() if self.basis.pointwise else None
 
     def _constant(self) -> str | None:
         """How phi_0 is known without evaluating it; it stays where it is the only function."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kanseg.bases.wavelet import get_wavelet
 from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation, lean
-from kanseg.layers.kernels import native, wavelet
-from kanseg.layers.kernels.expansion import Branches
+from kanseg.layers.kernels import wavelet
+from kanseg.layers.kernels.operators import plain_eager
+from kanseg.layers.kernels.recipe import Recipe
 
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
 
@@ -54,26 +55,16 @@ class WaveletConv(ConvGeometry):
         self.mix_weight = self.new_weight(out_channels, out_channels // self.groups, (1,) * spatial_dims)
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
+        self.base_recipe = Recipe(None, self.base_act, nn.Identity()).written()
         self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else nn.Identity()
         self.recompute = recompute
         self.step = max(1, EDGES_AT_ONCE // in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = self.training and not isinstance(self.dropout, nn.Identity)
-        geometry = self.geometry()
-        if (
-            self.recompute
-            and lean(x)
-            and not dropped
-            and wavelet.serves(x, self.wavelet_weight, self.psi, geometry)
-        ):
-            base = Branches(
-                lambda z: [self.base_act(z)], (), native.describe(None, self.base_act, nn.Identity(), 0, 1)
-            )
+        if self.base_recipe is not None and self._compiled(x):
             edges = (x, self.scale, self.translation, self.wavelet_weight, self.mix_weight)
-            return wavelet.wavelet_sum(*edges, self.psi, geometry).add_(
-                self.convolve_expanded([x], base, self.base_weight)
-            )
+            waves = wavelet.wavelet_sum(*edges, self.psi, self.geometry())
+            return waves.add_(self.convolve_expanded([x], self.base_recipe, self.base_weight))
         tensors = (
             x,
             self.dropout(x),
@@ -90,6 +81,13 @@ class WaveletConv(ConvGeometry):
         if self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return SumOfTerms.apply(terms, *tensors)
         return functools.reduce(torch.add, (term(*tensors) for term in terms))
+
+    def _compiled(self, x: Tensor) -> bool:
+        """Whether the compiled kernels serve."""
+        dropped = self.training and not isinstance(self.dropout, nn.Identity)
+        if not self.recompute or dropped or self.base_recipe is None or not lean(x) or not plain_eager(x):
+            return False
+        return wavelet.serves(x, self.wavelet_weight, self.psi, self.geometry())
 
     def _edges(self) -> int:
         return self.out_channels // self.groups

@@ -86,7 +86,8 @@ class Classifier(nn.Module):
         kan_stages, bottleneck, norm, dropout, layer_options, encoder_options, encoder_weights: as in `UKANet`.
 
     >>> import torch
-    >>> Classifier(2, 3, 10, encoder="vggkan11", encoder_options={"width": 0.25}).eval()(torch.zeros(1, 3, 32, 32)).shape
+    >>> model = Classifier(2, 3, 10, encoder="vggkan11", encoder_options={"width": 0.25}).eval()
+    >>> model(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 10])
     """
 

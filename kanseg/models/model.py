@@ -62,6 +62,6 @@ def check_patch(model: nn.Module, patch_size: Sequence[int]) -> None:
     if any(size < stride for size, stride in zip(patch_size, total, strict=True)):
         raise UsageError(
             f"{type(model).__name__} halves too often for the patch: its coarsest map has stride {total}, the patch "
-            f"has {list(patch_size)}. Take fewer stages (depth, strides or encoder in model.options), another model, or "
-            "a larger patch_size in plan.json."
+            f"has {list(patch_size)}. Take fewer stages (depth, strides or encoder in model.options), another model, "
+            "or a larger patch_size in plan.json."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def count_parameters(make: Callable[[], nn.Module]) -> int:
 
 
 def _row(name: str, kind: str, description: str, make: Callable[[str, int], nn.Module]) -> dict[str, Any]:
-    counts = {f"parameters_{dims}d": count_parameters(lambda d=dims: make(name, d)) for dims in (2, 3)}
+    counts = {f"parameters_{dims}d": count_parameters(partial(make, name, dims)) for dims in (2, 3)}
     return {"name": name, "kind": kind, **counts, "description": description}
 
 

@@ -57,7 +57,9 @@ class NestedU(nn.Module):
             for number, dilation in enumerate(down)
         )
         self.up = nn.ModuleList(
-            layer(spatial_dims, 2 * middle, middle if number < len(up) - 1 else out_channels, dilation=dilation)
+            layer(
+                spatial_dims, 2 * middle, middle if number < len(up) - 1 else out_channels, dilation=dilation
+            )
             for number, dilation in enumerate(up)
         )
         self.pools = max(0, height - 2)
@@ -128,7 +130,9 @@ class U2KANet(nn.Module):
 
         def nested(plan: Sequence[int], inputs: int, enter: LayerFactory) -> NestedU:
             height, middle, outputs = plan
-            return NestedU(spatial_dims, inputs, int(middle * width), int(outputs * width), height, layer, enter)
+            return NestedU(
+                spatial_dims, inputs, int(middle * width), int(outputs * width), height, layer, enter
+            )
 
         self.pool = Pool[Pool.MAX, spatial_dims](2, ceil_mode=True)
         channels = [int(plan[-1] * width) for plan in down]

@@ -27,7 +27,9 @@ from kanseg.models.u_shape import DecoderStage, UShape
 class TokenKAN(nn.Module):
     """x + f(norm(x)): f is `layers` times a KAN layer over the channels, then a depthwise convolution, norm, ReLU."""
 
-    def __init__(self, spatial_dims: int, channels: int, layers: int, token: LayerFactory, plain: LayerFactory) -> None:
+    def __init__(
+        self, spatial_dims: int, channels: int, layers: int, token: LayerFactory, plain: LayerFactory
+    ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(1, channels)
         steps: list[nn.Module] = []
@@ -117,7 +119,9 @@ class UKAN(UShape):
         stages = []
         for number in reversed(range(count)):
             inputs, outputs = widths[number + 1], widths[number]
-            both = nn.Sequential(plain(spatial_dims, inputs, inputs, 3), plain(spatial_dims, inputs, outputs, 3))
+            both = nn.Sequential(
+                plain(spatial_dims, inputs, inputs, 3), plain(spatial_dims, inputs, outputs, 3)
+            )
             tokenised = number > count - token_stages - 1 and number > 0
             after = block(outputs) if tokenised else nn.Identity()
             stages.append(DecoderStage(after, both, join=torch.add))

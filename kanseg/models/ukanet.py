@@ -38,7 +38,7 @@ def merging_stage(
     spatial_dims: int, in_channels: int, out_channels: int, kernel_size: Any, layer: LayerFactory
 ) -> DecoderStage:
     """Resize the coarse map to the skip, join both, merge them by a convolution, then two residual blocks."""
-    block = {"conv_layer": layer, "skip_layer": layer, "block": "basic"}
+    block: dict[str, Any] = {"conv_layer": layer, "skip_layer": layer, "block": "basic"}
     layers = nn.Sequential(
         layer(spatial_dims, in_channels + out_channels, out_channels, kernel_size),
         ResidualBlock(spatial_dims, out_channels, out_channels, kernel_size, **block),
@@ -117,7 +117,10 @@ class UKANet(UShape):
                 f"in_channels={in_channels}, out_channels={out_channels}"
             )
         options = {"bottleneck": bottleneck, "norm": norm, "dropout": dropout, **(layer_options or {})}
-        shape: dict[str, Any] = {"features_per_stage": features_per_stage, "blocks_per_stage": blocks_per_stage}
+        shape: dict[str, Any] = {
+            "features_per_stage": features_per_stage,
+            "blocks_per_stage": blocks_per_stage,
+        }
         shape |= {"strides": strides, "kernel_sizes": kernel_sizes}
         maps = create_encoder(
             encoder,
@@ -128,7 +131,8 @@ class UKANet(UShape):
             kan_stages=kan_stages,
             **{**shape, **options, **(encoder_options or {})},
         )
-        widths, kernels = list(maps.out_channels), [3] * len(maps.out_channels)
+        widths = list(maps.out_channels)
+        kernels: list[Any] = [3] * len(widths)
         if kernel_sizes is not None and tuple(widths) == tuple(features_per_stage):
             kernels = list(kernel_sizes)
         layers = stage_layers(basis, len(widths), kan_stages, **options)
@@ -142,9 +146,7 @@ class UKANet(UShape):
             DECODERS[decoder](spatial_dims, widths[s + 1], widths[s], kernels[s], layers[s])
             for s in reversed(range(len(widths) - 1))
         ]
-        super().__init__(
-            maps, stages, widths, out_channels, finest=finest, deep_supervision=deep_supervision
-        )
+        super().__init__(maps, stages, widths, out_channels, finest=finest, deep_supervision=deep_supervision)
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

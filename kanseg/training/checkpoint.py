@@ -87,6 +87,15 @@ def read_info(path: Path | str) -> dict[str, Any]:
         return {}
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a safetensors file is a checkpoint of kanseg; a file that cannot be read is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
     """Put weights into a model, all of them or none.
 
@@ -109,9 +118,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
     model.load_state_dict(weights)
 
 
-def load_model(
-    path: Path | str, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Any, dict[str, Any]]:
+def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn.Module, Any, dict[str, Any]]:
     """The trained model in `eval()`, its plan, and the rest of the checkpoint's JSON.
 
     Args:

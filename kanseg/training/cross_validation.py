@@ -21,9 +21,11 @@ from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
 from kanseg.inference.postprocess import Rule, apply_postprocessing, choose_postprocessing
+from kanseg.progress import is_main
 from kanseg.training.checkpoint import LAST
 from kanseg.training.files import locked, write_bytes, write_json
 from kanseg.training.fit import fit
+from kanseg.training.parallel import once
 from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits
 from kanseg.training.validate import kept_prediction
 
@@ -69,7 +71,7 @@ def cross_validate(
     run.mkdir(parents=True, exist_ok=True)
     failed: dict[int, str] = {}
     folds: dict[int, dict[str, Any]] = {}
-    with locked(run):
+    with locked(run, is_main()):
         for fold in range(len(splits)):
             console.print(f"Fold {fold} of {len(splits)}", highlight=False)
             try:
@@ -81,19 +83,22 @@ def cross_validate(
                 UserError,
                 RuntimeError,
                 MemoryError,
-            ) as error:  # torch runs out of memory by RuntimeError
+            ) as error:  # torch's lack of memory is a RuntimeError
                 failed[fold] = str(error)
                 console.print(f"Fold {fold} failed: {error}", markup=False, highlight=False, soft_wrap=True)
         if not folds:
             raise UserError(f"Every fold of {run} failed, the first by: {failed[0]}")
-        found = {"folds": {**folds}, "failed": failed}
+        facts = {"folds": folds, "failed": failed}
         if not isinstance(plan, Plan):
-            found["scores"] = spread_of(list(folds.values()))
-            write_json(run / RESULT, found)
-            return found
-        found |= pool(plan, dataset, held_out(run, splits, plan, dataset))
-        write_result(run, found)
-    return {key: value for key, value in found.items() if key != "rows"}
+            return once(lambda: _conclude_classes(run, **facts))
+        unseen = held_out(run, splits, plan, dataset)
+        return once(lambda: conclude(run, plan, dataset, unseen, **facts))
+
+
+def _conclude_classes(run: Path, **facts: Any) -> dict[str, Any]:
+    found = {**facts, "scores": spread_of(list(facts["folds"].values()))}
+    write_json(run / RESULT, found)
+    return found
 
 
 def spread_of(folds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -112,6 +117,15 @@ def held_out(run: Path, splits: Splits, plan: Plan, dataset: Dataset) -> dict[st
         if (folder := run / f"fold_{fold}") and (folder / SUMMARY).exists()
         for name in names["val"]
     }
+
+
+def conclude(folder: Path, plan: Plan, dataset: Dataset, predictions: Where, **facts: Any) -> dict[str, Any]:
+    """What `pool` finds, with further facts, written to a folder."""
+    found = pool(plan, dataset, predictions)
+    write_bytes(folder / TABLE, rows_as_csv(found.pop("rows")).encode())
+    write_json(folder / POSTPROCESSING, {"rules": found["postprocessing"]})
+    write_json(folder / RESULT, {**facts, **found})
+    return {**facts, **found}
 
 
 def pool(plan: Plan, dataset: Dataset, predictions: Where) -> dict[str, Any]:
@@ -164,10 +178,3 @@ class Pairs:
                 known = reference != self.plan.ignore_value
                 prediction, reference = prediction * known, reference * known
             yield case, prediction, reference, image.spacing
-
-
-def write_result(run: Path, found: Mapping[str, Any]) -> None:
-    """Write what `cross_validate` or `pool` found."""
-    write_bytes(run / TABLE, rows_as_csv(found["rows"]).encode())
-    write_json(run / POSTPROCESSING, {"rules": found["postprocessing"]})
-    write_json(run / RESULT, {key: value for key, value in found.items() if key != "rows"})

@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kanseg.encoders.transfer import read_weights
 from kanseg.errors import UserError
-from kanseg.training.checkpoint import BEST, EXPORTED, KEY, LAST, find_checkpoint, load_checkpoint, part
+from kanseg.models import list_models
+from kanseg.training.checkpoint import (
+    BEST,
+    EXPORTED,
+    LAST,
+    find_checkpoint,
+    is_checkpoint,
+    load_checkpoint,
+    part,
+)
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "network_weights", "network")
 BUNDLE_WEIGHTS = ("models/model.safetensors", "models/model.pt")
 BUNDLE_CONFIGS = ("configs/inference.json", "configs/train.json", "configs/evaluate.json")
 
@@ -56,43 +63,19 @@ def read_start(path: Path | str) -> Start:
         raise UserError(
             f"There are no weights {path}. Give a run, a saved model, a file of weights or a MONAI bundle."
         )
-    weights = _read_tensors(path)
-    return _read_checkpoint(path) if weights is None else Start(path, weights)
+    if path.suffix == ".safetensors" and is_checkpoint(path):
+        return _read_checkpoint(path)
+    return Start(path, _without("module.", read_weights(path)))
 
 
 def _read_checkpoint(path: Path) -> Start:
     tensors, info = load_checkpoint(path)
     spec, plan = info.get("model", {}), info.get("plan", {})
-    model = {"name": spec.get("name"), "options": spec.get("options", {})} if spec.get("name") else None
+    segments = spec.get("name") in list_models()  # else it is a classifier, whose encoder alone may fit
+    model = {"name": spec["name"], "options": spec.get("options", {})} if segments else None
     classes = list(info.get("labels", [])) or [""] * spec.get("out_channels", 0)
     channels = plan.get("channel_names") or [""] * spec.get("in_channels", 0)
     return Start(path, part(tensors, "average") or part(tensors, "model"), model, classes, channels)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """Tensors of a file; None for a checkpoint of kanseg."""
-    from safetensors import safe_open
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                if KEY in (file.metadata() or {}):
-                    return None
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as weights: {error}") from error
-    except Exception as error:  # pickle.UnpicklingError: the file asks for code
-        raise UserError(
-            f"{path} holds more than tensors, and kanseg runs no code of files. Save its state_dict alone: "
-            "torch.save(model.state_dict(), ...)."
-        ) from error
-    for key in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} holds no state_dict (names and tensors).")
-    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def _read_bundle(folder: Path) -> Start:
@@ -102,13 +85,17 @@ def _read_bundle(folder: Path) -> Start:
         raise UserError(
             f"The bundle {folder} has no {' or '.join(BUNDLE_WEIGHTS)}. Download its weights first."
         )
-    weights = {f"network.{name}": value for name, value in (_read_tensors(file) or {}).items()}
+    weights = {f"network.{name}": value for name, value in _without("module.", read_weights(file)).items()}
     definition = _network_definition(folder)
     target = str(definition.pop("_target_")).rpartition(".")[2]
     sizes = {name: definition.pop(name, None) for name in ("spatial_dims", "in_channels", "out_channels")}
     model = {"name": "monai", "options": {"network": target, "arguments": definition}}
     names = [[""] * int(sizes[name] or 0) for name in ("out_channels", "in_channels")]
     return Start(folder, weights, model, *names)
+
+
+def _without(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def _network_definition(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ it, on the CPU to the last bit.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,14 @@ def fit(
             try:
                 trainer.train()
                 return trainer.finish()
+            except (
+                RuntimeError
+            ):  # a signal to the whole process group ends the loader's workers, at any moment
+                time.sleep(0.5)  # the signal to this process may be on its way
+                if stop:
+                    trainer.monitor.say("Stopped. --resume goes on from the last checkpoint.")
+                    stop.leave()
+                raise
             finally:
                 if manifest:
                     peak = peak_memory_mb(accelerator.device)

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kanseg.errors import UsageError
+from kanseg.errors import UsageError, UserError
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=12)  # of processes that wait for what one does alone
+
+
+def once(step: Callable[[], T]) -> T:
+    """Result of a step that the main process alone takes, on every process; so is its `UserError`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return step()
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    told: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            told = [step(), None]
+        except UserError as error:
+            told = [None, error]
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> bool:

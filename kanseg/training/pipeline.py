@@ -25,11 +25,12 @@ from kanseg.data.plan import Plan, plan_run
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.evaluation.report import score_table
 from kanseg.inference.predict import predict_case
-from kanseg.progress import progress
+from kanseg.progress import is_main, progress
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
-from kanseg.training.cross_validation import POSTPROCESSING, RESULT, cross_validate, pool, write_result
+from kanseg.training.cross_validation import POSTPROCESSING, RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
+from kanseg.training.parallel import once
 from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, Splits, run_splits
 from kanseg.training.trial import measure_step
 from kanseg.training.validate import kept_prediction
@@ -100,8 +101,9 @@ def run_pipeline(
     asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
     asked |= {"config": config, "id_pattern": id_pattern}
     _check_asked(run, asked, override)
-    with locked(make_folder(run)):
-        dataset = read_dataset(_examined(Path(data), run, id_pattern, console), id_pattern=id_pattern)
+    with locked(make_folder(run), is_main()):
+        source = once(lambda: _examined(Path(data), run, id_pattern, console))
+        dataset = read_dataset(source, id_pattern=id_pattern)
         folds = _folds(checked, dataset, console)
         names = _fitting(wanted, dataset)
         if not folds:  # nobody is left to choose by
@@ -111,17 +113,13 @@ def run_pipeline(
             checked = _with(checked, "training", max_minutes=share, max_epochs=None)
         checked = _with(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)
-        missing = [name for name in names if not (run / name / PLAN).exists()]
-        seen = fingerprint(dataset) if missing else {}
-        for name in missing:
-            how: dict[str, Any] = {"dim": CONFIGURATIONS[name], "memory": memory, "size": size, "seen": seen}
-            for reason in plan_run(dataset, run / name, measure=measure_step, **how).reasons:
-                job.say(f"- {reason}")
-        write_json(run / SETTINGS, asked)
+        once(lambda: _plan(job, memory=memory, size=size))
+        once(lambda: write_json(run / SETTINGS, asked))
         found = _validated(job) if folds else {}
-        choice = _choose(job, found) if folds else names[0]
-        model = _build(job, choice)
-        report = _report(job, found, choice)
+        choice = once(lambda: _choose(job, found)) if folds else names[0]
+        trained = _final_folds(job, choice)
+        model = once(lambda: _build(job, trained))
+        report = once(lambda: _report(job, found, choice))
     dice = {name: result["metrics"]["mean"]["dice"]["mean"] for name, result in found.items()}
     told = f"{dice[choice]:.4f}" if dice else "unknown: one patient leaves nobody to validate on"
     job.say(f"Chosen: {choice}, Dice {told}. Model: {model}. Report: {report}")
@@ -202,6 +200,17 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
     return trained_on
 
 
+def _plan(job: Pipeline, **how: Any) -> None:
+    """Plan the configurations that have no plan yet; the images are read once for all."""
+    missing = [name for name in job.names if not (job.run / name / PLAN).exists()]
+    seen = fingerprint(job.dataset) if missing else {}
+    for name in missing:
+        dim = CONFIGURATIONS[name]
+        plan = plan_run(job.dataset, job.run / name, seen=seen, dim=dim, measure=measure_step, **how)
+        for reason in plan.reasons:
+            job.say(f"- {reason}")
+
+
 def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     """Result of the cross-validation of each configuration, and of all together; the same splits for each.
 
@@ -233,7 +242,8 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     if not found:
         raise UserError(f"Every configuration of {job.run} failed: {failed}")
     if len(found) > 1:
-        found[ENSEMBLE] = _ensemble(job, list(found), splits or [])
+        members = list(found)
+        found[ENSEMBLE] = once(lambda: _ensemble(job, members, splits or []))
     for name, result in found.items():
         job.console.print(score_table(result["metrics"], f"{name}: {result['cases']} unseen cases"))
     return found
@@ -256,9 +266,7 @@ def _ensemble(job: Pipeline, names: Sequence[str], splits: Splits) -> dict[str, 
     done = read_json(folder / RESULT)
     if done is not None and not new and done["cases"] == len(predictions):
         return done
-    result = pool(plan, job.dataset, predictions)
-    write_result(folder, result)
-    return {key: value for key, value in result.items() if key != "rows"}
+    return conclude(folder, plan, job.dataset, predictions)
 
 
 def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Case], kept: Path) -> bool:
@@ -294,19 +302,22 @@ def _choose(job: Pipeline, found: Mapping[str, Mapping[str, Any]]) -> str:
     return choice
 
 
-def _build(job: Pipeline, choice: str) -> Path:
-    """RUN/model: checkpoints of the chosen networks as fold_0, fold_1 ..., and their post-processing."""
-    names = (
-        [name for name in job.names if (job.run / name / RESULT).exists()] if choice == ENSEMBLE else [choice]
-    )
+def _final_folds(job: Pipeline, choice: str) -> list[Path]:
+    """Fold folders of the networks that the final model is made of; one more on every case where that is asked for."""
+    done = [name for name in job.names if (job.run / name / RESULT).exists()]
+    names = done if choice == ENSEMBLE else [choice]
     if job.final == "all":
         for name in names:
             plan = Plan.load(job.run / name / PLAN)
-            fit(job.config, plan, job.dataset, job.run / name, fold=FINAL, resume=True, console=job.console)
+            how: dict[str, Any] = {"resume": True, "override": job.override, "console": job.console}
+            fit(job.config, plan, job.dataset, job.run / name, fold=FINAL, **how)
     pattern = f"fold_{FINAL}" if job.final == "all" else "fold_[0-9]*"
-    folds = [
-        fold for name in names for fold in sorted((job.run / name).glob(pattern)) if (fold / SUMMARY).exists()
-    ]
+    folds = [fold for name in names for fold in sorted((job.run / name).glob(pattern))]
+    return [fold for fold in folds if (fold / SUMMARY).exists()]
+
+
+def _build(job: Pipeline, folds: Sequence[Path]) -> Path:
+    """RUN/model: checkpoints of the networks as fold_0, fold_1 ..., and their post-processing."""
     model, part = job.run / MODEL, job.run / f".{MODEL}.part"
     shutil.rmtree(part, ignore_errors=True)
     for number, fold in enumerate(folds):

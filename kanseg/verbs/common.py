@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kanseg.errors import UsageError
+from kanseg.progress import is_main
 
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or file) to write.")]
@@ -33,13 +34,13 @@ def size_in_bytes(text: str | None) -> int | None:
 
 
 def console(to_stderr: bool) -> Any:
-    """Where to talk: standard error while standard output carries JSON."""
+    """Where to talk: standard error while standard output carries JSON; of several processes the first one talks."""
     from rich.console import Console
 
-    return Console(stderr=to_stderr)
+    return Console(stderr=to_stderr, quiet=not is_main())
 
 
 def emit(result: Any, json_: bool) -> None:
     """The result on standard output, where JSON was asked for."""
-    if json_:
+    if json_ and is_main():
         print(json.dumps(result, indent=1, default=str))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.verbs.common import Json, Out, Pattern, console, emit
 
 app = typer.Typer()
@@ -54,23 +54,47 @@ def doctor(
 
 @app.command()
 def convert(
-    data: Annotated[Path, typer.Argument(help="A data set in any layout.")],
+    source: Annotated[Path, typer.Argument(help="A data set in any layout; with --from a file of weights.")],
     out: Out,
     to: Annotated[str, typer.Option(help="msd (Medical Segmentation Decathlon) or nnunet.")] = "msd",
+    origin: Annotated[str | None, typer.Option("--from", help="Whose weights: torch-conv-kan.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Published name of the weights' network.")] = None,
     id_pattern: Pattern = None,
     json_: Json = False,
 ) -> None:
-    """Write a data set in the layout of the Decathlon or of nnU-Net; patients go along as `subjects`.
+    """Write a data set in the layout of the Decathlon or of nnU-Net; or make a model of published weights.
+
+    Patients go along as `subjects`. Published weights of torch-conv-kan are VGG KAGN 11 v2 and v4 and VGG KAGN-BN 11
+    v4; the encoder then starts a segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
 
     Example: kanseg convert scans/ -o nnUNet_raw/Dataset001_Scans --to nnunet
+
+    Example: kanseg convert --from torch-conv-kan vgg_kagn11_v4.safetensors -o models/vgg11v4
     """
+    talk = console(json_)
+    if origin is not None:
+        emit(_converted_weights(source, out, origin, architecture, talk), json_)
+        return
     from kanseg.data.convert import convert as convert_to
     from kanseg.data.formats import read_dataset
 
-    made = convert_to(read_dataset(data, id_pattern=id_pattern), out, to)
+    made = convert_to(read_dataset(source, id_pattern=id_pattern), out, to)
     counts = f"{made['training']} labelled and {made['test']} further images"
-    console(json_).print(f"{counts} -> {out}", highlight=False, soft_wrap=True)
+    talk.print(f"{counts} -> {out}", highlight=False, soft_wrap=True)
     emit(made, json_)
+
+
+def _converted_weights(
+    file: Path, out: Path, origin: str, architecture: str | None, talk: Any
+) -> dict[str, Any]:
+    """A model of published weights in a folder, and its description."""
+    from kanseg.compat.published import SOURCES
+
+    if origin not in SOURCES:
+        raise UsageError(f"Unknown source '{origin}'.{did_you_mean(origin, SOURCES)}")
+    spec = SOURCES[origin](file, out, architecture)
+    talk.print(f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False)
+    return {"out": str(out), "model": spec}
 
 
 @app.command()

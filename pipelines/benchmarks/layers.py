@@ -7,6 +7,10 @@ of a clone of torch-conv-kan (MIT) with their defaults; nothing of it is needed 
 
     python pipelines/benchmarks/layers.py -o pipelines/benchmarks/results/layers.json
     python pipelines/benchmarks/layers.py --threads 2 --families kagn kan --reference ../torch-conv-kan
+    python pipelines/benchmarks/layers.py --device cuda --dtype bfloat16 --cases "3d 32 -> 32, 128^3"
+
+On a GPU a third rival is the plain convolution with as many input channels as the expansion has ("folded"): the same
+operations, already expanded.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ CASES = {  # spatial_dims, batch, channels, size
     "3d 32 -> 32, 48^3": (3, 1, 32, 48),
     "2d 64 -> 64, 128^2": (2, 2, 64, 128),
     "2d 32 -> 32, 128^2": (2, 2, 32, 128),
+    "3d 32 -> 32, 128^3": (3, 2, 32, 128),
 }
+CPU_CASES = list(CASES)[:3]
 FAMILIES = ("kagn", "kaln", "kacn", "kajn", "kabn", "kan", "fastkan", "relukan", "wavkan")
 REFERENCES = {
     "kagn": "KAGNConv",
@@ -61,7 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-o", "--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="*", default=CPU_CASES, choices=CASES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="by autocast")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reference", type=Path, help="a clone of torch-conv-kan")
@@ -69,6 +77,7 @@ def main() -> None:
 
     import torch
 
+    from kanseg.layers.kernels import gpu
     from kanseg.layers.kernels.native import available
     from kanseg.training.devices import keep_freed_memory
 
@@ -81,13 +90,16 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": given.threads,
         "compiled kernels": available(),
+        "triton kernels": gpu.described(),
+        "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
+        "dtype": given.dtype,
         "layers": [],
     }
     print(json.dumps({key: value for key, value in results.items() if key != "layers"}))
     print(f"{'case':22}{'family':10}{'rival':12}{'forward':>10}{'training':>10}{'saved':>8}{'peak MB':>9}")
     for case in given.cases:
         for family in given.families:
-            for row in measure(case, family, given.rounds, bool(given.reference)):
+            for row in measure(case, family, given.rounds, bool(given.reference), given.device, given.dtype):
                 results["layers"].append(row)
                 shown = [f"{row[key]:.2f} x" for key in ("forward", "training")]
                 saved = f"{row['saved']:.2f}" if "saved" in row else ""
@@ -99,7 +111,9 @@ def main() -> None:
         given.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(case: str, family: str, rounds: int, reference: bool) -> list[dict[str, Any]]:
+def measure(
+    case: str, family: str, rounds: int, reference: bool, device: str = "cpu", dtype: str = "float32"
+) -> list[dict[str, Any]]:
     """Ratios of kanseg's layer to the plain convolution, and with a reference of that to kanseg's."""
     import torch
 
@@ -118,26 +132,50 @@ def measure(case: str, family: str, rounds: int, reference: bool) -> list[dict[s
         layers["reference"] = getattr(module, f"{REFERENCES[family]}{dims}DLayer")(
             channels, channels, 3, padding=1
         )
-    times = {
-        key: _take_turns(layers, x, rounds, train) for key, train in (("forward", False), ("training", True))
+    inputs = dict.fromkeys(layers, x)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        layers["folded"], inputs["folded"] = _folded(layers["kanseg"], plain, x)
+        layers = {name: layer.to(device) for name, layer in layers.items()}
+        inputs = {name: x.to(device) for name, x in inputs.items()}
+    calls = {
+        key: {name: turn(layer, inputs[name], device, dtype) for name, layer in layers.items()}
+        for key, turn in (("forward", _forward), ("training", _training))
     }
+    times = {key: _take_turns(turns, rounds) for key, turns in calls.items()}
     row = {"case": case, "family": family, "rival": "plain"}
     row |= {key: _ratio(taken["kanseg"], taken["plain"]) for key, taken in times.items()}
     row |= {f"{key}_ms": 1e3 * statistics.median(taken["kanseg"]) for key, taken in times.items()}
-    row["saved"] = saved(layers["kanseg"], x)
-    if dims == 3 and sys.platform == "linux":
+    row["saved"] = saved(layers["kanseg"], inputs["kanseg"])
+    if dims == 3 and device == "cpu" and sys.platform == "linux":
         row["inference_mb"] = inference_peak(family)
     rows = [row]
+    if "folded" in layers:
+        against = {key: _ratio(taken["kanseg"], taken["folded"]) for key, taken in times.items()}
+        rows.append({"case": case, "family": family, "rival": "folded", **against})
     if reference:
         against = {key: _ratio(taken["reference"], taken["kanseg"]) for key, taken in times.items()}
         rows.append({"case": case, "family": family, "rival": "reference", **against})
     return rows
 
 
-def _take_turns(layers: dict[str, Any], x: Any, rounds: int, train: bool) -> dict[str, list[float]]:
+def _folded(layer: Any, plain: Any, x: Any) -> tuple[Any, Any]:
+    """The plain convolution over as many channels as the layer's expansion has, and an input for it."""
+    import torch
+
+    from kanseg.layers.kernels.recipe import read
+
+    conv = layer.conv
+    weight = read(conv.recipe).fold(conv.base_weight, conv.basis_weight)[0]
+    folded = type(plain)(weight.shape[1], len(weight), 3, padding=1, bias=False)
+    memory = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    size = (len(x), weight.shape[1], *x.shape[2:])
+    return folded.to(memory_format=memory), torch.randn(size).contiguous(memory_format=memory)
+
+
+def _take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every layer in every round, after one round that is not counted."""
-    calls = {name: _training(layer, x) if train else _forward(layer, x) for name, layer in layers.items()}
-    times: dict[str, list[float]] = {name: [] for name in layers}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
             begun = time.perf_counter()
@@ -147,27 +185,44 @@ def _take_turns(layers: dict[str, Any], x: Any, rounds: int, train: bool) -> dic
     return times
 
 
-def _forward(layer: Any, x: Any) -> Callable[[], Any]:
+def _forward(layer: Any, x: Any, device: str, dtype: str) -> Callable[[], Any]:
     import torch
 
     def call() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), _cast(device, dtype):
             layer(x)
+        _finish(device)
 
     return call
 
 
-def _training(layer: Any, x: Any) -> Callable[[], Any]:
+def _training(layer: Any, x: Any, device: str, dtype: str) -> Callable[[], Any]:
     leaf = x.detach().requires_grad_()
 
     def call() -> None:
         leaf.grad = None
         for parameter in layer.parameters():
             parameter.grad = None
-        y = layer(leaf)
+        with _cast(device, dtype):
+            y = layer(leaf)
         y.backward(y.detach())
+        _finish(device)
 
     return call
+
+
+def _cast(device: str, dtype: str) -> Any:
+    import torch
+
+    return torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def _finish(device: str) -> None:
+    """Wait for the GPU."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _ratio(one: list[float], other: list[float]) -> float:

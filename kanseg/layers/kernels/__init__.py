@@ -4,7 +4,7 @@ Both work on rows (voxels, channels), the memory of a `channels_last` tensor, a 
 what lies between two steps stays in the processor's cache. Where the compiled kernels are (`native`) they do the same.
 """
 
-from kanseg.layers.kernels.expansion import expanded_conv
+from kanseg.layers.kernels.conv_operator import expanded_conv
 from kanseg.layers.kernels.norm_act import instance_norm_act
 
 __all__ = ["expanded_conv", "instance_norm_act"]

@@ -8,8 +8,10 @@ channel: its term depends on the distance to the border alone and is added as su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,24 +19,10 @@ import torch
 from torch import Tensor
 
 from kanseg.layers.kernels import native, winograd
+from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import as_rows, blocks, channels_last, empty_channels_last
 
 SLAB_BYTES = 32 * 2**20  # of an expansion; a smaller one starves the gradient of the weight
-
-
-@dataclass(frozen=True)
-class Branches:
-    """The pointwise functions f_r.
-
-    Attributes:
-        evaluate: rows (P, C) of each input -> R tensors (P, C).
-        parameters: what is learned in them.
-        native: channels -> how the compiled kernels make the same; None where they cannot.
-    """
-
-    evaluate: Callable[..., list[Tensor]]
-    parameters: Sequence[Tensor] = ()
-    native: Callable[[int], list[native.Part]] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,169 +35,182 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
 
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """What `numbers` wrote down."""
+        dims = (len(numbers) - 1) // 4
+        kernel_size, stride, padding, dilation = (
+            tuple(numbers[dims * i : dims * i + dims]) for i in range(4)
+        )
+        return cls(kernel_size, stride, padding, dilation, numbers[-1])
+
+    def numbers(self) -> list[int]:
+        """All in one list."""
+        return [*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups]
+
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output."""
         axes = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
 
 
-def expanded_conv(
-    inputs: Sequence[Tensor],
-    branches: Branches,
-    weight: Tensor,
-    constant: Tensor | None,
-    geometry: Geometry,
+@dataclass(frozen=True)
+class Expansion:
+    """The functions of a recipe with what they learn, and the convolution over them.
+
+    Attributes:
+        learned: tensors of the recipe, in its order.
+        dtype: of the operands of the convolution.
+        wanted: which of `learned` need a gradient; None for none.
+        parts: how the compiled kernels make the functions; None where they do not serve.
+    """
+
+    recipe: Recipe
+    learned: Sequence[Tensor]
+    geometry: Geometry
+    dtype: torch.dtype
+    wanted: Sequence[bool] | None = None
+    parts: list[native.Part] | None = None
+
+    def compiled(self, inputs: Sequence[Tensor]) -> Expansion:
+        """With the compiled kernels where they serve `inputs`."""
+        if self.dtype == torch.float64 or not native.serves(*inputs):
+            return self
+        wanted = self.wanted or [False] * len(self.learned)
+        made = self.recipe.native(self.learned, wanted, len(inputs))
+        return self if made is None else replace(self, parts=made(inputs[0].shape[1]))
+
+    def fast(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether Winograd's convolution serves: in float32, which is no slower than a direct one in bfloat16."""
+        return self.parts is not None and winograd.serves(x, weight, self.geometry)
+
+
+def forward(
+    expansion: Expansion, inputs: Sequence[Tensor], base: Tensor | None, basis: Tensor | None
 ) -> Tensor:
     """(N, C, *S) -> (N, out_channels, *S'), two or three spatial axes, channels-last.
 
     Args:
-        inputs: one tensor or several of one shape, given to the branches together.
-        weight: (out_channels, R * C / groups, *kernel), function by function within a group.
-        constant: (out_channels, *kernel), the weight of a channel that is 1 everywhere, or None.
+        inputs: x, and where the functions have one of their own that.
+        base, basis: weights, see `Recipe.fold`.
     """
-    inputs = [channels_last(x) for x in inputs]
-    tensors = (*inputs, *branches.parameters)
-    return _ExpandedConv.apply(branches, geometry, len(inputs), weight, constant, *tensors)
-
-
-class _ExpandedConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        branches: Branches,
-        geometry: Geometry,
-        count: int,
-        weight: Tensor,
-        constant: Tensor | None,
-        *tensors: Tensor,
-    ) -> Tensor:
-        inputs = tensors[:count]
-        first = inputs[0]
-        dtype = torch.get_autocast_dtype(first.device.type) if _autocast(first) else weight.dtype
-        parts = None
-        if branches.native is not None and dtype == torch.float32 and native.serves(*inputs):
-            parts = branches.native(first.shape[1])
-        made = _Made(branches, parts, geometry)
-        ctx.made, ctx.count, ctx.dtype = made, count, dtype
-        ctx.save_for_backward(weight, constant, *tensors)
-        with torch.autocast(first.device.type, enabled=False):
-            return _forward(made, inputs, weight.to(dtype), constant)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, constant, *tensors = ctx.saved_tensors
-        geometry, inputs, parameters = ctx.made.geometry, tensors[: ctx.count], tensors[ctx.count :]
-        needs = ctx.needs_input_grad
-        wants = [x if need else None for x, need in zip(tensors, needs[5:], strict=True)]
-        grad = channels_last(grad)
-        kernel = weight.to(ctx.dtype)
-        totals = [None if t is None else torch.zeros_like(t) for t in wants]
-        constant = constant if needs[4] else None
-        with torch.autocast(grad.device.type, enabled=False):
-            of_weight = _backward(ctx.made, inputs, parameters, kernel, grad, totals, bool(needs[3]))
-            of_constant = (
-                None
-                if constant is None
-                else _constant_gradient(grad, constant, inputs[0].shape[2:], geometry)
-            )
-        if of_weight is not None:
-            of_weight = of_weight.to(weight.dtype)
-        return None, None, None, of_weight, of_constant, *totals
-
-
-def _forward(made: _Made, inputs: Sequence[Tensor], kernel: Tensor, constant: Tensor | None) -> Tensor:
-    first, geometry = inputs[0], made.geometry
+    expansion = expansion.compiled(inputs)
+    first, geometry = inputs[0], expansion.geometry
+    weight, constant = expansion.recipe.fold(base, basis)
     size = geometry.out_size(first.shape[2:])
-    if made.fast(first, kernel):
-        out = empty_channels_last((len(first), len(kernel), *size), first)
-        border = None if constant is None else _border(constant, first.shape[2:], size, geometry)
-        winograd.convolve(inputs, made.parts, kernel, border, out, geometry.padding)
-        return out
-    whole: Tensor | None = None
-    for slab in _slabs(first.shape, kernel.shape[1] * geometry.groups, kernel.dtype, geometry):
-        buffer = _expansion(slab, inputs, made, kernel)
-        part = _convolve(buffer, kernel, slab, geometry)
-        del buffer  # before the next is made
-        if slab.whole:
-            whole = channels_last(part)
-        else:
-            if whole is None:
-                whole = empty_channels_last((len(first), len(kernel), *size), first, kernel.dtype)
-            _outputs(whole, slab).copy_(part)
-    assert whole is not None
-    if constant is not None:
-        _add_constant(whole, constant, first.shape[2:], geometry)
-    return whole
+    out: Tensor | None = None
+    with torch.autocast(first.device.type, enabled=False):
+        fast = expansion.fast(first, weight)
+        kernel = weight if fast else weight.to(expansion.dtype)
+        dtype = kernel.dtype
+        if fast:
+            assert expansion.parts is not None
+            out = empty_channels_last((len(first), len(weight), *size), first, dtype)
+            border = None if constant is None else _border(constant, first.shape[2:], size, geometry)
+            winograd.convolve(inputs, expansion.parts, kernel, border, out, geometry.padding)
+            return out.to(expansion.dtype)
+        for slab in slabs(first.shape, weight.shape[1] * geometry.groups, dtype, geometry, SLAB_BYTES):
+            buffer = _expansion(slab, inputs, expansion, kernel)
+            part = convolve(buffer, kernel, slab, geometry)
+            del buffer  # before the next is made
+            if slab.whole:
+                out = channels_last(part)
+            else:
+                if out is None:
+                    out = empty_channels_last((len(first), len(weight), *size), first, dtype)
+                outputs(out, slab).copy_(part)
+        assert out is not None
+        if constant is not None:
+            _add_constant(out, constant, first.shape[2:], geometry)
+    return out.to(expansion.dtype)
 
 
-def _backward(
-    made: _Made,
-    inputs: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    kernel: Tensor,
+def backward(
+    expansion: Expansion,
     grad: Tensor,
+    inputs: Sequence[Tensor],
+    base: Tensor | None,
+    basis: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients at the inputs, `base`, `basis` and what is learned in the functions, None where `needs` says so."""
+    expansion = expansion.compiled(inputs)
+    geometry, count, learned = expansion.geometry, len(inputs), expansion.learned
+    weight, constant = expansion.recipe.fold(base, basis)
+    weighs, sought = any(needs[count : count + 2]), [*needs[:count], *needs[count + 2 :]]
+    fast = expansion.fast(inputs[0], weight)
+    kernel = weight if fast else weight.to(expansion.dtype)
+    grad = grad.to(kernel.dtype)
+    totals = [
+        torch.zeros_like(t) if need else None for t, need in zip((*inputs, *learned), sought, strict=True)
+    ]
+    of_weight: Tensor | None = None
+    of_constant: Tensor | None = None
+    with torch.autocast(grad.device.type, enabled=False):
+        if fast:
+            assert expansion.parts is not None
+            about = (inputs, expansion.parts, kernel, grad)
+            if any(sought):
+                winograd.convolve_back(*about, totals[:count], totals[count:], geometry.padding)
+            if weighs:
+                of_weight = winograd.convolve_weight(*about, geometry.padding)
+        else:
+            of_weight = _slab_gradients(expansion, grad, inputs, kernel, totals, weighs)
+        if weighs and constant is not None:
+            of_constant = _constant_gradient(grad, constant, inputs[0].shape[2:], geometry)
+    weights: tuple[Tensor | None, Tensor | None] = (None, None)
+    if of_weight is not None:
+        weights = expansion.recipe.unfold(of_weight, of_constant, base, basis)
+    return [*totals[:count], *weights, *totals[count:]]
+
+
+def _slab_gradients(
+    expansion: Expansion,
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    kernel: Tensor,
     totals: Sequence[Tensor | None],
-    of_kernel: bool,
+    weighs: bool,
 ) -> Tensor | None:
-    """Gradient of the kernel, where it is asked for; those of inputs and parameters are added to `totals`."""
-    geometry, expands = made.geometry, any(t is not None for t in totals)
-    if made.fast(inputs[0], kernel):
-        assert made.parts is not None
-        if expands:
-            learned = totals[len(inputs) :]
-            winograd.convolve_back(inputs, made.parts, kernel, grad, totals, learned, geometry.padding)
-        return (
-            winograd.convolve_weight(inputs, made.parts, kernel, grad, geometry.padding)
-            if of_kernel
-            else None
-        )
+    """Gradient of the kernel, slab by slab; those at inputs and learned numbers are added to `totals`."""
+    geometry, expands = expansion.geometry, any(t is not None for t in totals)
     total: Tensor | None = None
-    for slab in _slabs(inputs[0].shape, kernel.shape[1] * geometry.groups, kernel.dtype, geometry):
-        buffer = _expansion(slab, inputs, made, kernel)
-        through, part, _ = torch.ops.aten.convolution_backward(
-            channels_last(_outputs(grad, slab)),
-            buffer,
-            kernel,
-            None,
-            geometry.stride,
-            slab.padding(geometry),
-            geometry.dilation,
-            False,
-            [0] * len(geometry.stride),
-            geometry.groups,
-            [expands, of_kernel, False],
+    width = kernel.shape[1] * geometry.groups
+    for slab in slabs(inputs[0].shape, width, kernel.dtype, geometry, SLAB_BYTES):
+        buffer = _expansion(slab, inputs, expansion, kernel)
+        through, part = convolution_gradients(
+            outputs(grad, slab), buffer, kernel, slab, geometry, expands, weighs
         )
         del buffer
-        if of_kernel:
-            total = _plus(total, part)
+        if weighs:
+            total = plus(total, part)
         if expands:
-            _contract(through, slab, inputs, parameters, made, totals)
+            _contract(through, slab, inputs, expansion, totals)
     return total
 
 
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+def convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, slab: Slab, geometry: Geometry, of_x: bool, of_weight: bool
+) -> tuple[Any, Any]:
+    """Gradients at x and weight of the convolution of a slab."""
+    zeros, padding = [0] * len(geometry.stride), slab.padding(geometry)
+    how = (
+        geometry.stride,
+        padding,
+        geometry.dilation,
+        False,
+        zeros,
+        geometry.groups,
+        [of_x, of_weight, False],
+    )
+    return torch.ops.aten.convolution_backward(channels_last(grad), x, weight, None, *how)[:2]
+
+
+def plus(total: Tensor | None, part: Tensor) -> Tensor:
     """The running total, in at least float32."""
     if total is None:
         return part.float() if part.dtype.itemsize < 4 else part
     return total.add_(part)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """The branches, how the compiled kernels make them here (None: they do not), and the convolution."""
-
-    branches: Branches
-    parts: list[native.Part] | None
-    geometry: Geometry
-
-    def fast(self, x: Tensor, kernel: Tensor) -> bool:
-        """Whether Winograd's convolution serves."""
-        return self.parts is not None and winograd.serves(x, kernel, self.geometry)
-
-
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype.itemsize <= 4
 
 
 @dataclass(frozen=True)
@@ -236,17 +237,20 @@ class Slab:
         return geometry.padding if self.whole else (0, *geometry.padding[1:])
 
 
-def _slabs(shape: Sequence[int], channels: int, dtype: torch.dtype, geometry: Geometry) -> Iterator[Slab]:
+def slabs(
+    shape: Sequence[int], channels: int, dtype: torch.dtype, geometry: Geometry, most: int
+) -> Iterator[Slab]:
+    """Cut the batch where its expansion has more than `most` bytes."""
     samples, _, planes, *rest = shape
     plane_bytes = channels * dtype.itemsize * torch.Size(rest).numel()
     outputs = geometry.out_size(shape[2:])[0]
     every = slice(0, samples)
-    if samples * planes * plane_bytes <= SLAB_BYTES:
+    if samples * planes * plane_bytes <= most:
         yield Slab(True, every, slice(0, outputs), slice(0, planes))
         return
     stride, padding = geometry.stride[0], geometry.padding[0]
     reach = geometry.dilation[0] * (geometry.kernel_size[0] - 1)
-    height = max(1, (SLAB_BYTES // plane_bytes - reach) // stride)
+    height = max(1, (most // plane_bytes - reach) // stride)
     for sample in range(samples):
         for start in range(0, outputs, height):
             stop = min(start + height, outputs)
@@ -262,17 +266,17 @@ def _slabs(shape: Sequence[int], channels: int, dtype: torch.dtype, geometry: Ge
             )
 
 
-def _outputs(y: Tensor, slab: Slab) -> Tensor:
+def outputs(y: Tensor, slab: Slab) -> Tensor:
     return y if slab.whole else y[slab.sample, :, slab.out]
 
 
-def _planes(x: Tensor, slab: Slab) -> Tensor:
+def planes_of(x: Tensor, slab: Slab) -> Tensor:
     return x if slab.whole else x[slab.sample, :, slab.source]
 
 
-def _expansion(slab: Slab, inputs: Sequence[Tensor], made: _Made, weight: Tensor) -> Tensor:
+def _expansion(slab: Slab, inputs: Sequence[Tensor], made: Expansion, weight: Tensor) -> Tensor:
     """The f_r of a slab, (N, groups * R * C, *S), channels-last, with zeros around it."""
-    sources = [_planes(x, slab) for x in inputs]
+    sources = [planes_of(x, slab) for x in inputs]
     samples, channels, planes, *rest = sources[0].shape
     groups = made.geometry.groups
     width = weight.shape[1] * groups
@@ -281,19 +285,33 @@ def _expansion(slab: Slab, inputs: Sequence[Tensor], made: _Made, weight: Tensor
     buffer[:, :, : slab.before] = 0
     buffer[:, :, slab.before + planes :] = 0
     inside = as_rows(buffer[:, :, slab.before : slab.before + planes])
-    if made.parts is not None:
-        native.expand(made.parts, sources, inside, channels // groups)
-        return buffer
     rows = [as_rows(x) for x in sources]
+    if made.parts is not None:
+        for at in _halves(inside):
+            part = inside[at] if inside.dtype == torch.float32 else torch.empty(inside[at].shape)
+            native.expand(made.parts, [x[at] for x in rows], part, channels // groups)
+            if part.dtype != inside.dtype:
+                inside[at] = part
+        return buffer
     for sample in range(samples):
         into = inside[sample].unflatten(1, (groups, -1, channels // groups))
         for block in blocks(into.shape[0], channels):
-            for number, part in enumerate(made.branches.evaluate(*(x[sample, block] for x in rows))):
+            for number, part in enumerate(made.recipe(made.learned, *(x[sample, block] for x in rows))):
                 into[block, :, number] = part.unflatten(1, (groups, -1))
     return buffer
 
 
-def _convolve(buffer: Tensor, weight: Tensor, slab: Slab, geometry: Geometry) -> Tensor:
+def _halves(rows: Tensor) -> Iterator[Any]:
+    """All of (N, voxels, C) where it is float32, else blocks, which are made or read in float32 beside it."""
+    if rows.dtype == torch.float32:
+        yield slice(None)
+        return
+    for sample in range(len(rows)):
+        yield from ((sample, block) for block in blocks(*rows.shape[1:]))
+
+
+def convolve(buffer: Tensor, weight: Tensor, slab: Slab, geometry: Geometry) -> Tensor:
+    """The convolution of a slab."""
     convolution = torch.conv2d if buffer.dim() == 4 else torch.conv3d
     return convolution(
         buffer, weight, None, geometry.stride, slab.padding(geometry), geometry.dilation, geometry.groups
@@ -304,51 +322,71 @@ def _contract(
     through: Tensor,
     slab: Slab,
     inputs: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    made: _Made,
+    made: Expansion,
     totals: Sequence[Tensor | None],
 ) -> None:
     """Add the gradients at inputs and parameters that the gradient `through` the expansion of a slab gives."""
-    sources = [_planes(x, slab) for x in inputs]
+    sources = [planes_of(x, slab) for x in inputs]
     channels, planes = sources[0].shape[1:3]
     groups = made.geometry.groups
     inside = as_rows(channels_last(through)[:, :, slab.before : slab.before + planes])
-    sums = [None if t is None else as_rows(_planes(t, slab)) for t in totals[: len(inputs)]]
-    if made.parts is not None:
-        native.contract(made.parts, sources, inside, sums, totals[len(inputs) :], channels // groups)
-        return
+    sums = [None if t is None else as_rows(planes_of(t, slab)) for t in totals[: len(inputs)]]
     rows = [as_rows(x) for x in sources]
+    if made.parts is not None:
+        for at in _halves(inside):
+            parts, places = [x[at] for x in rows], [None if t is None else t[at] for t in sums]
+            learned = totals[len(inputs) :]
+            native.contract(made.parts, parts, inside[at].float(), places, learned, channels // groups)
+        return
     for sample in range(len(inside)):
         upper = inside[sample].unflatten(1, (groups, -1, channels // groups))
         for block in blocks(upper.shape[0], channels):
-            with torch.enable_grad():
-                leaves = [
-                    x[sample, block].detach().requires_grad_(t is not None)
-                    for x, t in zip(rows, sums, strict=True)
-                ]
-                parts = made.branches.evaluate(*leaves)
-            sought = [leaf for leaf, t in zip(leaves, sums, strict=True) if t is not None]
-            learned = [p for p, t in zip(parameters, totals[len(inputs) :], strict=True) if t is not None]
-            depend = [number for number, part in enumerate(parts) if part.requires_grad]
+            leaves = [
+                t.detach().requires_grad_(total is not None)
+                for t, total in zip((*(x[sample, block] for x in rows), *made.learned), totals, strict=True)
+            ]
+            with recording():
+                functions = made.recipe(leaves[len(inputs) :], *leaves[: len(inputs)])
+            depend = [number for number, function in enumerate(functions) if function.requires_grad]
             grads = torch.autograd.grad(
-                [parts[number] for number in depend],
-                [*sought, *learned],
-                [upper[block, :, number].flatten(1).to(parts[number].dtype) for number in depend],
+                [functions[number] for number in depend],
+                [leaf for leaf in leaves if leaf.requires_grad],
+                [upper[block, :, number].flatten(1).to(functions[number].dtype) for number in depend],
                 allow_unused=True,
             )
             into = [t[sample, block] for t in sums if t is not None]
             into += [t for t in totals[len(inputs) :] if t is not None]
-            for total, part in zip(into, grads, strict=True):
-                if part is not None:
-                    total += part
+            for place, gradient in zip(into, grads, strict=True):
+                if gradient is not None:
+                    place.add_(gradient)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd inside an operator, which runs below it."""
+    keys, without = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        without = without.remove(key)
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), without),
+        torch.enable_grad(),
+    ):
+        yield
 
 
 def _valid_taps(size: int, outputs: int, axis: int, geometry: Geometry, like: Tensor) -> Tensor:
     """(outputs, kernel): 1 where a tap of an output position lies inside the image."""
-    positions = torch.arange(outputs, device=like.device) * geometry.stride[axis] - geometry.padding[axis]
-    taps = torch.arange(geometry.kernel_size[axis], device=like.device) * geometry.dilation[axis]
-    at = positions[:, None] + taps
-    return ((at >= 0) & (at < size)).to(like.dtype)
+    numbers = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+    return _taps_inside(size, outputs, *(axes[axis] for axes in numbers), like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)  # for tiny maps these few numbers take longer than the convolution
+def _taps_inside(
+    size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int, dtype: Any, device: Any
+) -> Tensor:
+    positions = torch.arange(outputs, device=device) * stride - padding
+    at = positions[:, None] + torch.arange(kernel, device=device) * dilation
+    return ((at >= 0) & (at < size)).to(dtype)
 
 
 def _runs(taps: Tensor) -> list[tuple[int, int]]:
@@ -375,8 +413,8 @@ def _border(
 ) -> winograd.Border:
     """conv(1; constant) as one number for all outputs that see the same taps."""
     table, classes = constant.movedim(0, -1), []
-    for axis, (n, outputs) in enumerate(zip(size, out_size, strict=True)):
-        taps = _valid_taps(n, outputs, axis, geometry, constant)
+    for axis, (n, count) in enumerate(zip(size, out_size, strict=True)):
+        taps = _valid_taps(n, count, axis, geometry, constant)
         runs = _runs(taps)
         lengths = torch.tensor([stop - start for start, stop in runs])
         classes.append(torch.repeat_interleave(torch.arange(len(runs), dtype=torch.int32), lengths))

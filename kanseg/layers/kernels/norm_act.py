@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kanseg.layers.kernels import native
+from kanseg.layers.kernels import gpu, native
 from kanseg.layers.kernels.native import Affine
-from kanseg.layers.kernels.rows import as_rows, blocks, channels_last
+from kanseg.layers.kernels.operators import operator, plain_eager, refuse_second
+from kanseg.layers.kernels.rows import as_rows, blocks, channel_like, channels_last
 
 
 def instance_norm_act(
@@ -24,7 +25,8 @@ def instance_norm_act(
     *,
     over: bool = False,
 ) -> Tensor:
-    """act((y - mean) / sqrt(var + eps) * weight + bias), (N, C, *S) in channels-last memory, float32 or float64.
+    """act((y - mean) / sqrt(var + eps) * weight + bias), (N, C, *S) in channels-last memory, float32 or float64,
+    on a GPU that `gpu` serves also half of that.
 
     Mean and variance are of each sample and channel, the variance by a second pass over the centred values.
 
@@ -34,9 +36,11 @@ def instance_norm_act(
         over: without gradients, write the result over `y`.
     """
     given = (y, weight, bias, below)
+    if not plain_eager(y):
+        return _norm(*given, eps, act)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        return _NormAct.apply(y, weight, bias, below, eps, act)
-    return _forward(y, y if over else torch.empty_like(y), weight, bias, below, eps, act)[0]
+        return _Direct.apply(*given, eps, act)
+    return forward(*given, eps, act, out=y if over else None)[0]
 
 
 def activate(z: Tensor, to: Affine) -> Tensor:
@@ -45,7 +49,10 @@ def activate(z: Tensor, to: Affine) -> Tensor:
         return F.silu(z, inplace=True)
     if to.act == "relu":
         return z.relu_()
-    return z.copy_(torch.where(z > 0, z, z * to.below)) if to.act == "prelu" else z
+    if to.act == "prelu":
+        low = z.clamp(max=0)
+        return z.sub_(low).addcmul_(low, to.below)
+    return z
 
 
 def before(grad: Tensor, z: Tensor, to: Affine) -> Tensor:
@@ -54,18 +61,31 @@ def before(grad: Tensor, z: Tensor, to: Affine) -> Tensor:
         return torch.ops.aten.silu_backward(grad, z)
     if to.act == "relu":
         return grad * (z > 0)
-    return torch.where(z > 0, grad, grad * to.below) if to.act == "prelu" else grad
+    if to.act == "prelu":  # the slope: 1 above zero, `below` from it downwards
+        return (z > 0).to(z.dtype).mul_(1 - to.below).add_(to.below).mul_(grad)
+    return grad
 
 
-def _forward(
+def forward(
     y: Tensor,
-    out: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     below: Tensor | None,
     eps: float,
     act: str,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and mean and 1 / deviation of each sample and channel, (N, C)."""
+    y = channels_last(y)
+    if not y.numel():
+        none = y.new_zeros(y.shape[:2], dtype=_statistics_type(y))
+        return torch.empty_like(y), none, none.clone()
+    if gpu.serves(y):
+        return gpu.kernels("norm").forward(y, weight, bias, below, eps, act, out)
+    if y.dtype.itemsize < 4:
+        made, mean, inverse = forward(y.float(), weight, bias, below, eps, act)
+        return made.to(y.dtype), mean, inverse
+    out = torch.empty_like(y) if out is None else out
     rows, written = as_rows(y), as_rows(out)
     compiled = native.serves(y)
     moments = [native.norm_statistics(part) if compiled else _statistics(part) for part in rows]
@@ -79,6 +99,10 @@ def _forward(
             torch.addcmul(to.shift, part[block], to.scale, out=into[block])
             activate(into[block], to)
     return out, mean, inverse
+
+
+def _statistics_type(y: Tensor) -> torch.dtype:
+    return y.dtype if y.dtype.itemsize > 4 else torch.float32
 
 
 def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,49 +130,42 @@ def _affine(
         yield Affine(scale[sample], shift[sample], slopes, act)
 
 
-class _NormAct(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        below: Tensor | None,
-        eps: float,
-        act: str,
-    ) -> Tensor:
-        out, mean, inverse = _forward(y, torch.empty_like(y), weight, bias, below, eps, act)
-        ctx.act = act
-        ctx.save_for_backward(y, weight, bias, below, mean, inverse)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, below, mean, inverse = ctx.saved_tensors
-        grad, result = channels_last(grad), torch.empty_like(y)
-        samples = zip(as_rows(y), as_rows(grad), as_rows(result), strict=True)
-        compiled = native.serves(y, grad)
-        sums = torch.zeros(3, *mean.shape, dtype=mean.dtype, device=mean.device)
-        count = y[0, 0].numel()
-        steps = _affine(mean, inverse, weight, bias, below, ctx.act)
-        for number, ((rows, upper, lower), to) in enumerate(zip(samples, steps, strict=True)):
-            reduce = native.norm_sums if compiled else _sums
-            part = reduce(rows, upper, to, mean[number])
-            part[1] *= inverse[number]  # of g times the normalised value
-            sums[:, number] = part
-            gain = -to.scale * inverse[number] * part[1] / count
-            offset = -to.scale * part[0] / count - gain * mean[number]
-            (native.norm_backward if compiled else _backward)(rows, upper, to, gain, offset, lower)
-        plain, weighted, negative = sums.sum(1)
-        return (
-            result,
-            None if weight is None else weighted,
-            None if bias is None else plain,
-            None if below is None else negative,
-            None,
-            None,
-        )
+def backward(
+    grad: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    below: Tensor | None,
+    mean: Tensor,
+    inverse: Tensor,
+    act: str,
+) -> tuple[Tensor, ...]:
+    """The gradients at y, weight, bias and below, whether there are such or not."""
+    grad = channels_last(grad)
+    if not y.numel():
+        return torch.empty_like(y), *(channel_like(mean, t).zero_() for t in (weight, bias, below))
+    if gpu.serves(y, grad):
+        return gpu.kernels("norm").backward(grad, y, weight, bias, below, mean, inverse, act)
+    if y.dtype.itemsize < 4:
+        of_y, *others = backward(grad.float(), y.float(), weight, bias, below, mean, inverse, act)
+        return of_y.to(y.dtype), *others
+    result = torch.empty_like(y)
+    samples = zip(as_rows(y), as_rows(grad), as_rows(result), strict=True)
+    compiled = native.serves(y, grad)
+    sums = torch.zeros(3, *mean.shape, dtype=mean.dtype, device=mean.device)
+    count = y[0, 0].numel()
+    steps = _affine(mean, inverse, weight, bias, below, act)
+    for number, ((rows, upper, lower), to) in enumerate(zip(samples, steps, strict=True)):
+        reduce = native.norm_sums if compiled else _sums
+        part = reduce(rows, upper, to, mean[number])
+        part[1] *= inverse[number]  # of g times the normalised value
+        sums[:, number] = part
+        gain = -to.scale * inverse[number] * part[1] / count
+        offset = -to.scale * part[0] / count - gain * mean[number]
+        (native.norm_backward if compiled else _to_rows)(rows, upper, to, gain, offset, lower)
+    plain, weighted, negative = (part.sum(0) for part in sums)  # no views of one tensor
+    given = ((weighted, weight), (plain, bias), (negative, below))
+    return result, *(part if t is None else part.to(t.dtype) for part, t in given)
 
 
 def _sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
@@ -164,8 +181,62 @@ def _sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
     return sums
 
 
-def _backward(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: Tensor, out: Tensor) -> None:
+def _to_rows(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: Tensor, out: Tensor) -> None:
     """As `native.norm_backward`."""
     for block in blocks(*rows.shape):
         z = torch.addcmul(to.shift, rows[block], to.scale)
         out[block] = before(grad[block], z, to).mul(to.scale).addcmul_(rows[block], gain).add_(offset)
+
+
+def _fake_forward(y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mean, inverse = (y.new_empty(y.shape[:2], dtype=_statistics_type(y)) for _ in range(2))
+    return torch.empty_like(y), mean, inverse
+
+
+def _fake_backward(
+    grad: Tensor, y: Tensor, weight: Any, bias: Any, below: Any, mean: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(y), *(channel_like(mean, t) for t in (weight, bias, below))
+
+
+GIVEN = "Tensor y, Tensor? weight, Tensor? bias, Tensor? below"
+_norm = operator(
+    "instance_norm_act", f"({GIVEN}, float eps, str act) -> (Tensor, Tensor, Tensor)", forward, _fake_forward
+)
+_norm_backward = operator(
+    "instance_norm_act_backward",
+    f"(Tensor grad, {GIVEN}, Tensor mean, Tensor inverse, str act) -> (Tensor, Tensor, Tensor, Tensor)",
+    backward,
+    _fake_backward,
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, _, ctx.act = inputs
+    ctx.save_for_backward(*given, *output[1:])
+
+
+def _lead_back(
+    ctx: Any, grad: Tensor, *others: Any, call: Callable[..., Any] | None = None
+) -> tuple[Any, ...]:
+    grads = (call or _norm_backward)(grad, *ctx.saved_tensors, ctx.act)
+    needs = ctx.needs_input_grad[:4]
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+_norm.register_autograd(_lead_back, setup_context=_keep)
+_norm_backward.register_autograd(refuse_second)
+
+
+class _Direct(torch.autograd.Function):
+    """The same without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        made = forward(*given)
+        _keep(ctx, given, made)
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _lead_back(ctx, grad, call=None if torch.is_grad_enabled() else backward)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """conv(x; weight), (N, C, *S) -> (N, out_channels, *S'), or None where torch's own serves better."""
-    if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type):
+    if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return None
     if not winograd.serves(x, weight, geometry):
         return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ROW_BLOCK = 1 << 17  # numbers worked on at a time, half a megabyte of float32: steps meet in the cache
+ROW_BLOCK = 1 << 18  # numbers worked on at a time, a megabyte of float32: steps meet in the cache
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -31,3 +31,8 @@ def blocks(count: int, width: int) -> Iterator[slice]:
     step = max(1, ROW_BLOCK // width)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
+
+
+def channel_like(rows: Tensor, given: Tensor | None) -> Tensor:
+    """An uninitialised number a channel, for a gradient: as `given`, or without that as (..., C)."""
+    return rows.new_empty(rows.shape[-1]) if given is None else torch.empty_like(given)
