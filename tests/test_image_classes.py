@@ -18,6 +18,7 @@ from kanseg.data.class_loader import CHANGES, TrainingImages, covering, prepare,
 from kanseg.data.class_plan import ClassPlan, plan_classes
 from kanseg.data.formats import read_dataset
 from kanseg.data.image_classes import is_classes, read_classes
+from kanseg.data.plan import Plan
 from kanseg.data.plans import load_plan
 from kanseg.data.splits import split
 from kanseg.errors import UsageError, UserError
@@ -163,6 +164,13 @@ def test_a_plan_comes_back_from_its_file_and_normalises_what_it_looked_at(name: 
         axes = (0, *range(2, values.ndim))
         np.testing.assert_allclose(values.mean(axes), 0, atol=1e-4)
         np.testing.assert_allclose(values.std(axes), 1, atol=1e-3)
+
+
+def test_a_plan_of_another_task_is_refused_by_name(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    plan_classes(read_classes(tmp_path), tmp_path / "run")
+    with pytest.raises(UserError, match="The plan is for classification, and this is for segmentation alone"):
+        Plan.load(tmp_path / "run" / "plan.json")
 
 
 def test_segmentation_data_are_not_taken_for_classes(blobs: Path, shared_data: Path, tmp_path: Path) -> None:

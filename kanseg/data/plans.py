@@ -19,11 +19,10 @@ AnyPlan = Plan | ClassPlan
 
 def plan_from_dict(values: Mapping[str, Any]) -> AnyPlan:
     """A plan of the kind that it says it is; without a word it is one of segmentation."""
-    rest = dict(values)
-    task = rest.pop("task", Plan.task)
+    task = values.get("task", Plan.task)
     if task not in PLANS:
         raise UserError(f"The plan is for the unknown task '{task}'.{did_you_mean(str(task), PLANS)}")
-    return PLANS[task].from_dict(rest)
+    return PLANS[task].from_dict(dict(values))
 
 
 def load_plan(path: Path | str) -> AnyPlan:

@@ -31,6 +31,9 @@ class StoredPlan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`; keys that are unknown or missing, or do not fit together, raise `UserError`."""
+        values = dict(values)
+        if (task := values.pop("task", cls.task)) != cls.task:
+            raise UserError(f"The plan is for {task}, and this is for {cls.task} alone.")
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
