@@ -15,11 +15,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from backends import BACKENDS, kernels
 from rich.console import Console
 
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
 from kanseg.data.plan import make_plan
+from kanseg.layers.kernels import native
 from kanseg.training.fit import fit
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -40,6 +42,14 @@ def shared_data() -> Path:
 def seed() -> None:
     """Every test starts from the same random numbers."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every set of kernels in turn."""
+    found = kernels(request.param)
+    monkeypatch.setattr(native, "library", lambda: found)
+    return request.param
 
 
 @pytest.fixture(scope="session")

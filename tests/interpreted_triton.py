@@ -24,6 +24,7 @@ from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last
 
 SIZES = {1: (19,), 2: (5, 6), 3: (3, 4, 5)}
+EVERY = sorted(set(FAMILIES) - {"plain", "wavkan", "kagn_v2"})
 GEOMETRIES = [
     {},
     {"groups": 2, "stride": 2},
@@ -78,8 +79,9 @@ def assert_like_float64(make: Callable[..., nn.Module], x: Tensor, tolerance: fl
             assert error < tolerance, f"relative error {error:.1e} for shape {tuple(ours.shape)}"
 
 
-@pytest.mark.parametrize("spatial_dims", [1, 3])
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"plain", "wavkan", "kagn_v2"}))
+@pytest.mark.parametrize(
+    ("family", "spatial_dims"), [*((family, 3) for family in EVERY), ("kagn", 1), ("fastkan", 1)]
+)
 def test_every_family_is_its_formula(family: str, spatial_dims: int, launches: list[str]) -> None:
     x = torch.randn(2, 4, *SIZES[spatial_dims])
     assert_like_float64(lambda **options: conv_layer(family, **options)(spatial_dims, 4, 6), x, 1e-4)

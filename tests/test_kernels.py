@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,34 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backends import BUILT
 from kanseg.layers import FAMILIES, KANConv, conv_layer
 from kanseg.layers.kernels import expansion, instance_norm_act, native
 from kanseg.layers.kernels.rows import channels_last
 from kanseg.layers.wavelet_conv import WaveletConv
 
-BUILT = sorted(Path(native.__file__).parent.glob("_native*.so"))
 SIZES = {1: (33,), 2: (13, 18), 3: (9, 11, 10)}
 LARGE = {2: (47, 50), 3: (13, 15, 14)}  # enough for Winograd's products
 GEOMETRIES = [{}, {"groups": 2, "stride": 2}, {"dilation": 2, "padding": 1}, {"padding": 0}, {"padding": 2}]
-
-
-def _kernels(name: str) -> Any:
-    if name == "eager":
-        return None
-    if not BUILT:
-        pytest.skip("the extension is not built here (no compiler at installation)")
-    loaded = ctypes.CDLL(str(BUILT[0]))
-    if native.INSTRUCTION_SETS.index(name) > loaded.kanseg_instruction_set():
-        pytest.skip(f"this processor has no {name}")
-    return native.Kernels(loaded, name)
-
-
-@pytest.fixture(params=["eager", *native.INSTRUCTION_SETS])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every set of kernels in turn."""
-    kernels = _kernels(request.param)
-    monkeypatch.setattr(native, "library", lambda: kernels)
-    return request.param
 
 
 @pytest.fixture(scope="module")

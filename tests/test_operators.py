@@ -41,8 +41,9 @@ def forget_compiled() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
-@pytest.mark.parametrize("family", KAN_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "spatial_dims"), [*((family, 3) for family in KAN_FAMILIES), ("kagn", 1), ("kagn", 2)]
+)
 def test_every_family_is_one_graph(family: str, spatial_dims: int) -> None:
     layer = conv_layer(family)(spatial_dims, 4, 6, groups=2)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kanseg.bases.wavelet import get_wavelet
 from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation, lean
 from kanseg.layers.kernels import wavelet
-from kanseg.layers.kernels.operators import plain_eager
+from kanseg.layers.kernels.operators import only_first, plain_eager
 from kanseg.layers.kernels.recipe import Recipe
 
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
@@ -134,7 +134,7 @@ class SumOfTerms(torch.autograd.Function):
         return functools.reduce(Tensor.add_, (term(*tensors) for term in terms))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @only_first
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         total: list[Any] = [None] * len(wanted)

@@ -76,7 +76,7 @@ def library() -> Any:
     try:
         loaded = ctypes.CDLL(str(files[0]))
         return Kernels(loaded, INSTRUCTION_SETS[loaded.kanseg_instruction_set()])
-    except (OSError, AttributeError):  # built for another machine, or by another version
+    except (OSError, AttributeError, IndexError):  # built for another machine, or by another version
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,34 @@ def refuse_second(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
         "the kernels of KAN layers have no second derivative; make the layer with recompute=False for one"
     )
+
+
+def only_first(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass of a `torch.autograd.Function` that refuses a second derivative.
+
+    torch's `once_differentiable` forgets what the gradients depend on where the gradient it gets is a constant, and a
+    penalty on them then does nothing.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, grad: Tensor) -> Any:
+        with torch.no_grad():
+            grads = backward(ctx, grad)
+        if not torch.is_grad_enabled():
+            return grads
+        return _Refusing.apply(len(grads), *grads, grad, *ctx.saved_tensors)
+
+    return refusing
+
+
+class _Refusing(torch.autograd.Function):
+    """The first `count` tensors, as ones that depend on all."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Any) -> Any:
+        return tensors[:count]
+
+    backward = staticmethod(refuse_second)
 
 
 def operator(name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kanseg.layers.kernels import winograd
+from kanseg.layers.kernels.operators import only_first
 from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class _PlainConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @only_first
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad, padding = channels_last(grad), ctx.geometry.padding

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from kanseg.bases.wavelet import dog, mexican_hat, morlet
 from kanseg.layers.kernels import native
+from kanseg.layers.kernels.operators import only_first
 from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class _WaveletSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @only_first
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, translation, weight, mix = ctx.saved_tensors
         call = _Call(x, scale, translation, weight, ctx.kind, ctx.geometry)
