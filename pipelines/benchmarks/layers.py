@@ -78,7 +78,6 @@ def main() -> None:
     import torch
 
     from kanseg.layers.kernels import gpu
-    from kanseg.layers.kernels.native import available
     from kanseg.training.devices import keep_freed_memory
 
     torch.set_num_threads(given.threads)
@@ -86,10 +85,7 @@ def main() -> None:
     if given.reference:
         sys.path.insert(0, str(given.reference))
     results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor()}",
-        "torch": torch.__version__,
-        "threads": given.threads,
-        "compiled kernels": available(),
+        **machine(),
         "triton kernels": gpu.described(),
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "dtype": given.dtype,
@@ -142,21 +138,35 @@ def measure(
         key: {name: turn(layer, inputs[name], device, dtype) for name, layer in layers.items()}
         for key, turn in (("forward", _forward), ("training", _training))
     }
-    times = {key: _take_turns(turns, rounds) for key, turns in calls.items()}
+    times = {key: take_turns(turns, rounds) for key, turns in calls.items()}
     row = {"case": case, "family": family, "rival": "plain"}
-    row |= {key: _ratio(taken["kanseg"], taken["plain"]) for key, taken in times.items()}
+    row |= {key: ratio(taken["kanseg"], taken["plain"]) for key, taken in times.items()}
     row |= {f"{key}_ms": 1e3 * statistics.median(taken["kanseg"]) for key, taken in times.items()}
     row["saved"] = saved(layers["kanseg"], inputs["kanseg"])
     if dims == 3 and device == "cpu" and sys.platform == "linux":
         row["inference_mb"] = inference_peak(family)
     rows = [row]
     if "folded" in layers:
-        against = {key: _ratio(taken["kanseg"], taken["folded"]) for key, taken in times.items()}
+        against = {key: ratio(taken["kanseg"], taken["folded"]) for key, taken in times.items()}
         rows.append({"case": case, "family": family, "rival": "folded", **against})
     if reference:
-        against = {key: _ratio(taken["reference"], taken["kanseg"]) for key, taken in times.items()}
+        against = {key: ratio(taken["reference"], taken["kanseg"]) for key, taken in times.items()}
         rows.append({"case": case, "family": family, "rival": "reference", **against})
     return rows
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    import torch
+
+    from kanseg.layers.kernels.native import available
+
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor()}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "compiled kernels": available(),
+    }
 
 
 def _folded(layer: Any, plain: Any, x: Any) -> tuple[Any, Any]:
@@ -173,14 +183,16 @@ def _folded(layer: Any, plain: Any, x: Any) -> tuple[Any, Any]:
     return folded.to(memory_format=memory), torch.randn(size).contiguous(memory_format=memory)
 
 
-def _take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every layer in every round, after one round that is not counted."""
+def take_turns(
+    calls: dict[str, Callable[[], Any]], rounds: int, uncounted: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, after rounds that are not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
+    for number in range(uncounted + rounds):
         for name, call in calls.items():
             begun = time.perf_counter()
             call()
-            if number:
+            if number >= uncounted:
                 times[name].append(time.perf_counter() - begun)
     return times
 
@@ -225,7 +237,8 @@ def _finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _ratio(one: list[float], other: list[float]) -> float:
+def ratio(one: list[float], other: list[float]) -> float:
+    """Median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
