@@ -5,7 +5,6 @@ A draw is its number: `pytest "tests/test_fuzz.py::test_a_drawn_layer_is_its_for
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import random
 import shutil
@@ -27,7 +26,10 @@ from kanseg.layers.kernels import native
 DRAWS, MANY = 56, 500
 NAMES = sorted(FAMILIES)
 TOLERANCE = 1e-4  # of the norm of what is compared: Winograd's gradients of weights in float32
-ZERO = {True: 3e-3, False: 1e-6}  # with a norm, which multiplies what is left of a zero by up to 1 / sqrt(eps)
+ZERO = {
+    True: 3e-3,
+    False: 1e-6,
+}  # with a norm, which multiplies what is left of a zero by up to 1 / sqrt(eps)
 LIKE_FLOAT32 = 20  # times the error of the formula in float32, where that is ill-conditioned
 DEGREES = {"degree": (0, 1, 2, 3, 6)}
 GRIDS = {"grid_size": (1, 3, 5, 8)}
@@ -155,7 +157,9 @@ def trial(number: int) -> Trial:
     rounded.load_state_dict(layer.state_dict())
     leaf = draw.leaf()
     y = rounded(draw.input(leaf)).detach()
-    cotangent = torch.randn(y[: 1 if number % 3 == 0 else None].shape)  # may lie in memory once for all samples
+    cotangent = torch.randn(
+        y[: 1 if number % 3 == 0 else None].shape
+    )  # may lie in memory once for all samples
     return Trial(
         layer,
         leaf,
@@ -266,7 +270,9 @@ def compiled(path: Path, code: str) -> None:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler here")
-    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=code.encode(), check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=code.encode(), check=True
+    )
 
 
 FILES = {

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from backends import BUILT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backends import BUILT
 from kanseg.layers import FAMILIES, KANConv, conv_layer
 from kanseg.layers.kernels import expansion, instance_norm_act, native
 from kanseg.layers.kernels.rows import channels_last

@@ -54,14 +54,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-o", "--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--dims", nargs="*", type=int, default=[3, 2], choices=(2, 3))
-    parser.add_argument("--networks", nargs="*", default=names, choices=names, help="UKANets bring their twins")
+    parser.add_argument(
+        "--networks", nargs="*", default=names, choices=names, help="UKANets bring their twins"
+    )
     parser.add_argument("--features", type=int, default=16, help="of the first stage of UKANet-KAGN in 3D")
     parser.add_argument("--patch", type=int, help="voxels an axis; default 64 in 3D, 192 in 2D")
     parser.add_argument("--volume", type=int, default=192, help="voxels an axis of the whole image")
     parser.add_argument("--overlap", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--to-dice", type=Path, metavar="DATA", help="seconds to a Dice of .85 on this data set")
+    parser.add_argument(
+        "--to-dice", type=Path, metavar="DATA", help="seconds to a Dice of .85 on this data set"
+    )
     parser.add_argument("--minutes", type=float, default=30, help="of each training at most")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one network, in a process of its own
     given = parser.parse_args()
@@ -190,7 +194,9 @@ def inference(network: Any, dims: int, patch: int, volume: int, overlap: float) 
     return call
 
 
-def measured(given: argparse.Namespace, dims: int, patch: int, specs: dict[str, Spec]) -> list[dict[str, Any]]:
+def measured(
+    given: argparse.Namespace, dims: int, patch: int, specs: dict[str, Spec]
+) -> list[dict[str, Any]]:
     """A row a network, with ratios to all others; prints them."""
     networks = {name: make(described) for name, described in specs.items()}
     steps = {name: training(network, dims, patch) for name, network in networks.items()}
@@ -202,7 +208,12 @@ def measured(given: argparse.Namespace, dims: int, patch: int, specs: dict[str, 
     del networks, steps, windows
     rows = []
     for name, described in specs.items():
-        row: dict[str, Any] = {"network": name, "spatial_dims": dims, "parameters": sizes[name], "spec": described}
+        row: dict[str, Any] = {
+            "network": name,
+            "spatial_dims": dims,
+            "parameters": sizes[name],
+            "spec": described,
+        }
         for job, taken in times.items():
             about = {"dims": dims, "patch": patch, "job": job, "described": described}
             row[job] = {"seconds": statistics.median(taken[name]), "mb": alone(given, about)}
@@ -217,11 +228,18 @@ def measured(given: argparse.Namespace, dims: int, patch: int, specs: dict[str, 
     return rows
 
 
-def compared(row: dict[str, Any], other: dict[str, Any], job: str, taken: dict[str, list[float]]) -> dict[str, Any]:
+def compared(
+    row: dict[str, Any], other: dict[str, Any], job: str, taken: dict[str, list[float]]
+) -> dict[str, Any]:
     """Ratios of time, with their spread, and of memory."""
     one, two = taken[row["network"]], taken[other["network"]]
     each = [a / b for a, b in zip(one, two, strict=True)]
-    return {"time": ratio(one, two), "from": min(each), "to": max(each), "mb": row[job]["mb"] / other[job]["mb"]}
+    return {
+        "time": ratio(one, two),
+        "from": min(each),
+        "to": max(each),
+        "mb": row[job]["mb"] / other[job]["mb"],
+    }
 
 
 def show(dims: int, rows: list[dict[str, Any]]) -> None:
@@ -294,10 +312,16 @@ def raced(given: argparse.Namespace, specs: dict[str, Spec]) -> list[dict[str, A
     dataset = read_dataset(given.to_dice)
     planned = make_plan(dataset, dim=3)
     short = ["training=sgd", f"training.max_minutes={given.minutes}", "training.steps_per_epoch=50"]
-    config = load_config(overrides=[*short, "training.validation_cases=16", "training.final_validation=false"])
+    config = load_config(
+        overrides=[*short, "training.validation_cases=16", "training.final_validation=false"]
+    )
     rows = []
     for name, described in specs.items():
-        options = {k: v for k, v in described.items() if k not in ("name", "spatial_dims", "in_channels", "out_channels")}
+        options = {
+            k: v
+            for k, v in described.items()
+            if k not in ("name", "spatial_dims", "in_channels", "out_channels")
+        }
         if described["name"] == "ukanet":
             options |= {"strides": [[1] * 3] + [[2] * 3] * (STAGES - 1), "kernel_sizes": [[3] * 3] * STAGES}
         plan = replace(planned, model=described["name"], model_options=options)
@@ -308,7 +332,9 @@ def raced(given: argparse.Namespace, specs: dict[str, Spec]) -> list[dict[str, A
             except Reached as reached:
                 seconds = reached.args[0]
         rows.append({"network": name, "dice": TARGET, "seconds": seconds})
-        print(f"{name}: {'not within the minutes' if seconds is None else f'{seconds:.0f} s'} to a Dice of {TARGET}")
+        print(
+            f"{name}: {'not within the minutes' if seconds is None else f'{seconds:.0f} s'} to a Dice of {TARGET}"
+        )
     return rows
 
 
