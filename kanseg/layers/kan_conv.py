@@ -48,7 +48,7 @@ def activation(act: ActSpec) -> nn.Module:
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x), also where instance norm meets what torch refuses: a map of one voxel, which becomes its bias, or none."""
+    """norm(x), also where torch refuses an instance norm: a map of one voxel, which becomes its bias, or of none."""
     if isinstance(norm, _InstanceNorm) and not x.numel():
         return x + sum(
             parameter.sum() for parameter in norm.parameters()
