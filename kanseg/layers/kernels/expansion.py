@@ -9,6 +9,7 @@ channel: its term depends on the distance to the border alone and is added as su
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kanseg.layers.kernels import native, winograd
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import as_rows, blocks, channels_last, empty_channels_last
 
+# Channels * planes * rows of one volume up to which torch convolves it by a loop of its own, 10 to 40 times slower than
+# oneDNN (`use_mkldnn` in its Convolution.cpp; seen in torch 2.13 and 2.14).
+LEFT_TO_TORCH = 20480
+LEAST_VOXELS = 128  # of that volume; the loop does well below
 SLAB_BYTES = 32 * 2**20  # of an expansion; a smaller one starves the gradient of the weight
 
 
@@ -203,7 +209,28 @@ def convolution_gradients(
         geometry.groups,
         [of_x, of_weight, False],
     )
-    return torch.ops.aten.convolution_backward(channels_last(grad), x, weight, None, *how)[:2]
+    samples, channels = x.shape[:2]
+    x, weight = for_onednn(x, weight)
+    grad = F.pad(channels_last(grad), [0, 0] * (grad.dim() - 1) + [0, len(x) - samples])
+    at_x, at_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *how)
+    return (
+        None if at_x is None else at_x[:samples, :channels],
+        None if at_weight is None else at_weight[:, : channels // geometry.groups],
+    )
+
+
+def for_onednn(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, with channels of zeros more, or x with a sample more, where torch would convolve by its own loop."""
+    size, channels = x.shape[2:], x.shape[1]
+    alone = len(x) == 1 and len(size) == 3 and size.numel() >= LEAST_VOXELS and channels == weight.shape[1]
+    if not alone or x.device.type != "cpu" or x.dtype != torch.float32 or weight[0, 0].numel() == 1:
+        return x, weight
+    missing = LEFT_TO_TORCH // (size[0] * size[1]) + 1 - channels
+    if missing <= 0:
+        return x, weight
+    if channels + missing > max(16, 2 * channels):
+        return F.pad(x, [0] * 9 + [1]), weight
+    return F.pad(x, [0] * 7 + [missing, 0, 0]), F.pad(weight, [0] * 7 + [missing, 0, 0])
 
 
 def plus(total: Tensor | None, part: Tensor) -> Tensor:
@@ -251,6 +278,7 @@ def slabs(
     stride, padding = geometry.stride[0], geometry.padding[0]
     reach = geometry.dilation[0] * (geometry.kernel_size[0] - 1)
     height = max(1, (most // plane_bytes - reach) // stride)
+    height = math.ceil(outputs / max(1, math.ceil(outputs / height)))  # no thin slab at the end
     for sample in range(samples):
         for start in range(0, outputs, height):
             stop = min(start + height, outputs)
@@ -313,9 +341,12 @@ def _halves(rows: Tensor) -> Iterator[Any]:
 def convolve(buffer: Tensor, weight: Tensor, slab: Slab, geometry: Geometry) -> Tensor:
     """The convolution of a slab."""
     convolution = torch.conv2d if buffer.dim() == 4 else torch.conv3d
-    return convolution(
+    samples = len(buffer)
+    buffer, weight = for_onednn(buffer, weight)
+    made = convolution(
         buffer, weight, None, geometry.stride, slab.padding(geometry), geometry.dilation, geometry.groups
     )
+    return made[:samples]
 
 
 def _contract(
