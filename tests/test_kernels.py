@@ -90,6 +90,19 @@ def test_winograds_products_are_the_convolution(
     assert_like_float64(lambda **o: conv_layer(family, **options, **o)(spatial_dims, 32, 16), x, 2e-4)
 
 
+@pytest.mark.parametrize(("size", "zeros"), [((30, 30, 5), (1, 6)), ((6, 6, 6), (2, 4)), ((3, 3, 3), (1, 4))])
+def test_zeros_that_lead_torch_to_onednn_change_nothing(
+    backend: str, size: tuple[int, ...], zeros: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume of few channels gets channels or a sample more, a tiny one nothing."""
+    monkeypatch.setattr(expansion, "LEFT_TO_TORCH", 5000)
+    x = torch.randn(1, 1, *size)
+    wider, weight = expansion.for_onednn(torch.zeros(1, 4, *size), torch.zeros(5, 4, 3, 3, 3))
+    assert (wider.shape[:2], weight.shape[1]) == (zeros, zeros[1])
+    for bare in ({}, {"base": False}):
+        assert_like_float64(lambda **options: KANConv(3, 1, 5, **bare, **options), x)  # noqa: B023
+
+
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("psi", ["mexican_hat", "morlet", "dog", "meyer"])
 @pytest.mark.parametrize("spatial_dims", [2, 3])

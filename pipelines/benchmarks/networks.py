@@ -10,7 +10,7 @@ scaled until they do, in steps of 16 channels where that is fine enough, else of
 plain network (`basis=None`) of the same widths, which has fewer parameters.
 
     python pipelines/benchmarks/networks.py -o pipelines/benchmarks/results/networks.json
-    python pipelines/benchmarks/networks.py --dims 3 --rounds 3 --volume 96 --networks kagn --rivals "twin of kagn"
+    python pipelines/benchmarks/networks.py --dims 3 --rounds 3 --volume 96 --networks kagn
     python pipelines/benchmarks/networks.py --dims 3 --to-dice ../data/Task04_Hippocampus --minutes 30
 
 The last trains each network on the first fold of a data set until the mean validation Dice is .85, and says after how
