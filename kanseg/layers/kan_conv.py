@@ -50,9 +50,7 @@ def activation(act: ActSpec) -> nn.Module:
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x), also where torch refuses an instance norm: a map of one voxel, which becomes its bias, or of none."""
     if isinstance(norm, _InstanceNorm) and not x.numel():
-        return x + sum(
-            parameter.sum() for parameter in norm.parameters()
-        )  # nothing, with a gradient for each
+        return x + sum(p.sum() for p in norm.parameters())  # nothing, with a gradient for each
     if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
     return norm(x)
