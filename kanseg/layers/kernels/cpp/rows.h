@@ -66,8 +66,9 @@ INLINE void store_some(float* to, V v, int count) {
   for (int i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-INLINE V larger(V a, V b) { return a > b ? a : b; }
-INLINE V smaller(V a, V b) { return a < b ? a : b; }
+// Not a number stays so where it is the first of the two.
+INLINE V larger(V a, V b) { return a < b ? b : a; }
+INLINE V smaller(V a, V b) { return a > b ? b : a; }
 INLINE V positive(V a) { return larger(a, V{}); }
 
 INLINE float total(V v) {
