@@ -15,7 +15,7 @@ and differ, so times and memory tell what a user meets, not which network is fas
   same_weights says whether the last weights are, to the bit, those of the training that was not killed.
 - shared_subjects: patients on both sides of fold 0, by `subjects` in dataset.json.
 
-To be short, a training is 4 epochs of 10 steps: for kanseg two keys on the command line, for nnU-Net a trainer in a file
+To be short, a training is 4 epochs of 4 steps: for kanseg two keys on the command line, for nnU-Net a trainer in a file
 of its own and the variable nnUNet_extTrainer; both are left out of the counts. nnU-Net's checkpoints are otherwise as
 it makes them: checkpoint_best when the moving average of Dice rises, checkpoint_latest every 50 epochs of 250 steps.
 """
@@ -34,20 +34,20 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import psutil
+from layers import processor
 
-EPOCHS, STEPS, KILLED_AT = 4, 10, 0.6
-TRAINER = f'''
+EPOCHS, STEPS, KILLED_AT = 4, 4, 0.6
+TRAINER = f"""
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 class nnUNetTrainer_short(nnUNetTrainer):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = {EPOCHS}, {STEPS}, 2
-'''
+"""
 # Runs a console script; every optimizer step adds "time CRC-32 of the parameters" to a file, one of them kills all.
 WATCHED = """
 import os, signal, sys, time, zlib
@@ -135,7 +135,7 @@ TOOLS = {
 }
 
 
-class Failed(Exception):
+class CommandError(Exception):
     """A command ended with an error; the message is its last line."""
 
 
@@ -151,7 +151,7 @@ def main() -> None:
     given = parser.parse_args()
     bins = {"kanseg": Path(sys.executable).parent, "nnunetv2": given.nnunet, "monai": given.auto3dseg}
     results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {import_module('layers')._processor()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
         "threads": os.environ.get("OMP_NUM_THREADS", "as each tool sets them"),
         "cases": given.cases,
         "tools": {},
@@ -162,8 +162,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 results["tools"][name] = follow(tool, folder, given.data, given.cases, Path(temporary))
             print(name, json.dumps(results["tools"][name], indent=1), flush=True)
-    if given.out:
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
+            if given.out:
+                given.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def follow(tool: Tool, bins: Path, data: Path, cases: int, folder: Path) -> dict[str, Any]:
@@ -174,8 +174,9 @@ def follow(tool: Tool, bins: Path, data: Path, cases: int, folder: Path) -> dict
         "commands": len(typed),
         "variables": len(tool.variables),
         "files": 0,
-        "typed": [f"export {key}={value}" for key, value in tool.variables.items()] + typed,
-        "again": tool.again,
+        "typed": [_shown(f"export {key}={value}") for key, value in tool.variables.items()]
+        + [_shown(command) for command in typed],
+        "again": _shown(tool.again),
         "load": round(os.getloadavg()[0], 1),
     }
     source = _subset(data, folder / "Task04_Hippocampus", cases)
@@ -197,7 +198,7 @@ def follow(tool: Tool, bins: Path, data: Path, cases: int, folder: Path) -> dict
         way.run.mkdir(exist_ok=True)
         first = way.go(f"{tool.train} {tool.short}", killed_at)
         second = way.go(f"{tool.again} {tool.short if '--resume' not in tool.again else ''}")
-    except Failed as error:
+    except CommandError as error:
         return row | way.memory | {"stopped_s": round(time.time() - begun, 1), "not_run": str(error)}
     return row | {
         "steps": len(whole),
@@ -205,6 +206,7 @@ def follow(tool: Tool, bins: Path, data: Path, cases: int, folder: Path) -> dict
         "repeatable": first[0][1] == whole[0][1],
         "lost_steps": len(first) + len(second) - len(whole),
         "same_weights": second[-1][1] == whole[-1][1],
+        "load_at_end": round(os.getloadavg()[0], 1),
     }
 
 
@@ -224,7 +226,7 @@ class Way:
         """Run a command, until so many steps if `kill`; time and CRC-32 of each training step it took.
 
         Raises:
-            Failed: the exit code is not that of success, respectively of the kill.
+            CommandError: the exit code is not that of success, respectively of the kill.
         """
         words = shlex.split(self.place(command))
         log, steps = self.run.with_name("log.txt"), self.run.with_name("steps.txt")
@@ -247,7 +249,7 @@ class Way:
             sampler.join()
         if code != (-9 if kill else 0):
             lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-            raise Failed(f"{command.split()[0]} ended with {code}: {lines[-1]}")
+            raise CommandError(f"{command.split()[0]} ended with {code}: {lines[-1]}")
         return [(float(at), crc) for at, crc in map(str.split, steps.read_text().splitlines())]
 
     def _sample(self, pid: int) -> None:
@@ -262,6 +264,10 @@ class Way:
             for key, value in zip(MEMORY, (sum(pss), max(high)), strict=True):
                 self.memory[key] = max(self.memory[key], round(value))
             time.sleep(0.5)
+
+
+def _shown(text: str) -> str:
+    return text.format(data="Task04_Hippocampus", run="RUN")
 
 
 def _high_water(pid: int) -> float:
