@@ -15,9 +15,17 @@ and differ, so times and memory tell what a user meets, not which network is fas
   same_weights says whether the last weights are, to the bit, those of the training that was not killed.
 - shared_subjects: patients on both sides of fold 0, by `subjects` in dataset.json.
 
-To be short, a training is 4 epochs of 4 steps: for kanseg two keys on the command line, for nnU-Net a trainer in a file
-of its own and the variable nnUNet_extTrainer; both are left out of the counts. nnU-Net's checkpoints are otherwise as
-it makes them: checkpoint_best when the moving average of Dice rises, checkpoint_latest every 50 epochs of 250 steps.
+To be short, a training is 4 epochs of 4 steps: for kanseg two keys on the command line (and for `run` two folds of the
+3D network), for nnU-Net a trainer in a file of its own and the variable nnUNet_extTrainer; all this is left out of the
+counts. nnU-Net's checkpoints are as it makes them: checkpoint_best when the moving average of Dice rises, which in the
+first epochs is nearly always, checkpoint_latest every 50 epochs, of 250 steps each by default.
+
+Auto3DSeg downloads its networks as "algorithm templates" from github.com when it runs; without a network the way ends
+there, and its row says so. What its source says of a kill (auto_runner.py of MONAI 1.6.1): the same command skips what
+is finished of analysis and trainings; the training that was killed is not among them.
+
+The last run's numbers are in results/workflow.json: 2 cores (AMD EPYC) shared with other work, load 4 to 8, so its
+seconds are upper bounds. Both planned batches of 2 and patches of 40 x 56 x 40 for these 20 cases.
 """
 
 from __future__ import annotations
@@ -44,8 +52,8 @@ EPOCHS, STEPS, KILLED_AT = 4, 4, 0.6
 TRAINER = f"""
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 class nnUNetTrainer_short(nnUNetTrainer):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, plans, configuration, fold, dataset_json, device):  # its checkpoint stores them by name
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = {EPOCHS}, {STEPS}, 2
 """
 # Runs a console script; every optimizer step adds "time CRC-32 of the parameters" to a file, one of them kills all.
@@ -76,8 +84,8 @@ MEMORY = ("peak_mb", "largest_mb")
 class Tool:
     """What is typed for one tool. `{data}` and `{run}` in commands and variables become folders.
 
-    `short` is added to the training commands and `hidden` to the variables, to make the training short; `setup`
-    commands are typed because of this folder's own shape and count too.
+    `short` is added to the training commands and `hidden` to the variables, to make the training short. nnU-Net's
+    converter wants a folder imagesTs even if it is empty; the Decathlon's archive has one.
     """
 
     package: str
@@ -85,6 +93,7 @@ class Tool:
     train: str
     again: str
     short: str = ""
+    files: tuple[str, ...] = ()  # written by hand
     variables: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
     splits: str = ""
@@ -121,9 +130,9 @@ TOOLS = {
         NNUNET,
         f"{NNUNET} --c",
         "-tr nnUNetTrainer_short",
-        {f"nnUNet_{name}": f"{{run}}/{name}" for name in ("raw", "preprocessed", "results")},
-        {"nnUNet_extTrainer": "{run}/trainers"},
-        "{run}/preprocessed/Dataset004_Hippocampus/splits_final.json",
+        variables={f"nnUNet_{name}": f"{{run}}/{name}" for name in ("raw", "preprocessed", "results")},
+        hidden={"nnUNet_extTrainer": "{run}/trainers"},
+        splits="{run}/preprocessed/Dataset004_Hippocampus/splits_final.json",
     ),
     "MONAI Auto3DSeg": Tool(
         "monai",
@@ -173,7 +182,7 @@ def follow(tool: Tool, bins: Path, data: Path, cases: int, folder: Path) -> dict
         "version": _version(tool.package, bins),
         "commands": len(typed),
         "variables": len(tool.variables),
-        "files": 0,
+        "files": len(tool.files),
         "typed": [_shown(f"export {key}={value}") for key, value in tool.variables.items()]
         + [_shown(command) for command in typed],
         "again": _shown(tool.again),
