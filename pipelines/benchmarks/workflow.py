@@ -152,7 +152,7 @@ def main() -> None:
     """Go every tool's way, print a table and write the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder with dataset.json, imagesTr and labelsTr")
-    parser.add_argument("-o", "--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("-o", "--out", type=Path, help="JSON file for the numbers; rows of other tools stay")
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--nnunet", type=Path, help="bin folder of an environment with nnunetv2")
     parser.add_argument("--auto3dseg", type=Path, help="bin folder of an environment with monai and fire")
@@ -163,7 +163,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
         "threads": os.environ.get("OMP_NUM_THREADS", "as each tool sets them"),
         "cases": given.cases,
-        "tools": {},
+        "tools": json.loads(given.out.read_text())["tools"] if given.out and given.out.exists() else {},
     }
     for name in given.tools:
         tool = TOOLS[name]
