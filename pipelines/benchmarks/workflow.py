@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -46,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from layers import processor
+from layers import machine
 
 EPOCHS, STEPS, KILLED_AT = 4, 4, 0.6
 TRAINER = f"""
@@ -102,6 +101,10 @@ class Tool:
 
 NNUNET = "nnUNetv2_train 4 3d_fullres 0 -device cpu"
 KEYS = f"training.max_epochs={EPOCHS} training.steps_per_epoch={STEPS}"
+AUTO3DSEG = (
+    "python -m monai.apps.auto3dseg AutoRunner run --work_dir {run}/results --input "
+    '\'{{"modality": "mri", "datalist": "{data}/dataset.json", "dataroot": "{data}"}}\''
+)
 TOOLS = {
     "kanseg run": Tool(
         "kanseg",
@@ -137,9 +140,8 @@ TOOLS = {
     "MONAI Auto3DSeg": Tool(
         "monai",
         (),
-        "python -m monai.apps.auto3dseg AutoRunner run --work_dir {run}/results --input "
-        '\'{{"modality": "mri", "datalist": "{data}/dataset.json", "dataroot": "{data}"}}\'',
-        "the same",
+        AUTO3DSEG,
+        AUTO3DSEG,
     ),
 }
 
@@ -160,8 +162,7 @@ def main() -> None:
     given = parser.parse_args()
     bins = {"kanseg": Path(sys.executable).parent, "nnunetv2": given.nnunet, "monai": given.auto3dseg}
     results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
-        "threads": os.environ.get("OMP_NUM_THREADS", "as each tool sets them"),
+        **machine(),
         "cases": given.cases,
         "tools": json.loads(given.out.read_text())["tools"] if given.out and given.out.exists() else {},
     }
