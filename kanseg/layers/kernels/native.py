@@ -27,6 +27,7 @@ from kanseg.bases.orthogonal import Gram, OrthogonalPolynomials
 from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.relu import ReLUBumps
 
+INTERFACE = 1  # of the functions; counted up here and in plain.cpp when one takes other arguments
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 ACTS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.SiLU: 1, nn.GELU: 2, nn.ReLU: 3}
 ACT_NAMES = {"identity": 0, "silu": 1, "relu": 3, "prelu": 4}
@@ -75,6 +76,8 @@ def library() -> Any:
         return None
     try:
         loaded = ctypes.CDLL(str(files[0]))
+        if loaded.kanseg_interface() != INTERFACE:
+            return None
         return Kernels(loaded, INSTRUCTION_SETS[loaded.kanseg_instruction_set()])
     except (OSError, AttributeError, IndexError):  # built for another machine, or by another version
         return None

@@ -16,6 +16,9 @@ void kanseg_use_threads(void* parallel, void* thread, void* threads) {
   kanseg_threads = (int (*)(void))threads;
 }
 
+// Which version of the functions this is; the same in Python, which leaves another version alone.
+int kanseg_interface(void) { return 1; }
+
 // The best instruction set here: 2 AVX-512, 1 AVX2, 0 any.
 int kanseg_instruction_set(void) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
