@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kanseg.layers import FAMILIES, KANConv, conv_layer
-from kanseg.layers.kernels import conv_operator, expansion, gpu, instance_norm_act, norm_act, triton_conv
+from kanseg.layers.kernels import conv_operator, gpu, instance_norm_act, norm_act, triton_conv
 from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last
 
@@ -203,7 +203,6 @@ def test_a_kagn_layer_launches_twelve_kernels(
         conv_operator, "plain_eager", lambda x: True
     )  # so that the mode sees inside the operators
     monkeypatch.setattr(norm_act, "plain_eager", lambda x: True)
-    monkeypatch.setattr(expansion, "for_onednn", lambda x, weight: (x, weight))  # a step on a CPU alone
     layer = conv_layer("kagn")(3, 8, 8)
     x = channels_last(torch.randn(2, 8, 4, 4, 4)).requires_grad_()
     cotangent = channels_last(torch.randn(2, 8, 4, 4, 4)).to(dtype)

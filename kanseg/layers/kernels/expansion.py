@@ -211,7 +211,9 @@ def convolution_gradients(
     )
     samples, channels = x.shape[:2]
     x, weight = for_onednn(x, weight)
-    grad = F.pad(channels_last(grad), [0, 0] * (grad.dim() - 1) + [0, len(x) - samples])
+    grad = channels_last(grad)
+    if len(x) > samples:
+        grad = F.pad(grad, [0, 0] * (grad.dim() - 1) + [0, len(x) - samples])
     at_x, at_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *how)
     return (
         None if at_x is None else at_x[:samples, :channels],
