@@ -22,6 +22,7 @@ MINUTES = 5.0  # of training; reading, prediction and evaluation take half a min
 PATCH = [48, 48, 48]
 FEATURES = [16, 32, 64]
 OVERRIDES = ["training.steps_per_epoch=25", "training.validate_every=1000", "training.final_validation=false"]
+RULES = [{"labels": [1, 2, 3], "largest": True}]  # known beforehand: a head has one brain
 REMARK = (
     "This is one average brain, cut in two: a demonstration that everything works, not a benchmark. "
     "Train on your own scans with `kanseg plan DATA -o RUN` and `kanseg train RUN`."
@@ -38,6 +39,7 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
         UserError: nilearn is missing, or `out` already holds a demonstration.
     """
     from kanseg.config import load_config
+    from kanseg.inference.ensemble import POSTPROCESSING
     from kanseg.inference.predict import predict_folder
     from kanseg.training.checkpoint import load_model
     from kanseg.training.fit import fit
@@ -61,7 +63,8 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
     model, plan, _ = load_model(out / "run")
     (case,) = dataset.test_cases
     masks = make_folder(out / "masks")
-    failures = predict_folder(model, plan, [case], masks, console=console)
+    write_json(out / "run" / POSTPROCESSING, {"rules": RULES})
+    failures = predict_folder(model, plan, [case], masks, rules=RULES, console=console)
     if failures:
         raise UserError(failures[case.id])
     (mask,) = (found.images[0] for found in find_images(masks))
