@@ -39,7 +39,7 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
         UserError: nilearn is missing, or `out` already holds a demonstration.
     """
     from kanseg.config import load_config
-    from kanseg.inference.ensemble import POSTPROCESSING
+    from kanseg.inference.postprocess import save_rules
     from kanseg.inference.predict import predict_folder
     from kanseg.training.checkpoint import load_model
     from kanseg.training.fit import fit
@@ -63,7 +63,7 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
     model, plan, _ = load_model(out / "run")
     (case,) = dataset.test_cases
     masks = make_folder(out / "masks")
-    write_json(out / "run" / POSTPROCESSING, {"rules": RULES})
+    save_rules(out / "run", RULES)
     failures = predict_folder(model, plan, [case], masks, rules=RULES, console=console)
     if failures:
         raise UserError(failures[case.id])

@@ -18,7 +18,8 @@ from kanseg.data.formats import find_images, read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.plan import Plan, make_plan
 from kanseg.errors import UserError
-from kanseg.inference.ensemble import POSTPROCESSING, Ensemble, Loaded, combine_folders, find_members
+from kanseg.inference.ensemble import Ensemble, Loaded, combine_folders, find_members
+from kanseg.inference.postprocess import POSTPROCESSING
 from kanseg.inference.predict import find_probabilities, predict, predict_case, predict_folder
 from kanseg.training.checkpoint import BEST, build_model, named, save_checkpoint
 

@@ -18,7 +18,7 @@ from kanseg.data.formats import Case, find_images
 from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
-from kanseg.inference.postprocess import Rule, check_rule
+from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, find_probabilities, predict_folder
 from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model
@@ -26,7 +26,6 @@ from kanseg.training.devices import keep_freed_memory
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
 FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
-POSTPROCESSING = "postprocessing.json"  # in a run folder, the rules chosen by its cross-validation
 
 
 class Ensemble(nn.Module):
@@ -147,14 +146,8 @@ def find_members(path: Path | str) -> list[Path]:
 
 def _rules(path: Path) -> list[Rule]:
     folder = path if path.is_dir() else path.parent
-    for file in (folder / POSTPROCESSING, folder.parent / POSTPROCESSING):
-        if file.is_file():
-            try:
-                rules = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{file} cannot be read as post-processing rules ({error}).") from error
-            return rules["rules"] if isinstance(rules, dict) and "rules" in rules else rules
-    return []
+    found = (load_rules(place) for place in (folder, folder.parent))
+    return next((rules for rules in found if rules is not None), [])
 
 
 def _sameness(plan: Plan) -> dict[str, Any]:

@@ -7,8 +7,10 @@ Dice of cases that the network has not seen in training, as nnU-Net does (Isense
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,11 @@ from scipy import ndimage
 
 from kanseg.errors import UserError, did_you_mean
 from kanseg.evaluation.metrics import dice
+from kanseg.training.files import write_json
 
 Rule = dict[str, Any]
 Pair = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, Sequence[float]]
+POSTPROCESSING = "postprocessing.json"  # in a folder of models: the rules that belong to them
 KEYS = ("labels", "largest", "min_mm3", "fill_holes")
 LEAST_GAIN = 1e-4  # of the mean Dice; a rule that gains less is noise
 SHARES = (0.05, 0.2)  # of a class's median volume: the smallest sizes that are tried
@@ -44,6 +48,23 @@ def apply_postprocessing(
         view[inside & ~kept] = 0
         view[kept & ~inside & (view == 0)] = rule["labels"][0]
     return done
+
+
+def save_rules(folder: Path, rules: Sequence[Rule]) -> Path:
+    """Write the rules of the models in a folder."""
+    return write_json(folder / POSTPROCESSING, {"rules": rules})
+
+
+def load_rules(folder: Path) -> list[Rule] | None:
+    """The rules that `save_rules` wrote, None where there are none."""
+    file = folder / POSTPROCESSING
+    if not file.is_file():
+        return None
+    try:
+        rules = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as post-processing rules ({error}).") from error
+    return rules["rules"] if isinstance(rules, dict) and "rules" in rules else rules
 
 
 def check_rule(rule: Rule) -> None:

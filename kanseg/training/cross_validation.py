@@ -20,7 +20,7 @@ from kanseg.data.labels import class_values
 from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
-from kanseg.inference.postprocess import Rule, apply_postprocessing, choose_postprocessing
+from kanseg.inference.postprocess import Rule, apply_postprocessing, choose_postprocessing, save_rules
 from kanseg.progress import is_main
 from kanseg.training.checkpoint import LAST
 from kanseg.training.files import locked, write_bytes, write_json
@@ -29,7 +29,7 @@ from kanseg.training.parallel import once
 from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits
 from kanseg.training.validate import kept_prediction
 
-RESULT, TABLE, POSTPROCESSING = "cross_validation.json", "cross_validation.csv", "postprocessing.json"
+RESULT, TABLE = "cross_validation.json", "cross_validation.csv"
 CLASS_SCORES = ("accuracy", "top5", "balanced_accuracy", "auc")
 Where = Mapping[str, Path]  # label map of each case
 Seen = tuple[Case, np.ndarray, np.ndarray, Sequence[float]]
@@ -123,7 +123,7 @@ def conclude(folder: Path, plan: Plan, dataset: Dataset, predictions: Where, **f
     """What `pool` finds, with further facts, written to a folder."""
     found = pool(plan, dataset, predictions)
     write_bytes(folder / TABLE, rows_as_csv(found.pop("rows")).encode())
-    write_json(folder / POSTPROCESSING, {"rules": found["postprocessing"]})
+    save_rules(folder, found["postprocessing"])
     write_json(folder / RESULT, {**facts, **found})
     return {**facts, **found}
 

@@ -24,10 +24,11 @@ from kanseg.data.images import write_label
 from kanseg.data.plan import Plan, plan_run
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.evaluation.report import score_table
+from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case
 from kanseg.progress import is_main, progress
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
-from kanseg.training.cross_validation import POSTPROCESSING, RESULT, conclude, cross_validate
+from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
@@ -298,7 +299,7 @@ def _choose(job: Pipeline, found: Mapping[str, Mapping[str, Any]]) -> str:
     whole = [name for name, result in found.items() if result["cases"] == most]  # a failed fold tells less
     choice = max(whole, key=lambda name: dice[name] - MARGIN * list(found).index(name))
     write_json(job.run / CHOICE, {"choice": choice, "dice": dice})
-    write_json(job.run / POSTPROCESSING, {"rules": found[choice]["postprocessing"]})
+    save_rules(job.run, found[choice]["postprocessing"])
     return choice
 
 
@@ -322,7 +323,7 @@ def _build(job: Pipeline, folds: Sequence[Path]) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     for number, fold in enumerate(folds):
         write_bytes(make_folder(part / f"fold_{number}") / EXPORTED, (fold / BEST).read_bytes())
-    write_json(part / POSTPROCESSING, read_json(job.run / POSTPROCESSING) or {"rules": []})
+    save_rules(part, load_rules(job.run) or [])
     shutil.rmtree(model, ignore_errors=True)
     part.rename(model)
     return model
