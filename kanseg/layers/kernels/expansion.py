@@ -54,6 +54,12 @@ class Geometry:
         """All in one list."""
         return [*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups]
 
+    def dense(self) -> bool:
+        """Whether it is what kernels are compiled for: kernel 3, stride and dilation 1, padding to 2, one group."""
+        once = (1,) * len(self.stride)
+        alike = set(self.kernel_size) == {3} and self.stride == self.dilation == once
+        return alike and max(self.padding) <= 2 and self.groups == 1
+
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output."""
         axes = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kanseg.layers.kernels.expansion import Geometry
 
 KINDS: dict[Callable[[Tensor], Tensor], int] = {mexican_hat: 0, morlet: 1, dog: 2}
-BORDER = 2  # of zeros around the gradient of the output
+BORDER = 2  # of zeros around the gradient of the output: the largest padding
 
 
 class Waves(ctypes.Structure):
@@ -40,16 +40,12 @@ class Waves(ctypes.Structure):
 
 def serves(x: Tensor, weight: Tensor, psi: Callable[[Tensor], Tensor], geometry: Geometry) -> bool:
     """Whether the compiled kernels sum these wavelets."""
-    once = (1,) * len(geometry.stride)
     return (
         psi in KINDS
         and x.dim() in FORMATS
         and native.serves(x, weight)
         and not torch.is_autocast_enabled(x.device.type)
-        and set(geometry.kernel_size) == {3}
-        and geometry.stride == geometry.dilation == once
-        and max(geometry.padding) <= BORDER
-        and geometry.groups == 1
+        and geometry.dense()
         and len(weight) % 16 == 0
     )
 

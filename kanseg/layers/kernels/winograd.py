@@ -85,14 +85,10 @@ class Border:
 
 def serves(x: Tensor, weight: Tensor, geometry: Any) -> bool:
     """Whether the kernels make this convolution."""
-    once = (1,) * len(geometry.stride)
     voxels = len(x) * torch.Size(geometry.out_size(x.shape[2:])).numel()
     return (
         native.serves(x, weight)
-        and set(geometry.kernel_size) == {3}
-        and geometry.stride == geometry.dilation == once
-        and max(geometry.padding) <= 2
-        and geometry.groups == 1
+        and geometry.dense()
         and not any(n % 16 for n in weight.shape[:2])
         and voxels >= LEAST_VOXELS
     )

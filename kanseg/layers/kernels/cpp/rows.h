@@ -74,11 +74,12 @@ INLINE V positive(V a) { return larger(a, V{}); }
 INLINE float total(V v) {
 #if W == 16
   return _mm512_reduce_add_ps((__m512)v);
-#endif
+#else
   float lanes[W], sum = 0;
   store(lanes, v);
   for (int i = 0; i < W; ++i) sum += lanes[i];
   return sum;
+#endif
 }
 
 // exp(x): x = n ln 2 + r with |r| <= ln(2) / 2, Taylor in r to the 7th power, relative error 2e-7.
