@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from kanseg.errors import UsageError, UserError, did_you_mean
-from kanseg.training.files import write_json
 
 DEFAULT_EPOCHS = 100
 PLANNED = ("ukanet", "classifier")  # models that plans name
@@ -248,11 +247,6 @@ def config_folder() -> Path:
     if not (folder / "default.yaml").is_file():
         raise UserError(f"The configs of kanseg are missing (looked for {folder}). Install kanseg again.")
     return folder
-
-
-def save_config(config: Config, path: Path) -> Path:
-    """Write the whole config as JSON, atomically."""
-    return write_json(path, config.model_dump())
 
 
 def read_config(path: Path) -> Config:

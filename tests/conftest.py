@@ -125,6 +125,14 @@ def fit_balls(balls, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def quick_learner() -> list[str]:
+    """Overrides: a network of two stages that learns something within seconds, in one epoch."""
+    training = ["training.max_epochs=1", "training.lr=0.01", "training.ema_decay=null"]
+    network = ["features_per_stage=[8,16]", "strides=[1,2]", "kernel_sizes=[3,3]", "deep_supervision=false"]
+    return [*training, "data.folds=3", "data.workers=0", *(f"model.options.{option}" for option in network)]
+
+
+@pytest.fixture(scope="session")
 def processes():
     """A context whose processes start at once, with everything imported."""
     if "forkserver" not in multiprocessing.get_all_start_methods():

@@ -150,7 +150,9 @@ def test_scores_count_regions_as_wholes_and_leave_the_unknown_out(
     assert parse_labels("whole=1+2,core=2") == {"whole": (1, 2), "core": 2}
 
 
-def test_a_network_learns_regions_and_ignores(plan: Plan, regions: Path, tmp_path: Path) -> None:
+def test_a_network_learns_regions_and_ignores(
+    plan: Plan, regions: Path, tmp_path: Path, quick_learner: list[str]
+) -> None:
     """From a folder with regions to a label map, by the ordinary ways."""
     from kanseg.config import load_config
     from kanseg.inference.ensemble import Loaded
@@ -158,16 +160,8 @@ def test_a_network_learns_regions_and_ignores(plan: Plan, regions: Path, tmp_pat
 
     config = load_config(
         overrides=[
-            "training.max_epochs=1",
+            *quick_learner,
             "training.steps_per_epoch=30",
-            "training.lr=0.01",
-            "training.ema_decay=null",
-            "data.folds=3",
-            "data.workers=0",
-            "model.options.features_per_stage=[8,16]",
-            "model.options.strides=[1,2]",
-            "model.options.kernel_sizes=[3,3]",
-            "model.options.deep_supervision=false",
         ]
     )
     summary = fit(config, plan, read_dataset(regions), tmp_path / "run", fold=0)

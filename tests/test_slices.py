@@ -103,24 +103,16 @@ def test_validation_cases_stay_whole(blobs: Path) -> None:
 
 
 @pytest.mark.parametrize("slices", [1, 3])
-def test_a_network_learns_slices(blobs: Path, tmp_path: Path, slices: int) -> None:
+def test_a_network_learns_slices(blobs: Path, tmp_path: Path, slices: int, quick_learner: list[str]) -> None:
     from kanseg.config import load_config
     from kanseg.inference.ensemble import Loaded
     from kanseg.training.fit import fit
 
     config = load_config(
         overrides=[
-            "training.max_epochs=1",
+            *quick_learner,
             "training.steps_per_epoch=70",
             "training.batch_size=4",
-            "training.lr=0.01",
-            "training.ema_decay=null",
-            "data.folds=3",
-            "data.workers=0",
-            "model.options.features_per_stage=[8,16]",
-            "model.options.strides=[1,2]",
-            "model.options.kernel_sizes=[3,3]",
-            "model.options.deep_supervision=false",
         ]
     )
     dataset = read_dataset(blobs)

@@ -81,19 +81,23 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
 def read_info(path: Path | str) -> dict[str, Any]:
     """The JSON of a checkpoint without its tensors; empty for a file that is none."""
     try:
-        with safe_open(path, "pt") as file:
-            return dict(json.loads((file.metadata() or {})[KEY]))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(_metadata(path)[KEY]))
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a safetensors file is a checkpoint of kanseg; a file that cannot be read is none."""
+    return KEY in _metadata(path)
+
+
+def _metadata(path: Path | str) -> dict[str, str]:
+    """That of a safetensors file; empty where there is none, or no such file."""
     try:
         with safe_open(path, "pt") as file:
-            return KEY in (file.metadata() or {})
+            return file.metadata() or {}
     except (SafetensorError, OSError):
-        return False
+        return {}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
