@@ -21,7 +21,20 @@ from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.families import conv_layer as kan_layer
 from kanseg.layers.kan_conv import normalise
 
-ROTARY = ("axial", "mixed")
+
+def _axial(spatial_dims: int, num_heads: int, pairs: int, theta: float) -> Tensor:
+    turns = torch.arange(pairs)
+    length = theta ** -((turns // spatial_dims) / math.ceil(pairs / spatial_dims))
+    return F.one_hot(turns % spatial_dims, spatial_dims).T[:, None] * length
+
+
+def _mixed(spatial_dims: int, num_heads: int, pairs: int, theta: float) -> nn.Parameter:
+    direction = F.normalize(torch.randn(spatial_dims, num_heads, pairs), dim=0)
+    return nn.Parameter(direction * theta ** -(torch.arange(pairs) / max(pairs, 1)))
+
+
+# Frequencies (axes, heads or 1, pairs) of (spatial_dims, num_heads, pairs, theta); a parameter where they are learned.
+ROTARY: dict[str, Callable[[int, int, int, float], Tensor]] = {"axial": _axial, "mixed": _mixed}
 
 
 class Rotary(nn.Module):
@@ -55,15 +68,9 @@ class Rotary(nn.Module):
         if channels % 2:
             raise UsageError(f"rotary positions need an even number of channels a head, got {channels}")
         pairs = channels // 2
-        turns = torch.arange(pairs)
-        if kind == "axial":
-            length = theta ** -((turns // spatial_dims) / math.ceil(pairs / spatial_dims))
-            frequencies = F.one_hot(turns % spatial_dims, spatial_dims).T[:, None] * length
-        else:
-            direction = F.normalize(torch.randn(spatial_dims, num_heads, pairs), dim=0)
-            frequencies = direction * theta ** -(turns / max(pairs, 1))
-        if kind == "mixed":
-            self.frequencies = nn.Parameter(frequencies)
+        frequencies = ROTARY[kind](spatial_dims, num_heads, pairs, theta)
+        if isinstance(frequencies, nn.Parameter):
+            self.frequencies = frequencies
         else:
             self.register_buffer("frequencies", frequencies)
 
