@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kanseg import VGGKAN, Classifier, DenseKANet, RDKANet, ResKANet, UKANet, create_model
@@ -34,9 +34,9 @@ def small(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ENCODERS.names())
-def test_every_encoder_keeps_the_contract_and_trains(name: str) -> None:
+def test_every_encoder_keeps_the_contract_trains_saves_and_loads(name: str, tmp_path: Path) -> None:
     for dims, size in ((2, (16, 19)), (3, (9, 16, 12))):
-        encoder = create_encoder(name, dims, 2, **small(name))
+        encoder, other = (create_encoder(name, dims, 2, **small(name)) for _ in range(2))
         maps = encoder(torch.randn(2, 2, *size))
         assert [m.shape[1] for m in maps] == list(encoder.out_channels)
         expected = list(size)
@@ -46,6 +46,15 @@ def test_every_encoder_keeps_the_contract_and_trains(name: str) -> None:
             expected = list(m.shape[2:])
         sum(m.square().mean() for m in maps).backward()
         assert all(p.grad is not None for p in encoder.parameters())
+        before = [p.detach().clone() for p in encoder.parameters()]
+        torch.optim.AdamW(encoder.parameters(), 1e-3).step()
+        assert any(not torch.equal(p, old) for p, old in zip(encoder.parameters(), before, strict=True))
+        save_file(encoder.state_dict(), tmp_path / "weights.safetensors")
+        other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+        x = torch.randn(2, 2, *size)
+        with torch.no_grad():
+            again = zip(encoder.eval()(x), other.eval()(x), strict=True)
+            assert all(torch.equal(ours, theirs) for ours, theirs in again)
 
 
 @pytest.mark.parametrize("name", ["reskanet34", "vggkan13", "densekanet_tiny", "rdkanet_tiny", "plainkanet8"])
