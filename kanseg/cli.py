@@ -152,7 +152,8 @@ def train(
 @app.command()
 def predict(
     model: Annotated[
-        list[Path], typer.Option("-m", "--model", help="Run, fold or checkpoint; may be repeated.")
+        list[Path],
+        typer.Option("-m", "--model", help="Run, fold, checkpoint or name of weights; may be repeated."),
     ],
     images: Annotated[Path, typer.Option("-i", "--input", help="Image, folder of images, or DICOM folder.")],
     out: Out,
@@ -172,7 +173,9 @@ def predict(
 
     A classifier writes OUT/predictions.csv: the class of each image and the probability of every class.
 
-    Example: kanseg predict -m runs/hippocampus -i scan.nii.gz -o masks/
+    Example: kanseg predict -m runs/hippocampus -i scans/ -o masks/
+
+    Example: kanseg predict -m hippocampus -i scan.nii.gz -o mask.nii.gz
     """
     from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D
 
@@ -242,22 +245,50 @@ def evaluate(
 
 
 @app.command()
-def models(json_: Json = False) -> None:
+def models(
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Trained weights that come with kanseg.")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """List networks and encoders with their parameters (1 channel, 3 classes) and what they are.
 
-    Networks are for `kanseg train --model NAME`, encoders for model.options.encoder=NAME.
+    Networks are for `kanseg train --model NAME`, encoders for model.options.encoder=NAME, weights for
+    `kanseg predict -m NAME`, offline.
 
     Example: kanseg models
+
+    Example: kanseg models --weights
     """
     from rich.table import Table
 
+    if weights:
+        from kanseg.weights import table_of_weights
+
+        known = table_of_weights()
+        for row in known:
+            table = Table("", "", title=f"{row['name']}: {row['title']}", show_header=False, box=None)
+            for key in ("images", "labels", "dice", "parameters", "data", "licence", "use", "limits"):
+                if key in row:
+                    said = row[key]
+                    text = (
+                        ", ".join(f"{k} {v}" for k, v in said.items())
+                        if isinstance(said, dict)
+                        else str(said)
+                    )
+                    table.add_row(key, text)
+            table.add_row("predict", f"kanseg predict -m {row['name']} -i SCAN -o MASK")
+            _console(json_).print(table)
+        _emit(known, json_)
+        return
     from kanseg.models.table import table_of_models
 
     rows = table_of_models()
     for kind in ("network", "encoder"):
         table = Table(kind, "2D", "3D", "what it is", title="Parameters in millions", box=None)
         for row in (row for row in rows if row["kind"] == kind):
-            millions = [f"{row[f'parameters_{d}d'] / 1e6:.1f}" for d in (2, 3)]
+            counts = [row[f"parameters_{dims}d"] for dims in (2, 3)]
+            millions = ["-" if count is None else f"{count / 1e6:.1f}" for count in counts]
             table.add_row(row["name"], *millions, row["description"])
         _console(json_).print(table)
     _emit(rows, json_)

@@ -61,6 +61,9 @@ class TrainingConfig(Section):
         default=0.5, ge=0, le=1, description="share of patches centred on the foreground"
     )
     balanced: bool = Field(default=False, description="every class as often a patch's centre as any other")
+    augmentation: Literal["none", "standard", "strong"] = Field(
+        default="standard", description="how much patches are changed; strong for few cases or long trainings"
+    )
     augment: Literal["auto", "loader", "device"] = Field(
         default="auto",
         description="patches are changed in the loader, or in batches on the device (auto: a GPU)",

@@ -19,11 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kanseg import Segmenter, list_models
+from kanseg import Segmenter
 from kanseg.data.formats import Case, read_dataset
 from kanseg.data.plan import make_plan
 from kanseg.errors import UserError
 from kanseg.inference.predict import predict_case
+from kanseg.models.table import table_of_models
 from kanseg.training.files import make_folder
 
 OVERRIDES = ["training.max_epochs=1", "training.validate_every=1000", "training.final_validation=false"]
@@ -37,15 +38,17 @@ def main() -> None:
         "-o", "--out", type=Path, default=Path("runs/every_network"), help="folder of the runs"
     )
     parser.add_argument("--steps", type=int, default=3, help="training steps of each network")
-    parser.add_argument("--models", nargs="*", default=list_models(), help="names; default all")
+    parser.add_argument("--models", nargs="*", help="names; default all of the data's dimension")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. training.batch_size=1")
     given = parser.parse_intermixed_args()
     overrides = [*OVERRIDES, f"training.steps_per_epoch={given.steps}", *given.overrides]
     console = Console()
     dataset = read_dataset(given.data)
     plan = make_plan(dataset)
+    count = f"parameters_{plan.spatial_dims}d"
+    there = [row["name"] for row in table_of_models() if row["kind"] == "network" and row[count]]
     rows = []
-    for name in given.models:
+    for name in given.models or there:
         begun = time.monotonic()
         try:
             plan.save(make_folder(given.out / name) / "plan.json")

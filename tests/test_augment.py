@@ -9,10 +9,12 @@ import torch
 
 from kanseg.data.formats import read_dataset
 from kanseg.data.plan import make_plan
+from kanseg.data.transforms import STRENGTHS
 from kanseg.training import augment
 from kanseg.training.augment import BatchAugmentation
 from kanseg.training.checkpoint import load_checkpoint
 
+INTENSITY = ("noise", "blur", "brightness", "coarse", "gamma")
 SIZES = {2: (24, 20), 3: (16, 20, 12)}
 
 
@@ -29,14 +31,17 @@ def batch_of(dims, count=16):
     return {"image": 3 * label + 0.05, "label": label, "seed": torch.arange(count)}
 
 
+OFF = {"affine": (0.0, 0.0), "deform": (0.0, 0.0), **dict.fromkeys(INTENSITY, 0.0)}
+
+
 def only(monkeypatch, **probabilities):
-    for name in ("AFFINE", "NOISE", "BLUR", "BRIGHTNESS", "COARSE", "GAMMA"):
-        monkeypatch.setattr(augment, name, probabilities.get(name, 0.0))
+    monkeypatch.setitem(STRENGTHS, "standard", replace(STRENGTHS["standard"], **{**OFF, **probabilities}))
 
 
+@pytest.mark.parametrize("strength", ["standard", "strong"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_a_patch_is_changed_alike_whatever_batch_it_is_in(plans, dims):
-    change, batch = BatchAugmentation(plans[dims]), batch_of(dims)
+def test_a_patch_is_changed_alike_whatever_batch_it_is_in(plans, dims, strength):
+    change, batch = BatchAugmentation(plans[dims], strength), batch_of(dims)
     whole = change(batch)
     halves = [change({key: value[part] for key, value in batch.items()}) for part in (slice(7), slice(7, 16))]
     for key in ("image", "label"):
@@ -45,9 +50,10 @@ def test_a_patch_is_changed_alike_whatever_batch_it_is_in(plans, dims):
     assert torch.equal(batch["image"], batch_of(dims)["image"])
 
 
+@pytest.mark.parametrize("kind", ["affine", "deform"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_image_and_label_move_together_and_no_class_is_made_up(plans, dims, monkeypatch):
-    only(monkeypatch, AFFINE=1.0)
+def test_image_and_label_move_together_and_no_class_is_made_up(plans, dims, kind, monkeypatch):
+    only(monkeypatch, **{kind: (1.0, 1.0)})
     changed = BatchAugmentation(plans[dims])(batch_of(dims))
     assert set(changed["label"].unique().tolist()) == {0.0, 1.0}
     assert ((changed["image"] > 1.55).float() - changed["label"]).abs().mean() < 0.02
@@ -68,7 +74,7 @@ def test_without_chance_nothing_changes_but_the_flips(plans, dims, monkeypatch):
     assert len(kinds) > 2
 
 
-@pytest.mark.parametrize("name", ["NOISE", "BLUR", "BRIGHTNESS", "COARSE", "GAMMA"])
+@pytest.mark.parametrize("name", INTENSITY)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_each_change_of_intensity_leaves_the_label_and_stays_finite(plans, dims, name, monkeypatch):
     only(monkeypatch, **{name: 1.0})
@@ -80,6 +86,25 @@ def test_each_change_of_intensity_leaves_the_label_and_stays_finite(plans, dims,
     assert not torch.allclose(changed["image"], batch["image"], atol=1e-2)
     correlation = torch.corrcoef(torch.stack([changed["image"].flatten(), batch["image"].flatten()]))[0, 1]
     assert correlation > 0.8
+
+
+def test_no_change_is_left_at_strength_none_but_the_flips(plans):
+    batch = batch_of(3)
+    still = BatchAugmentation(replace(plans[3], mirror_axes=[]), "none")(batch)
+    assert all(torch.allclose(still[key], batch[key], atol=1e-4) for key in batch)
+
+
+def test_a_smooth_deformation_moves_by_voxels_at_most_its_reach(plans, monkeypatch):
+    only(monkeypatch, deform=(1.0, 1.0), reach=1.0)
+    batch = batch_of(3)
+    places = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in SIZES[3]], indexing="ij"))
+    batch["image"] = places.expand(16, *places.shape).clone()  # every voxel knows where it was
+    change = BatchAugmentation(replace(plans[3], mirror_axes=[]))
+    moved = change(batch)["image"] - batch["image"]
+    assert moved.abs().max() < 1 + 1e-3
+    assert moved.abs().amax((1, 2, 3, 4)).min() > 0.2
+    inner = moved[:, :, 2:-2, 2:-2, 2:-2]  # at the border nothing comes from beyond it
+    assert all(inner.diff(dim=axis).abs().max() < 0.25 for axis in (2, 3, 4))  # neighbours move alike
 
 
 def test_a_constant_image_survives_gamma_and_blur(plans):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 from kanseg import U2KANet, UKAGNet, UKANet, create_model, list_models
 from kanseg.bases import BASES
 from kanseg.errors import UsageError
-from kanseg.layers import FAMILIES, FocalModulation, KANAttention
+from kanseg.layers import FAMILIES, FocalModulation, KANAttention, conv_layer
 from kanseg.models import check_patch, describe_model
 from kanseg.models.classifier import HEADS, Classifier
-from kanseg.models.table import table_of_models
+from kanseg.models.table import count_flops, table_of_models
 from kanseg.models.u2kanet import NestedU
 
 # Options that make each network small.
 SMALL: dict[str, dict[str, Any]] = {
     "monai": {"arguments": {"init_filters": 8, "blocks_down": (1, 1), "blocks_up": (1,)}},
+    "smp": {"encoder": "resnet18", "arguments": {"decoder_channels": (8, 8, 8, 8, 8)}},
     "ukanet": {"features_per_stage": (4, 8), "encoder": "reskanet10"},
     "ukagnet": {"depth": 2, "layers": 1, "width": 0.25},
     "u2kanet": {"width": 0.25},
@@ -31,7 +33,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "ukan": {"features": (4, 4, 8, 8), "token_layers": 1},
 }
 PUBLISHED_UKANETS = [name for name in list_models() if name.endswith("_18")]
+NOT_FOR = {("monai", 1), ("smp", 1), ("smp", 3)}  # names and dimensions
 SMALL |= {name: {"encoder_options": {"blocks_per_stage": 1, "width": 0.25}} for name in PUBLISHED_UKANETS}
+
+
+def skip_where_there_is_none(name: str, dims: int) -> None:
+    """Leave a test out for a network that is not made in this dimension."""
+    if (name, dims) in NOT_FOR:
+        pytest.skip(f"{name} has no networks in {dims}D")
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -39,6 +48,7 @@ SMALL |= {name: {"encoder_options": {"blocks_per_stage": 1, "width": 0.25}} for 
 def test_every_network_learns_predicts_saves_and_loads(
     name: str, dims: int, size: tuple[int, ...], tmp_path: Path
 ) -> None:
+    skip_where_there_is_none(name, dims)
     model, other = (create_model(name, dims, 1, 3, **SMALL[name]) for _ in range(2))
     x = torch.randn(2, 1, *size)
     label = (nn.functional.avg_pool2d(x.flatten(2, -2), 3, 1, 1).view_as(x) > 0).float()
@@ -65,8 +75,7 @@ def test_every_network_learns_predicts_saves_and_loads(
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("size", [(33,), (7, 50), (1, 1), (5, 31, 12)])
 def test_every_network_takes_any_size(name: str, size: tuple[int, ...]) -> None:
-    if name == "monai" and len(size) == 1:
-        pytest.skip("MONAI's networks are 2D and 3D")
+    skip_where_there_is_none(name, len(size))
     model = create_model(name, len(size), 1, 2, **SMALL[name]).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 1, *size)).shape == (1, 2, *size)
@@ -74,6 +83,7 @@ def test_every_network_takes_any_size(name: str, size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", list_models())
 def test_a_volume_of_one_slice_goes_through_sliding_windows(name: str) -> None:
+    skip_where_there_is_none(name, 3)
     model = create_model(name, 3, 1, 2, **SMALL[name]).eval()
     with torch.no_grad():
         tiled = sliding_window_inference(torch.randn(1, 1, 1, 24, 20), (1, 16, 16), 1, model)
@@ -235,8 +245,9 @@ def test_one_basis_a_stage() -> None:
 def test_the_table_has_every_network_and_encoder_with_its_size_and_a_description() -> None:
     rows = {row["name"]: row for row in table_of_models()}
     assert set(list_models()) <= set(rows)
+    assert [name for name, row in rows.items() if row["parameters_3d"] is None] == ["smp"]
     for row in rows.values():
-        assert 0 < row["parameters_2d"] < row["parameters_3d"] * 1.01
+        assert 0 < row["parameters_2d"] < (row["parameters_3d"] or math.inf) * 1.01
         assert row["description"].endswith(".")
         assert "partial" not in row["description"]
     ukanet = create_model("ukanet", 2, 1, 3)
@@ -284,3 +295,32 @@ def test_every_basis_stands_in_ukan() -> None:
             .isfinite()
             .all()
         )
+
+
+@pytest.mark.parametrize("network", ["Unet", "FPN", "DeepLabV3Plus"])
+def test_networks_of_smp_take_any_size_and_unknown_names_are_refused(network: str) -> None:
+    model = create_model("smp", 2, 3, 2, network=network, encoder="resnet18").eval()
+    assert model(torch.randn(1, 3, 45, 70)).shape == (1, 2, 45, 70)
+    with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
+        create_model("smp", 2, 3, 2, network=network, encoder="resnet19")
+    with pytest.raises(UsageError, match=f"Did you mean '{network}'"):
+        create_model("smp", 2, 3, 2, network=f"{network}s")
+    with pytest.raises(UsageError, match="2D only"):
+        create_model("smp", 3, 3, 2, network=network)
+
+
+def test_networks_of_monai_are_padded_by_their_own_strides_alone() -> None:
+    strides = [1, 2, [1, 2]]
+    arguments = {"kernel_size": [3] * 3, "strides": strides, "upsample_kernel_size": strides[1:]}
+    network = {"network": "DynUNet", "arguments": {**arguments, "filters": [4, 8, 8]}}
+    model: Any = create_model("monai", 2, 1, 2, **network)
+    assert model.divisible == (2, 4)
+    assert model.eval()(torch.randn(1, 1, 7, 9)).shape == (1, 2, 7, 9)
+    assert create_model("monai", 2, 1, 2, divisible=16, **SMALL["monai"]).divisible == (16, 16)
+
+
+@pytest.mark.parametrize(("family", "functions"), [(None, 1), ("gram", 4), ("bspline", 9)])
+def test_flops_are_those_of_the_convolutions_as_they_are_written(family: str | None, functions: int) -> None:
+    # Two for each weight and output voxel; the Gram basis starts with a constant, which needs no channel.
+    made = count_flops(lambda: conv_layer(family)(3, 4, 8, 3, stride=2), (2, 4, 10, 9, 8))
+    assert made == 2 * (8 * 4 * functions * 27) * (2 * 5 * 5 * 4)

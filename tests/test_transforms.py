@@ -146,10 +146,13 @@ def test_a_case_without_a_label_is_no_training_case(plan: Plan, blobs: Path) -> 
         load_case(case, plan)
 
 
-def test_augmentation_turns_image_and_label_together_and_repeats_by_seed(plan: Plan, blobs: Path) -> None:
+@pytest.mark.parametrize("strength", ["none", "standard", "strong"])
+def test_augmentation_turns_image_and_label_together_and_repeats_by_seed(
+    plan: Plan, blobs: Path, strength: str
+) -> None:
     item = preparation(plan)(load_case(read_dataset(blobs).cases[0], plan)[0])
     item["image"] = item["label"].clone()  # so that the image shows where the label should be
-    augment = augmentation(plan)
+    augment = augmentation(plan, strength=strength)
     for seed in range(10):
         (one,), (other,) = (augment.set_random_state(seed=seed)(item) for _ in range(2))
         assert all(torch.equal(one[key].as_tensor(), other[key].as_tensor()) for key in ("image", "label"))

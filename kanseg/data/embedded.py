@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +23,8 @@ LABELS = ("background", "fluid", "grey matter", "white matter")
 FRONT = 0.38  # share of the brain's length that is tested on
 TRAINING_BLOCKS = 2
 CASES = "mni152"
+# Corners in mm (RAS) of a crop around the left hippocampus, the side that the data of the weights `hippocampus` show.
+LEFT_HIPPOCAMPUS = (-43, -45, -30), (-8, 5, 6)
 
 
 def write_demo_data(folder: Path | str) -> Path:
@@ -55,24 +58,42 @@ def write_demo_data(folder: Path | str) -> Path:
     return folder
 
 
+def write_hippocampus(path: Path) -> Path:
+    """Write the crop of the template at 1 mm around its left hippocampus, as the weights `hippocampus` expect it.
+
+    Raises:
+        UserError: nilearn is not installed.
+    """
+    template = nib.as_closest_canonical(_nilearn("load_mni152_template")(resolution=1))
+    first, last = (
+        np.rint(np.linalg.inv(template.affine) @ [*corner, 1]).astype(int)[:3] for corner in LEFT_HIPPOCAMPUS
+    )
+    box = tuple(slice(start, stop) for start, stop in zip(first, last, strict=True))
+    crop = np.asarray(template.dataobj, dtype=np.float32)[box]
+    affine = template.affine @ from_matvec(np.eye(3), first)
+    make_folder(path.parent)
+    write_array(path, crop, Image(crop[None], affine, path, 3), np.dtype("float32"))
+    return path
+
+
+def _nilearn(name: str) -> Any:
+    """A function of nilearn.datasets."""
+    try:
+        from nilearn import datasets
+    except ImportError as error:
+        raise UserError("The demonstration needs nilearn. Run: pip install 'kanseg[demo]'") from error
+    return getattr(datasets, name)
+
+
 def load_template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """T1 image and tissue labels of the template, cropped to the brain, and their affine (RAS+ mm).
 
     Inside the brain mask the label is the likeliest of fluid (what neither matter map claims), grey and white matter.
     """
-    try:
-        from nilearn.datasets import (
-            load_mni152_brain_mask,
-            load_mni152_gm_template,
-            load_mni152_template,
-            load_mni152_wm_template,
-        )
-    except ImportError as error:
-        raise UserError("The demonstration needs nilearn. Run: pip install 'kanseg[demo]'") from error
-    template = load_mni152_template(resolution=RESOLUTION)
+    template = _nilearn("load_mni152_template")(resolution=RESOLUTION)
     grey, white, mask = (
-        np.asarray(load(resolution=RESOLUTION).dataobj, dtype=np.float32)
-        for load in (load_mni152_gm_template, load_mni152_wm_template, load_mni152_brain_mask)
+        np.asarray(_nilearn(f"load_mni152_{what}")(resolution=RESOLUTION).dataobj, dtype=np.float32)
+        for what in ("gm_template", "wm_template", "brain_mask")
     )
     tissue = 1 + np.argmax([1 - grey - white, grey, white], axis=0)
     labels = np.where(mask > 0.5, tissue, 0).astype(np.uint8)

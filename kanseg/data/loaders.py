@@ -110,7 +110,7 @@ class TrainLoader(EndlessLoader):
     """Batches {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)} of random patches.
 
     Args:
-        foreground, balanced, changes: see `kanseg.data.transforms.augmentation`.
+        foreground, balanced, changes, strength: see `kanseg.data.transforms.augmentation`.
         how: batch_size, steps, workers, rank, ranks, pin; see `EndlessLoader`.
     """
 
@@ -123,6 +123,7 @@ class TrainLoader(EndlessLoader):
         foreground: float = 0.5,
         balanced: bool = False,
         changes: bool = True,
+        strength: str = "standard",
         **how: Any,
     ) -> None:
         if not cases:
@@ -132,7 +133,8 @@ class TrainLoader(EndlessLoader):
         for case in progress(cases, "Loading cases"):
             item = prepare(load_case(case, plan)[0])
             items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
-        augment = augmentation(plan, foreground=foreground, balanced=balanced, changes=changes)
+        options: dict[str, Any] = {"foreground": foreground, "balanced": balanced}
+        augment = augmentation(plan, changes=changes, strength=strength, **options)
         pools = _pools(items, len(known_values(plan))) if balanced else [range(len(items))]
         super().__init__(Patches(plan, items, pools, augment, seed), **how)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from monai.transforms import (
     RandomizableTransform,
     RandScaleIntensityd,
     RandSimulateLowResolutiond,
+    RandSmoothDeformd,
     Spacingd,
     SpatialPadd,
     Transform,
@@ -44,8 +46,45 @@ from kanseg.errors import UserError
 KEYS = ("image", "label")
 Item = dict[str, Any]
 LINEAR = {2: "bilinear", 3: "trilinear"}
-ROTATION = 0.26  # radians, 15 degrees
 BLUR = (0.5, 1.0)  # sigma in voxels
+FIELD = 10  # voxels between the points that a smooth deformation is drawn at
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much patches are changed: probabilities, and how far each change goes. Pairs are for 2D and 3D.
+
+    Attributes:
+        affine, rotation, scale: probability, radians in 3D (twice that in 2D), share of the size.
+        deform, reach: probability and voxels of a smooth deformation.
+        noise, blur, brightness, coarse, gamma: probabilities; `coarse` is a lower resolution.
+        noise_std, brightness_range, gamma_range: what they are drawn from.
+    """
+
+    affine: tuple[float, float] = (0.4, 0.3)
+    rotation: float = 0.26
+    scale: tuple[float, float] = (0.2, 0.15)
+    deform: tuple[float, float] = (0.1, 0.0)
+    reach: float = 1.5
+    noise: float = 0.15
+    blur: float = 0.1
+    brightness: float = 0.15
+    coarse: float = 0.1
+    gamma: float = 0.15
+    noise_std: float = 0.1
+    brightness_range: float = 0.25
+    gamma_range: tuple[float, float] = (0.7, 1.5)
+
+
+# "strong" is for few cases or long trainings, which else learn them by heart.
+STRENGTHS = {
+    "none": Strength((0, 0), 0, (0, 0), (0, 0), 0, 0, 0, 0, 0, 0),
+    "standard": Strength(),
+    "strong": Strength(
+        affine=(0.8, 0.8), rotation=0.4, scale=(0.3, 0.25), deform=(0.3, 0.4), reach=2.0, noise=0.25, blur=0.2,
+        brightness=0.3, coarse=0.25, gamma=0.3, noise_std=0.15, brightness_range=0.3, gamma_range=(0.6, 1.7),
+    ),
+}  # fmt: skip
 
 
 def preprocessing(plan: Plan) -> Compose:
@@ -153,7 +192,12 @@ def probability(logits: Tensor, number: int, plan: Plan) -> Tensor:
 
 
 def augmentation(
-    plan: Plan, *, foreground: float = 0.5, balanced: bool = False, changes: bool = True
+    plan: Plan,
+    *,
+    foreground: float = 0.5,
+    balanced: bool = False,
+    changes: bool = True,
+    strength: str = "standard",
 ) -> Compose:
     """Patches from prepared cases: a crop that holds foreground in a share of the patches, then random changes.
 
@@ -163,36 +207,47 @@ def augmentation(
         foreground: share of the patches whose centre lies in the foreground.
         balanced: every foreground class of the case is as likely a centre as any other.
         changes: False for the crop alone; what changes the patches then runs in batches on the device.
+        strength: key of `STRENGTHS`.
     """
-    modes = ("bilinear", "nearest")
     sliced = [] if plan.slice_axis is None else [SlicesAsChannels(plan.slice_axis)]
     crop = [_balanced_crop(plan, foreground) if balanced else _crop(plan, foreground), *sliced]
     if not changes:
         return Compose(crop)
-    if plan.spatial_dims == 2:
-        spatial: list[Transform] = [AlbumentationsSpatial(plan)]
-    else:
-        spatial = [
-            RandAffined(
-                KEYS,
-                prob=0.3,
-                rotate_range=rotation(plan),
-                scale_range=(0.15,) * 3,
-                mode=modes,
-                padding_mode="border",
-            ),
-            *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes),
-        ]
+    amount = STRENGTHS[strength]
+    spatial = [AlbumentationsSpatial(plan, amount)] if plan.spatial_dims == 2 else _spatial(plan, amount)
     intensity = [
-        RandGaussianNoised("image", prob=0.15, std=0.1),
-        RandGaussianSmoothd("image", prob=0.1, sigma_x=BLUR, sigma_y=BLUR, sigma_z=BLUR),
-        RandScaleIntensityd("image", factors=0.25, prob=0.15),
+        RandGaussianNoised("image", prob=amount.noise, std=amount.noise_std),
+        RandGaussianSmoothd("image", prob=amount.blur, sigma_x=BLUR, sigma_y=BLUR, sigma_z=BLUR),
+        RandScaleIntensityd("image", factors=amount.brightness_range, prob=amount.brightness),
         RandSimulateLowResolutiond(
-            "image", prob=0.1, zoom_range=(0.5, 1.0), upsample_mode=LINEAR[plan.spatial_dims]
+            "image", prob=amount.coarse, zoom_range=(0.5, 1.0), upsample_mode=LINEAR[plan.spatial_dims]
         ),
-        RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
+        RandAdjustContrastd("image", prob=amount.gamma, gamma=amount.gamma_range, retain_stats=True),
     ]
     return Compose([*crop, *spatial, *intensity])
+
+
+def _spatial(plan: Plan, amount: Strength) -> list[Transform]:
+    """Changes of place of volumes."""
+    modes = ("bilinear", "nearest")
+    turns: dict[str, Any] = {"rotate_range": rotation(plan, amount), "scale_range": (amount.scale[1],) * 3}
+    transforms: list[Transform] = [
+        RandAffined(KEYS, prob=amount.affine[1], mode=modes, padding_mode="border", **turns)
+    ]
+    if amount.deform[1]:
+        points = [max(2, round(size / FIELD)) for size in plan.patch_size]
+        transforms.append(
+            RandSmoothDeformd(
+                KEYS,
+                plan.patch_size,
+                points,
+                field_mode="trilinear",
+                prob=amount.deform[1],
+                def_range=2 * amount.reach / max(plan.patch_size),  # the patch counts as 2 wide
+                grid_mode=modes,
+            )
+        )
+    return [*transforms, *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes)]
 
 
 def _crop(plan: Plan, foreground: float) -> Transform:
@@ -274,29 +329,38 @@ class SlicesAsChannels(Transform):
         return {**item, "image": image.flatten(0, 1), "label": label[len(label) // 2]}
 
 
-def rotation(plan: Plan) -> tuple[float, ...]:
-    """All axes; for thick slices only within them."""
+def rotation(plan: Plan, amount: Strength) -> tuple[float, ...]:
+    """Radians an axis: about all of a volume, of thick slices only within them; one in 2D."""
+    if plan.spatial_dims == 2:
+        return (2 * amount.rotation,)
     coarse = int(np.argmax(plan.spacing))
     if plan.spacing[coarse] <= 3 * min(plan.spacing):
-        return (ROTATION,) * 3
-    return tuple(ROTATION if axis == coarse else 0.0 for axis in range(3))
+        return (amount.rotation,) * 3
+    return tuple(amount.rotation if axis == coarse else 0.0 for axis in range(3))
 
 
 class AlbumentationsSpatial(RandomizableTransform):
     """Turns, flips and elastic changes of 2D patches by albumentations (MIT, 2.0.8)."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, amount: Strength) -> None:
         super().__init__()
         require_albumentations()
         import albumentations
 
         flips = [albumentations.HorizontalFlip(p=0.5), albumentations.VerticalFlip(p=0.5)]
-        rotate = {"rotate": (-30, 30), "scale": (0.8, 1.25), "border_mode": 2, "p": 0.4}
+        (turn,), size = rotation(plan, amount), 1 + amount.scale[0]
+        degrees = float(np.degrees(turn))
+        affine = {
+            "rotate": (-degrees, degrees),
+            "scale": (2 - size, size),
+            "border_mode": 2,
+            "p": amount.affine[0],
+        }
         self.transform = albumentations.Compose(
             [
                 *(flip for axis, flip in zip((1, 0), flips, strict=True) if axis in plan.mirror_axes),
-                albumentations.Affine(**rotate),
-                albumentations.ElasticTransform(alpha=20, sigma=8, p=0.1),
+                albumentations.Affine(**affine),
+                albumentations.ElasticTransform(alpha=20, sigma=8, p=amount.deform[0]),
             ]
         )
 

@@ -104,11 +104,10 @@ def smp_encoder(
         depth: maps; the last has stride 2^depth.
         options: those of our layers are left aside.
     """
-    from segmentation_models_pytorch.encoders import encoders, get_encoder
+    from segmentation_models_pytorch.encoders import get_encoder
 
     _two_dimensions(f"smp/{name}", spatial_dims)
-    if name not in encoders and not name.startswith("tu-"):
-        raise UsageError(f"smp has no encoder '{name}'.{did_you_mean(name, _near(name, encoders))}")
+    check_smp_encoder(name)
     weights = "imagenet" if pretrained else None
     body = get_encoder(name, in_channels=in_channels, depth=depth, weights=weights)
     # The first map is mostly the image itself, and some encoders have empty ones in between.
@@ -119,6 +118,14 @@ def smp_encoder(
     kept = [i for i, m in enumerate(maps) if m.shape[1] and m is not probe]
     reductions = [64 // maps[i].shape[-1] for i in kept]
     return ForeignEncoder(in_channels, body, kept, [maps[i].shape[1] for i in kept], reductions)
+
+
+def check_smp_encoder(name: str) -> None:
+    """Raise `UsageError` with the nearest name where smp has no such encoder."""
+    from segmentation_models_pytorch.encoders import encoders
+
+    if name not in encoders and not name.startswith("tu-"):
+        raise UsageError(f"smp has no encoder '{name}'.{did_you_mean(name, _near(name, encoders))}")
 
 
 def _two_dimensions(name: str, spatial_dims: int) -> None:

@@ -38,6 +38,7 @@ def compare(
     *,
     reference: Path | str | None = None,
     labels: Mapping[str, Label] | None = None,
+    groups: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Compare two runs, two folders of scores, or, with their references, two folders of label maps.
@@ -46,6 +47,7 @@ def compare(
         out: folder for comparison.json, comparison.csv and comparison.png.
         reference: folder of references; then `one` and `other` hold label maps.
         labels: see `kanseg.evaluation.metrics.evaluate_folders`.
+        groups: patient of each case; default what the runs' fingerprints say.
 
     Returns:
         {"a", "b", "cases", "patients", "only_in_a", "only_in_b", "rows"}; a row has class, metric, mean_a, mean_b,
@@ -55,7 +57,7 @@ def compare(
         UserError: no scores, or no case that both have.
     """
     first, second = (load_scores(path, reference, labels) for path in (one, other))
-    groups = {**_groups(Path(other)), **_groups(Path(one))}
+    groups = groups or {**_groups(Path(other)), **_groups(Path(one))}
     cases = [_cases(scores) for scores in (first, second)]
     shared = sorted(cases[0] & cases[1])
     if not shared:

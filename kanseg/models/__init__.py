@@ -1,6 +1,6 @@
 """Segmentation networks by name: `create_model("ukanet", spatial_dims=3, in_channels=1, out_channels=3)`."""
 
-from kanseg.models import monai_network  # noqa: F401  (it registers)
+from kanseg.models import libraries  # noqa: F401  (it registers)
 from kanseg.models.classifier import Classifier
 from kanseg.models.model import (
     MODELS,

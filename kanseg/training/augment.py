@@ -12,12 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kanseg.data.plan import Plan
-from kanseg.data.transforms import LINEAR, ROTATION, rotation
+from kanseg.data.transforms import BLUR, FIELD, LINEAR, STRENGTHS, rotation
 from kanseg.training.task import Batch
-
-SCALE = {2: 0.2, 3: 0.15}
-AFFINE, NOISE, BLUR, BRIGHTNESS, COARSE, GAMMA = 0.3, 0.15, 0.1, 0.15, 0.1, 0.15  # probabilities
-NOISE_STD, BLUR_SIGMA, BRIGHTNESS_RANGE, GAMMA_RANGE = 0.1, (0.5, 1.0), 0.25, (0.7, 1.5)
 
 
 class BatchAugmentation:
@@ -26,9 +22,9 @@ class BatchAugmentation:
     Called with {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)}; gives the same keys.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.dims, self.mirror_axes = plan.spatial_dims, plan.mirror_axes
-        self.rotation = rotation(plan) if plan.spatial_dims == 3 else (2 * ROTATION,)
+    def __init__(self, plan: Plan, strength: str = "standard") -> None:
+        self.dims, self.mirror_axes, self.amount = plan.spatial_dims, plan.mirror_axes, STRENGTHS[strength]
+        self.rotation = rotation(plan, self.amount)
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch changed; the one that was given stays."""
@@ -43,6 +39,8 @@ class BatchAugmentation:
         matrices = torch.stack([self._matrix(draw, image.shape[2:]) for draw in draws]).to(image)
         theta = torch.cat([matrices, torch.zeros_like(matrices[..., :1])], dim=-1)
         grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+        if self._of_dims(self.amount.deform):
+            grid = grid + torch.stack([self._bent(draw, image.shape[2:]) for draw in draws]).to(image)
         moved = (
             F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
             for x, mode in ((image, "bilinear"), (label, "nearest"))
@@ -53,18 +51,31 @@ class BatchAugmentation:
         """From places in the new patch to places in the old, in `grid_sample`'s units and order (last axis first)."""
         extent = torch.tensor(size, dtype=torch.float32)
         matrix = torch.eye(self.dims)
-        if _chance(draw, AFFINE):
+        if _chance(draw, self._of_dims(self.amount.affine)):
             for angle, (a, b) in zip(self.rotation, self._planes(), strict=True):
                 turn, by = torch.eye(self.dims), _between(draw, -angle, angle)
                 turn[a, a] = turn[b, b] = math.cos(by)
                 turn[a, b], turn[b, a] = -math.sin(by), math.sin(by)
                 matrix = matrix @ turn
-            scale = SCALE[self.dims]
+            scale = self._of_dims(self.amount.scale)
             matrix = matrix * torch.tensor([1 + _between(draw, -scale, scale) for _ in size])
         for axis in self.mirror_axes:
             if _chance(draw, 0.5):
                 matrix[:, axis] *= -1
         return (matrix * extent[None, :] / extent[:, None]).flip((0, 1))
+
+    def _bent(self, draw: torch.Generator, size: torch.Size) -> Tensor:
+        """A smooth displacement (*patch, dims) in `grid_sample`'s units, 0 where the patch is not deformed."""
+        if not _chance(draw, self._of_dims(self.amount.deform)):
+            return torch.zeros(*size, self.dims)
+        points = torch.rand(1, self.dims, *(max(2, round(n / FIELD)) for n in size), generator=draw)
+        field = F.interpolate(2 * points - 1, size=list(size), mode=LINEAR[self.dims], align_corners=True)[0]
+        reach = 2 * self.amount.reach / torch.tensor(size[::-1], dtype=torch.float32)
+        return field.movedim(0, -1) * reach
+
+    def _of_dims(self, pair: tuple[float, float]) -> float:
+        """The entry for 2D or 3D."""
+        return pair[self.dims - 2]
 
     def _planes(self) -> list[tuple[int, int]]:
         """The plane that each angle turns: about axis 0, 1 and 2 in 3D."""
@@ -72,18 +83,18 @@ class BatchAugmentation:
 
     def _shaded(self, image: Tensor, draw: torch.Generator) -> Tensor:
         """Changes of intensity of one image (C, *patch)."""
-        if _chance(draw, NOISE):
+        if _chance(draw, self.amount.noise):
             own = torch.Generator(image.device).manual_seed(int(torch.randint(2**31, (), generator=draw)))
             noise = torch.randn(image.shape, generator=own, device=image.device)
-            image = image + _between(draw, 0, NOISE_STD) * noise
-        if _chance(draw, BLUR):
-            image = self._blurred(image, _between(draw, *BLUR_SIGMA))
-        if _chance(draw, BRIGHTNESS):
-            image = image * (1 + _between(draw, -BRIGHTNESS_RANGE, BRIGHTNESS_RANGE))
-        if _chance(draw, COARSE):
+            image = image + _between(draw, 0, self.amount.noise_std) * noise
+        if _chance(draw, self.amount.blur):
+            image = self._blurred(image, _between(draw, *BLUR))
+        if _chance(draw, self.amount.brightness):
+            image = image * (1 + _between(draw, -self.amount.brightness_range, self.amount.brightness_range))
+        if _chance(draw, self.amount.coarse):
             image = self._coarse(image, _between(draw, 0.5, 1.0))
-        if _chance(draw, GAMMA):
-            image = _gamma(image, _between(draw, *GAMMA_RANGE))
+        if _chance(draw, self.amount.gamma):
+            image = _gamma(image, _between(draw, *self.amount.gamma_range))
         return image
 
     def _blurred(self, image: Tensor, sigma: float) -> Tensor:

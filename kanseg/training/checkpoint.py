@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 KEY = "kanseg"
 PARTS = ("model", "average", "optimizer", "rng")
 SIZES = ("features_per_stage", "strides", "kernel_sizes")  # of a network, where a plan decides them
+WEIGHTS = Path(__file__).parents[1] / "weights"  # that come with the package, see `kanseg.weights`
 BEST, LAST, EXPORTED = "best.safetensors", "last.safetensors", "model.safetensors"
 
 
@@ -48,7 +49,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and JSON of a checkpoint.
+    """Tensors (on the CPU; what is stored in half precision as float32) and JSON of a checkpoint.
 
     Raises:
         UserError: no such file, cut short, not written by kanseg, or with tensors that kanseg never writes.
@@ -63,6 +64,7 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
             metadata = file.metadata() or {}
             # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is no complete checkpoint ({error}): cut short, damaged, or no safetensors file. "
@@ -193,7 +195,7 @@ def describe(config: Config, plan: AnyPlan, spec: Mapping[str, Any], fold: int |
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint that a file, model folder, fold folder or run folder stands for; see `load_model`."""
+    """The checkpoint that a file, model folder, fold folder, run folder or a name of weights stands for."""
     path = Path(path)
     if path.is_file():
         return path
@@ -202,8 +204,17 @@ def find_checkpoint(path: Path | str) -> Path:
     for file in files:
         if file.is_file():
             return file
+    known = shipped()
+    if str(path) in known:
+        return known[str(path)]
     what = "holds no checkpoint" if path.is_dir() else "does not exist"
-    raise UserError(f"{path} {what}. Give a run folder, a saved model, or a .safetensors file.")
+    names = f", or the name of weights that come with kanseg ({', '.join(known)})" if known else ""
+    raise UserError(f"{path} {what}. Give a run folder, a saved model, a .safetensors file{names}.")
+
+
+def shipped() -> dict[str, Path]:
+    """Checkpoints that come with the package, by name."""
+    return {file.parent.name: file for file in sorted(WEIGHTS.glob(f"*/{EXPORTED}"))}
 
 
 def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

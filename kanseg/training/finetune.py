@@ -26,6 +26,7 @@ from kanseg.training.checkpoint import (
     is_checkpoint,
     load_checkpoint,
     part,
+    shipped,
 )
 
 BUNDLE_WEIGHTS = ("models/model.safetensors", "models/model.pt")
@@ -57,7 +58,7 @@ def read_start(path: Path | str) -> Start:
     path = Path(path)
     if (path / "configs" / "metadata.json").is_file():
         return _read_bundle(path)
-    if path.is_dir() or path.name in (EXPORTED, BEST, LAST):
+    if path.is_dir() or path.name in (EXPORTED, BEST, LAST) or (str(path) in shipped() and not path.exists()):
         return _read_checkpoint(find_checkpoint(path))
     if not path.is_file():
         raise UserError(

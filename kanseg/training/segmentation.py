@@ -39,7 +39,7 @@ class Segmentation:
         self.names: Sequence[str] = list(plan.label_names[1:])
         where = config.training.augment
         self.on_device = where == "device" or (where == "auto" and device.type == "cuda")
-        self.changes = BatchAugmentation(plan) if self.on_device else None
+        self.changes = BatchAugmentation(plan, self.options.augmentation) if self.on_device else None
         self.criterion = create_loss(self.options.loss, **self.options.loss_options).to(device)
 
     def batches(self, epoch: int, step: int, rank: int, ranks: int) -> Iterator[Batch]:
@@ -56,6 +56,7 @@ class Segmentation:
             foreground=self.options.foreground,
             balanced=self.options.balanced,
             changes=not self.on_device,
+            strength=self.options.augmentation,
             pin=self.device.type == "cuda",
         )
         return loader.batches(epoch, step)

@@ -184,16 +184,19 @@ def _folded(layer: Any, plain: Any, x: Any) -> tuple[Any, Any]:
 
 
 def take_turns(
-    calls: dict[str, Callable[[], Any]], rounds: int, uncounted: int = 1
+    calls: dict[str, Callable[[], Any]],
+    rounds: int,
+    uncounted: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every call in every round, after rounds that are not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(uncounted + rounds):
         for name, call in calls.items():
-            begun = time.perf_counter()
+            begun = clock()
             call()
             if number >= uncounted:
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(clock() - begun)
     return times
 
 

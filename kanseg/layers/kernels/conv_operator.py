@@ -6,12 +6,14 @@ is an operator of its own. The functions are told by a string (`recipe`), the ge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kanseg.layers.kernels import expansion, gpu
 from kanseg.layers.kernels.expansion import Expansion, Geometry
@@ -19,6 +21,7 @@ from kanseg.layers.kernels.operators import operator, plain_eager, refuse_second
 from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last, empty_channels_last
 
+Shape = Sequence[int]
 GIVEN = (
     "Tensor x, Tensor? own, Tensor? base, Tensor? basis, Tensor[] learned, "
     "str recipe, int[] geometry, ScalarType dtype"
@@ -129,6 +132,35 @@ _conv = operator("expanded_conv", f"({GIVEN}) -> Tensor", _forward, _fake_forwar
 _conv_backward = operator(
     "expanded_conv_backward", f"(Tensor grad, {GIVEN}, bool[] needs) -> Tensor[]", _backward, _fake_backward
 )
+
+
+@register_flop_formula(torch.ops.kanseg.expanded_conv)
+def _flops(
+    x: Shape,
+    own: Any,
+    base: Shape | None,
+    basis: Shape | None,
+    learned: Any,
+    recipe: str,
+    *how: Any,
+    **made: Any,
+) -> int:
+    """Of the convolution as it is written, by torch's rule: two for each weight and output voxel; see `Recipe.fold`."""
+    written = read(recipe)
+    weights = 0 if base is None else math.prod(base)
+    if basis is not None and written.basis is not None:
+        functions = written.basis.num_functions
+        weights += math.prod(basis) * (functions - int(written.constant is not None)) // functions
+    return 2 * weights * x[0] * math.prod(Geometry.of(how[0]).out_size(x[2:]))
+
+
+@register_flop_formula(torch.ops.kanseg.expanded_conv_backward)
+def _flops_backward(grad: Shape, *given: Any, **made: Any) -> int:
+    """Each of the gradients, of the input and of the weights, costs what the convolution does."""
+    *inputs, needs = given
+    return _flops(*inputs) * (int(any((*needs[:2], *needs[4:]))) + int(any(needs[2:4])))
+
+
 _conv.register_autograd(_lead_back, setup_context=_keep)
 _conv_backward.register_autograd(refuse_second)
 

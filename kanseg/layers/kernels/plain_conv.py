@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kanseg.layers.kernels import winograd
-from kanseg.layers.kernels.operators import only_first
+from kanseg.layers.kernels.operators import only_first, plain_eager
 from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """conv(x; weight), (N, C, *S) -> (N, out_channels, *S'), or None where torch's own serves better."""
-    if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+    if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type) or not plain_eager(x):
         return None
     if not winograd.serves(x, weight, geometry):
         return None

@@ -1,0 +1,5 @@
+"""`python -m kanseg` is `kanseg`."""
+
+from kanseg.cli import main
+
+main()

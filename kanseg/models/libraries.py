@@ -1,0 +1,128 @@
+"""Networks of MONAI and of segmentation-models-pytorch under our contract: to compare with, and to go on from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from monai.networks import nets
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kanseg.encoders.pretrained import check_smp_encoder
+from kanseg.errors import UsageError, did_you_mean, refused_options
+from kanseg.layers.kan_conv import per_axis
+from kanseg.models.model import MODELS
+
+DIVISIBLE = 32  # what five halvings ask of a size
+
+
+class AnySize(nn.Module):
+    """A network that only takes sizes divisible by some number: inputs are padded at their far ends, outputs cut.
+
+    forward: (N, in_channels, *S) -> logits (N, out_channels, *S), float32; in training a list of logits where the
+    network has several outputs.
+    """
+
+    def __init__(self, network: nn.Module, divisible: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.divisible = network, tuple(divisible)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        size = x.shape[2:]
+        axes = zip(size[::-1], self.divisible[::-1], strict=True)
+        padding = [n for length, unit in axes for n in (0, -length % unit)]
+        output = self.network(F.pad(x, padding) if any(padding) else x)
+        maps = output.unbind(1) if isinstance(output, Tensor) and output.dim() > x.dim() else output
+        if isinstance(maps, Tensor):
+            return _cut(maps, size).float()
+        return [_cut(one, size).float() for one in maps] if self.training else _cut(maps[0], size).float()
+
+
+@MODELS.register("monai")
+class MonaiNetwork(AnySize):
+    """A network of MONAI by its class name (SegResNet, DynUNet, UNet, SwinUNETR, ...), any input size.
+
+    forward: (N, in_channels, *S) -> logits (N, out_channels, *S), float32.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: image channels.
+        out_channels: classes, background included.
+        network: class in `monai.networks.nets`.
+        arguments: further ones of its constructor.
+        divisible: what a size must be divisible by, one number or one an axis; default the product of the `strides`
+            among the arguments, else 32.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        network: str = "SegResNet",
+        arguments: dict[str, Any] | None = None,
+        divisible: int | Sequence[int] | None = None,
+    ) -> None:
+        known = [name for name in dir(nets) if isinstance(getattr(nets, name), type)]
+        if network not in known:
+            raise UsageError(f"MONAI has no network '{network}'.{did_you_mean(network, known)}")
+        given = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
+        with refused_options(f"MONAI's {network}"):
+            made = getattr(nets, network)(**given, **(arguments or {}))
+        if divisible is None:
+            strides = (arguments or {}).get("strides", [DIVISIBLE])
+            steps = [per_axis(step, spatial_dims, "strides") for step in strides]
+            divisible = [math.prod(axis) for axis in zip(*steps, strict=True)]
+        super().__init__(made, per_axis(divisible, spatial_dims, "divisible"))
+
+
+@MODELS.register("smp")
+class SmpNetwork(AnySize):
+    """A network of segmentation-models-pytorch by its name (Unet, UnetPlusPlus, FPN, DeepLabV3Plus, ...), in 2D.
+
+    forward: (N, in_channels, H, W) -> logits (N, out_channels, H, W), float32.
+
+    Args:
+        spatial_dims: 2.
+        in_channels: image channels.
+        out_channels: classes, background included.
+        network: architecture.
+        encoder: name of the encoder there; after `kanseg.encoders.register_smp()` also ours.
+        pretrained: let smp download the encoder's weights (ImageNet).
+        arguments: further ones of the architecture.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        network: str = "Unet",
+        encoder: str = "resnet34",
+        pretrained: bool = False,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        import segmentation_models_pytorch as smp
+
+        known = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+        if network not in known:
+            raise UsageError(f"smp has no network '{network}'.{did_you_mean(network, known)}")
+        if spatial_dims != 2:
+            raise UsageError(
+                f"smp's {network} is 2D only, but spatial_dims={spatial_dims}. Choose another network or 2D data."
+            )
+        check_smp_encoder(encoder)
+        given = {"in_channels": in_channels, "classes": out_channels, **(arguments or {})}
+        with refused_options(f"smp's {network}"):
+            made = known[network](encoder, encoder_weights="imagenet" if pretrained else None, **given)
+        super().__init__(made, (DIVISIBLE, DIVISIBLE))
+
+
+def _cut(x: Tensor, size: Sequence[int]) -> Tensor:
+    for axis, length in enumerate(size, start=2):
+        x = x.narrow(axis, 0, length)
+    return x

@@ -1,0 +1,71 @@
+"""Trained weights that come with kanseg, by name: `kanseg predict -m hippocampus -i scan.nii.gz -o mask.nii.gz`.
+
+Each is a folder NAME with model.safetensors (weights in half precision, plan, labels, and under "card" the facts of its
+model card) and README.md, the model card itself. A name stands wherever a run, a model or a checkpoint does: in
+prediction, as `training.weights` to start from, in `Segmenter.load`. A path that holds a checkpoint goes before a name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kanseg.errors import UserError
+from kanseg.training.checkpoint import (
+    EXPORTED,
+    WEIGHTS,
+    load_checkpoint,
+    named,
+    part,
+    read_info,
+    save_checkpoint,
+    shipped,
+)
+from kanseg.training.files import make_folder
+
+LARGEST = 8 * 2**20  # bytes of a file that comes with the package
+FACTS = ("title", "images", "data", "licence", "dice")  # what every card says
+
+
+def table_of_weights() -> list[dict[str, Any]]:
+    """Name, size, labels and the facts of the card of all that there are."""
+    rows = []
+    for name, file in shipped().items():
+        info = read_info(file)
+        facts = {"parameters": info["card"]["parameters"], "labels": info["labels"], **info["card"]}
+        rows.append({"name": name, "megabytes": round(file.stat().st_size / 1e6, 1), **facts})
+    return rows
+
+
+def pack(checkpoint: Path, name: str, card: Mapping[str, Any], folder: Path = WEIGHTS) -> Path:
+    """Write the weights of a checkpoint in half precision as `folder`/NAME/model.safetensors.
+
+    What tells of the machine it was trained on (paths, command) is left out.
+
+    Args:
+        card: facts for `kanseg models --weights`, at least `FACTS`.
+
+    Raises:
+        UserError: facts are missing, or the file would be larger than 8 MiB.
+    """
+    if missing := [fact for fact in FACTS if fact not in card]:
+        raise UserError(f"The card of '{name}' lacks {', '.join(missing)}.")
+    tensors, info = load_checkpoint(checkpoint)
+    weights = part(tensors, "average") or part(tensors, "model")
+    size = sum(tensor.numel() * 2 for tensor in weights.values())
+    if size > LARGEST:
+        raise UserError(
+            f"'{name}' takes {size / 2**20:.1f} MiB in half precision, more than {LARGEST / 2**20:.0f}."
+        )
+    half = {key: t.half() if t.dtype == torch.float32 else t for key, t in weights.items()}
+    kept: dict[str, Any] = {
+        key: info[key] for key in ("model", "plan", "config", "labels", "versions") if key in info
+    }
+    kept["plan"] = {**kept["plan"], "data": name}
+    count = sum(tensor.numel() for tensor in weights.values())
+    kept["card"] = {**json.loads(json.dumps(dict(card))), "parameters": count}
+    return save_checkpoint(make_folder(folder / name) / EXPORTED, named("model", half), kept)
