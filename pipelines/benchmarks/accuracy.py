@@ -29,7 +29,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -298,29 +298,21 @@ class Bench:
             "loss": [round(record["loss"], 4) for record in log],
         }
         if self.flattering:
-            facts["pooled_iou"] = self.pooled_iou(folder)
+            facts["pooled_iou"] = pooled_iou(list(self.masks(folder)))
         kept.mkdir(parents=True, exist_ok=True)
         keys = ("fold", "parameters", "cases", "dice", "ci95")
         cases = {case: {n: round(v, 5) for n, v in found.items()} for case, found in summary["cases"].items()}
         text = json.dumps({**{key: summary[key] for key in keys}, **facts, "cases": cases})
         (kept / "summary.json").write_text(text.replace("}, ", "},\n ") + "\n")
 
-    def pooled_iou(self, folder: Path) -> float:
-        """IoU of the pixels of each batch of images together, averaged over the batches: U-KAN's number."""
+    def masks(self, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Foreground of prediction and reference of each validation case of a fold."""
         from kanseg.data.formats import label_path
         from kanseg.data.images import read_label
 
         cases = {case.id: case for case in self.dataset.cases}
-        masks = [
-            (read_label(path) > 0, read_label(label_path(cases[path.stem]), self.plan.image_dims) > 0)
-            for path in sorted((folder / "validation").glob("*.png"))
-        ]
-        scores = []
-        for first in range(0, len(masks), BATCH_OF_UKAN):
-            batch = masks[first : first + BATCH_OF_UKAN]
-            both = sum(int((a & b).sum()) for a, b in batch)
-            scores.append(both / max(1, sum(int((a | b).sum()) for a, b in batch)))
-        return float(np.mean(scores))
+        for path in sorted((folder / "validation").glob("*.png")):
+            yield read_label(path) > 0, read_label(label_path(cases[path.stem]), self.plan.image_dims) > 0
 
     # ---------------------------------------------------------------------------------------------- the table
 
@@ -401,6 +393,16 @@ class Bench:
                 )
             )
         return {**numbers, "shown": shown}
+
+
+def pooled_iou(masks: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """IoU of the pixels of each batch of images together, averaged over the batches: the number of U-KAN's code."""
+    scores = []
+    for first in range(0, len(masks), BATCH_OF_UKAN):
+        batch = masks[first : first + BATCH_OF_UKAN]
+        both = sum(int((one & other).sum()) for one, other in batch)
+        scores.append(both / max(1, sum(int((one | other).sum()) for one, other in batch)))
+    return float(np.mean(scores))
 
 
 if __name__ == "__main__":

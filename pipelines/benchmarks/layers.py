@@ -1,16 +1,19 @@
 """Time and memory of KAN layers against the plain convolution of the same channels, as ratios from one run.
 
 Every case is one layer (convolution, norm and activation), kernel 3, stride 1, float32. The rivals take turns within
-each round, so that whatever else the machine does meets them alike; a ratio is the median of the rounds' ratios. The
-plain rival is `torch.nn.Conv2d/3d` alone, channels-last, without norm or activation. `--reference PATH` adds the layers
-of a clone of torch-conv-kan (MIT) with their defaults; nothing of it is needed otherwise.
+each round, so that whatever else the machine does meets them alike; a ratio is the median of the rounds' ratios, with
+the lowest and the highest. The plain rival is `torch.nn.Conv2d/3d` alone, channels-last, without norm or activation.
+`--reference PATH` adds the layers of a clone of torch-conv-kan (MIT) with their defaults; nothing of it is needed
+otherwise.
 
     python pipelines/benchmarks/layers.py -o pipelines/benchmarks/results/layers.json
     python pipelines/benchmarks/layers.py --threads 2 --families kagn kan --reference ../torch-conv-kan
+    python pipelines/benchmarks/layers.py --layers-of-ukanet --families kagn -o ukanet_layers.json
     python pipelines/benchmarks/layers.py --device cuda --dtype bfloat16 --cases "3d 32 -> 32, 128^3"
 
 On a GPU a third rival is the plain convolution with as many input channels as the expansion has ("folded"): the same
-operations, already expanded.
+operations, already expanded. With `-o FILE.json` the table is also written as FILE.md. `--layers-of-ukanet` takes
+every shape of layer that a UKANet (3D, 16 to 128 channels, a patch of 64^3) has instead.
 """
 
 from __future__ import annotations
@@ -26,14 +29,40 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-CASES = {  # spatial_dims, batch, channels, size
-    "3d 32 -> 32, 48^3": (3, 1, 32, 48),
-    "2d 64 -> 64, 128^2": (2, 2, 64, 128),
-    "2d 32 -> 32, 128^2": (2, 2, 32, 128),
-    "3d 32 -> 32, 128^3": (3, 2, 32, 128),
+
+class Case(NamedTuple):
+    """Shapes of one layer; `size` is that of its input, one number an axis."""
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    size: tuple[int, ...]
+    kernel_size: int = 3
+    stride: int = 1
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions."""
+        return len(self.size)
+
+    def __str__(self) -> str:
+        shape = f"{self.dims}d {self.in_channels} -> {self.out_channels}, {self.size[0]}^{self.dims}"
+        kernel = "" if self.kernel_size == 3 else f", kernel {self.kernel_size}"
+        return shape + kernel + ("" if self.stride == 1 else f", stride {self.stride}")
+
+
+CASES = {
+    str(case): case
+    for case in (
+        Case(1, 32, 32, (48,) * 3),
+        Case(2, 64, 64, (128,) * 2),
+        Case(2, 32, 32, (128,) * 2),
+        Case(2, 32, 32, (128,) * 3),
+    )
 }
+KEYS = ("forward", "training")
 CPU_CASES = list(CASES)[:3]
 FAMILIES = ("kagn", "kaln", "kacn", "kajn", "kabn", "kan", "fastkan", "relukan", "wavkan")
 REFERENCES = {
@@ -68,6 +97,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--cases", nargs="*", default=CPU_CASES, choices=CASES)
+    parser.add_argument("--layers-of-ukanet", action="store_true", help="instead of the cases")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="by autocast")
     parser.add_argument("--threads", type=int, default=1)
@@ -89,45 +119,93 @@ def main() -> None:
         "triton kernels": gpu.described(),
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "dtype": given.dtype,
+        "rounds": given.rounds,
         "layers": [],
     }
     print(json.dumps({key: value for key, value in results.items() if key != "layers"}))
-    print(f"{'case':22}{'family':10}{'rival':12}{'forward':>10}{'training':>10}{'saved':>8}{'peak MB':>9}")
-    for case in given.cases:
+    print(f"{'case':34}{'family':10}{'rival':12}{'forward':>10}{'training':>10}{'saved':>8}{'peak MB':>9}")
+    cases = layers_of_ukanet() if given.layers_of_ukanet else {name: CASES[name] for name in given.cases}
+    for case in cases.values():
         for family in given.families:
             for row in measure(case, family, given.rounds, bool(given.reference), given.device, given.dtype):
                 results["layers"].append(row)
-                shown = [f"{row[key]:.2f} x" for key in ("forward", "training")]
+                shown = [f"{row[key]:.2f} x" for key in KEYS]
                 saved = f"{row['saved']:.2f}" if "saved" in row else ""
                 peak = f"{row['inference_mb']:.0f}" if "inference_mb" in row else ""
-                line = f"{case:22}{family:10}{row['rival']:12}{shown[0]:>10}{shown[1]:>10}{saved:>8}{peak:>9}"
+                line = (
+                    f"{case!s:34}{family:10}{row['rival']:12}{shown[0]:>10}{shown[1]:>10}{saved:>8}{peak:>9}"
+                )
                 print(line, flush=True)
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(results, indent=1) + "\n")
+        given.out.with_suffix(".md").write_text(markdown(results))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The numbers as a table, each ratio with the lowest and highest of the rounds."""
+    facts = ", ".join(str(results[key]) for key in ("machine", "torch", "device", "dtype"))
+    lines = [f"{facts}, {results['threads']} threads, {results['rounds']} rounds", ""]
+    lines += ["| case | family | against | forward | training | saved / input | peak MB |", "|---" * 7 + "|"]
+    for row in results["layers"]:
+        cells = [row["case"], row["family"], row["rival"]]
+        cells += [
+            f"{row[key]:.2f} ({row[key + '_range'][0]:.2f} to {row[key + '_range'][1]:.2f}) x" for key in KEYS
+        ]
+        cells += [
+            f"{row[key]:.{digits}f}" if key in row else ""
+            for key, digits in (("saved", 2), ("inference_mb", 0))
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def layers_of_ukanet() -> dict[str, Case]:
+    """Every shape of a layer in a UKANet of 16 to 128 channels on 64^3, once each."""
+    import torch
+
+    from kanseg import UKANet
+    from kanseg.layers.kan_conv import KANConv
+
+    network, found = UKANet(3, 1, 3, basis="gram", features_per_stage=(16, 32, 64, 128)).eval(), {}
+
+    def note(conv: Any, inputs: Any) -> None:
+        x = inputs[0]
+        shape = (conv.kernel_size[0], conv.stride[0])
+        case = Case(1, x.shape[1], conv.out_channels, tuple(x.shape[2:]), *shape)
+        found[str(case)] = case
+
+    for module in network.modules():
+        if isinstance(module, KANConv):
+            module.register_forward_pre_hook(note)
+    with torch.inference_mode():
+        network(torch.zeros(1, 1, 64, 64, 64))
+    return found
 
 
 def measure(
-    case: str, family: str, rounds: int, reference: bool, device: str = "cpu", dtype: str = "float32"
+    case: Case, family: str, rounds: int, reference: bool, device: str = "cpu", dtype: str = "float32"
 ) -> list[dict[str, Any]]:
     """Ratios of kanseg's layer to the plain convolution, and with a reference of that to kanseg's."""
     import torch
 
     from kanseg.layers import conv_layer
 
-    dims, batch, channels, size = CASES[case]
+    dims, kernel = case.dims, case.kernel_size
     memory = torch.channels_last if dims == 2 else torch.channels_last_3d
-    x = torch.randn(batch, channels, *[size] * dims).contiguous(memory_format=memory)
-    plain = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(channels, channels, 3, padding=1, bias=False)
+    x = torch.randn(case.batch, case.in_channels, *case.size).contiguous(memory_format=memory)
+    channels, how = (
+        (case.in_channels, case.out_channels, kernel),
+        {"stride": case.stride, "padding": kernel // 2},
+    )
+    plain = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(*channels, **how, bias=False)
     layers: dict[str, torch.nn.Module] = {
         "plain": plain.to(memory_format=memory),
-        "kanseg": conv_layer(family)(dims, channels, channels),
+        "kanseg": conv_layer(family)(dims, *channels, stride=case.stride),
     }
     if reference:
         module = import_module("kan_convs")
-        layers["reference"] = getattr(module, f"{REFERENCES[family]}{dims}DLayer")(
-            channels, channels, 3, padding=1
-        )
+        layers["reference"] = getattr(module, f"{REFERENCES[family]}{dims}DLayer")(*channels, **how)
     inputs = dict.fromkeys(layers, x)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -139,19 +217,17 @@ def measure(
         for key, turn in (("forward", _forward), ("training", _training))
     }
     times = {key: take_turns(turns, rounds) for key, turns in calls.items()}
-    row = {"case": case, "family": family, "rival": "plain"}
-    row |= {key: ratio(taken["kanseg"], taken["plain"]) for key, taken in times.items()}
+    named = {"case": str(case), "family": family}
+    row = {**named, "rival": "plain", **ratios(times, "kanseg", "plain")}
     row |= {f"{key}_ms": 1e3 * statistics.median(taken["kanseg"]) for key, taken in times.items()}
     row["saved"] = saved(layers["kanseg"], inputs["kanseg"])
-    if dims == 3 and device == "cpu" and sys.platform == "linux":
+    if case in CASES.values() and dims == 3 and device == "cpu" and sys.platform == "linux":
         row["inference_mb"] = inference_peak(family)
     rows = [row]
     if "folded" in layers:
-        against = {key: ratio(taken["kanseg"], taken["folded"]) for key, taken in times.items()}
-        rows.append({"case": case, "family": family, "rival": "folded", **against})
+        rows.append({**named, "rival": "folded", **ratios(times, "kanseg", "folded")})
     if reference:
-        against = {key: ratio(taken["reference"], taken["kanseg"]) for key, taken in times.items()}
-        rows.append({"case": case, "family": family, "rival": "reference", **against})
+        rows.append({**named, "rival": "reference", **ratios(times, "reference", "kanseg")})
     return rows
 
 
@@ -238,6 +314,15 @@ def _finish(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def ratios(times: dict[str, dict[str, list[float]]], one: str, other: str) -> dict[str, Any]:
+    """Ratio of one rival to another in forward and training, and the lowest and highest of the rounds."""
+    found: dict[str, Any] = {}
+    for key, taken in times.items():
+        rounds = [a / b for a, b in zip(taken[one], taken[other], strict=True)]
+        found |= {key: statistics.median(rounds), f"{key}_range": [min(rounds), max(rounds)]}
+    return found
 
 
 def ratio(one: list[float], other: list[float]) -> float:
