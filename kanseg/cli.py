@@ -14,7 +14,7 @@ import typer
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError
 from kanseg.verbs import data, results, training
-from kanseg.verbs.common import Json, Out, Pattern
+from kanseg.verbs.common import Json, Mirror, Out, Pattern
 from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
 from kanseg.verbs.common import size_in_bytes as _bytes
@@ -60,6 +60,7 @@ def plan(
     slices: Annotated[int, typer.Option(help="With --dim 2: slices seen at once, e.g. 3 or 5.")] = 1,
     size: Annotated[str, typer.Option(help="small, standard or large network.")] = "standard",
     regions: Annotated[str | None, typer.Option(help="whole=1+2+4,core=1+4: classes that overlap.")] = None,
+    mirror: Mirror = None,
     trial: Annotated[bool, typer.Option(help="Measure the memory of a step.")] = True,
     id_pattern: Pattern = None,
     json_: Json = False,
@@ -71,6 +72,7 @@ def plan(
     Example: kanseg plan Task04_Hippocampus -o runs/slices --dim 2 --slices 3 --size small
     """
     from kanseg.data.labels import parse_regions
+    from kanseg.data.mirror import parse_mirror
 
     if dim not in ("auto", "2", "3"):
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
@@ -78,6 +80,7 @@ def plan(
     if (out / "plan.json").exists() and any(out.glob("fold_*")):
         raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
     how: dict[str, Any] = {"dim": None if dim == "auto" else int(dim), "slices": slices, "size": size}
+    how["mirror"] = parse_mirror(mirror)
     how |= {"regions": parse_regions(regions) if regions else None, "id_pattern": id_pattern, "trial": trial}
     made = _make_plan(data, out, memory=budget, console=_console(json_), **how)
     _emit(made.to_dict(), json_)
@@ -311,9 +314,9 @@ def _make_plan(
     from kanseg.training.trial import measure_step
 
     if is_classes(data):
-        if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices")):
+        if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices", "mirror")):
             raise UsageError(
-                f"{data} has a class for each image; --dim, --slices, --size and --regions are for segmentation."
+                f"{data} has a class for each image; --dim, --slices, --size, --mirror and --regions are for segmentation."
             )
         return _make_class_plan(data, out, console, id_pattern)
     dataset = read_dataset(data, id_pattern=id_pattern, regions=regions)

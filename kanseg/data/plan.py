@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ import numpy as np
 
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import Dataset, read_dataset
+from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
 
@@ -145,6 +146,8 @@ def _misfit(plan: Plan) -> str | None:
         return f"slice_axis {plan.slice_axis} needs spatial_dims 2 and one of the axes 0, 1, 2"
     if plan.slices < 1 or plan.slices % 2 == 0 or (plan.slices > 1 and plan.slice_axis is None):
         return f"slices must be odd, and 1 where there is no slice_axis, but is {plan.slices}"
+    if not set(plan.mirror_axes) <= set(range(plan.spatial_dims)):
+        return f"mirror_axes are axes of the network, 0 to {plan.spatial_dims - 1}, but are {plan.mirror_axes}"
     return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
 
 
@@ -195,6 +198,7 @@ def make_plan(
     dim: int | None = None,
     size: str = "standard",
     slices: int = 1,
+    mirror: Sequence[int] | None = None,
     regions: dict[str, list[int]] | None = None,
     seen: dict[str, Any] | None = None,
     measure: Callable[[Plan], Need] | None = None,
@@ -206,6 +210,8 @@ def make_plan(
         dim: of the network; 2 with volumes learns them slice by slice. Default as the images are.
         size: preset in `SIZES`.
         slices: how many neighbouring slices the network sees at once, an odd number; more than 1 is 2.5D.
+        mirror: axes of the image whose ends may be exchanged; default both of pictures and none of volumes, see
+            `kanseg.data.mirror`.
         regions: as `read_dataset` was given them.
         seen: what `fingerprint` gave, if it is there already.
         measure: memory of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
@@ -223,6 +229,7 @@ def make_plan(
             f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
             "by slice (--dim 2)."
         )
+    mirrored = mirror_axes(dataset.spatial_dims, dataset.label_names, mirror)
     seen = seen or fingerprint(dataset)
     spacings = np.array([case["spacing"] for case in seen["cases"].values()])
     sizes = np.array([case["size"] for case in seen["cases"].values()])
@@ -257,7 +264,7 @@ def make_plan(
         features_per_stage=[1],
         strides=[[1] * dims],
         kernel_sizes=[[1] * dims],
-        mirror_axes=[0, 1] if dataset.spatial_dims == 2 else [],
+        mirror_axes=axes_of_network(mirrored, axis),
         slice_axis=axis,
         slices=slices,
         orientation="RAS" if dataset.spatial_dims == 3 else "",
@@ -271,6 +278,7 @@ def make_plan(
     if axis is not None:
         many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
         plan.reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[axis]}{many}")
+    plan.reasons.append(why_mirror(dataset.spatial_dims, dataset.label_names, mirrored))
     whole = _whole_image_bytes(seen, plan)
     if whole > plan.memory_bytes / 2:
         plan.reasons.append(

@@ -108,7 +108,7 @@ def predict_with(
     if len(loaded.files) > 1:
         console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
-        console.print("--tta changes nothing: the plan names no axes whose ends may be exchanged")
+        console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
     cases = find_images(images, channels=len(loaded.plan.channel_names))
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []

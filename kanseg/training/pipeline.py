@@ -71,6 +71,7 @@ def run_pipeline(
     final: str = "folds",
     memory: int | None = None,
     size: str = "standard",
+    mirror: Sequence[int] | None = None,
     config: str = "default",
     id_pattern: str | None = None,
     override: bool = False,
@@ -82,7 +83,7 @@ def run_pipeline(
         minutes: of training in all, shared out evenly; default as long as the config says.
         configurations: "auto" (3d and 2d for volumes, 2d for pictures), or names with commas.
         final: "folds" (the model is all networks of the chosen folds) or "all" (one more training on every case).
-        memory, size: see `make_plan`.
+        memory, size, mirror: see `make_plan`.
         override: go on although options differ from those of the first call.
 
     Returns:
@@ -100,7 +101,7 @@ def run_pipeline(
     checked, wanted = load_config(config, overrides), _configurations(configurations)
     asked = {"data": str(Path(data).resolve()), "overrides": list(overrides), "minutes": minutes}
     asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
-    asked |= {"config": config, "id_pattern": id_pattern}
+    asked |= {"config": config, "id_pattern": id_pattern, "mirror": mirror}
     _check_asked(run, asked, override)
     with locked(make_folder(run), is_main()):
         source = once(lambda: _examined(Path(data), run, id_pattern, console))
@@ -114,7 +115,7 @@ def run_pipeline(
             checked = _with(checked, "training", max_minutes=share, max_epochs=None)
         checked = _with(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)
-        once(lambda: _plan(job, memory=memory, size=size))
+        once(lambda: _plan(job, memory=memory, size=size, mirror=mirror))
         once(lambda: write_json(run / SETTINGS, asked))
         found = _validated(job) if folds else {}
         choice = once(lambda: _choose(job, found)) if folds else names[0]
