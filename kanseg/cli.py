@@ -166,6 +166,7 @@ def predict(
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write a map a class.")] = False,
     postprocess: Annotated[bool, typer.Option(help="Apply the rules stored with the model.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Also the cases that are done.")] = False,
+    memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 4G; default what is free.")] = None,
     json_: Json = False,
 ) -> None:
     """Segment images, or tell their classes. A label map lies on its image's own grid, with its affine and header.
@@ -189,6 +190,7 @@ def predict(
 
     how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
     how |= {"probabilities": probabilities, "postprocess": postprocess, "again": again}
+    how["memory"] = _bytes(memory)
     if is_classifier(model[0]):
         if tta or suffix:
             raise UsageError("--tta and --format are for segmentation; a classifier writes a table.")

@@ -18,7 +18,7 @@ from kanseg.data.mirror import mirror_axes, pairs_of_sides
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.transforms import augmentation, load_case, preparation
 from kanseg.errors import UsageError, UserError
-from kanseg.inference.predict import predict_logits
+from kanseg.inference.logits import predict_logits
 from kanseg.models import create_model
 from kanseg.training.pipeline import run_pipeline
 

@@ -8,7 +8,6 @@ is measured by one where `make_plan` is given a way to; else it goes by a figure
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from kanseg.data.formats import Dataset, read_dataset
 from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.memory import memory_at_hand
 
 VERSION = 1
 MOST_STAGES = 6
@@ -170,25 +170,6 @@ def plan_run(dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None,
 def planned_dataset(plan: Plan) -> Dataset:
     """The data set of a plan, read as it was for planning."""
     return read_dataset(plan.data, id_pattern=plan.id_pattern, regions=plan.given_regions)
-
-
-def memory_at_hand() -> int:
-    """Bytes: of the GPU where there is one, else of the main memory that is free."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
 
 
 def make_plan(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from kanseg.config import Config, load_config, make_config
@@ -34,7 +35,7 @@ from kanseg.training.fit import fit
 from kanseg.training.parallel import once
 from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, Splits, run_splits
 from kanseg.training.trial import measure_step
-from kanseg.training.validate import kept_prediction
+from kanseg.training.validate import inference_options, kept_prediction
 
 CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
 ENSEMBLE, CHOICE, SETTINGS, MODEL, REPORT = "ensemble", "choice.json", "run.json", "model", "report.md"
@@ -279,10 +280,11 @@ def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Ca
     missing = [case for case in cases if not _newer(paths[case.id], trained)]
     if not missing:
         return False
-    loaded = [load_model(folder)[:2] for folder in folders]
+    cuda = job.config.training.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    loaded = [load_model(folder, device)[:2] for folder in folders]
     networks, plans = [network for network, _ in loaded], [plan for _, plan in loaded]
-    inference = job.config.inference
-    how: dict[str, Any] = {"overlap": inference.overlap, "blending": inference.blending, "tta": inference.tta}
+    how = inference_options(job.config.inference, plan, device)
     for case in progress(missing, "Predicting"):
         labels, source = predict_case(networks, case, plans, **how)
         write_label(paths[case.id], labels, source, plan.label_dtype)

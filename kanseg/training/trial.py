@@ -23,6 +23,7 @@ import torch
 from kanseg.config import load_config
 from kanseg.data.plan import Need, Plan
 from kanseg.errors import UserError
+from kanseg.memory import taken
 from kanseg.training.checkpoint import (
     LAST,
     build_model,
@@ -126,15 +127,11 @@ def _patch(plan: Plan, most: float) -> list[int]:
 
 
 def _peak(device: str) -> int:
-    return torch.cuda.max_memory_reserved() if device == "cuda" else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    """Bytes of an entry of /proc/self/status, e.g. VmHWM, the largest resident memory so far."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise UserError(f"This system does not tell {key}. Plan with --no-trial.")
+    """Bytes at most so far: of the GPU, else resident."""
+    peak = torch.cuda.max_memory_reserved() if device == "cuda" else taken("VmHWM")
+    if peak is None:
+        raise UserError("This system does not tell what memory a process takes. Plan with --no-trial.")
+    return peak
 
 
 def main() -> None:
