@@ -121,15 +121,15 @@ def test_a_disk_without_room_is_one_line(plan: Plan, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory")
 def test_predicting_many_classes_stays_within_the_memory(plan: Plan, tmp_path: Path) -> None:
-    """100 classes of 80^3 voxels are 195 MiB of logits; 130 MiB are allowed beside the program."""
-    classes, room = 100, 130 * MEGA
+    """100 classes of 72^3 voxels are 142 MiB of logits; 110 MiB are allowed beside the program."""
+    classes, room = 100, 110 * MEGA
     names = [f"label {k}" for k in range(classes)]
-    many = replace(plan, label_names=names, label_values=list(range(classes)), patch_size=[40] * 3)
+    many = replace(plan, label_names=names, label_values=list(range(classes)), patch_size=[24] * 3)
     many = replace(many, spacing=[1.0, 1.0, 1.0])
     spec = {"name": "ukanet", "spatial_dims": 3, "in_channels": 1, "out_channels": classes, "options": SMALL}
     info = json.loads(json.dumps({"model": spec, "plan": many.to_dict()}))
     save_checkpoint(tmp_path / BEST, named("model", build_model(spec).state_dict()), info)
-    scan = np.random.default_rng(0).normal(size=(80, 80, 80)).astype(np.float32)
+    scan = np.random.default_rng(0).normal(size=(72, 72, 72)).astype(np.float32)
     nib.save(nib.Nifti1Image(scan, np.eye(4)), tmp_path / "scan.nii.gz")
     out = tmp_path / "out.nii.gz"
     command = [sys.executable, "-c", CHILD, tmp_path / BEST, tmp_path / "scan.nii.gz", out, room]
