@@ -318,7 +318,8 @@ def _make_plan(
     if is_classes(data):
         if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices", "mirror")):
             raise UsageError(
-                f"{data} has a class for each image; --dim, --slices, --size, --mirror and --regions are for segmentation."
+                f"{data} has a class for each image; --dim, --slices, --size, --mirror and --regions are for "
+                "segmentation."
             )
         return _make_class_plan(data, out, console, id_pattern)
     dataset = read_dataset(data, id_pattern=id_pattern, regions=regions)

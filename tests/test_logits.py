@@ -1,4 +1,4 @@
-"""Logits of whole images: the mean over windows, the same in memory and on the disk, within the memory that is allowed."""
+"""Logits of whole images: the mean over windows, the same in memory and on the disk, within what is allowed."""
 
 from __future__ import annotations
 

@@ -36,7 +36,9 @@ def sided(blobs: Path, tmp_path: Path) -> Path:
 def test_prediction_averages_over_every_mirroring_of_the_planned_axes(blobs: Path) -> None:
     plan = replace(make_plan(read_dataset(blobs), memory=2**31, mirror=[0, 2]), patch_size=[20, 24, 18])
     torch.manual_seed(0)
-    model = create_model("ukanet", spatial_dims=3, in_channels=1, out_channels=3, features_per_stage=[4, 8]).eval()
+    model = create_model(
+        "ukanet", spatial_dims=3, in_channels=1, out_channels=3, features_per_stage=[4, 8]
+    ).eval()
     image = torch.randn(1, 1, 20, 24, 18)  # one window, so the mean is that of whole images
     flips = [f for count in range(3) for f in itertools.combinations((2, 4), count)]
     with torch.no_grad():
@@ -53,7 +55,9 @@ def test_training_flips_along_the_planned_axes_alone(blobs: Path, axes: list[int
     assert plan.mirror_axes == axes
     item = preparation(plan)(load_case(dataset.cases[0], plan)[0])
     still = replace(plan, mirror_axes=[])
-    flips = [f for count in range(len(axes) + 1) for f in itertools.combinations([a + 1 for a in axes], count)]
+    flips = [
+        f for count in range(len(axes) + 1) for f in itertools.combinations([a + 1 for a in axes], count)
+    ]
     seen = set()
     for seed in range(40):
         patches = []

@@ -15,7 +15,10 @@ from kanseg.errors import UsageError
 
 SIDES = {"left": "right", "lh": "rh", "l": "r"}
 NONE = "none"
-AXES = {2: "0 (up and down), 1 (left and right)", 3: "0 (left and right), 1 (back and front), 2 (feet and head)"}
+AXES = {
+    2: "0 (up and down), 1 (left and right)",
+    3: "0 (left and right), 1 (back and front), 2 (feet and head)",
+}
 SIDEWAYS = {2: 1, 3: 0}  # the axis from the left to the right
 DEFAULT = {2: (0, 1), 3: ()}
 
@@ -44,7 +47,9 @@ def mirror_axes(image_dims: int, label_names: Sequence[str], asked: Sequence[int
     if asked is None:
         return [axis for axis in DEFAULT[image_dims] if not sides]
     if beyond := [axis for axis in asked if not 0 <= axis < image_dims]:
-        raise UsageError(f"--mirror {beyond[0]}: the axes of {image_dims}D images are {AXES[image_dims]}, or {NONE}.")
+        raise UsageError(
+            f"--mirror {beyond[0]}: the axes of {image_dims}D images are {AXES[image_dims]}, or {NONE}."
+        )
     if sides and sideways in asked:
         left, right = sides[0]
         raise UsageError(

@@ -147,7 +147,9 @@ def _misfit(plan: Plan) -> str | None:
     if plan.slices < 1 or plan.slices % 2 == 0 or (plan.slices > 1 and plan.slice_axis is None):
         return f"slices must be odd, and 1 where there is no slice_axis, but is {plan.slices}"
     if not set(plan.mirror_axes) <= set(range(plan.spatial_dims)):
-        return f"mirror_axes are axes of the network, 0 to {plan.spatial_dims - 1}, but are {plan.mirror_axes}"
+        return (
+            f"mirror_axes are axes of the network, 0 to {plan.spatial_dims - 1}, but are {plan.mirror_axes}"
+        )
     return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
 
 

@@ -94,7 +94,7 @@ def evaluate_case(
     if prediction.shape != reference.shape:
         raise UserError(f"Shapes differ: prediction {prediction.shape}, reference {reference.shape}.")
     boxes = [ndimage.find_objects(labels) for labels in (prediction, reference)]  # found in one walk
-    scores = {}
+    scores: dict[Label, dict[str, float]] = {}
     for label in labels:
         values = label if isinstance(label, tuple) else (label,)
         if min(values) > 0:
@@ -102,8 +102,8 @@ def evaluate_case(
             box = _around(found, prediction.shape)
         else:
             box = (slice(None),) * prediction.ndim
-        pair = (np.isin(labels[box], values) for labels in (prediction, reference))
-        scores[label] = _score(*pair, spacing, tolerance, prediction.shape)
+        ours, theirs = (np.isin(labels[box], values) for labels in (prediction, reference))
+        scores[label] = _score(ours, theirs, spacing, tolerance, prediction.shape)
     return scores
 
 

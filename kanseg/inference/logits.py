@@ -89,8 +89,8 @@ class OnDisk(Logits):
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(
-                f"The logits of {len(self)} classes take {needed / 2**30:.1f} GiB, more than the memory allows and than "
-                f"{folder} has free ({free / 2**30:.1f} GiB). Name a larger disk by TMPDIR, or give more --memory."
+                f"The logits of {len(self)} classes take {needed / 2**30:.1f} GiB: more than the memory allows, and "
+                f"than {folder} has free ({free / 2**30:.1f} GiB). Name a larger disk by TMPDIR, or give more --memory."
             )
         self.file = tempfile.TemporaryFile(prefix="kanseg-")  # noqa: SIM115  # gone with this object
         self.file.truncate(needed)
@@ -159,7 +159,7 @@ def whole_logits(
 
 
 def _batch(image: Tensor, plan: Plan, device: torch.device | str) -> Tensor:
-    """The image as the network takes it, (N, C, *S) on its device: a volume that is learnt slice by slice as N slices."""
+    """The image as the network takes it, (N, C, *S) on its device; a volume learnt slice by slice is N slices."""
     image = torch.as_tensor(image).to(device)
     return image if plan.slice_axis is None else slices_as_channels(image[0], plan)
 
@@ -207,7 +207,9 @@ def _slide(
         for values, (one, _, *place) in zip(said, where, strict=True):
             inside, at = _within(place, margin, size, flip)
             share = weights[inside] / sums[tuple(place)][inside] / len(flips)
-            logits.add((one, *at), _flipped(values[(slice(None), *inside)], flip, 1), _flipped(share, flip, 0))
+            logits.add(
+                (one, *at), _flipped(values[(slice(None), *inside)], flip, 1), _flipped(share, flip, 0)
+            )
         done += len(window)
         if watch is not None:
             watch(done, total)

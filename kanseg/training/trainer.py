@@ -241,7 +241,7 @@ class Trainer:
     def _final_scores(self) -> list[list[Any]]:
         folder = make_folder(self.folder / PREDICTIONS)
         scores = []
-        for index, item in self._share(self.task.held_out()):
+        for index, item in self.monitor.walk(self._share(self.task.held_out()), "validating"):
             found = self.task.final_score(self.evaluated, item, self.accelerator.device, folder)
             scores.append((index, found))
             if self.stop:

@@ -15,7 +15,8 @@ Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, al
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or file) to write.")]
 Pattern = Annotated[str | None, typer.Option(help="Regular expression, one group: the patient in an id.")]
 Mirror = Annotated[
-    str | None, typer.Option(help="Axes whose ends may be exchanged, e.g. 0 or 0,1,2, or none: flips and --tta.")
+    str | None,
+    typer.Option(help="Axes whose ends may be exchanged, e.g. 0 or 0,1,2, or none: flips and --tta."),
 ]
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
