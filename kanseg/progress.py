@@ -34,6 +34,12 @@ def _told(items: Iterable[T], text: str, total: int | None) -> Iterator[T]:
         yield item
 
 
+def note(text: str) -> None:
+    """A line on standard error."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
 def time_left(fraction: float, seconds: float) -> str:
     """Time to the end when `fraction` of the work took `seconds`.
 

@@ -20,7 +20,7 @@ from kanseg.data.formats import Dataset, read_dataset
 from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
-from kanseg.memory import memory_at_hand
+from kanseg.memory import FITS, memory_at_hand
 
 VERSION = 1
 MOST_STAGES = 6
@@ -32,6 +32,10 @@ SHARE = 0.6  # of the memory at hand where nothing is measured, the rest is for 
 MEASURED_SHARE = 0.9  # of the memory where a step was measured
 CACHE_SHARE = 0.25  # of the memory that prepared cases may take; the others wait on the disk
 BYTES_A_CASE_VOXEL = 8  # of a prepared case beside its channels: label and the places of its foreground
+# What a process that prepares patches takes of its own: beside what it shares, and for each voxel of a batch, with its
+# two next batches: measured at 22 MiB, and at 81 to 94 bytes with one channel and 177 with four.
+LOADER_BYTES, LOADER_BYTES_A_VOXEL, LOADER_BYTES_A_CHANNEL = 32 * 2**20, 60, 35
+LOADERS = 1  # that a plan reckons with
 LARGEST_BATCH = {2: 12, 3: 2}
 LEAST_VOXELS = {2: 128**2, 3: 40**3}  # a patch that sees less (and less than the image) costs width first
 LEAST_FEATURES = 8
@@ -68,6 +72,9 @@ SIZES = {
 @dataclass
 class Plan(StoredPlan):
     """Everything that preprocessing, training and prediction must agree on; plan.json, and part of each checkpoint.
+
+    Of `memory_bytes` that may be taken, `training_bytes` are what training will take without its loaders, where a step
+    was measured.
 
     `data`, `id_pattern` and `given_regions` are what `read_dataset` was given. Lengths are in mm, axes in the order of
     `orientation` (R, A, S for volumes; rows, columns for pictures). `spatial_dims` is the network's dimension: where it
@@ -107,6 +114,7 @@ class Plan(StoredPlan):
     model_options: dict[str, Any] = field(default_factory=dict)
     size: str = "standard"
     memory_bytes: int = 0
+    training_bytes: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     version: int = VERSION
@@ -262,11 +270,10 @@ def make_plan(
         many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
         plan.reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[axis]}{many}")
     plan.reasons.append(why_mirror(dataset.spatial_dims, dataset.label_names, mirrored))
-    whole = _whole_image_bytes(seen, plan)
-    if whole > plan.memory_bytes / 2:
+    if (whole := _whole_image_bytes(seen, plan)) > FITS * plan.memory_bytes:
         plan.reasons.append(
-            f"beware: a prediction of the largest image holds about {whole / 2**30:.1f} GiB ({len(plan.label_names)} "
-            f"classes), so validation may pass the {plan.memory_bytes / 2**30:.1f} GiB that a step stays within"
+            f"the largest image has {whole / 2**30:.1f} GiB of logits ({len(plan.label_names)} classes): where they do "
+            "not fit into the memory, predictions keep them on the disk"
         )
     if seen["same"]:
         shown = ", ".join(f"{one} = {other}" for one, other in seen["same"][:3])
@@ -301,12 +308,13 @@ def _within_memory(
     for _ in range(TRIALS if measure else 0):
         assert measure is not None
         need, features = measure(sized), sized.features_per_stage[0]
-        rest = plan.memory_bytes * MEASURED_SHARE - need.base - cache
-        missing = max(need.least, need.base) + cache - plan.memory_bytes * MEASURED_SHARE
+        fixed = need.base + cache + LOADERS * LOADER_BYTES
+        rest = plan.memory_bytes * MEASURED_SHARE - fixed
+        missing = max(need.least + fixed - need.base, fixed) - plan.memory_bytes * MEASURED_SHARE
         if missing > 0 and features <= LEAST_FEATURES:
             raise UserError(
                 f"{plan.memory_bytes / 2**20:.0f} MiB are too few: the program and the prepared cases alone take "
-                f"{(need.base + cache) / 2**20:.0f} MiB. Give more with --memory."
+                f"{fixed / 2**20:.0f} MiB. Give more with --memory."
             )
         said = (
             f"{budget}: trial steps took {need.per_voxel / 1e3:.1f} kB a voxel beside {need.base / 2**30:.2f} GiB, "
@@ -316,7 +324,8 @@ def _within_memory(
         if missing > 0:  # the network itself is too large, whatever the patch
             sized = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
             continue
-        sized = _sized(plan, image, features, rest / need.per_voxel)
+        sized = _sized(plan, image, features, rest / (need.per_voxel + LOADERS * _loader_bytes_a_voxel(plan)))
+        sized.training_bytes = int(need.base + cache + need.per_voxel * _voxels(sized))
         if sized.features_per_stage == last.features_per_stage and sized.strides == last.strides:
             break
     size = [round(float(s)) for s in image]
@@ -325,6 +334,22 @@ def _within_memory(
     if sized.features_per_stage[0] < SIZES[plan.size].features:
         reasons.append(f"narrower than size '{plan.size}', so that a patch sees enough of the image")
     return sized, reasons
+
+
+def loader_bytes(plan: Plan, batch_size: int | None = None) -> int:
+    """What one process that prepares patches takes of its own."""
+    return LOADER_BYTES + _voxels(
+        replace(plan, batch_size=batch_size or plan.batch_size)
+    ) * _loader_bytes_a_voxel(plan)
+
+
+def _loader_bytes_a_voxel(plan: Plan) -> int:
+    return LOADER_BYTES_A_VOXEL + LOADER_BYTES_A_CHANNEL * plan.in_channels
+
+
+def _voxels(plan: Plan) -> int:
+    """Of a batch."""
+    return plan.batch_size * math.prod(plan.patch_size)
 
 
 def _sized(plan: Plan, image: np.ndarray, features: int, voxels: float) -> Plan:
@@ -357,9 +382,8 @@ def _cache_bytes(seen: dict[str, Any], plan: Plan) -> int:
 
 
 def _whole_image_bytes(seen: dict[str, Any], plan: Plan) -> float:
-    """Logits of the largest image, twice: as they are summed up, and as they are returned."""
-    voxels = max(_resampled_voxels(case, plan) for case in seen["cases"].values())
-    return voxels * 4 * (2 * len(plan.label_names) + plan.in_channels)
+    """Logits of the largest image."""
+    return 4 * len(plan.label_names) * max(_resampled_voxels(case, plan) for case in seen["cases"].values())
 
 
 def _resampled_voxels(case: dict[str, Any], plan: Plan) -> float:

@@ -100,7 +100,11 @@ def run_pipeline(
     if not Path(data).exists():
         raise UserError(f"There is no {data}. Give a folder or list of labelled images.")
     checked, wanted = load_config(config, overrides), _configurations(configurations)
-    asked: dict[str, Any] = {"data": str(Path(data).resolve()), "overrides": list(overrides), "minutes": minutes}
+    asked: dict[str, Any] = {
+        "data": str(Path(data).resolve()),
+        "overrides": list(overrides),
+        "minutes": minutes,
+    }
     asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
     asked |= {"config": config, "id_pattern": id_pattern, "mirror": mirror}
     _check_asked(run, asked, override)
