@@ -2,12 +2,12 @@
 
 RUN/3d and RUN/2d are run folders, one a configuration, and RUN/ensemble has the label maps of both together;
 choice.json says which is best by the Dice of unseen cases. RUN/model is the final model, complete in itself, and
-RUN/report.md tells it all. What is done already is not done again: calling it once more goes on where it stood.
+RUN/report.html (and report.md) tells it all. What is done already is not done again: calling it once more goes on where
+it stood.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +34,12 @@ from kanseg.training.files import locked, make_folder, read_json, write_bytes, w
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
 from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, Splits, run_splits
+from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.trial import measure_step
 from kanseg.training.validate import inference_options, kept_prediction
 
 CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
-ENSEMBLE, CHOICE, SETTINGS, MODEL, REPORT = "ensemble", "choice.json", "run.json", "model", "report.md"
-DOCTOR, REPAIRED = "doctor.json", "data"
+ENSEMBLE, MODEL, REPAIRED = "ensemble", "model", "data"
 FINALS = ("folds", "all")
 SHOWN = 20  # findings of the doctor; all of them are in doctor.json
 MARGIN = 1e-9  # of the Dice: of equals the simpler is taken
@@ -126,7 +126,7 @@ def run_pipeline(
         choice = once(lambda: _choose(job, found)) if folds else names[0]
         trained = _final_folds(job, choice)
         model = once(lambda: _build(job, trained))
-        report = once(lambda: _report(job, found, choice))
+        report = once(lambda: _report(job))
     dice = {name: result["metrics"]["mean"]["dice"]["mean"] for name, result in found.items()}
     told = f"{dice[choice]:.4f}" if dice else "unknown: one patient leaves nobody to validate on"
     job.say(f"Chosen: {choice}, Dice {told}. Model: {model}. Report: {report}")
@@ -336,49 +336,12 @@ def _build(job: Pipeline, folds: Sequence[Path]) -> Path:
     return model
 
 
-def _report(job: Pipeline, found: Mapping[str, Mapping[str, Any]], choice: str) -> Path:
-    """RUN/report.md: data, plans, scores of every configuration, what was chosen, time."""
-    lines = [
-        f"# {job.dataset.name}",
-        "",
-        f"{job.dataset.layout}, {len(job.dataset.cases)} labelled images.",
-        "",
-    ]
-    why = "by the Dice of unseen cases" if found else "without validation: there is one patient"
-    lines += [f"Chosen {why}: **{choice}**.", ""]
-    lines += [f"Predict: `kanseg predict -m {job.run} -i IMAGES -o OUT`."]
-    for name, result in found.items():
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            f"{result['cases']} unseen cases, mean [95 % interval by patient]:",
-            "",
-        ]
-        lines += _table(result["metrics"])
-        rules = json.dumps(result["postprocessing"]) if result["postprocessing"] else "none that helps"
-        lines += [
-            "",
-            f"Post-processing: {rules} (Dice without it: {result['dice_without_postprocessing']:.4f}).",
-        ]
-        for fold, summary in result.get("folds", {}).items():
-            dice = summary["dice"]["mean"] if "dice" in summary else float("nan")
-            waited = f"{summary['data_wait']:.0%} of the time waiting for data"
-            lines += [
-                f"- fold {fold}: Dice {dice:.4f}, {summary['epochs']} epochs, {summary['minutes']} min, {waited}"
-            ]
-        lines += [f"- fold {fold} failed: {message}" for fold, message in result.get("failed", {}).items()]
-        if (job.run / name / PLAN).exists():
-            lines += ["", "Plan:", *(f"- {reason}" for reason in Plan.load(job.run / name / PLAN).reasons)]
-    return write_bytes(job.run / REPORT, ("\n".join(lines) + "\n").encode())
-
-
-def _table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    columns = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (mm)", "nsd": "NSD"}
-    rows = [
-        [f"{s[m]['mean']:.3f} [{s[m]['ci95'][0]:.3f}, {s[m]['ci95'][1]:.3f}]" for m in columns]
-        for s in metrics.values()
-    ]
-    heading = ["class", *columns.values()]
-    body = [[name, *row] for name, row in zip(metrics, rows, strict=True)]
-    return [f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *body]]
+def _report(job: Pipeline) -> Path:
+    """RUN/report.html, made anew where a result is newer."""
+    results = [*job.run.glob(f"*/{RESULT}"), *job.run.glob(f"*/fold_*/{SUMMARY}")]
+    report = job.run / HTML
+    return (
+        report
+        if _newer(report, max(p.stat().st_mtime for p in results))
+        else write_report(job.run, job.dataset)
+    )
