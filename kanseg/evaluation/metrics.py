@@ -52,7 +52,7 @@ def dice_of_values(prediction: np.ndarray, reference: np.ndarray, values: Sequen
     >>> dice_of_values(np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2]), [1, 2, 3])
     [0.6666666666666666, 0.6666666666666666, 1.0]
     """
-    most = max(prediction.max(initial=0), reference.max(initial=0), *values) + 1
+    most = max(int(prediction.max(initial=0)), int(reference.max(initial=0)), *values) + 1
     maps = (prediction, reference, prediction[prediction == reference])
     ours, theirs, both = (np.bincount(labels.ravel(), minlength=most) for labels in maps)
     totals = ours + theirs

@@ -195,7 +195,8 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
     )
     for finding in found.findings[:SHOWN]:
-        console.print(f"- {finding.case}: {finding.message}", highlight=False, markup=False, soft_wrap=True)
+        case = f"{finding.case}: " if finding.case else ""  # else it concerns all
+        console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
     if found.errors:
         console.print(
             f"{len(found.errors)} errors: training on a repaired copy, {run / REPAIRED}", soft_wrap=True

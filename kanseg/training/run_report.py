@@ -245,7 +245,8 @@ class _Report:
             ["cases", f"{len(self.dataset.cases)} labelled images of {patients} patients"],
             ["channels", ", ".join(plan.channel_names)],
         ]
-        for key, unit in (("size", "voxels"), ("spacing", "mm")):
+        physical = [("spacing", "mm")] if plan.image_dims == 3 else []
+        for key, unit in [("size", "voxels"), *physical]:
             parts = (f"{name} {' x '.join(f'{v:g}' for v in summary[key][name])}" for name in summary[key])
             rows.append([key, f"{', '.join(parts)} {unit}"])
         yield table(["what", "found"], rows)
@@ -258,8 +259,9 @@ class _Report:
         if len(names) > CLASSES + 1:
             yield f"{len(names) - CLASSES - 1} more classes are in plan.json."
         told = (read_json(self.run / DOCTOR) or {}).get("findings", [])
-        for finding in told[:FINDINGS]:
-            yield f"- {finding['severity']}: {finding['case']} {finding['message']}"
+        words = ([f["severity"] + ":", f["case"], f["message"]] for f in told[:FINDINGS])
+        if told:
+            yield "\n".join(f"- {' '.join(filter(None, said))}" for said in words)
         if len(told) > FINDINGS:
             yield f"{len(told) - FINDINGS} more findings are in {DOCTOR}."
 
