@@ -14,7 +14,7 @@ import typer
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError
 from kanseg.verbs import data, results, training
-from kanseg.verbs.common import Json, Mirror, Out, Pattern
+from kanseg.verbs.common import Json, Mirror, Out, Pattern, Regions
 from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
 from kanseg.verbs.common import size_in_bytes as _bytes
@@ -59,7 +59,7 @@ def plan(
     dim: Annotated[str, typer.Option(help="auto, 2 or 3; 2 learns volumes slice by slice.")] = "auto",
     slices: Annotated[int, typer.Option(help="With --dim 2: slices seen at once, e.g. 3 or 5.")] = 1,
     size: Annotated[str, typer.Option(help="small, standard or large network.")] = "standard",
-    regions: Annotated[str | None, typer.Option(help="whole=1+2+4,core=1+4: classes that overlap.")] = None,
+    regions: Regions = None,
     mirror: Mirror = None,
     trial: Annotated[bool, typer.Option(help="Measure the memory of a step.")] = True,
     id_pattern: Pattern = None,

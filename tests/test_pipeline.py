@@ -22,6 +22,7 @@ from rich.console import Console
 
 from kanseg.data.formats import read_rows
 from kanseg.data.images import read_label
+from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.ensemble import Loaded
 from kanseg.segmenter import Segmenter
@@ -204,3 +205,26 @@ def test_both_dimensions_and_their_ensemble_compete_on_volumes(blobs, tmp_path):
     assert splits[0] == splits[1]
     assert len(list((tmp_path / "ensemble/validation").iterdir())) == 6
     assert len(Loaded([tmp_path]).files) == (4 if found["choice"] == "ensemble" else 2)
+
+
+def test_regions_of_the_command_line_fit_a_repaired_copy_too(blobs, tmp_path):
+    """Labels 2 and 5, and a voxel that is no number: the copy numbers its labels 1 and 2, and so do the regions."""
+    data = Path(shutil.copytree(blobs, tmp_path / "data"))
+    for path in sorted((data / "labelsTr").iterdir()):
+        label = nib.load(path)
+        nib.save(nib.Nifti1Image(np.array([0, 2, 5], np.uint8)[np.asarray(label.dataobj)], label.affine), path)
+    described = json.loads((data / "dataset.json").read_text())
+    described["labels"] = {"0": "background", "2": "near", "5": "far"}
+    (data / "dataset.json").write_text(json.dumps(described))
+    image = nib.load(data / "imagesTr/case_0.nii.gz")
+    spoilt = np.array(image.dataobj)
+    spoilt[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(spoilt, image.affine), data / "imagesTr/case_0.nii.gz")
+    options = [*QUICK, "data.folds=2", "inference.overlap=0", "training.steps_per_epoch=1"]
+    how = {"configurations": "2d", "size": "small", "console": Console(quiet=True)}
+    run_pipeline(data, tmp_path / "run", options, regions={"both": [2, 5], "far": [5]}, **how)
+    plan = Plan.load(tmp_path / "run/2d/plan.json")
+    assert plan.regions == [[0], [1, 2], [2]]
+    scores = json.loads((tmp_path / "run/2d/cross_validation.json").read_text())["metrics"]
+    assert set(scores) == {"both", "far", "mean"}
+    assert "both" in (tmp_path / "run/report.html").read_text()

@@ -72,6 +72,7 @@ def run_pipeline(
     final: str = "folds",
     memory: int | None = None,
     size: str = "standard",
+    regions: Mapping[str, Sequence[int]] | None = None,
     mirror: Sequence[int] | None = None,
     config: str = "default",
     id_pattern: str | None = None,
@@ -84,6 +85,7 @@ def run_pipeline(
         minutes: of training in all, shared out evenly; default as long as the config says.
         configurations: "auto" (3d and 2d for volumes, 2d for pictures), or names with commas.
         final: "folds" (the model is all networks of the chosen folds) or "all" (one more training on every case).
+        regions: see `read_dataset`.
         memory, size, mirror: see `make_plan`.
         override: go on although options differ from those of the first call.
 
@@ -107,10 +109,13 @@ def run_pipeline(
     }
     asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
     asked |= {"config": config, "id_pattern": id_pattern, "mirror": mirror}
+    asked["regions"] = None if regions is None else {name: list(values) for name, values in regions.items()}
     _check_asked(run, asked, override)
     with locked(make_folder(run), is_main()):
-        source = once(lambda: _examined(Path(data), run, id_pattern, console))
-        dataset = read_dataset(source, id_pattern=id_pattern)
+        source, values = once(lambda: _examined(Path(data), run, id_pattern, console))
+        if regions and values:
+            regions = {name: [values.get(v, v) for v in region] for name, region in regions.items()}
+        dataset = read_dataset(source, id_pattern=id_pattern, regions=regions)
         folds = _folds(checked, dataset, console)
         names = _fitting(wanted, dataset)
         if not folds:  # nobody is left to choose by
@@ -120,7 +125,7 @@ def run_pipeline(
             checked = _with(checked, "training", max_minutes=share, max_epochs=None)
         checked = _with(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)
-        once(lambda: _plan(job, memory=memory, size=size, mirror=mirror))
+        once(lambda: _plan(job, memory=memory, size=size, mirror=mirror, regions=regions))
         once(lambda: write_json(run / SETTINGS, asked))
         found = _validated(job) if folds else {}
         choice = once(lambda: _choose(job, found)) if folds else names[0]
@@ -181,15 +186,17 @@ def _with(config: Config, section: str, **options: Any) -> Config:
     return make_config(values)
 
 
-def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> Path:
+def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> tuple[Path, dict[int, int]]:
     """What to train on: the data, or a repaired copy of them in RUN/data where the doctor finds errors.
+
+    Also given is what became of the label values in a copy.
 
     Raises:
         UserError: an error that cannot be repaired.
     """
     done = read_json(run / DOCTOR)
     if done is not None:
-        return Path(done["trained_on"])
+        return Path(done["trained_on"]), {int(k): v for k, v in done.get("label_values", {}).items()}
     found = diagnose(data, id_pattern=id_pattern)
     console.print(
         f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
@@ -197,15 +204,16 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
     for finding in found.findings[:SHOWN]:
         case = f"{finding.case}: " if finding.case else ""  # else it concerns all
         console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
+    values: dict[str, int] = {}
     if found.errors:
         console.print(
             f"{len(found.errors)} errors: training on a repaired copy, {run / REPAIRED}", soft_wrap=True
         )
         shutil.rmtree(run / REPAIRED, ignore_errors=True)
-        found.fix(run / REPAIRED)
+        values = found.fix(run / REPAIRED)["label_values"]
     trained_on = (run / REPAIRED if found.errors else data).resolve()
-    write_json(run / DOCTOR, {**found.to_dict(), "trained_on": str(trained_on)})
-    return trained_on
+    write_json(run / DOCTOR, {**found.to_dict(), "trained_on": str(trained_on), "label_values": values})
+    return trained_on, {int(k): v for k, v in values.items()}
 
 
 def _plan(job: Pipeline, **how: Any) -> None:
