@@ -121,7 +121,7 @@ def train(
         raise UsageError(
             f"{run} has no plan.json. Run: kanseg plan DATA -o {run}, or give -o RUN after DATA."
         )
-    from kanseg.data.plans import dataset_of, load_plan
+    from kanseg.data.plans import Plan, dataset_of, load_plan
     from kanseg.evaluation.report import score_table
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
@@ -137,9 +137,9 @@ def train(
     how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
     if fold == "all":
         found = cross_validate(checked, plan_, dataset, folder, **how)
-        if "metrics" in found:
+        if isinstance(plan_, Plan):
             title = f"{found['cases']} unseen cases, mean [95 % interval]"
-            console.print(score_table(found["metrics"], title))
+            console.print(score_table(found["metrics"], title, plan_.unit))
         for name, score in found.get("scores", {}).items():
             console.print(
                 f"{name} {score['mean']:.4f} +- {score['std']:.4f} over {len(found['folds'])} folds"

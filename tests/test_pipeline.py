@@ -212,7 +212,9 @@ def test_regions_of_the_command_line_fit_a_repaired_copy_too(blobs, tmp_path):
     data = Path(shutil.copytree(blobs, tmp_path / "data"))
     for path in sorted((data / "labelsTr").iterdir()):
         label = nib.load(path)
-        nib.save(nib.Nifti1Image(np.array([0, 2, 5], np.uint8)[np.asarray(label.dataobj)], label.affine), path)
+        nib.save(
+            nib.Nifti1Image(np.array([0, 2, 5], np.uint8)[np.asarray(label.dataobj)], label.affine), path
+        )
     described = json.loads((data / "dataset.json").read_text())
     described["labels"] = {"0": "background", "2": "near", "5": "far"}
     (data / "dataset.json").write_text(json.dumps(described))

@@ -125,6 +125,11 @@ class Plan(StoredPlan):
         return self.spatial_dims if self.slice_axis is None else 3
 
     @property
+    def unit(self) -> str:
+        """Of lengths; pictures have no physical spacing."""
+        return "pixels" if self.image_dims == 2 else "mm"
+
+    @property
     def in_channels(self) -> int:
         """Channels that the network takes: those of the image for each slice that it sees at once."""
         return len(self.channel_names) * self.slices

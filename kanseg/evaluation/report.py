@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Colour = tuple[float, float, float, float]
 OPACITY = 0.45
+WIDTH, SHAPES = 3.1, (0.35, 1.6)  # inches of a column; least and greatest height by width
 NAMES_A_ROW, MOST_NAMES = 4, 40  # of a legend
 MOST_CLASSES, FEW_NAMES, FEW_LETTERS, FEW_POINTS = 40, 6, 12, 30
 PLANES = ("sagittal", "coronal", "axial")
@@ -67,10 +68,12 @@ def picture(
     if len(legend) > MOST_NAMES:
         legend[MOST_NAMES:] = [Patch(alpha=0, label=f"and {len(legend) - MOST_NAMES} more")]
     rows = math.ceil(len(legend) / NAMES_A_ROW)
-    figure = Figure(
-        figsize=(3.1 * len(shown), 2.9 * len(planes) + 0.5 + 0.22 * rows), dpi=110, layout="constrained"
-    )
-    axes = figure.subplots(len(planes), len(shown), squeeze=False)
+    heights = [
+        np.clip(_height(_cut(prediction, *plane), _aspect(spacing, plane[0])), *SHAPES) for plane in planes
+    ]
+    size = (WIDTH * len(shown), WIDTH * sum(heights) + 0.6 + 0.22 * rows)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots(len(planes), len(shown), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, (axis, index) in enumerate(planes):
         aspect, name = _aspect(spacing, axis), PLANES[axis] if prediction.ndim == 3 else ""
         for column, (heading, labels) in enumerate(shown.items()):
@@ -185,6 +188,11 @@ def _cut(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
     return volume if axis < 0 else np.take(volume, index, axis=axis).T[::-1, ::-1]
 
 
+def _height(cut: np.ndarray, aspect: float) -> float:
+    """Of a cut that is shown, by its width."""
+    return aspect * cut.shape[0] / cut.shape[1]
+
+
 def _aspect(spacing: Sequence[float], axis: int) -> float:
     rest = [s for a, s in enumerate(spacing) if a != axis] if axis >= 0 else list(spacing)[::-1]
     return rest[1] / rest[0]
@@ -198,22 +206,36 @@ def _colours(count: int) -> list[Colour]:
     ]
 
 
-def score_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str = "") -> Table:
-    """A table for the terminal from the `metrics` of a summary: a row a class, mean [95 % interval] a metric."""
+def score_rows(
+    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str = "mm"
+) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a table from the `metrics` of a summary: a class, mean [95 % interval] of each metric.
+
+    Args:
+        unit: of lengths: "mm", or "pixels" of pictures.
+    """
+    columns = {"dice": "Dice", "iou": "IoU", "hd95": f"HD95 ({unit})", "nsd": "NSD"}
+    shown = {label: scores for label, scores in metrics.items() if label != "mean" or len(metrics) != 2}
+    rows = [[label, *(interval(scores[metric]) for metric in columns)] for label, scores in shown.items()]
+    return ["class", *columns.values()], rows
+
+
+def score_table(
+    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str = "", unit: str = "mm"
+) -> Table:
+    """The same for the terminal."""
     from rich.table import Table
 
+    heading, rows = score_rows(metrics, unit)
     table = Table(title=title or None, title_justify="left")
-    columns = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (mm)", "nsd": "NSD"}
-    table.add_column("class")
-    for heading in columns.values():
-        table.add_column(heading, justify="right")
-    for label, scores in metrics.items():
-        cells = [_cell(scores[metric]) for metric in columns]
+    for number, name in enumerate(heading):
+        table.add_column(name, justify="right" if number else "left")
+    for label, *cells in rows:
         table.add_row(label, *cells, style="bold" if label == "mean" else None)
     return table
 
 
-def _cell(score: Mapping[str, Any]) -> str:
+def interval(score: Mapping[str, Any]) -> str:
     """Mean [interval]; one case has no interval."""
     mean = f"{score['mean']:.3f}"
     return mean if score["n"] == 1 else f"{mean} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"

@@ -260,8 +260,10 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     if len(found) > 1:
         members = list(found)
         found[ENSEMBLE] = once(lambda: _ensemble(job, members, splits or []))
+    unit = Plan.load(job.run / job.names[0] / PLAN).unit
     for name, result in found.items():
-        job.console.print(score_table(result["metrics"], f"{name}: {result['cases']} unseen cases"))
+        title = f"{name}: {result['cases']} unseen cases"
+        job.console.print(score_table(result["metrics"], title, unit))
     return found
 
 

@@ -22,7 +22,7 @@ from kanseg.data.plan import Plan, planned_dataset
 from kanseg.errors import UserError
 from kanseg.evaluation.compare import Scores, compare, load_scores
 from kanseg.evaluation.document import as_html, table
-from kanseg.evaluation.report import draw_curves, draw_scores, picture
+from kanseg.evaluation.report import draw_curves, draw_scores, interval, picture, score_rows
 from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.training.cross_validation import RESULT, TABLE
 from kanseg.training.files import read_json, write_bytes
@@ -34,7 +34,7 @@ from kanseg.training.validate import kept_prediction
 MARKDOWN, HTML, PICTURES = "report.md", "report.html", "report"
 CHOICE, SETTINGS, DOCTOR = "choice.json", "run.json", "doctor.json"  # of a run of the pipeline
 WORST, FINDINGS, CLASSES = 10, 20, 60  # rows that are shown
-METRICS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (mm)", "nsd": "NSD"}
+MOST_COLUMNS = 6  # classes of a table of cases
 REMARK = (
     "Scores are of cases that the network which predicted them has not seen in training, after post-processing. "
     "Post-processing was chosen by the same cases. kanseg is research software, not a medical device."
@@ -158,13 +158,7 @@ class _Report:
             result = one.result
             yield f"### {one.name}"
             yield f"{result['cases']} unseen cases, mean [95 % interval by patient]:"
-            yield table(
-                ["class", *METRICS.values()],
-                [
-                    [name, *(_interval(scores[m]) for m in METRICS)]
-                    for name, scores in result["metrics"].items()
-                ],
-            )
+            yield table(*score_rows(result["metrics"], self.plan.unit))
             rules = (
                 "; ".join(_rule(rule, self.plan) for rule in result["postprocessing"]) or "none that helps"
             )
@@ -176,7 +170,7 @@ class _Report:
         assert self.chosen is not None
         rows = []
         for one in self.found:
-            dice = _interval(one.result["metrics"]["mean"]["dice"])
+            dice = interval(one.result["metrics"]["mean"]["dice"])
             difference = ["", ""]
             if one is not self.chosen:
                 found = compare(one.folder, self.chosen.folder)["rows"]
@@ -206,16 +200,19 @@ class _Report:
     def _worst(self, one: Configuration, cases: Sequence[str]) -> str:
         where = {case: number for number, fold in enumerate(self._splits()) for case in fold["val"]}
         classes = [name for name in one.scores["dice"] if name != "mean"]
-        few = classes if len(classes) <= len(METRICS) else []
+        few = classes if 1 < len(classes) <= MOST_COLUMNS else []
         rows: list[list[Any]] = []
         for case in cases:
             by_class = {name: one.scores["dice"][name][case] for name in classes}
             lowest = min(by_class, key=by_class.__getitem__)
             rows.append([case, self._patient(case), where.get(case, ""), f"{one.dice()[case]:.3f}"])
-            rows[-1] += [f"{by_class[name]:.3f}" for name in few] or [f"{lowest} {by_class[lowest]:.3f}"]
+            if len(classes) > 1:
+                rows[-1] += [f"{by_class[name]:.3f}" for name in few] or [f"{lowest} {by_class[lowest]:.3f}"]
             rows[-1].append(f"{np.mean([one.scores['hd95'][name][case] for name in classes]):.1f}")
-        heading = ["case", "patient", "fold", "mean Dice", *(few or ["lowest class"]), "mean HD95 (mm)"]
-        return table(heading, rows)
+        columns = few or (["lowest class"] if len(classes) > 1 else [])
+        return table(
+            ["case", "patient", "fold", "mean Dice", *columns, f"mean HD95 ({self.plan.unit})"], rows
+        )
 
     def _patient(self, case: str) -> str:
         return self.seen["cases"].get(case, {}).get("group", case)
@@ -352,11 +349,6 @@ class _Report:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def _interval(score: Mapping[str, Any]) -> str:
-    mean = f"{score['mean']:.3f}"
-    return mean if score["n"] == 1 else f"{mean} {_range(score['ci95'])}"
-
-
 def _range(limits: Sequence[float]) -> str:
     return f"[{limits[0]:.3f}, {limits[1]:.3f}]"
 
@@ -366,7 +358,8 @@ def _rule(rule: Mapping[str, Any], plan: Plan) -> str:
     names = dict(zip(plan.label_values, plan.label_names, strict=True))
     labels = [names.get(value, str(value)) for value in rule["labels"]]
     what = ["the largest piece stays"] if rule.get("largest") else []
-    what += [f"pieces below {rule['min_mm3']:g} mm3 go"] if rule.get("min_mm3") else []
+    size = f"{rule.get('min_mm3') or 0:g} {'mm3' if plan.image_dims == 3 else 'pixels'}"
+    what += [f"pieces below {size} go"] if rule.get("min_mm3") else []
     what += ["holes are filled"] if rule.get("fill_holes") else []
     whole = len(labels) == len(plan.label_names) - 1 > 1
     return f"of {'all classes together' if whole else ', '.join(labels)} {' and '.join(what)}"
@@ -375,6 +368,5 @@ def _rule(rule: Mapping[str, Any], plan: Plan) -> str:
 def _examples(ranked: Sequence[str]) -> dict[str, str]:
     """The best, the middle and the worst cases by name of the place; each once."""
     places = {"worst": 0, "second worst": 1, "median": len(ranked) // 2, "best": len(ranked) - 1}
-    return {
-        name: ranked[at] for at, name in {at: name for name, at in places.items() if at < len(ranked)}.items()
-    }
+    once = {at: name for name, at in places.items() if at < len(ranked)}
+    return {name: ranked[at] for at, name in once.items()}
