@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,14 +24,25 @@ def progress(items: Iterable[T], text: str) -> Iterator[T]:
 
 
 def _told(items: Iterable[T], text: str, total: int | None) -> Iterator[T]:
-    start = said = time.monotonic()
+    tell = telling(text)
     for done, item in enumerate(items):
+        tell(done, total)
+        yield item
+
+
+def telling(text: str) -> Callable[[int, int | None], None]:
+    """What says now and then how much of some long work is done, when it is told."""
+    start = said = time.monotonic()
+
+    def tell(done: int, total: int | None) -> None:
+        nonlocal said
         now = time.monotonic()
         if now - said > PAUSE:
             said = now
             rest = f" of {total}, {time_left(done / total, now - start)} left" if total else ""
-            print(f"{text}: {done}{rest}", file=sys.stderr, flush=True)
-        yield item
+            note(f"{text}: {done}{rest}")
+
+    return tell
 
 
 def note(text: str) -> None:
@@ -46,10 +57,18 @@ def time_left(fraction: float, seconds: float) -> str:
     >>> time_left(0.25, 60)
     '3 min'
     """
-    if fraction <= 0:
-        return "?"
-    left = seconds * (1 - min(fraction, 1.0)) / fraction
-    return f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
+    return "?" if fraction <= 0 else in_words(seconds * (1 - min(fraction, 1.0)) / fraction)
+
+
+def in_words(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    >>> in_words(0.25), in_words(30), in_words(600), in_words(36000)
+    ('0.25 s', '30 s', '10 min', '10.0 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def is_main() -> bool:

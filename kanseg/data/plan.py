@@ -21,6 +21,7 @@ from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.memory import FITS, memory_at_hand
+from kanseg.progress import in_words
 
 VERSION = 1
 MOST_STAGES = 6
@@ -40,6 +41,7 @@ LARGEST_BATCH = {2: 12, 3: 2}
 LEAST_VOXELS = {2: 128**2, 3: 40**3}  # a patch that sees less (and less than the image) costs width first
 LEAST_FEATURES = 8
 TRIALS = 4
+LEAST_STEPS = 250  # that a training of a given time should have; a smaller patch is better than fewer
 THICK = 3  # times the other spacings: slices from there on count as thick
 # Lists of a plan that have one entry for each entry of another.
 PARALLEL = {"normalization": "channel_names", "label_names": "label_values"}
@@ -198,6 +200,7 @@ def make_plan(
     regions: dict[str, list[int]] | None = None,
     seen: dict[str, Any] | None = None,
     measure: Callable[[Plan], Need] | None = None,
+    seconds: float | None = None,
 ) -> Plan:
     """Look at every case and decide; the reasons stand in the plan.
 
@@ -210,7 +213,8 @@ def make_plan(
             `kanseg.data.mirror`.
         regions: as `read_dataset` was given them.
         seen: what `fingerprint` gave, if it is there already.
-        measure: memory of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
+        measure: memory and time of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
+        seconds: that a training will last; where steps were measured, `LEAST_STEPS` of them fit into it.
     """
     dims = dim or dataset.spatial_dims
     if dims > dataset.spatial_dims:
@@ -269,7 +273,7 @@ def make_plan(
         memory_bytes=memory_at_hand() if memory is None else memory,
         fingerprint=summary,
     )
-    plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure)
+    plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure, seconds)
     plan.reasons = [_why_spacing(plan, len(sizes)), *why, _why_strides(plan), _why_normalization(plan)]
     if axis is not None:
         many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
@@ -289,22 +293,32 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of training in bytes: base + per_voxel * voxels of the batch, and at any patch at least `least`."""
+    """What training needs, in bytes: base + per_voxel * voxels of the batch, and at any patch at least `least`.
+
+    A step takes `seconds` for each voxel of its batch; 0 where that is not known.
+    """
 
     base: float
     per_voxel: float
     least: float = 0.0
+    seconds: float = 0.0
 
 
 def _within_memory(
-    plan: Plan, image: np.ndarray, cache: int, measure: Callable[[Plan], Need] | None
+    plan: Plan,
+    image: np.ndarray,
+    cache: int,
+    measure: Callable[[Plan], Need] | None,
+    seconds: float | None = None,
 ) -> tuple[Plan, list[str]]:
-    """The plan with the largest patch, batch and width that the memory allows, and why.
+    """The plan with the largest patch, batch and width that the memory (and the time) allows, and why.
 
     Args:
         image: median size of an image at the plan's spacing.
         cache: bytes that prepared cases will take.
+        seconds: see `make_plan`.
     """
+    need = Need(0, 0)
     features = SIZES[plan.size].features
     per_voxel = float(BYTES_A_VOXEL * features)
     sized = _sized(plan, image, features, plan.memory_bytes * SHARE / per_voxel)
@@ -315,11 +329,13 @@ def _within_memory(
         need, features = measure(sized), sized.features_per_stage[0]
         fixed = need.base + cache + LOADERS * LOADER_BYTES
         rest = plan.memory_bytes * MEASURED_SHARE - fixed
-        missing = max(need.least + fixed - need.base, fixed) - plan.memory_bytes * MEASURED_SHARE
+        least = fixed + max(0.0, need.least - need.base)
+        missing = least - plan.memory_bytes * MEASURED_SHARE
         if missing > 0 and features <= LEAST_FEATURES:
             raise UserError(
-                f"{plan.memory_bytes / 2**20:.0f} MiB are too few: the program and the prepared cases alone take "
-                f"{fixed / 2**20:.0f} MiB. Give more with --memory."
+                f"{plan.memory_bytes / 2**20:.0f} MiB are too few: the program, the prepared cases and the narrowest "
+                f"network take {least / 2**20:.0f} MiB, and a tenth is kept free. Give at least "
+                f"{least / MEASURED_SHARE / 2**20:.0f} MiB with --memory, or --size small."
             )
         said = (
             f"{budget}: trial steps took {need.per_voxel / 1e3:.1f} kB a voxel beside {need.base / 2**30:.2f} GiB, "
@@ -329,13 +345,19 @@ def _within_memory(
         if missing > 0:  # the network itself is too large, whatever the patch
             sized = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
             continue
-        sized = _sized(plan, image, features, rest / (need.per_voxel + LOADERS * _loader_bytes_a_voxel(plan)))
+        voxels = rest / (need.per_voxel + LOADERS * _loader_bytes_a_voxel(plan))
+        if seconds and need.seconds:
+            voxels = min(voxels, seconds / LEAST_STEPS / need.seconds)
+        sized = _sized(plan, image, features, voxels)
         sized.training_bytes = int(need.base + cache + need.per_voxel * _voxels(sized))
         if sized.features_per_stage == last.features_per_stage and sized.strides == last.strides:
             break
     size = [round(float(s)) for s in image]
     why = f"patch {sized.patch_size} of a median image {size} at that spacing, batch {sized.batch_size}, "
     reasons = [why + f"{sized.features_per_stage} features: what fits into {said}"]
+    if step := need.seconds * _voxels(sized):
+        within = f"; {seconds / step:.0f} fit into the time" if seconds else ""
+        reasons.append(f"a step takes about {in_words(step)} here, a hundred {in_words(100 * step)}{within}")
     if sized.features_per_stage[0] < SIZES[plan.size].features:
         reasons.append(f"narrower than size '{plan.size}', so that a patch sees enough of the image")
     return sized, reasons

@@ -25,6 +25,7 @@ from kanseg.data.plan import Plan
 from kanseg.data.transforms import slices_as_channels
 from kanseg.errors import UserError
 from kanseg.memory import FITS, fits
+from kanseg.progress import telling
 
 WINDOWS_AT_ONCE = 2
 FLOAT = np.dtype(np.float32)
@@ -141,7 +142,7 @@ def whole_logits(
         overlap: share of a window that its neighbour covers too.
         blending: weights within a window, "gaussian" (its middle counts most) or "constant".
         tta: average over all mirrorings of the plan's `mirror_axes`, the axes whose ends may be exchanged.
-        watch: told about progress.
+        watch: told about progress; default a line a minute on standard error.
 
     Raises:
         UserError: the network gives numbers that are not finite, or the disk is too small.
@@ -197,6 +198,7 @@ def _slide(
         return window
 
     sliding_window_inference(batch[:1, :1], predictor=weigh, **how)
+    watch = watch or telling("Windows of the image")
     done, total = 0, windows * len(batch) * len(flips)
 
     def answer(flip: Sequence[int], window: Tensor, where: Sequence[Sequence[slice]]) -> Tensor:
@@ -211,8 +213,7 @@ def _slide(
                 (one, *at), _flipped(values[(slice(None), *inside)], flip, 1), _flipped(share, flip, 0)
             )
         done += len(window)
-        if watch is not None:
-            watch(done, total)
+        watch(done, total)
         return window[:, :1]  # MONAI wants something to add up
 
     for flip in flips:

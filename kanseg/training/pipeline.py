@@ -120,12 +120,13 @@ def run_pipeline(
         names = _fitting(wanted, dataset)
         if not folds:  # nobody is left to choose by
             names, final = names[:1], "all"
-        if minutes is not None:
-            share = minutes / (len(names) * folds + (final == "all"))
+        share = None if minutes is None else minutes / (len(names) * folds + (final == "all"))
+        if share is not None:
             checked = _with(checked, "training", max_minutes=share, max_epochs=None)
         checked = _with(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)
-        once(lambda: _plan(job, memory=memory, size=size, mirror=mirror, regions=regions))
+        how: dict[str, Any] = {"memory": memory, "size": size, "mirror": mirror, "regions": regions}
+        once(lambda: _plan(job, seconds=None if share is None else 60 * share, **how))
         once(lambda: write_json(run / SETTINGS, asked))
         found = _validated(job) if folds else {}
         choice = once(lambda: _choose(job, found)) if folds else names[0]

@@ -1,4 +1,4 @@
-"""What a training step takes in memory, measured by a step in a process of its own.
+"""What a training step takes in memory and time, measured by a step in a process of its own.
 
 `python -m kanseg.training.trial` reads a plan as JSON and answers with `Need` as JSON; `measure_step` runs it. Memory
 grows evenly with the voxels of a step, so two sizes of patch tell the step from the program around it, and a large
@@ -13,6 +13,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def trial(plan: Plan) -> dict[str, float]:
         batch = max(batch, 2)  # or both steps would be one size
     for size, count in ((_smallest(plan), 1), (patch, batch)):
         for _ in range(STEPS):
+            began = time.monotonic()
             _step(model, loss, optimizer, plan, size, count, device)
+            took = time.monotonic() - began
         sizes.append(count * math.prod(size))
         peaks.append(_peak(device))
     tensors = {**named("model", model.state_dict()), **named("average", average.state_dict())}
@@ -95,7 +98,8 @@ def trial(plan: Plan) -> dict[str, float]:
         save_checkpoint(Path(folder) / LAST, {**tensors, **state}, plan.to_dict())
     per_voxel = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     base = peaks[0] - per_voxel * sizes[0]
-    return {"base": base, "per_voxel": per_voxel, "least": _peak(device) if _peak(device) > peaks[1] else 0.0}
+    least = _peak(device) if _peak(device) > peaks[1] else 0.0
+    return {"base": base, "per_voxel": per_voxel, "least": least, "seconds": took / sizes[1]}
 
 
 def _step(
@@ -110,6 +114,8 @@ def _step(
     loss(output, label).backward()
     optimizer.step()
     optimizer.zero_grad()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _smallest(plan: Plan) -> list[int]:
