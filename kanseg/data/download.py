@@ -77,8 +77,8 @@ def _totalsegmentator(suffix: str, what: str, record: int, size: str, md5: str) 
 
 # What is not fetched, and why; its archive is unpacked and made readable by hand.
 BY_HAND = {
-    "amos": "AMOS (abdominal CT and MRI, 15 organs; CC BY 4.0): https://zenodo.org/records/7262581, amos22.zip, 23 GB. It "
-    "has a dataset.json with a list of files; give CT and MRI (numbers above 500) a data set each.",
+    "amos": "AMOS (abdominal CT and MRI, 15 organs; CC BY 4.0): https://zenodo.org/records/7262581, amos22.zip, 23 GB. "
+    "It has a dataset.json with a list of files; give CT and MRI (numbers above 500) a data set each.",
     "chaos": "CHAOS (abdominal CT and MRI; CC BY-NC-SA 4.0): https://zenodo.org/records/3431873, CHAOS_Train_Sets.zip, "
     "0.9 GB. DICOM slices with a PNG mask each: convert them to NIfTI first.",
 }

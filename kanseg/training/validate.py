@@ -20,6 +20,7 @@ from kanseg.inference.logits import whole_logits
 from kanseg.inference.predict import predict_case
 
 RESAMPLES = 2000
+OVERLAP, FEWEST = 0.25, 2  # of windows, and cases that are watched at least, while training goes on
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def validate_batch(
 ) -> list[float]:
     """Dice a class of one preprocessed case: image (1, C, *S), label as the loss takes it; windows overlap little."""
     memory = allowed_memory(plan, device)
-    logits = whole_logits(model, batch["image"], plan, overlap=0.25, device=device, memory=memory)
+    logits = whole_logits(model, batch["image"], plan, overlap=OVERLAP, device=device, memory=memory)
     label = batch["label"][0].to(logits[0].device)
     known = label[0] >= 0  # voxels that nobody annotated do not count
     if plan.regions:
@@ -96,6 +97,24 @@ def spread(cases: Sequence[Case], count: int | None) -> Sequence[Case]:
     if count is None or count >= len(cases):
         return cases
     return [cases[index * len(cases) // count] for index in range(count)]
+
+
+def affordable_cases(plan: Plan, patches: int) -> int | None:
+    """How many cases can be validated in about the time that training on so many patches takes; None for all.
+
+    A patch in training costs about three windows; a case has as many windows as cover an image of median size.
+    """
+    if "size" not in plan.fingerprint:
+        return None
+    size, spacing = (np.array(plan.fingerprint[key]["median"], dtype=float) for key in ("size", "spacing"))
+    images = 1.0
+    if plan.slice_axis is not None:
+        images = size[plan.slice_axis]
+        size, spacing = (np.delete(values, plan.slice_axis) for values in (size, spacing))
+    patch = np.array(plan.patch_size)
+    steps = np.ceil((size * spacing / plan.spacing - patch) / np.maximum(1, patch * (1 - OVERLAP))) + 1
+    windows = images * np.prod(np.maximum(1, steps))
+    return max(FEWEST, int(3 * patches / windows))
 
 
 def bootstrap_interval(values: np.ndarray, groups: Iterable[str], seed: int) -> list[float]:
