@@ -14,7 +14,7 @@ import typer
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError
 from kanseg.verbs import data, results, training
-from kanseg.verbs.common import Json, Out, Pattern
+from kanseg.verbs.common import Json, Mirror, Out, Pattern, Regions
 from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
 from kanseg.verbs.common import size_in_bytes as _bytes
@@ -59,7 +59,8 @@ def plan(
     dim: Annotated[str, typer.Option(help="auto, 2 or 3; 2 learns volumes slice by slice.")] = "auto",
     slices: Annotated[int, typer.Option(help="With --dim 2: slices seen at once, e.g. 3 or 5.")] = 1,
     size: Annotated[str, typer.Option(help="small, standard or large network.")] = "standard",
-    regions: Annotated[str | None, typer.Option(help="whole=1+2+4,core=1+4: classes that overlap.")] = None,
+    regions: Regions = None,
+    mirror: Mirror = None,
     trial: Annotated[bool, typer.Option(help="Measure the memory of a step.")] = True,
     id_pattern: Pattern = None,
     json_: Json = False,
@@ -71,6 +72,7 @@ def plan(
     Example: kanseg plan Task04_Hippocampus -o runs/slices --dim 2 --slices 3 --size small
     """
     from kanseg.data.labels import parse_regions
+    from kanseg.data.mirror import parse_mirror
 
     if dim not in ("auto", "2", "3"):
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
@@ -78,6 +80,7 @@ def plan(
     if (out / "plan.json").exists() and any(out.glob("fold_*")):
         raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
     how: dict[str, Any] = {"dim": None if dim == "auto" else int(dim), "slices": slices, "size": size}
+    how["mirror"] = parse_mirror(mirror)
     how |= {"regions": parse_regions(regions) if regions else None, "id_pattern": id_pattern, "trial": trial}
     made = _make_plan(data, out, memory=budget, console=_console(json_), **how)
     _emit(made.to_dict(), json_)
@@ -118,7 +121,7 @@ def train(
         raise UsageError(
             f"{run} has no plan.json. Run: kanseg plan DATA -o {run}, or give -o RUN after DATA."
         )
-    from kanseg.data.plans import dataset_of, load_plan
+    from kanseg.data.plans import Plan, dataset_of, load_plan
     from kanseg.evaluation.report import score_table
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
@@ -134,9 +137,9 @@ def train(
     how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
     if fold == "all":
         found = cross_validate(checked, plan_, dataset, folder, **how)
-        if "metrics" in found:
+        if isinstance(plan_, Plan):
             title = f"{found['cases']} unseen cases, mean [95 % interval]"
-            console.print(score_table(found["metrics"], title))
+            console.print(score_table(found["metrics"], title, plan_.unit))
         for name, score in found.get("scores", {}).items():
             console.print(
                 f"{name} {score['mean']:.4f} +- {score['std']:.4f} over {len(found['folds'])} folds"
@@ -164,6 +167,7 @@ def predict(
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write a map a class.")] = False,
     postprocess: Annotated[bool, typer.Option(help="Apply the rules stored with the model.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Also the cases that are done.")] = False,
+    memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 4G; default what is free.")] = None,
     json_: Json = False,
 ) -> None:
     """Segment images, or tell their classes. A label map lies on its image's own grid, with its affine and header.
@@ -189,6 +193,7 @@ def predict(
 
     how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
     how |= {"probabilities": probabilities, "postprocess": postprocess, "again": again}
+    how["memory"] = _bytes(memory)
     if is_classifier(model[0]):
         if tta or suffix:
             raise UsageError("--tta and --format are for segmentation; a classifier writes a table.")
@@ -342,9 +347,10 @@ def _make_plan(
     from kanseg.training.trial import measure_step
 
     if is_classes(data):
-        if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices")):
+        if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices", "mirror")):
             raise UsageError(
-                f"{data} has a class for each image; --dim, --slices, --size and --regions are for segmentation."
+                f"{data} has a class for each image; --dim, --slices, --size, --mirror and --regions are for "
+                "segmentation."
             )
         return _make_class_plan(data, out, console, id_pattern)
     dataset = read_dataset(data, id_pattern=id_pattern, regions=regions)

@@ -93,7 +93,11 @@ class TrainingConfig(Section):
     )
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="lr of a layer by the next one's")
     validate_every: int = Field(default=1, gt=0, description="epochs between two validations")
-    validation_cases: int | None = Field(default=None, gt=0, description="cap, but at the end")
+    validation_cases: int | None = Field(
+        default=None,
+        gt=0,
+        description="watched while training goes on; null: as many as take no longer than it, 2 at least",
+    )
     final_validation: bool = Field(
         default=True, description="all validation cases on their own grid at the end, their label maps kept"
     )

@@ -1,24 +1,74 @@
-"""Progress on long work: a bar on a terminal, silence elsewhere, and of several processes one that talks."""
+"""Progress on long work: a bar on a terminal, a line a minute elsewhere, and of several processes one that talks."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
+PAUSE = 60  # seconds between two lines
 
 
 def progress(items: Iterable[T], text: str) -> Iterator[T]:
-    """The items, with a bar on standard error while it is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
+    """The items, with a bar on standard error while it is a terminal, else a line from time to time."""
+    total = len(items) if isinstance(items, Sized) else None
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
 
-    items = list(items)
-    return iter(
-        track(items, text, console=Console(stderr=True), transient=True) if sys.stderr.isatty() else items
-    )
+        return iter(track(items, text, total, console=Console(stderr=True), transient=True))
+    return _told(items, text, total) if is_main() else iter(items)
+
+
+def _told(items: Iterable[T], text: str, total: int | None) -> Iterator[T]:
+    tell = telling(text)
+    for done, item in enumerate(items):
+        tell(done, total)
+        yield item
+
+
+def telling(text: str) -> Callable[[int, int | None], None]:
+    """What says now and then how much of some long work is done, when it is told."""
+    start = said = time.monotonic()
+
+    def tell(done: int, total: int | None) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said > PAUSE:
+            said = now
+            rest = f" of {total}, {time_left(done / total, now - start)} left" if total else ""
+            note(f"{text}: {done}{rest}")
+
+    return tell
+
+
+def note(text: str) -> None:
+    """A line on standard error."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+def time_left(fraction: float, seconds: float) -> str:
+    """Time to the end when `fraction` of the work took `seconds`.
+
+    >>> time_left(0.25, 60)
+    '3 min'
+    """
+    return "?" if fraction <= 0 else in_words(seconds * (1 - min(fraction, 1.0)) / fraction)
+
+
+def in_words(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    >>> in_words(0.25), in_words(30), in_words(600), in_words(36000)
+    ('0.25 s', '30 s', '10 min', '10.0 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def is_main() -> bool:

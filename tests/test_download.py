@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import io
 import tarfile
@@ -13,11 +14,14 @@ from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from rich.console import Console
 
 from kanseg.data.download import SOURCES, Source, download, find_source
 from kanseg.data.formats import read_dataset
+from kanseg.data.images import read_image
 from kanseg.errors import UserError
 
 
@@ -120,6 +124,39 @@ def test_no_member_leaves_the_folder(tmp_path: Path, server: str) -> None:
     with pytest.raises(UserError, match="cannot be unpacked"):
         download(bad, tmp_path / "out")
     assert not list(tmp_path.rglob("escaped.txt"))
+
+
+def test_masks_of_single_classes_become_one_label_map(tmp_path: Path, server: str) -> None:
+    """As TotalSegmentator's archive lies: a folder a case, a file a class, a table that knows who is for testing."""
+    affine = np.diag([-1.5, 1.5, 1.5, 1.0])
+    grid = np.indices((12, 10, 8))
+    masks = {"kidney_left": grid[0] < 4, "kidney_right": grid[0] > 7, "aorta": (grid[0] == 6) & (grid[1] > 5)}
+    path = tmp_path / "server" / "total.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("meta.csv", "\ufeffimage_id;age;split\ns0000;60;train\ns0001;70;val\ns0002;50;test\n")
+        for case in ("s0000", "s0001", "s0002"):
+            arrays = {"ct": grid.sum(0).astype(np.int16), **masks}
+            for name, array in arrays.items():
+                folder = f"{case}/" if name == "ct" else f"{case}/segmentations/"
+                kind = np.int16 if name == "ct" else np.uint8
+                written = nib.Nifti1Image(array.astype(kind), affine).to_bytes()
+                packed.writestr(f"{folder}{name}.nii.gz", gzip.compress(written))
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    wanted = replace(SOURCES["totalsegmentator_small"], url=f"{server}/total.zip", md5=md5)
+    dataset = read_dataset(download(wanted, tmp_path / "out")["folder"])
+    assert [case.id for case in dataset.cases] == ["s0000", "s0001"]
+    assert [case.id for case in dataset.test_cases] == ["s0002"]
+    assert dataset.label_names == ("background", "aorta", "kidney_left", "kidney_right")
+    label = read_image(dataset.cases[1].label)
+    for number, name in enumerate(("aorta", "kidney_left", "kidney_right"), start=1):
+        np.testing.assert_array_equal(label.array[0] == number, masks[name])
+    np.testing.assert_allclose(label.affine, affine)
+
+
+def test_what_is_fetched_by_hand_is_said_with_its_address() -> None:
+    for name in ("AMOS", "chaos"):
+        with pytest.raises(UserError, match=r"is not fetched by kanseg. .*https://zenodo.org/records/"):
+            find_source(name)
 
 
 def test_names_are_known_by_their_short_forms() -> None:

@@ -212,7 +212,7 @@ def test_progress_within_a_case_counts_every_window(plan: Plan, blobs: Path) -> 
 
 
 def test_constant_blending_weighs_windows_alike(plan: Plan) -> None:
-    from kanseg.inference.predict import predict_logits
+    from kanseg.inference.logits import predict_logits
 
     class Ramp(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

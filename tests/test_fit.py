@@ -19,6 +19,7 @@ from rich.console import Console
 from kanseg.config import load_config
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.metrics import dice_of_values
 from kanseg.training import files
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
@@ -26,7 +27,7 @@ from kanseg.training.monitor import read_log
 from kanseg.training.optimizers import lr_factor, update_average
 from kanseg.training.segmentation import Segmentation
 from kanseg.training.state import State
-from kanseg.training.validate import bootstrap_interval, dice_per_class, spread
+from kanseg.training.validate import affordable_cases, bootstrap_interval, spread
 
 SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
 
@@ -375,8 +376,8 @@ def test_the_average_of_constant_weights_is_those_weights():
 
 
 def test_dice_of_classes_absent_from_both_is_one_and_missed_ones_zero():
-    prediction, reference = torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 2]])
-    assert dice_per_class(prediction, reference, 4) == pytest.approx([2 / 3, 0.0, 1.0])
+    prediction, reference = np.array([[0, 1, 1]]), np.array([[0, 1, 2]])
+    assert dice_of_values(prediction, reference, [1, 2, 3]) == pytest.approx([2 / 3, 0.0, 1.0])
 
 
 def test_the_interval_draws_patients_not_images():
@@ -389,3 +390,17 @@ def test_the_interval_draws_patients_not_images():
 def test_the_watched_cases_are_spread_over_all():
     assert spread(range(10), 3) == [0, 3, 6]
     assert spread(range(10), None) == range(10)
+
+
+def test_large_images_are_watched_by_few_cases_while_training_goes_on(balls):
+    _, plan = balls
+    large = {"size": {"median": [240, 240, 155]}, "spacing": {"median": [1.0, 1.0, 1.0]}}
+    volumes = replace(plan, patch_size=[48, 48, 48], spacing=[1.0] * 3, fingerprint=large)
+    windows = 7 * 7 * 4  # steps of 36 voxels
+    assert affordable_cases(volumes, patches=200) == 600 // windows
+    assert affordable_cases(volumes, patches=2) == 2
+    coarse = replace(volumes, spacing=[2.0] * 3)
+    assert affordable_cases(coarse, patches=200) == 600 // (3 * 3 * 2)
+    slices = replace(volumes, spatial_dims=2, slice_axis=2, patch_size=[240, 240], spacing=[1.0, 1.0])
+    assert affordable_cases(slices, patches=1200) == 3600 // 155
+    assert affordable_cases(replace(plan, fingerprint={}), patches=200) is None

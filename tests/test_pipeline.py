@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
+import re
 import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Picture
 from rich.console import Console
 
+from kanseg.data.formats import read_rows
 from kanseg.data.images import read_label
+from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.ensemble import Loaded
 from kanseg.segmenter import Segmenter
 from kanseg.training.checkpoint import load_checkpoint
 from kanseg.training.pipeline import run_pipeline
+from kanseg.training.run_report import write_report
 
 QUICK = ["training.steps_per_epoch=4", "training.max_epochs=1", "data.workers=0", "data.folds=3"]
 
@@ -59,6 +68,43 @@ def test_the_folder_holds_a_model_that_predicts_and_a_report(balls, done, tmp_pa
     report = (folder / "report.md").read_text()
     assert f"{found['dice']:.3f}" in report
     assert "6 unseen cases" in report
+
+
+def test_the_report_is_one_file_that_shows_all(balls, done, tmp_path):
+    """Moved away from its run it still has its pictures, plan, splits, cost and versions."""
+    _, plan = balls
+    folder, found = done
+    assert found["report"] == str(folder / "report.html")
+    page = Path(shutil.copy(found["report"], tmp_path)).read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 6  # Dice by case, four cases, curves
+    for source in sources:
+        picture = Picture.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
+        assert min(picture.size) > 200
+    assert not re.search(r"<script|<link|@import|src=\"http", page)
+    scores = read_rows(folder / "3d/cross_validation.csv")
+    worst = min(scores, key=lambda row: float(row["dice"]))
+    assert f"Worst case: {worst['case']}, mean Dice {float(worst['dice']):.3f}" in page
+    for said in (*plan.reasons, "0.1.0", torch.__version__.partition("+")[0], "peak memory", "3d/fold_2"):
+        assert said in html.unescape(page)
+    splits = json.loads((folder / "3d/splits.json").read_text())
+    assert all(", ".join(fold["val"]) in page for fold in splits)
+    links = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text())
+    assert len(links) == 6
+    assert all((folder / link).is_file() for link in links)
+
+
+def test_a_report_is_made_anew_from_what_is_there(balls, done, tmp_path):
+    folder = Path(shutil.copytree(done[0], tmp_path / "run"))
+    (folder / "report.html").unlink()
+    shutil.rmtree(folder / "report")
+    one = write_report(folder).read_text()  # the data are read as the plan says
+    assert one == Path(done[1]["report"]).read_text().replace(str(done[0]), str(folder))
+    single = write_report(folder / "3d").read_text()  # as of `kanseg train -f all`
+    assert "6 unseen cases" in single
+    assert single.count("<img") == 6
+    with pytest.raises(UserError, match=r"holds no plan.json"):
+        write_report(folder / "model")
 
 
 def test_called_again_it_does_nothing_anew_and_says_the_same(balls, done):
@@ -159,3 +205,28 @@ def test_both_dimensions_and_their_ensemble_compete_on_volumes(blobs, tmp_path):
     assert splits[0] == splits[1]
     assert len(list((tmp_path / "ensemble/validation").iterdir())) == 6
     assert len(Loaded([tmp_path]).files) == (4 if found["choice"] == "ensemble" else 2)
+
+
+def test_regions_of_the_command_line_fit_a_repaired_copy_too(blobs, tmp_path):
+    """Labels 2 and 5, and a voxel that is no number: the copy numbers its labels 1 and 2, and so do the regions."""
+    data = Path(shutil.copytree(blobs, tmp_path / "data"))
+    for path in sorted((data / "labelsTr").iterdir()):
+        label = nib.load(path)
+        nib.save(
+            nib.Nifti1Image(np.array([0, 2, 5], np.uint8)[np.asarray(label.dataobj)], label.affine), path
+        )
+    described = json.loads((data / "dataset.json").read_text())
+    described["labels"] = {"0": "background", "2": "near", "5": "far"}
+    (data / "dataset.json").write_text(json.dumps(described))
+    image = nib.load(data / "imagesTr/case_0.nii.gz")
+    spoilt = np.array(image.dataobj)
+    spoilt[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(spoilt, image.affine), data / "imagesTr/case_0.nii.gz")
+    options = [*QUICK, "data.folds=2", "inference.overlap=0", "training.steps_per_epoch=1"]
+    how = {"configurations": "2d", "size": "small", "console": Console(quiet=True)}
+    run_pipeline(data, tmp_path / "run", options, regions={"both": [2, 5], "far": [5]}, **how)
+    plan = Plan.load(tmp_path / "run/2d/plan.json")
+    assert plan.regions == [[0], [1, 2], [2]]
+    scores = json.loads((tmp_path / "run/2d/cross_validation.json").read_text())["metrics"]
+    assert set(scores) == {"both", "far", "mean"}
+    assert "both" in (tmp_path / "run/report.html").read_text()

@@ -70,3 +70,21 @@ def test_what_helps_is_chosen_and_what_harms_is_not() -> None:
 def test_a_rule_from_a_file_is_checked() -> None:
     with pytest.raises(UserError, match="no key 'largst'. Did you mean 'largest'"):
         apply_postprocessing(scene(), [{"labels": [1], "largst": True}])
+
+
+def test_labels_up_to_255_and_without_prediction_are_taken() -> None:
+    """Masks are often 0 and 255, which fills a byte."""
+    truth = np.zeros((24, 24), np.uint8)
+    truth[4:16, 4:16] = 255
+    guess = truth.copy()
+    guess[20:22, 20:22] = 255
+    assert choose_postprocessing([(guess, truth)] * 2, [255]) == [{"labels": [255], "largest": True}]
+    assert choose_postprocessing([(np.zeros_like(truth), truth)] * 2, [255]) == []
+
+
+def test_label_maps_on_the_disk_give_the_same_rules() -> None:
+    truth = scene()
+    guess = truth.copy()
+    guess[18:20, 0:2, 0:2] = 1
+    cases = [(guess, truth, (1.0, 1.0, 2.0)), (truth, truth, (1.0, 1.0, 1.0))]
+    assert choose_postprocessing(cases, [1, 2], memory=0) == choose_postprocessing(cases, [1, 2])

@@ -16,7 +16,8 @@ from kanseg.data.formats import find_images, read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.plan import Plan, make_plan
 from kanseg.errors import UserError
-from kanseg.inference.predict import predict_case, predict_folder, predict_logits
+from kanseg.inference.logits import predict_logits
+from kanseg.inference.predict import predict_case, predict_folder
 
 OBLIQUE = np.array(
     [[-0.9, 0.1, 0.3, 12], [0.2, 1.1, -0.2, -30], [-0.2, 0.3, 2.4, 7], [0, 0, 0, 1]], dtype=float

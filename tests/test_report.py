@@ -11,7 +11,7 @@ from PIL import Image as Picture
 from rich.console import Console
 
 from kanseg.evaluation.metrics import METRICS, summarize_rows
-from kanseg.evaluation.report import picture, score_table
+from kanseg.evaluation.report import draw_curves, draw_scores, picture, score_table
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -107,3 +107,49 @@ def test_the_table_names_classes_and_hides_the_interval_of_one_case() -> None:
     assert "0.500" in one
     assert "[" not in one
     assert "0.600 [0.5" in three
+
+
+def test_pictures_in_colours_stay_coloured(tmp_path: Path) -> None:
+    image = np.zeros((40, 40, 3))
+    image[..., 0] = 200
+    labels = np.zeros((40, 40), np.uint8)
+    shown = pixels(
+        picture(image, labels, labels, tmp_path / "a.png", spacing=(1, 1), label_names=("none", "gland"))
+    )
+    assert (np.abs(shown - np.array([200, 0, 0])).max(axis=-1) < 3).mean() > 0.3
+
+
+def test_the_legend_names_what_is_shown_and_no_more(tmp_path: Path) -> None:
+    image, labels = np.random.default_rng(0).normal(size=(60, 60)), np.zeros((60, 60), np.int32)
+    labels[5:20, 5:20] = 100
+
+    def height(count: int) -> int:
+        names = [f"organ {k}" for k in range(count)]
+        return pixels(
+            picture(image, None, labels, tmp_path / "a.png", spacing=(1, 1), label_names=names)
+        ).shape[0]
+
+    one = height(200)
+    assert height(101) == one  # of 199 names one is there
+    labels[:, 30:] = np.arange(1800).reshape(60, 30) % 200
+    assert one < height(200) == height(101)  # names beyond the fortieth are counted
+
+
+def test_every_case_has_a_point_and_many_classes_are_cut_to_the_lowest(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    few = {"liver": generator.uniform(0.8, 1, 50), "mean": generator.uniform(0.8, 1, 50)}
+    many = {f"label {k}": generator.uniform(0, 1, 5) for k in range(200)}
+    shown = pixels(draw_scores(few, tmp_path / "few.png"))
+    blue = (shown[..., 2] - shown[..., 0] > 60).any(axis=1)
+    rows = np.flatnonzero(blue)
+    assert len(rows) > 20
+    assert rows.max() < 0.35 * shown.shape[0], "all points lie above 0.8"
+    wide = pixels(draw_scores(many, tmp_path / "many.png"))
+    assert shown.shape[1] < wide.shape[1] < 3000
+
+
+def test_curves_of_one_epoch_and_without_validation_are_drawn(tmp_path: Path) -> None:
+    once = [{"epoch": 0, "loss": 1.0, "mean_dice": None}]
+    long = [{"epoch": e, "loss": 1 / (e + 1), "mean_dice": e / 50} for e in range(50)]
+    shown = pixels(draw_curves({"fold 0": once, "fold 1": long}, tmp_path / "a.png"))
+    assert (shown < 200).any(axis=-1).mean() > 0.005

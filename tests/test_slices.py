@@ -15,7 +15,8 @@ from kanseg.data.images import read_image
 from kanseg.data.loaders import TrainLoader, val_loader
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.transforms import slices_as_channels
-from kanseg.inference.predict import predict_case, predict_logits
+from kanseg.inference.logits import predict_logits
+from kanseg.inference.predict import predict_case
 
 
 def plan_for(blobs: Path, axis: int = 2, slices: int = 1) -> Plan:

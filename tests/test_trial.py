@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import make_plan
+from kanseg.data.loaders import affordable_workers
+from kanseg.data.plan import loader_bytes, make_plan
 from kanseg.errors import UserError
 from kanseg.training.trial import measure_step
 
@@ -28,6 +29,25 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+# What the loader's process takes of its own, at most after a few batches.
+LOADER = """
+import sys
+from pathlib import Path
+from kanseg.data.loaders import TrainLoader
+from kanseg.data.plan import Plan, planned_dataset
+from torch.multiprocessing import active_children
+
+plan = Plan.load(sys.argv[1])
+loader = TrainLoader(plan, planned_dataset(plan).cases, batch_size=plan.batch_size, steps=99, seed=0, workers=1)
+batches, most = loader.batches(), 0
+for _ in range(6):
+    next(batches)
+    (child,) = active_children()
+    lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+    most = max(most, sum(int(line.split()[1]) for line in lines if line.startswith("Private_")))
+print(most * 1024)
 """
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure by")
@@ -45,6 +65,28 @@ def test_a_trial_that_fails_says_why(blobs: Path) -> None:
     plan = replace(make_plan(read_dataset(blobs), memory=2**31), model_options={"basis": "no such basis"})
     with pytest.raises(UserError, match="A trial step failed: .*no such basis.* --no-trial"):
         measure_step(plan)
+
+
+def test_a_loader_takes_no_more_than_plans_reckon_with(blobs: Path, tmp_path: Path) -> None:
+    plan = replace(make_plan(read_dataset(blobs), memory=2**31), patch_size=[64, 64, 64], batch_size=2)
+    command = [sys.executable, "-c", LOADER, str(plan.save(tmp_path / "plan.json"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    taken = int(done.stdout.split()[-1])
+    print(json.dumps({"reckoned": loader_bytes(plan) // MIB, "taken": taken // MIB}))
+    assert 0.3 * loader_bytes(plan) < taken < loader_bytes(plan)
+
+
+def test_more_loaders_than_fit_are_not_started(blobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = replace(make_plan(read_dataset(blobs), memory=2**31), training_bytes=2**31 - 300 * MIB)
+    many = replace(plan, patch_size=[64, 64, 64], batch_size=2)  # 48 + 32 MiB a process
+    assert affordable_workers(many, 2, batch_size=2) == 2
+    assert capsys.readouterr().err == ""
+    assert affordable_workers(many, 8, batch_size=2) == 300 * MIB // loader_bytes(many)
+    assert "data.workers=8 would pass the memory" in capsys.readouterr().err
+    assert affordable_workers(many, 8, batch_size=16) == 1
+    assert affordable_workers(many, 0, batch_size=16) == 0
+    assert affordable_workers(replace(many, training_bytes=0), 8, batch_size=2) == 8  # nothing was measured
 
 
 @pytest.mark.slow

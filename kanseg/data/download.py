@@ -2,7 +2,7 @@
 
 Addresses and checksums of the Medical Segmentation Decathlon are those of MONAI's `DecathlonDataset` (Amazon's open
 data; Antonelli et al., Nature Communications 13:4128, 2022), that of IXI tiny is TorchIO's, those of MNIST are
-torchvision's, of CIFAR and MedMNIST their makers'. Sizes are rounded.
+torchvision's, of CIFAR, MedMNIST and TotalSegmentator their makers'. Sizes are rounded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kanseg.data.convert import new_folder
+from kanseg.data.masks import join_masks
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import make_folder
 
@@ -43,6 +44,7 @@ class Source:
         md5: of the archive.
         cite: the paper that its makers ask to be cited.
         files: url and md5 of each further file of the data set; `url` is then the first.
+        masks: it has a file a class, which are joined (see `kanseg.data.masks`).
     """
 
     name: str
@@ -53,6 +55,7 @@ class Source:
     licence: str
     cite: str
     files: tuple[tuple[str, str], ...] = ()
+    masks: bool = False
 
     @property
     def parts(self) -> list[Source]:
@@ -65,6 +68,20 @@ def _msd(name: str, what: str, size: str, md5: str) -> Source:
     return Source(name, what, MSD.format(name), size, md5, CC_BY_SA_4, cite)
 
 
+def _totalsegmentator(suffix: str, what: str, record: int, size: str, md5: str) -> Source:
+    url = f"https://zenodo.org/records/{record}/files/Totalsegmentator_dataset{suffix}_v201.zip?download=1"
+    licence = "CC BY 4.0, https://creativecommons.org/licenses/by/4.0/"
+    cite = "Wasserthal et al., Radiology: Artificial Intelligence 5:e230024 (2023)"
+    return Source(f"totalsegmentator{suffix}", what, url, size, md5, licence, cite, masks=True)
+
+
+# What is not fetched, and why; its archive is unpacked and made readable by hand.
+BY_HAND = {
+    "amos": "AMOS (abdominal CT and MRI, 15 organs; CC BY 4.0): https://zenodo.org/records/7262581, amos22.zip, 23 GB. "
+    "It has a dataset.json with a list of files; give CT and MRI (numbers above 500) a data set each.",
+    "chaos": "CHAOS (abdominal CT and MRI; CC BY-NC-SA 4.0): https://zenodo.org/records/3431873, CHAOS_Train_Sets.zip, "
+    "0.9 GB. DICOM slices with a PNG mask each: convert them to NIfTI first.",
+}
 # MedMNIST's 28-pixel files of one class an image, with the checksums that its makers publish.
 MEDMNIST = {
     "pathmnist": ("colon pathology, 9 classes", "a8b06965200029087d5bd730944a56c1"),
@@ -138,6 +155,12 @@ SOURCES = {
             "CC BY-SA 3.0, https://creativecommons.org/licenses/by-sa/3.0/",
             "IXI, brain-development.org; Perez-Garcia et al., Comput Methods Programs Biomed 208 (2021)",
         ),
+        _totalsegmentator(
+            "", "CT: 117 structures, 1228 cases", 10047292, "24 GB", "fe250e5718e0a3b5df4c4ea9d58a62fe"
+        ),
+        _totalsegmentator(
+            "_small", "CT: 117 structures, 102 cases", 10047263, "3.2 GB", "6b5524af4b15e6ba06ef2d700c0c73e0"
+        ),
         _mnist(
             "mnist",
             "handwritten digits, 10 classes",
@@ -188,6 +211,8 @@ def find_source(name: str) -> Source:
     """
     short = {key.partition("_")[2].lower() if key.startswith("Task") else key: key for key in SOURCES}
     key = {**{k.lower(): k for k in SOURCES}, **short}.get(name.lower())
+    if key is None and name.lower() in BY_HAND:
+        raise UsageError(f"'{name}' is not fetched by kanseg. {BY_HAND[name.lower()]}")
     if key is None:
         raise UsageError(f"Unknown data set '{name}'.{did_you_mean(name, [*SOURCES, *short])}")
     return SOURCES[key]
@@ -218,6 +243,8 @@ def download(source: Source, out: Path | str, console: Console | None = None) ->
         for part, archive in archives.items():
             _unpack(part, archive, made)
         _lift(made)
+        if source.masks:
+            join_masks(made, source.name)
     for archive in archives.values():
         archive.unlink()
     console.print(f"{folder}. Next: kanseg plan {folder} -o RUN", highlight=False, soft_wrap=True)

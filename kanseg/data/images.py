@@ -464,6 +464,18 @@ def _require_same_grid(one: Image, other: Image) -> None:
     )
 
 
+def in_ras(image: Image, array: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """An array (*S) on the grid of a volume with its axes turned to run right, front, up, and its spacing in mm.
+
+    Pictures stay as they are. Oblique axes take the nearest of the three.
+    """
+    if image.spatial_dims == 2:
+        return array, list(image.spacing)
+    turn = nib.io_orientation(image.affine)
+    order = np.argsort(turn[:, 0])
+    return nib.apply_orientation(array, turn), [image.spacing[axis] for axis in order]
+
+
 def header_dtype(path: Path) -> Any:
     """The type that a NIfTI file stores, None for other formats."""
     return nib.load(path).get_data_dtype() if suffix_of(path) in SUFFIXES_NIFTI else None

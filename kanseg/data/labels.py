@@ -124,6 +124,16 @@ def class_values(labels: Labels) -> dict[str, tuple[int, ...]]:
     return dict(zip(labels.label_names[1:], map(tuple, regions[1:]), strict=True))
 
 
+def painted(label: np.ndarray, labels: Labels) -> np.ndarray:
+    """A label map (*S) in the values of predictions: regions painted over each other in their order."""
+    if not labels.regions:
+        return label
+    result = np.zeros_like(label)
+    for region, value in zip(labels.regions[1:], labels.label_values[1:], strict=True):
+        result[np.isin(label, region)] = value
+    return result
+
+
 def class_numbers(label: np.ndarray, labels: Labels, path: Path | str) -> np.ndarray:
     """Values in a file -> places in `known_values`, (*S) float32, `UNKNOWN` where the ignore label is.
 

@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from kanseg.data.formats import Case
 from kanseg.data.labels import known_values, targets
-from kanseg.data.plan import CACHE_SHARE, Plan
+from kanseg.data.plan import CACHE_SHARE, Plan, loader_bytes
 from kanseg.data.shelf import Shelf
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
-from kanseg.progress import progress
+from kanseg.memory import free_memory
+from kanseg.progress import note, progress
 
 Batch = dict[str, Tensor]
 TRAINING_SHARE = 0.8  # of the memory for prepared cases; the rest is for those that validate
@@ -133,10 +134,29 @@ class TrainLoader(EndlessLoader):
         for case in progress(cases, "Loading cases"):
             item = prepare(load_case(case, plan)[0])
             items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
+        how["workers"] = affordable_workers(
+            plan, how.get("workers", 0), how["batch_size"], how.get("pin", False)
+        )
         options: dict[str, Any] = {"foreground": foreground, "balanced": balanced}
         augment = augmentation(plan, changes=changes, strength=strength, **options)
         pools = _pools(items, len(known_values(plan))) if balanced else [range(len(items))]
         super().__init__(Patches(plan, items, pools, augment, seed), **how)
+
+
+def affordable_workers(plan: Plan, asked: int, batch_size: int, gpu: bool = False) -> int:
+    """As many processes as asked for, or as fit beside the training into the plan's memory, but one at least.
+
+    Args:
+        gpu: the plan's memory is that of a GPU, and the machine's own is what is free.
+    """
+    if not gpu and not plan.training_bytes:
+        return asked
+    room = free_memory() if gpu else plan.memory_bytes - plan.training_bytes
+    workers = min(asked, max(1, int(room // loader_bytes(plan, batch_size))))
+    if workers < asked:
+        size = loader_bytes(plan, batch_size) / 2**20
+        note(f"data.workers={asked} would pass the memory ({size:.0f} MiB each): {workers} prepare patches")
+    return workers
 
 
 def _pools(items: Sequence[Item], classes: int) -> list[list[int]]:

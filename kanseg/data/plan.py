@@ -8,8 +8,7 @@ is measured by one where `make_plan` is given a way to; else it goes by a figure
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +17,11 @@ import numpy as np
 
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import Dataset, read_dataset
+from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.memory import FITS, memory_at_hand
+from kanseg.progress import in_words
 
 VERSION = 1
 MOST_STAGES = 6
@@ -31,10 +33,15 @@ SHARE = 0.6  # of the memory at hand where nothing is measured, the rest is for 
 MEASURED_SHARE = 0.9  # of the memory where a step was measured
 CACHE_SHARE = 0.25  # of the memory that prepared cases may take; the others wait on the disk
 BYTES_A_CASE_VOXEL = 8  # of a prepared case beside its channels: label and the places of its foreground
+# What a process that prepares patches takes of its own: beside what it shares, and for each voxel of a batch, with its
+# two next batches: measured at 22 MiB, and at 81 to 94 bytes with one channel and 177 with four.
+LOADER_BYTES, LOADER_BYTES_A_VOXEL, LOADER_BYTES_A_CHANNEL = 32 * 2**20, 60, 35
+LOADERS = 1  # that a plan reckons with
 LARGEST_BATCH = {2: 12, 3: 2}
 LEAST_VOXELS = {2: 128**2, 3: 40**3}  # a patch that sees less (and less than the image) costs width first
 LEAST_FEATURES = 8
 TRIALS = 4
+LEAST_STEPS = 250  # that a training of a given time should have; a smaller patch is better than fewer
 THICK = 3  # times the other spacings: slices from there on count as thick
 # Lists of a plan that have one entry for each entry of another.
 PARALLEL = {"normalization": "channel_names", "label_names": "label_values"}
@@ -67,6 +74,9 @@ SIZES = {
 @dataclass
 class Plan(StoredPlan):
     """Everything that preprocessing, training and prediction must agree on; plan.json, and part of each checkpoint.
+
+    Of `memory_bytes` that may be taken, `training_bytes` are what training will take without its loaders, where a step
+    was measured.
 
     `data`, `id_pattern` and `given_regions` are what `read_dataset` was given. Lengths are in mm, axes in the order of
     `orientation` (R, A, S for volumes; rows, columns for pictures). `spatial_dims` is the network's dimension: where it
@@ -106,6 +116,7 @@ class Plan(StoredPlan):
     model_options: dict[str, Any] = field(default_factory=dict)
     size: str = "standard"
     memory_bytes: int = 0
+    training_bytes: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     version: int = VERSION
@@ -114,6 +125,11 @@ class Plan(StoredPlan):
     def image_dims(self) -> int:
         """Dimension of the images: 3 also where they are learnt slice by slice."""
         return self.spatial_dims if self.slice_axis is None else 3
+
+    @property
+    def unit(self) -> str:
+        """Of lengths; pictures have no physical spacing."""
+        return "pixels" if self.image_dims == 2 else "mm"
 
     @property
     def in_channels(self) -> int:
@@ -145,6 +161,10 @@ def _misfit(plan: Plan) -> str | None:
         return f"slice_axis {plan.slice_axis} needs spatial_dims 2 and one of the axes 0, 1, 2"
     if plan.slices < 1 or plan.slices % 2 == 0 or (plan.slices > 1 and plan.slice_axis is None):
         return f"slices must be odd, and 1 where there is no slice_axis, but is {plan.slices}"
+    if not set(plan.mirror_axes) <= set(range(plan.spatial_dims)):
+        return (
+            f"mirror_axes are axes of the network, 0 to {plan.spatial_dims - 1}, but are {plan.mirror_axes}"
+        )
     return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
 
 
@@ -169,25 +189,6 @@ def planned_dataset(plan: Plan) -> Dataset:
     return read_dataset(plan.data, id_pattern=plan.id_pattern, regions=plan.given_regions)
 
 
-def memory_at_hand() -> int:
-    """Bytes: of the GPU where there is one, else of the main memory that is free."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-
-
 def make_plan(
     dataset: Dataset,
     *,
@@ -195,9 +196,11 @@ def make_plan(
     dim: int | None = None,
     size: str = "standard",
     slices: int = 1,
+    mirror: Sequence[int] | None = None,
     regions: dict[str, list[int]] | None = None,
     seen: dict[str, Any] | None = None,
     measure: Callable[[Plan], Need] | None = None,
+    seconds: float | None = None,
 ) -> Plan:
     """Look at every case and decide; the reasons stand in the plan.
 
@@ -206,9 +209,12 @@ def make_plan(
         dim: of the network; 2 with volumes learns them slice by slice. Default as the images are.
         size: preset in `SIZES`.
         slices: how many neighbouring slices the network sees at once, an odd number; more than 1 is 2.5D.
+        mirror: axes of the image whose ends may be exchanged; default both of pictures and none of volumes, see
+            `kanseg.data.mirror`.
         regions: as `read_dataset` was given them.
         seen: what `fingerprint` gave, if it is there already.
-        measure: memory of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
+        measure: memory and time of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
+        seconds: that a training will last; where steps were measured, `LEAST_STEPS` of them fit into it.
     """
     dims = dim or dataset.spatial_dims
     if dims > dataset.spatial_dims:
@@ -223,6 +229,7 @@ def make_plan(
             f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
             "by slice (--dim 2)."
         )
+    mirrored = mirror_axes(dataset.spatial_dims, dataset.label_names, mirror)
     seen = seen or fingerprint(dataset)
     spacings = np.array([case["spacing"] for case in seen["cases"].values()])
     sizes = np.array([case["size"] for case in seen["cases"].values()])
@@ -257,7 +264,7 @@ def make_plan(
         features_per_stage=[1],
         strides=[[1] * dims],
         kernel_sizes=[[1] * dims],
-        mirror_axes=[0, 1] if dataset.spatial_dims == 2 else [],
+        mirror_axes=axes_of_network(mirrored, axis),
         slice_axis=axis,
         slices=slices,
         orientation="RAS" if dataset.spatial_dims == 3 else "",
@@ -266,16 +273,16 @@ def make_plan(
         memory_bytes=memory_at_hand() if memory is None else memory,
         fingerprint=summary,
     )
-    plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure)
+    plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure, seconds)
     plan.reasons = [_why_spacing(plan, len(sizes)), *why, _why_strides(plan), _why_normalization(plan)]
     if axis is not None:
         many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
         plan.reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[axis]}{many}")
-    whole = _whole_image_bytes(seen, plan)
-    if whole > plan.memory_bytes / 2:
+    plan.reasons.append(why_mirror(dataset.spatial_dims, dataset.label_names, mirrored))
+    if (whole := _whole_image_bytes(seen, plan)) > FITS * plan.memory_bytes:
         plan.reasons.append(
-            f"beware: a prediction of the largest image holds about {whole / 2**30:.1f} GiB ({len(plan.label_names)} "
-            f"classes), so validation may pass the {plan.memory_bytes / 2**30:.1f} GiB that a step stays within"
+            f"the largest image has {whole / 2**30:.1f} GiB of logits ({len(plan.label_names)} classes): where they do "
+            "not fit into the memory, predictions keep them on the disk"
         )
     if seen["same"]:
         shown = ", ".join(f"{one} = {other}" for one, other in seen["same"][:3])
@@ -286,22 +293,32 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of training in bytes: base + per_voxel * voxels of the batch, and at any patch at least `least`."""
+    """What training needs, in bytes: base + per_voxel * voxels of the batch, and at any patch at least `least`.
+
+    A step takes `seconds` for each voxel of its batch; 0 where that is not known.
+    """
 
     base: float
     per_voxel: float
     least: float = 0.0
+    seconds: float = 0.0
 
 
 def _within_memory(
-    plan: Plan, image: np.ndarray, cache: int, measure: Callable[[Plan], Need] | None
+    plan: Plan,
+    image: np.ndarray,
+    cache: int,
+    measure: Callable[[Plan], Need] | None,
+    seconds: float | None = None,
 ) -> tuple[Plan, list[str]]:
-    """The plan with the largest patch, batch and width that the memory allows, and why.
+    """The plan with the largest patch, batch and width that the memory (and the time) allows, and why.
 
     Args:
         image: median size of an image at the plan's spacing.
         cache: bytes that prepared cases will take.
+        seconds: see `make_plan`.
     """
+    need = Need(0, 0)
     features = SIZES[plan.size].features
     per_voxel = float(BYTES_A_VOXEL * features)
     sized = _sized(plan, image, features, plan.memory_bytes * SHARE / per_voxel)
@@ -310,12 +327,15 @@ def _within_memory(
     for _ in range(TRIALS if measure else 0):
         assert measure is not None
         need, features = measure(sized), sized.features_per_stage[0]
-        rest = plan.memory_bytes * MEASURED_SHARE - need.base - cache
-        missing = max(need.least, need.base) + cache - plan.memory_bytes * MEASURED_SHARE
+        fixed = need.base + cache + LOADERS * LOADER_BYTES
+        rest = plan.memory_bytes * MEASURED_SHARE - fixed
+        least = fixed + max(0.0, need.least - need.base)
+        missing = least - plan.memory_bytes * MEASURED_SHARE
         if missing > 0 and features <= LEAST_FEATURES:
             raise UserError(
-                f"{plan.memory_bytes / 2**20:.0f} MiB are too few: the program and the prepared cases alone take "
-                f"{(need.base + cache) / 2**20:.0f} MiB. Give more with --memory."
+                f"{plan.memory_bytes / 2**20:.0f} MiB are too few: the program, the prepared cases and the narrowest "
+                f"network take {least / 2**20:.0f} MiB, and a tenth is kept free. Give at least "
+                f"{least / MEASURED_SHARE / 2**20:.0f} MiB with --memory, or --size small."
             )
         said = (
             f"{budget}: trial steps took {need.per_voxel / 1e3:.1f} kB a voxel beside {need.base / 2**30:.2f} GiB, "
@@ -325,15 +345,38 @@ def _within_memory(
         if missing > 0:  # the network itself is too large, whatever the patch
             sized = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
             continue
-        sized = _sized(plan, image, features, rest / need.per_voxel)
+        voxels = rest / (need.per_voxel + LOADERS * _loader_bytes_a_voxel(plan))
+        if seconds and need.seconds:
+            voxels = min(voxels, seconds / LEAST_STEPS / need.seconds)
+        sized = _sized(plan, image, features, voxels)
+        sized.training_bytes = int(need.base + cache + need.per_voxel * _voxels(sized))
         if sized.features_per_stage == last.features_per_stage and sized.strides == last.strides:
             break
     size = [round(float(s)) for s in image]
     why = f"patch {sized.patch_size} of a median image {size} at that spacing, batch {sized.batch_size}, "
     reasons = [why + f"{sized.features_per_stage} features: what fits into {said}"]
+    if step := need.seconds * _voxels(sized):
+        within = f"; {seconds / step:.0f} fit into the time" if seconds else ""
+        reasons.append(f"a step takes about {in_words(step)} here, a hundred {in_words(100 * step)}{within}")
     if sized.features_per_stage[0] < SIZES[plan.size].features:
         reasons.append(f"narrower than size '{plan.size}', so that a patch sees enough of the image")
     return sized, reasons
+
+
+def loader_bytes(plan: Plan, batch_size: int | None = None) -> int:
+    """What one process that prepares patches takes of its own."""
+    return LOADER_BYTES + _voxels(
+        replace(plan, batch_size=batch_size or plan.batch_size)
+    ) * _loader_bytes_a_voxel(plan)
+
+
+def _loader_bytes_a_voxel(plan: Plan) -> int:
+    return LOADER_BYTES_A_VOXEL + LOADER_BYTES_A_CHANNEL * plan.in_channels
+
+
+def _voxels(plan: Plan) -> int:
+    """Of a batch."""
+    return plan.batch_size * math.prod(plan.patch_size)
 
 
 def _sized(plan: Plan, image: np.ndarray, features: int, voxels: float) -> Plan:
@@ -366,9 +409,8 @@ def _cache_bytes(seen: dict[str, Any], plan: Plan) -> int:
 
 
 def _whole_image_bytes(seen: dict[str, Any], plan: Plan) -> float:
-    """Logits of the largest image, twice: as they are summed up, and as they are returned."""
-    voxels = max(_resampled_voxels(case, plan) for case in seen["cases"].values())
-    return voxels * 4 * (2 * len(plan.label_names) + plan.in_channels)
+    """Logits of the largest image."""
+    return 4 * len(plan.label_names) * max(_resampled_voxels(case, plan) for case in seen["cases"].values())
 
 
 def _resampled_voxels(case: dict[str, Any], plan: Plan) -> float:

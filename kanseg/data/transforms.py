@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,39 +156,37 @@ def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
 
 
 def restore(values: Tensor, item: Item, plan: Plan) -> Tensor:
-    """Network output (K, *S) back on the image's own grid, (K, *original), by linear interpolation."""
+    """Network output (K, *S) back on the image's own grid, (K, *original) on the CPU, by linear interpolation."""
     if plan.image_dims == 2:
-        return values
+        return values.cpu()
     image = item["image"]
-    tracked = MetaTensor(values, affine=image.affine, applied_operations=list(image.applied_operations))
+    tracked = MetaTensor(values.cpu(), affine=image.affine, applied_operations=list(image.applied_operations))
     return item["preprocessing"].inverse({"image": tracked})["image"].as_tensor()
 
 
-def restored_labels(logits: Tensor, item: Item, plan: Plan) -> np.ndarray:
-    """Class numbers on the image's own grid, one class at a time so that memory stays small.
+def restored_labels(logits: Iterable[Tensor], item: Item, plan: Plan) -> np.ndarray:
+    """Class numbers on the image's own grid from K maps (*S), one class at a time so that memory stays small."""
+    maps = (restore(values[None].float(), item, plan)[0] for values in logits)
+    return highest(maps, 0.0 if plan.regions else None).numpy()
 
-    The class with the highest logit wins; regions are painted in their order where their logit is above 0.
+
+def highest(maps: Iterable[Tensor], threshold: float | None = None) -> Tensor:
+    """Class numbers (*S) int16 from a map (*S) of each class in turn: the highest.
+
+    Args:
+        threshold: of regions: the last one above it wins, whatever the first map, the background's, says.
     """
-    best: Tensor | None = None
-    for number, values in enumerate(logits):
-        restored = restore(values[None].float(), item, plan)[0]
-        if best is None:
-            best, labels = restored.clone(), torch.zeros(restored.shape, dtype=torch.int16)
-            if plan.regions:
-                best.zero_()
+    labels = best = torch.empty(0)
+    for number, values in enumerate(maps):
+        if number == 0:
+            labels = torch.zeros(values.shape, dtype=torch.int16, device=values.device)
+            best = values.clone() if threshold is None else torch.full_like(values, threshold)
             continue
-        higher = restored > best
+        higher = values > best
         labels[higher] = number
-        if not plan.regions:
-            best[higher] = restored[higher]
-    return labels.numpy()
-
-
-def probability(logits: Tensor, number: int, plan: Plan) -> Tensor:
-    """Probability of one class, (K, *S) -> (*S): softmax over the classes, of regions each for itself."""
-    if not plan.regions:
-        return logits.softmax(0)[number]
-    return logits[number].sigmoid() if number else 1 - logits[1:].sigmoid().amax(0)
+        if threshold is None:
+            best[higher] = values[higher]
+    return labels
 
 
 def augmentation(

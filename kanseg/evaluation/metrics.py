@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
+from scipy import ndimage
 
 from kanseg.data.formats import find_images
 from kanseg.data.images import check_pair, label_from, read_image, read_label
@@ -45,8 +46,26 @@ def dice(one: Any, other: Any) -> float:
     return 1.0 if total == 0 else 2 * int((one & other).sum()) / total
 
 
+def dice_of_values(prediction: np.ndarray, reference: np.ndarray, values: Sequence[int]) -> list[float]:
+    """Dice of each value of two label maps without negative numbers, counted in one walk; 1 where it is in neither.
+
+    >>> dice_of_values(np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2]), [1, 2, 3])
+    [0.6666666666666666, 0.6666666666666666, 1.0]
+    """
+    most = max(int(prediction.max(initial=0)), int(reference.max(initial=0)), *values) + 1
+    maps = (prediction, reference, prediction[prediction == reference])
+    ours, theirs, both = (np.bincount(labels.ravel(), minlength=most) for labels in maps)
+    totals = ours + theirs
+    return [2 * int(both[v]) / int(totals[v]) if totals[v] else 1.0 for v in values]
+
+
 def label_dice(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> list[float]:
     """Dice of each class but the background, of label maps (*S) in the values of the files; regions as wholes."""
+    if not labels.regions:
+        if labels.ignore_value is not None:
+            known = reference != labels.ignore_value
+            prediction, reference = prediction[known], reference[known]
+        return dice_of_values(prediction, reference, labels.label_values[1:])
     known = reference != labels.ignore_value if labels.ignore_value is not None else np.True_
     return [
         dice(np.isin(prediction, values) & known, np.isin(reference, values) & known)
@@ -74,13 +93,38 @@ def evaluate_case(
     """
     if prediction.shape != reference.shape:
         raise UserError(f"Shapes differ: prediction {prediction.shape}, reference {reference.shape}.")
-    masks = {label: (np.isin(prediction, label), np.isin(reference, label)) for label in labels}
-    return {label: _score(*pair, spacing, tolerance) for label, pair in masks.items()}
+    boxes = [ndimage.find_objects(labels) for labels in (prediction, reference)]  # found in one walk
+    scores: dict[Label, dict[str, float]] = {}
+    for label in labels:
+        values = label if isinstance(label, tuple) else (label,)
+        if min(values) > 0:
+            found = [box[v - 1] for box in boxes for v in values if v <= len(box) and box[v - 1] is not None]
+            box = _around(found, prediction.shape)
+        else:
+            box = (slice(None),) * prediction.ndim
+        ours, theirs = (np.isin(labels[box], values) for labels in (prediction, reference))
+        scores[label] = _score(ours, theirs, spacing, tolerance, prediction.shape)
+    return scores
+
+
+def _around(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:
+    """The box of all boxes with a margin of one voxel: beyond it nothing counts, and distances cost time."""
+    if not boxes:
+        return (slice(0, 0),) * len(shape)
+    return tuple(
+        slice(max(0, min(b.start for b in axis) - 1), max(b.stop for b in axis) + 1)
+        for axis in zip(*boxes, strict=True)
+    )
 
 
 def _score(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    tolerance: float,
+    shape: Sequence[int],
 ) -> dict[str, float]:
+    """Scores of two masks (*S), cut from images of `shape`."""
     voxel = math.prod(spacing) / 1000
     scores = {
         "volume_ml": float(prediction.sum() * voxel),
@@ -89,9 +133,7 @@ def _score(
     if not prediction.any() and not reference.any():
         return {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "nsd": 1.0, **scores}
     if not prediction.any() or not reference.any():
-        diagonal = math.dist(
-            [0.0] * len(spacing), [n * s for n, s in zip(reference.shape, spacing, strict=True)]
-        )
+        diagonal = math.hypot(*(n * s for n, s in zip(shape, spacing, strict=True)))
         return {"dice": 0.0, "iou": 0.0, "hd95": diagonal, "nsd": 0.0, **scores}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI's distances call a deprecated option of MONAI
@@ -102,8 +144,7 @@ def _overlap_and_distance(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> dict[str, float]:
     """Scores of two masks that both hold something."""
-    box = _box(prediction | reference)  # outside it nothing counts, and distances cost time
-    y_pred, y = (torch.from_numpy(mask[box])[None, None].float() for mask in (prediction, reference))
+    y_pred, y = (torch.from_numpy(mask)[None, None].float() for mask in (prediction, reference))
     spaced: dict[str, Any] = {"include_background": True, "spacing": list(spacing)}
     return {
         "dice": float(compute_dice(y_pred, y, ignore_empty=False)),
@@ -139,15 +180,6 @@ def planned_ignore(text: str | None) -> int | None:
 def _label(text: str) -> Label:
     values = tuple(int(value) for value in text.split("+"))
     return values if len(values) > 1 else values[0]
-
-
-def _box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Where the mask is, with a margin of one voxel."""
-    slices = []
-    for axis in range(mask.ndim):
-        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        slices.append(slice(max(0, hit[0] - 1), hit[-1] + 2))
-    return tuple(slices)
 
 
 def evaluate_folders(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,14 @@ import numpy as np
 from kanseg.training.files import make_folder, write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
+Colour = tuple[float, float, float, float]
 OPACITY = 0.45
+WIDTH, SHAPES = 3.1, (0.35, 1.6)  # inches of a column; least and greatest height by width
+NAMES_A_ROW, MOST_NAMES = 4, 40  # of a legend
+MOST_CLASSES, FEW_NAMES, FEW_LETTERS, FEW_POINTS = 40, 6, 12, 30
 PLANES = ("sagittal", "coronal", "axial")
 
 
@@ -32,12 +38,12 @@ def picture(
     """Save a PNG: columns image, reference and prediction; three planes through the largest cuts (one row in 2D).
 
     Args:
-        image: (*S), axes in RAS order for volumes; reference and prediction likewise, label maps.
+        image: (*S), axes in RAS order for volumes, or a picture in colours, (*S, 3) from 0 to 255; reference and
+            prediction are label maps (*S).
         spacing: mm, one number an axis.
-        label_names: names in the legend, background first.
+        label_names: names in the legend, background first; what the picture does not show is left out.
         label_values: their values in the label maps; default 0, 1, 2, ...
     """
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -48,43 +54,122 @@ def picture(
     colours = _colours(len(values) - 1)
     columns = {"image": None, "reference": reference, "prediction": prediction}
     shown = {name: labels for name, labels in columns.items() if name == "image" or labels is not None}
-    planes = _planes(reference if reference is not None else prediction)
+    planes = _planes(reference if reference is not None and reference.any() else prediction)
     low, high = np.percentile(image, (0.5, 99.5))
-    figure = Figure(figsize=(3.1 * len(shown), 2.9 * len(planes) + 0.7), dpi=110, layout="constrained")
-    axes = figure.subplots(len(planes), len(shown), squeeze=False)
+    seen: set[int] = set()
+    for axis, index in planes:
+        cuts = (_cut(labels, axis, index) for labels in shown.values() if labels is not None)
+        seen.update(value for cut in cuts for value in np.unique(cut).tolist())
+    legend = [
+        Patch(color=colour, label=name)
+        for colour, name, value in zip(colours, names[1:], values[1:], strict=True)
+        if value in seen
+    ]
+    if len(legend) > MOST_NAMES:
+        legend[MOST_NAMES:] = [Patch(alpha=0, label=f"and {len(legend) - MOST_NAMES} more")]
+    rows = math.ceil(len(legend) / NAMES_A_ROW)
+    heights = [
+        np.clip(_height(_cut(prediction, *plane), _aspect(spacing, plane[0])), *SHAPES) for plane in planes
+    ]
+    size = (WIDTH * len(shown), WIDTH * sum(heights) + 0.6 + 0.22 * rows)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots(len(planes), len(shown), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, (axis, index) in enumerate(planes):
-        aspect, name = _aspect(spacing, axis), PLANES[axis] if image.ndim == 3 else ""
+        aspect, name = _aspect(spacing, axis), PLANES[axis] if prediction.ndim == 3 else ""
         for column, (heading, labels) in enumerate(shown.items()):
             cell = axes[row, column]
-            cell.imshow(_cut(image, axis, index), cmap="gray", vmin=low, vmax=high, aspect=aspect)
+            if image.ndim > prediction.ndim:
+                cell.imshow(np.clip(image / 255, 0, 1), aspect=aspect)
+            else:
+                cell.imshow(_cut(image, axis, index), cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if labels is not None:
-                cut = _cut(labels, axis, index)
-                numbers = sum(number * (cut == value) for number, value in enumerate(values))
-                cell.imshow(
-                    np.ma.masked_equal(numbers, 0),
-                    cmap=ListedColormap(colours),
-                    vmin=1,
-                    vmax=max(2, len(values) - 1),
-                    alpha=OPACITY,
-                    interpolation="nearest",
-                    aspect=aspect,
-                )
+                cut = _painted(_cut(labels, axis, index), values, colours)
+                cell.imshow(cut, aspect=aspect, interpolation="nearest")
             cell.set_xticks([])
             cell.set_yticks([])
             if row == 0:
                 cell.set_title(heading)
             if column == 0:
                 cell.set_ylabel(name)
-    patches = [Patch(color=c, label=n) for c, n in zip(colours, names[1:], strict=False)]
     figure.legend(
-        handles=patches, loc="outside lower center", ncols=min(4, max(1, len(patches))), frameon=False
+        handles=legend, loc="outside lower center", ncols=min(NAMES_A_ROW, max(1, len(legend))), frameon=False
     )
     figure.suptitle(title)
-    buffer = io.BytesIO()
+    return _saved(figure, path)
+
+
+def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, title: str = "") -> Path:
+    """Save a PNG: a box and a point a case for each class; of many classes those with the lowest means.
+
+    Args:
+        scores: Dice of each case by class.
+    """
+    from matplotlib.figure import Figure
+
+    shown = dict(sorted(scores.items(), key=lambda item: np.mean(item[1]))[:MOST_CLASSES])
+    shown = {name: scores[name] for name in scores if name in shown}
+    if len(shown) < len(scores):
+        title += f"{': ' if title else ''}the {len(shown)} lowest of {len(scores)} classes"
+    figure = Figure(figsize=(max(5.0, 0.45 * len(shown) + 2), 4.2), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(shown))
+    how: dict[str, Any] = {
+        "positions": places,
+        "widths": 0.55,
+        "showfliers": False,
+        "medianprops": {"color": "black"},
+    }
+    axes.boxplot(list(shown.values()), **how)
+    spread = np.random.default_rng(0)
+    for place, values in zip(places, shown.values(), strict=True):
+        aside = spread.uniform(-0.18, 0.18, len(values))
+        axes.plot(place + aside, values, ".", color="tab:blue", alpha=0.5, markersize=5, clip_on=False)
+    turned = len(shown) > FEW_NAMES or any(len(name) > FEW_LETTERS for name in shown)
+    axes.set_xticks(places, list(shown), rotation=60 if turned else 0, ha="right" if turned else "center")
+    axes.set(ylabel="Dice", ylim=(0, 1), title=title)
+    axes.grid(axis="y", alpha=0.3)
+    return _saved(figure, path)
+
+
+def draw_curves(trainings: Mapping[str, Sequence[Mapping[str, Any]]], path: Path | str) -> Path:
+    """Save a PNG: loss and mean Dice over the epochs, a line a training.
+
+    Args:
+        trainings: records of `kanseg.training.monitor.Monitor`, by name.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, records in trainings.items():
+        marker = "." if len(records) < FEW_POINTS else ""
+        left.plot([r["epoch"] for r in records], [r["loss"] for r in records], marker=marker, label=name)
+        scored = [r for r in records if r["mean_dice"] is not None]
+        right.plot([r["epoch"] for r in scored], [r["mean_dice"] for r in scored], marker=marker, label=name)
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(xlabel="epoch", ylabel="mean Dice of validation cases", ylim=(0, 1))
+    last = max(records[-1]["epoch"] for records in trainings.values())
+    for axes in (left, right):
+        axes.set_xlim(-0.5, last + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.ticklabel_format(axis="y", useOffset=False)
+    left.legend()
+    return _saved(figure, path)
+
+
+def _saved(figure: Figure, path: Path | str) -> Path:
+    buffer, path = io.BytesIO(), Path(path)
     figure.savefig(buffer, format="png")
-    path = Path(path)
     make_folder(path.parent)
     return write_bytes(path, buffer.getvalue())
+
+
+def _painted(cut: np.ndarray, values: Sequence[int], colours: Sequence[Colour]) -> np.ndarray:
+    """A cut through a label map in colours that let the image shine through, (*S, 4)."""
+    picture = np.zeros((*cut.shape, 4))
+    for value, colour in zip(values[1:], colours, strict=True):
+        picture[cut == value] = (*colour[:3], OPACITY)
+    return picture
 
 
 def _planes(labels: np.ndarray) -> list[tuple[int, int]]:
@@ -103,12 +188,17 @@ def _cut(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
     return volume if axis < 0 else np.take(volume, index, axis=axis).T[::-1, ::-1]
 
 
+def _height(cut: np.ndarray, aspect: float) -> float:
+    """Of a cut that is shown, by its width."""
+    return aspect * cut.shape[0] / cut.shape[1]
+
+
 def _aspect(spacing: Sequence[float], axis: int) -> float:
     rest = [s for a, s in enumerate(spacing) if a != axis] if axis >= 0 else list(spacing)[::-1]
     return rest[1] / rest[0]
 
 
-def _colours(count: int) -> list[tuple[float, float, float, float]]:
+def _colours(count: int) -> list[Colour]:
     from matplotlib import colormaps
 
     return [
@@ -116,22 +206,36 @@ def _colours(count: int) -> list[tuple[float, float, float, float]]:
     ]
 
 
-def score_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str = "") -> Table:
-    """A table for the terminal from the `metrics` of a summary: a row a class, mean [95 % interval] a metric."""
+def score_rows(
+    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str = "mm"
+) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a table from the `metrics` of a summary: a class, mean [95 % interval] of each metric.
+
+    Args:
+        unit: of lengths: "mm", or "pixels" of pictures.
+    """
+    columns = {"dice": "Dice", "iou": "IoU", "hd95": f"HD95 ({unit})", "nsd": "NSD"}
+    shown = {label: scores for label, scores in metrics.items() if label != "mean" or len(metrics) != 2}
+    rows = [[label, *(interval(scores[metric]) for metric in columns)] for label, scores in shown.items()]
+    return ["class", *columns.values()], rows
+
+
+def score_table(
+    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str = "", unit: str = "mm"
+) -> Table:
+    """The same for the terminal."""
     from rich.table import Table
 
+    heading, rows = score_rows(metrics, unit)
     table = Table(title=title or None, title_justify="left")
-    columns = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (mm)", "nsd": "NSD"}
-    table.add_column("class")
-    for heading in columns.values():
-        table.add_column(heading, justify="right")
-    for label, scores in metrics.items():
-        cells = [_cell(scores[metric]) for metric in columns]
+    for number, name in enumerate(heading):
+        table.add_column(name, justify="right" if number else "left")
+    for label, *cells in rows:
         table.add_row(label, *cells, style="bold" if label == "mean" else None)
     return table
 
 
-def _cell(score: Mapping[str, Any]) -> str:
+def interval(score: Mapping[str, Any]) -> str:
     """Mean [interval]; one case has no interval."""
     mean = f"{score['mean']:.3f}"
     return mean if score["n"] == 1 else f"{mean} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.regions:
-            mean = torch.stack([member(x).sigmoid() for member in self.members]).mean(0)
+            mean = reduce(torch.add, (member(x).sigmoid() for member in self.members)) / len(self.members)
             return torch.logit(mean, eps=1e-6)
-        logs = torch.stack([member(x).log_softmax(1) for member in self.members])
-        return logs.logsumexp(0) - math.log(len(self.members))
+        logs = (member(x).log_softmax(1) for member in self.members)
+        return reduce(torch.logaddexp, logs) - math.log(len(self.members))
 
 
 class Loaded:
@@ -95,8 +96,12 @@ def predict_with(
     probabilities: bool = False,
     postprocess: bool = True,
     again: bool = False,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Predict images with all networks of the given models, runs or checkpoints; see `predict_folder`.
+
+    Args:
+        memory: bytes that this process may take; default what is free.
 
     Returns:
         {"predicted", "failed": message by case, "out"}.
@@ -108,7 +113,7 @@ def predict_with(
     if len(loaded.files) > 1:
         console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
-        console.print("--tta changes nothing: the plan names no axes whose ends may be exchanged")
+        console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
     cases = find_images(images, channels=len(loaded.plan.channel_names))
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
@@ -125,6 +130,7 @@ def predict_with(
         console=console,
         description=f"kanseg {version} {loaded.plan.model} {loaded.plan.dataset_name}",
         device=device,
+        memory=memory,
         **how,
     )
     return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}

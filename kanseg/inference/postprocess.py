@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from kanseg.data.shelf import Shelf
 from kanseg.errors import UserError, did_you_mean
-from kanseg.evaluation.metrics import dice
+from kanseg.evaluation.metrics import dice_of_values
+from kanseg.progress import progress
 from kanseg.training.files import write_json
 
 Rule = dict[str, Any]
-Pair = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, Sequence[float]]
+Triple = tuple[np.ndarray, np.ndarray, Sequence[float]]  # prediction, reference, spacing
+Pair = tuple[np.ndarray, np.ndarray] | Triple
 POSTPROCESSING = "postprocessing.json"  # in a folder of models: the rules that belong to them
 KEYS = ("labels", "largest", "min_mm3", "fill_holes")
 LEAST_GAIN = 1e-4  # of the mean Dice; a rule that gains less is noise
@@ -78,41 +81,74 @@ def check_rule(rule: Rule) -> None:
             raise UserError(f"Post-processing rules have no key '{key}'.{did_you_mean(key, KEYS)}")
 
 
-def choose_postprocessing(pairs: Iterable[Pair], labels: Mapping[str, int] | Sequence[int]) -> list[Rule]:
+def choose_postprocessing(
+    pairs: Iterable[Pair], labels: Mapping[str, int] | Sequence[int], memory: int | None = None
+) -> list[Rule]:
     """Rules that raise the mean Dice of unseen cases; [] where none does.
 
     First all labels together (one organ, whatever its parts), then each label alone, given what was chosen before.
 
     Args:
-        pairs: (prediction, reference) or (prediction, reference, spacing in mm) of each case, label maps (*S); walked
-            through once a decision, so a list, or an object that reads the cases again at each `iter`.
+        pairs: (prediction, reference) or (prediction, reference, spacing in mm) of each case, label maps (*S).
         labels: the label values (or name -> value), without the background.
+        memory: bytes that the label maps may take; beyond it they lie on the disk. Default all in memory.
     """
     values = list(labels.values() if isinstance(labels, Mapping) else labels)
+    cases = _Cases(memory)
+    for prediction, reference, *spacing in pairs:
+        cases.add(prediction, reference, spacing[0] if spacing else (1.0,) * prediction.ndim)
     rules: list[Rule] = []
     together = [values] if len(values) > 1 else []
-    for group in [*together, *([value] for value in values)]:
-        candidates = _candidates(group, _triples(pairs))
-        scores = np.array([_scores(pair, group, rules, candidates) for pair in _triples(pairs)])
-        if not scores.size:
-            break
-        means = scores.mean(axis=0)  # the first candidate changes nothing
-        best = int(means.argmax())
+    for group in progress([*together, *([value] for value in values)], "Choosing post-processing"):
+        if not cases.predicted & set(group):  # no rule changes anything
+            continue
+        candidates = _candidates(group, cases.volumes(group))
+        means = np.mean([_scores(case, group, candidates) for case in cases], axis=0)
+        best = int(means.argmax())  # the first candidate changes nothing
         if means[best] >= means[0] + LEAST_GAIN:
             rules.append(candidates[best])
+            cases = cases.after(candidates[best])
     return rules
 
 
-def _triples(pairs: Iterable[Pair]) -> Iterator[tuple[np.ndarray, np.ndarray, Sequence[float]]]:
-    for prediction, reference, *spacing in pairs:
-        yield prediction, reference, spacing[0] if spacing else (1.0,) * prediction.ndim
+class _Cases:
+    """Predictions with their references, as small numbers, in memory or on the disk."""
+
+    def __init__(self, memory: int | None) -> None:
+        self.memory, self.shelf = memory, Shelf(memory)
+        self.spacings: list[Sequence[float]] = []
+        self.counts: list[np.ndarray] = []  # voxels of each value in the reference
+        self.predicted: set[int] = set()
+
+    def add(self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> None:
+        self.predicted.update(np.flatnonzero(np.bincount(prediction.ravel())).tolist())
+        self.counts.append(np.bincount(reference.ravel()))
+        self.spacings.append(spacing)
+        most = max(prediction.max(initial=0), reference.max(initial=0))
+        maps = (labels.astype(np.min_scalar_type(most)) for labels in (prediction, reference))
+        self.shelf.append(dict(zip(("prediction", "reference"), maps, strict=True)))
+
+    def __iter__(self) -> Iterator[Triple]:
+        for entry, spacing in zip(self.shelf, self.spacings, strict=True):
+            yield np.asarray(entry["prediction"]), np.asarray(entry["reference"]), spacing
+
+    def volumes(self, group: Sequence[int]) -> list[float]:
+        """Of all labels of a group together in each reference, in mm3."""
+        return [
+            float(counts[[v for v in group if v < len(counts)]].sum() * np.prod(spacing))
+            for counts, spacing in zip(self.counts, self.spacings, strict=True)
+        ]
+
+    def after(self, rule: Rule) -> _Cases:
+        """The same with predictions that a rule has changed."""
+        changed = _Cases(self.memory)
+        for prediction, reference, spacing in self:
+            changed.add(apply_postprocessing(prediction, [rule], spacing), reference, spacing)
+        return changed
 
 
-def _candidates(
-    group: list[int], triples: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]]
-) -> list[Rule]:
+def _candidates(group: list[int], volumes: Sequence[float]) -> list[Rule]:
     """No change first; then components by size, holes, and both. Holes of several labels belong to none of them."""
-    volumes = [float(np.isin(ref, group).sum() * np.prod(spacing)) for _, ref, spacing in triples]
     median = float(np.median([v for v in volumes if v] or [0.0]))
     sizes = [{"min_mm3": float(f"{median * share:.3g}")} for share in SHARES if median]
     parts: list[Rule] = [{}, {"largest": True}, *sizes]
@@ -120,20 +156,16 @@ def _candidates(
     return [{"labels": group, **part, **hole} for hole, part in product(holes, parts)]
 
 
-def _scores(
-    triple: tuple[np.ndarray, np.ndarray, Sequence[float]],
-    group: list[int],
-    rules: Sequence[Rule],
-    candidates: Sequence[Rule],
-) -> list[float]:
+def _scores(case: Triple, group: list[int], candidates: Sequence[Rule]) -> list[float]:
     """Dice (mean over the group's labels) of one case under each candidate."""
-    prediction, reference, spacing = triple
-    before = apply_postprocessing(prediction, rules, spacing)
-    scores = []
-    for candidate in candidates:
-        after = apply_postprocessing(before, [candidate], spacing)
-        scores.append(float(np.mean([dice(after == value, reference == value) for value in group])))
-    return scores
+    prediction, reference, spacing = case
+    marked = np.isin(prediction, group) | np.isin(reference, group)
+    if not marked.any():
+        return [1.0] * len(candidates)
+    box = ndimage.find_objects(marked.astype(np.uint8))[0]  # beyond it nothing can change
+    inside, truth = prediction[box], reference[box]
+    done = (apply_postprocessing(inside, [candidate], spacing) for candidate in candidates)
+    return [float(np.mean(dice_of_values(labels, truth, group))) for labels in done]
 
 
 def _cleaned(mask: np.ndarray, rule: Rule, spacing: Sequence[float] | None) -> np.ndarray:

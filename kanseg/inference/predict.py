@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -31,122 +29,75 @@ from kanseg.data.images import (
     write_label,
 )
 from kanseg.data.plan import Plan
-from kanseg.data.transforms import Item, load_case, probability, restore, restored_labels, slices_as_channels
+from kanseg.data.transforms import Item, highest, load_case, restore, restored_labels
 from kanseg.errors import UserError
+from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 
-WINDOWS_AT_ONCE = 2
 NIFTI = ".nii.gz"
 LOSSY = (".jpg", ".jpeg")
 PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
 Network = nn.Module | Sequence[nn.Module]
 Plans = Plan | Sequence[Plan]
-Watch = Callable[[int, int], None]  # windows that are done, of how many
 
 
-@torch.inference_mode()
-def predict_logits(
-    model: nn.Module,
-    image: Tensor,
-    plan: Plan,
-    *,
-    overlap: float = 0.5,
-    blending: str = "gaussian",
-    tta: bool = False,
-    device: torch.device | str = "cpu",
-    watch: Watch | None = None,
-) -> Tensor:
-    """Logits of a preprocessed image, (1, C, *S) -> (1, K, *S), by a sliding window.
+@dataclass
+class Part:
+    """Logits of one case by one network, and the way back to the image's own grid."""
 
-    Args:
-        overlap: share of a window that its neighbour covers too.
-        blending: weights within a window, "gaussian" (its middle counts most) or "constant".
-        tta: average over all mirrorings of the plan's `mirror_axes`, the axes whose ends may be exchanged.
-        watch: told about progress.
-    """
-    image = torch.as_tensor(image).to(device)
-    if plan.slice_axis is not None:
-        image = slices_as_channels(image[0], plan)
-    axes = plan.mirror_axes if tta else []
-    flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
-    total = len(flips) * len(image) * _windows(image.shape[2:], plan.patch_size, overlap)
-    done = 0
+    logits: Sequence[Tensor]
+    item: Item
+    plan: Plan
 
-    def network(windows: Tensor) -> Tensor:
-        nonlocal done
-        logits = model(windows)
-        done += len(windows)
-        if watch is not None:
-            watch(done, total)
-        return logits
+    @cached_property
+    def _rest(self) -> Tensor:
+        """What turns logits into probabilities, (*S): their logarithmic sum, or the likeliest of the regions."""
+        if self.plan.regions:
+            return reduce(torch.maximum, (self.logits[k] for k in range(1, len(self.logits))))
+        return reduce(torch.logaddexp, self.logits)
 
-    def logits_of(flip: Sequence[int]) -> Tensor:
-        dims = [axis + 2 for axis in flip]
-        logits = sliding_window_inference(
-            image.flip(dims), plan.patch_size, WINDOWS_AT_ONCE, network, overlap=overlap, mode=blending
-        )
-        return torch.as_tensor(logits).flip(dims)
-
-    mean = logits_of(flips[0])
-    for flip in flips[1:]:
-        mean += logits_of(flip)
-    mean.div_(len(flips))
-    return mean if plan.slice_axis is None else mean.movedim(0, plan.slice_axis + 1)[None]
-
-
-def _windows(size: Sequence[int], patch: Sequence[int], overlap: float) -> int:
-    """How many windows cover an image."""
-    steps = [max(1, int(p * (1 - overlap))) for p in patch]
-    return math.prod(
-        max(1, math.ceil((s - p) / step) + 1) for s, p, step in zip(size, patch, steps, strict=True)
-    )
+    def probability(self, number: int) -> np.ndarray:
+        """Of one class, (*original): softmax over the classes, of regions each for itself."""
+        if self.plan.regions:
+            chance = self.logits[number].sigmoid() if number else 1 - self._rest.sigmoid()
+        else:
+            chance = (self.logits[number] - self._rest).exp()
+        return np.asarray(restore(chance[None], self.item, self.plan)[0])
 
 
 @dataclass
 class Prediction:
-    """Logits of one case, by one network or several of different plans, and the way back to the image's own grid."""
+    """What is predicted for one case, by one network or several of different plans."""
 
     source: Image
-    parts: list[tuple[Tensor, Item, Plan]]
+    parts: list[Part]
 
     def labels(self) -> np.ndarray:
         """Label map (*original) in the values of the training labels; of several networks by their mean probability."""
-        logits, item, plan = self.parts[0]
+        first = self.parts[0]
         if len(self.parts) == 1:
-            return np.asarray(plan.label_values)[restored_labels(logits, item, plan)]
-        chances = (self.probability(number) for number in range(len(logits)))
-        return decide(chances, plan.label_values, bool(plan.regions))
+            numbers = restored_labels(first.logits, first.item, first.plan)
+            return np.asarray(first.plan.label_values, np.int32)[numbers]
+        chances = (self.probability(number) for number in range(len(first.logits)))
+        return decide(chances, first.plan.label_values, bool(first.plan.regions))
 
     def probability(self, number: int) -> np.ndarray:
         """Probability of one class, (*original) float32."""
-        maps = [
-            restore(probability(logits, number, p)[None], item, p)[0].numpy()
-            for logits, item, p in self.parts
-        ]
+        maps = [part.probability(number) for part in self.parts]
         return np.asarray(np.mean(maps, axis=0, dtype=np.float32))
 
 
 def decide(chances: Iterable[np.ndarray], values: Sequence[int], regions: bool) -> np.ndarray:
     """Label map from the probabilities (*S) of each class in turn: the highest, or regions painted in their order."""
-    labels = None
-    for value, chance in zip(values, chances, strict=True):
-        if labels is None:
-            labels = np.full(chance.shape, value, np.int32)
-            best = np.full(chance.shape, 0.5, np.float32) if regions else chance.copy()
-            continue
-        higher = chance > best
-        labels[higher] = value
-        if not regions:
-            best[higher] = chance[higher]
-    assert labels is not None
-    return labels
+    numbers = highest(map(torch.as_tensor, chances), 0.5 if regions else None)
+    return np.asarray(values, np.int32)[numbers]
 
 
 def predict(model: Network, case: Case, plan: Plans, *, watch: Watch | None = None, **how: Any) -> Prediction:
     """Logits of one case, by one network or by several, each with its plan.
 
     Args:
-        how: overlap, blending, tta, device; see `predict_logits`.
+        how: overlap, blending, tta, device, memory; see `kanseg.inference.logits.whole_logits`.
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
     plans = [plan] if isinstance(plan, Plan) else list(plan)
@@ -157,12 +108,10 @@ def predict(model: Network, case: Case, plan: Plans, *, watch: Watch | None = No
         was_training = network.training
         network.eval()
         try:
-            logits = predict_logits(network, item["image"].as_tensor()[None], own, watch=seen, **how)[0].cpu()
+            logits = whole_logits(network, item["image"].as_tensor()[None], own, watch=seen, **how)
         finally:
             network.train(was_training)
-        if not torch.isfinite(logits).all():
-            raise UserError(f"{source.path}: the network gives values that are not finite. Train it again.")
-        parts.append((logits, item, own))
+        parts.append(Part(logits, item, own))
     return Prediction(source, parts)
 
 
@@ -201,7 +150,7 @@ def predict_folder(
         rules: post-processing, see `kanseg.inference.postprocess`.
         settings: what the outputs depend on (model digests, options); where given, cases of unchanged images that
             an earlier call finished with the same settings are passed over, unless `again`.
-        how: overlap, blending, tta, device; see `predict_logits`.
+        how: overlap, blending, tta, device, memory; see `kanseg.inference.logits.whole_logits`.
 
     Returns:
         Message of each case that failed, by its id.

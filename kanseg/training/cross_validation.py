@@ -16,12 +16,13 @@ from rich.console import Console
 from kanseg.config import Config
 from kanseg.data.formats import Case, Dataset, label_path
 from kanseg.data.images import label_from, read_image, read_label
-from kanseg.data.labels import class_values
+from kanseg.data.labels import class_values, painted
+from kanseg.data.plan import CACHE_SHARE
 from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
-from kanseg.inference.postprocess import Rule, apply_postprocessing, choose_postprocessing, save_rules
-from kanseg.progress import is_main
+from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
+from kanseg.progress import is_main, progress
 from kanseg.training.checkpoint import LAST
 from kanseg.training.files import locked, write_bytes, write_json
 from kanseg.training.fit import fit
@@ -32,7 +33,6 @@ from kanseg.training.validate import kept_prediction
 RESULT, TABLE = "cross_validation.json", "cross_validation.csv"
 CLASS_SCORES = ("accuracy", "top5", "balanced_accuracy", "auc")
 Where = Mapping[str, Path]  # label map of each case
-Seen = tuple[Case, np.ndarray, np.ndarray, Sequence[float]]
 
 
 def cross_validate(
@@ -131,11 +131,17 @@ def conclude(folder: Path, plan: Plan, dataset: Dataset, predictions: Where, **f
 def pool(plan: Plan, dataset: Dataset, predictions: Where) -> dict[str, Any]:
     """Post-processing chosen by predictions of unseen cases, and their scores after it."""
     cases = [case for case in dataset.cases if case.id in predictions]
-    names = class_values(plan)
-    pairs = Pairs(cases, predictions, plan)
-    rules = choose_postprocessing(pairs, plan.label_values[1:])
-    rows = [row for seen in pairs.walk() for row in _scores(seen, names, rules)]
-    plain = [np.mean(label_dice(prediction, reference, plan)) for prediction, reference, _ in pairs]
+    seen, names = Seen(cases, predictions, plan), class_values(plan)
+    memory = int(CACHE_SHARE * plan.memory_bytes) if plan.memory_bytes else None
+    pairs = ((ours, theirs, spacing) for _, ours, theirs, spacing in progress(seen, "Reading predictions"))
+    rules = choose_postprocessing(pairs, plan.label_values[1:], memory)
+    rows: list[dict[str, Any]] = []
+    plain = []
+    for case, prediction, reference, spacing in progress(seen, "Scoring"):
+        plain.append(np.mean(label_dice(prediction, reference, plan)))
+        done = apply_postprocessing(prediction, rules, spacing)
+        scores = evaluate_case(done, reference, spacing, list(names.values()))
+        rows += [{"case": case.id, "label": name, **scores[values]} for name, values in names.items()]
     return {
         "cases": len(cases),
         "metrics": summarize_rows(rows, groups={case.id: case.group for case in cases}),
@@ -145,31 +151,19 @@ def pool(plan: Plan, dataset: Dataset, predictions: Where) -> dict[str, Any]:
     }
 
 
-def _scores(
-    seen: Seen, classes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]
-) -> list[dict[str, Any]]:
-    """Rows of a case, one a class, after post-processing."""
-    case, prediction, reference, spacing = seen
-    done = apply_postprocessing(prediction, rules, spacing)
-    scores = evaluate_case(done, reference, spacing, list(classes.values()))
-    return [{"case": case.id, "label": name, **scores[values]} for name, values in classes.items()]
+class Seen:
+    """Each case with its prediction, reference and spacing, read anew at each walk: they need not fit into memory.
 
-
-class Pairs:
-    """(prediction, reference, spacing) of each case, read anew at each walk, so that they need not fit into memory.
-
-    Voxels with the ignore label are background in both.
+    Voxels with the ignore label are background in both; regions are painted in the reference as predictions are.
     """
 
     def __init__(self, cases: Sequence[Case], predictions: Where, plan: Plan) -> None:
         self.cases, self.predictions, self.plan = cases, predictions, plan
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, Sequence[float]]]:
-        for _, prediction, reference, spacing in self.walk():
-            yield prediction, reference, spacing
+    def __len__(self) -> int:
+        return len(self.cases)
 
-    def walk(self) -> Iterator[Seen]:
-        """The same, with the case."""
+    def __iter__(self) -> Iterator[tuple[Case, np.ndarray, np.ndarray, Sequence[float]]]:
         for case in self.cases:
             reference = read_label(label_path(case), self.plan.image_dims)
             image = read_image(self.predictions[case.id], self.plan.image_dims)
@@ -177,4 +171,4 @@ class Pairs:
             if self.plan.ignore_value is not None:
                 known = reference != self.plan.ignore_value
                 prediction, reference = prediction * known, reference * known
-            yield case, prediction, reference, image.spacing
+            yield case, prediction, painted(reference, self.plan), image.spacing

@@ -5,19 +5,21 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from kanseg.config import Config
+from kanseg.progress import progress, time_left
 from kanseg.training.files import write_bytes
 from kanseg.training.trackers import start_trackers
 
+T = TypeVar("T")
 LOG, PICTURE = "log.jsonl", "progress.png"
 MUCH_WAITING = 0.1  # share of an epoch from which on it is worth a word: more data.workers may help
 
@@ -76,6 +78,16 @@ class Monitor:
         state = f"loss {loss:.3f}{shown}  {time_left(fraction, seconds)} left"
         self.bar.update(self.task, completed=fraction, description=f"epoch {epoch}", state=state)
 
+    def walk(self, items: Sequence[T], text: str) -> Iterator[T]:
+        """The items, with a bar below that of the training, or now and then a line."""
+        if self.bar.disable:
+            yield from progress(items, text.capitalize())
+            return
+        task = self.bar.add_task(text, total=len(items), state="")
+        for item in items:
+            yield item
+            self.bar.advance(task)
+
     def say(self, text: str) -> None:
         """Print one line (once, whatever the number of processes)."""
         if not self.quiet:
@@ -128,18 +140,6 @@ def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
-
-
-def time_left(fraction: float, seconds: float) -> str:
-    """Time to the end when `fraction` of the work took `seconds`.
-
-    >>> time_left(0.25, 60)
-    '3 min'
-    """
-    if fraction <= 0:
-        return "?"
-    left = seconds * (1 - min(fraction, 1.0)) / fraction
-    return f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
 
 
 def peak_memory_mb(device: torch.device) -> float:

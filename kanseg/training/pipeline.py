@@ -2,18 +2,19 @@
 
 RUN/3d and RUN/2d are run folders, one a configuration, and RUN/ensemble has the label maps of both together;
 choice.json says which is best by the Dice of unseen cases. RUN/model is the final model, complete in itself, and
-RUN/report.md tells it all. What is done already is not done again: calling it once more goes on where it stood.
+RUN/report.html (and report.md) tells it all. What is done already is not done again: calling it once more goes on where
+it stood.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from kanseg.config import Config, load_config, make_config
@@ -33,12 +34,12 @@ from kanseg.training.files import locked, make_folder, read_json, write_bytes, w
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
 from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, Splits, run_splits
+from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.trial import measure_step
-from kanseg.training.validate import kept_prediction
+from kanseg.training.validate import inference_options, kept_prediction
 
 CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
-ENSEMBLE, CHOICE, SETTINGS, MODEL, REPORT = "ensemble", "choice.json", "run.json", "model", "report.md"
-DOCTOR, REPAIRED = "doctor.json", "data"
+ENSEMBLE, MODEL, REPAIRED = "ensemble", "model", "data"
 FINALS = ("folds", "all")
 SHOWN = 20  # findings of the doctor; all of them are in doctor.json
 MARGIN = 1e-9  # of the Dice: of equals the simpler is taken
@@ -71,6 +72,8 @@ def run_pipeline(
     final: str = "folds",
     memory: int | None = None,
     size: str = "standard",
+    regions: Mapping[str, Sequence[int]] | None = None,
+    mirror: Sequence[int] | None = None,
     config: str = "default",
     id_pattern: str | None = None,
     override: bool = False,
@@ -82,7 +85,8 @@ def run_pipeline(
         minutes: of training in all, shared out evenly; default as long as the config says.
         configurations: "auto" (3d and 2d for volumes, 2d for pictures), or names with commas.
         final: "folds" (the model is all networks of the chosen folds) or "all" (one more training on every case).
-        memory, size: see `make_plan`.
+        regions: see `read_dataset`.
+        memory, size, mirror: see `make_plan`.
         override: go on although options differ from those of the first call.
 
     Returns:
@@ -98,29 +102,37 @@ def run_pipeline(
     if not Path(data).exists():
         raise UserError(f"There is no {data}. Give a folder or list of labelled images.")
     checked, wanted = load_config(config, overrides), _configurations(configurations)
-    asked = {"data": str(Path(data).resolve()), "overrides": list(overrides), "minutes": minutes}
+    asked: dict[str, Any] = {
+        "data": str(Path(data).resolve()),
+        "overrides": list(overrides),
+        "minutes": minutes,
+    }
     asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
-    asked |= {"config": config, "id_pattern": id_pattern}
+    asked |= {"config": config, "id_pattern": id_pattern, "mirror": mirror}
+    asked["regions"] = None if regions is None else {name: list(values) for name, values in regions.items()}
     _check_asked(run, asked, override)
     with locked(make_folder(run), is_main()):
-        source = once(lambda: _examined(Path(data), run, id_pattern, console))
-        dataset = read_dataset(source, id_pattern=id_pattern)
+        source, values = once(lambda: _examined(Path(data), run, id_pattern, console))
+        if regions and values:
+            regions = {name: [values.get(v, v) for v in region] for name, region in regions.items()}
+        dataset = read_dataset(source, id_pattern=id_pattern, regions=regions)
         folds = _folds(checked, dataset, console)
         names = _fitting(wanted, dataset)
         if not folds:  # nobody is left to choose by
             names, final = names[:1], "all"
-        if minutes is not None:
-            share = minutes / (len(names) * folds + (final == "all"))
+        share = None if minutes is None else minutes / (len(names) * folds + (final == "all"))
+        if share is not None:
             checked = _with(checked, "training", max_minutes=share, max_epochs=None)
         checked = _with(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)
-        once(lambda: _plan(job, memory=memory, size=size))
+        how: dict[str, Any] = {"memory": memory, "size": size, "mirror": mirror, "regions": regions}
+        once(lambda: _plan(job, seconds=None if share is None else 60 * share, **how))
         once(lambda: write_json(run / SETTINGS, asked))
         found = _validated(job) if folds else {}
         choice = once(lambda: _choose(job, found)) if folds else names[0]
         trained = _final_folds(job, choice)
         model = once(lambda: _build(job, trained))
-        report = once(lambda: _report(job, found, choice))
+        report = once(lambda: _report(job))
     dice = {name: result["metrics"]["mean"]["dice"]["mean"] for name, result in found.items()}
     told = f"{dice[choice]:.4f}" if dice else "unknown: one patient leaves nobody to validate on"
     job.say(f"Chosen: {choice}, Dice {told}. Model: {model}. Report: {report}")
@@ -175,30 +187,34 @@ def _with(config: Config, section: str, **options: Any) -> Config:
     return make_config(values)
 
 
-def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> Path:
+def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> tuple[Path, dict[int, int]]:
     """What to train on: the data, or a repaired copy of them in RUN/data where the doctor finds errors.
+
+    Also given is what became of the label values in a copy.
 
     Raises:
         UserError: an error that cannot be repaired.
     """
     done = read_json(run / DOCTOR)
     if done is not None:
-        return Path(done["trained_on"])
+        return Path(done["trained_on"]), {int(k): v for k, v in done.get("label_values", {}).items()}
     found = diagnose(data, id_pattern=id_pattern)
     console.print(
         f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
     )
     for finding in found.findings[:SHOWN]:
-        console.print(f"- {finding.case}: {finding.message}", highlight=False, markup=False, soft_wrap=True)
+        case = f"{finding.case}: " if finding.case else ""  # else it concerns all
+        console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
+    values: dict[str, int] = {}
     if found.errors:
         console.print(
             f"{len(found.errors)} errors: training on a repaired copy, {run / REPAIRED}", soft_wrap=True
         )
         shutil.rmtree(run / REPAIRED, ignore_errors=True)
-        found.fix(run / REPAIRED)
+        values = found.fix(run / REPAIRED)["label_values"]
     trained_on = (run / REPAIRED if found.errors else data).resolve()
-    write_json(run / DOCTOR, {**found.to_dict(), "trained_on": str(trained_on)})
-    return trained_on
+    write_json(run / DOCTOR, {**found.to_dict(), "trained_on": str(trained_on), "label_values": values})
+    return trained_on, {int(k): v for k, v in values.items()}
 
 
 def _plan(job: Pipeline, **how: Any) -> None:
@@ -245,8 +261,10 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     if len(found) > 1:
         members = list(found)
         found[ENSEMBLE] = once(lambda: _ensemble(job, members, splits or []))
+    unit = Plan.load(job.run / job.names[0] / PLAN).unit
     for name, result in found.items():
-        job.console.print(score_table(result["metrics"], f"{name}: {result['cases']} unseen cases"))
+        title = f"{name}: {result['cases']} unseen cases"
+        job.console.print(score_table(result["metrics"], title, unit))
     return found
 
 
@@ -278,10 +296,11 @@ def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Ca
     missing = [case for case in cases if not _newer(paths[case.id], trained)]
     if not missing:
         return False
-    loaded = [load_model(folder)[:2] for folder in folders]
+    cuda = job.config.training.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    loaded = [load_model(folder, device)[:2] for folder in folders]
     networks, plans = [network for network, _ in loaded], [plan for _, plan in loaded]
-    inference = job.config.inference
-    how: dict[str, Any] = {"overlap": inference.overlap, "blending": inference.blending, "tta": inference.tta}
+    how = inference_options(job.config.inference, plan, device)
     for case in progress(missing, "Predicting"):
         labels, source = predict_case(networks, case, plans, **how)
         write_label(paths[case.id], labels, source, plan.label_dtype)
@@ -329,49 +348,12 @@ def _build(job: Pipeline, folds: Sequence[Path]) -> Path:
     return model
 
 
-def _report(job: Pipeline, found: Mapping[str, Mapping[str, Any]], choice: str) -> Path:
-    """RUN/report.md: data, plans, scores of every configuration, what was chosen, time."""
-    lines = [
-        f"# {job.dataset.name}",
-        "",
-        f"{job.dataset.layout}, {len(job.dataset.cases)} labelled images.",
-        "",
-    ]
-    why = "by the Dice of unseen cases" if found else "without validation: there is one patient"
-    lines += [f"Chosen {why}: **{choice}**.", ""]
-    lines += [f"Predict: `kanseg predict -m {job.run} -i IMAGES -o OUT`."]
-    for name, result in found.items():
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            f"{result['cases']} unseen cases, mean [95 % interval by patient]:",
-            "",
-        ]
-        lines += _table(result["metrics"])
-        rules = json.dumps(result["postprocessing"]) if result["postprocessing"] else "none that helps"
-        lines += [
-            "",
-            f"Post-processing: {rules} (Dice without it: {result['dice_without_postprocessing']:.4f}).",
-        ]
-        for fold, summary in result.get("folds", {}).items():
-            dice = summary["dice"]["mean"] if "dice" in summary else float("nan")
-            waited = f"{summary['data_wait']:.0%} of the time waiting for data"
-            lines += [
-                f"- fold {fold}: Dice {dice:.4f}, {summary['epochs']} epochs, {summary['minutes']} min, {waited}"
-            ]
-        lines += [f"- fold {fold} failed: {message}" for fold, message in result.get("failed", {}).items()]
-        if (job.run / name / PLAN).exists():
-            lines += ["", "Plan:", *(f"- {reason}" for reason in Plan.load(job.run / name / PLAN).reasons)]
-    return write_bytes(job.run / REPORT, ("\n".join(lines) + "\n").encode())
-
-
-def _table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    columns = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (mm)", "nsd": "NSD"}
-    rows = [
-        [f"{s[m]['mean']:.3f} [{s[m]['ci95'][0]:.3f}, {s[m]['ci95'][1]:.3f}]" for m in columns]
-        for s in metrics.values()
-    ]
-    heading = ["class", *columns.values()]
-    body = [[name, *row] for name, row in zip(metrics, rows, strict=True)]
-    return [f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *body]]
+def _report(job: Pipeline) -> Path:
+    """RUN/report.html, made anew where a result is newer."""
+    results = [*job.run.glob(f"*/{RESULT}"), *job.run.glob(f"*/fold_*/{SUMMARY}")]
+    report = job.run / HTML
+    return (
+        report
+        if _newer(report, max(p.stat().st_mtime for p in results))
+        else write_report(job.run, job.dataset)
+    )

@@ -15,10 +15,11 @@ from kanseg.config import Config
 from kanseg.data.formats import Case
 from kanseg.data.loaders import TrainLoader, val_loader
 from kanseg.data.plan import Plan
+from kanseg.progress import note
 from kanseg.training.augment import BatchAugmentation
 from kanseg.training.losses import create_loss
 from kanseg.training.task import Batch
-from kanseg.training.validate import spread, summarize, validate_batch, validate_case
+from kanseg.training.validate import affordable_cases, spread, summarize, validate_batch, validate_case
 
 
 class Segmentation:
@@ -71,7 +72,16 @@ class Segmentation:
 
     @cached_property
     def _watched(self) -> Sequence[Batch]:
-        return val_loader(self.plan, spread(self.validation, self.options.validation_cases))
+        batch = self.options.batch_size or self.plan.batch_size
+        patches = self.options.steps_per_epoch * self.options.accumulate * batch * self.options.validate_every
+        count = self.options.validation_cases or affordable_cases(self.plan, patches)
+        chosen = spread(self.validation, count)
+        if len(chosen) < len(self.validation) and not self.options.validation_cases:
+            note(
+                f"{len(chosen)} of {len(self.validation)} validation cases are watched while training goes on: more "
+                "would take longer than it (training.validation_cases sets how many)"
+            )
+        return val_loader(self.plan, chosen)
 
     def watched(self) -> Sequence[Batch]:
         """Preprocessed validation cases, kept in memory."""

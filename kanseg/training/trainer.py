@@ -18,6 +18,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from kanseg.config import Config
+from kanseg.data.plans import plan_from_dict
 from kanseg.errors import UsageError, UserError
 from kanseg.layers.mixture import take_balance_loss
 from kanseg.training import checkpoint
@@ -121,7 +122,7 @@ class Trainer:
         if not path.exists():
             return
         tensors, info = checkpoint.load_checkpoint(path)
-        if info.get("plan") != self.description["plan"]:
+        if plan_from_dict(info.get("plan") or {}).to_dict() != self.description["plan"]:
             raise UsageError(f"plan.json is not the one of {path}. Put it back, or start a new run folder.")
         load_weights(self.evaluated, part(tensors, "model"), path)  # checks that they fit
         try:
@@ -241,7 +242,7 @@ class Trainer:
     def _final_scores(self) -> list[list[Any]]:
         folder = make_folder(self.folder / PREDICTIONS)
         scores = []
-        for index, item in self._share(self.task.held_out()):
+        for index, item in self.monitor.walk(self._share(self.task.held_out()), "validating"):
             found = self.task.final_score(self.evaluated, item, self.accelerator.device, folder)
             scores.append((index, found))
             if self.stop:

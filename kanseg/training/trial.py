@@ -1,4 +1,4 @@
-"""What a training step takes in memory, measured by a step in a process of its own.
+"""What a training step takes in memory and time, measured by a step in a process of its own.
 
 `python -m kanseg.training.trial` reads a plan as JSON and answers with `Need` as JSON; `measure_step` runs it. Memory
 grows evenly with the voxels of a step, so two sizes of patch tell the step from the program around it, and a large
@@ -13,6 +13,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from kanseg.config import load_config
 from kanseg.data.plan import Need, Plan
 from kanseg.errors import UserError
+from kanseg.memory import taken
 from kanseg.training.checkpoint import (
     LAST,
     build_model,
@@ -85,7 +87,9 @@ def trial(plan: Plan) -> dict[str, float]:
         batch = max(batch, 2)  # or both steps would be one size
     for size, count in ((_smallest(plan), 1), (patch, batch)):
         for _ in range(STEPS):
+            began = time.monotonic()
             _step(model, loss, optimizer, plan, size, count, device)
+            took = time.monotonic() - began
         sizes.append(count * math.prod(size))
         peaks.append(_peak(device))
     tensors = {**named("model", model.state_dict()), **named("average", average.state_dict())}
@@ -94,7 +98,8 @@ def trial(plan: Plan) -> dict[str, float]:
         save_checkpoint(Path(folder) / LAST, {**tensors, **state}, plan.to_dict())
     per_voxel = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     base = peaks[0] - per_voxel * sizes[0]
-    return {"base": base, "per_voxel": per_voxel, "least": _peak(device) if _peak(device) > peaks[1] else 0.0}
+    least = _peak(device) if _peak(device) > peaks[1] else 0.0
+    return {"base": base, "per_voxel": per_voxel, "least": least, "seconds": took / sizes[1]}
 
 
 def _step(
@@ -109,6 +114,8 @@ def _step(
     loss(output, label).backward()
     optimizer.step()
     optimizer.zero_grad()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _smallest(plan: Plan) -> list[int]:
@@ -126,15 +133,11 @@ def _patch(plan: Plan, most: float) -> list[int]:
 
 
 def _peak(device: str) -> int:
-    return torch.cuda.max_memory_reserved() if device == "cuda" else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    """Bytes of an entry of /proc/self/status, e.g. VmHWM, the largest resident memory so far."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise UserError(f"This system does not tell {key}. Plan with --no-trial.")
+    """Bytes at most so far: of the GPU, else resident."""
+    peak = torch.cuda.max_memory_reserved() if device == "cuda" else taken("VmHWM")
+    if peak is None:
+        raise UserError("This system does not tell what memory a process takes. Plan with --no-trial.")
+    return peak
 
 
 def main() -> None:

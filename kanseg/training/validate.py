@@ -8,24 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import DiceMetric
 from torch import Tensor, nn
 
 from kanseg.config import InferenceConfig
 from kanseg.data.formats import Case, label_path
 from kanseg.data.images import read_label, write_label
 from kanseg.data.plan import Plan
-from kanseg.evaluation.metrics import dice, label_dice
-from kanseg.inference.predict import predict_case, predict_logits
+from kanseg.data.transforms import highest
+from kanseg.evaluation.metrics import dice, dice_of_values, label_dice
+from kanseg.inference.logits import whole_logits
+from kanseg.inference.predict import predict_case
 
 RESAMPLES = 2000
-
-
-def dice_per_class(prediction: Tensor, reference: Tensor, classes: int) -> list[float]:
-    """Dice of classes 1 ... K-1 between class numbers (*S) and (*S); 1 where a class is absent from both."""
-    metric = DiceMetric(include_background=False, reduction="none", ignore_empty=False, num_classes=classes)
-    scores = metric(prediction[None, None].float(), reference[None, None].float())
-    return torch.as_tensor(scores)[0].tolist()
+OVERLAP, FEWEST = 0.25, 2  # of windows, and cases that are watched at least, while training goes on
 
 
 @torch.no_grad()
@@ -33,12 +28,15 @@ def validate_batch(
     model: nn.Module, batch: Mapping[str, Tensor], plan: Plan, device: torch.device
 ) -> list[float]:
     """Dice a class of one preprocessed case: image (1, C, *S), label as the loss takes it; windows overlap little."""
-    logits = predict_logits(model, batch["image"], plan, overlap=0.25, device=device)[0]
-    label = batch["label"][0].to(logits.device)
+    memory = allowed_memory(plan, device)
+    logits = whole_logits(model, batch["image"], plan, overlap=OVERLAP, device=device, memory=memory)
+    label = batch["label"][0].to(logits[0].device)
     known = label[0] >= 0  # voxels that nobody annotated do not count
     if plan.regions:
         return [dice((logits[k] > 0) & known, (label[k] > 0) & known) for k in range(1, len(logits))]
-    return dice_per_class(logits.argmax(0) * known, label[0].clamp(min=0), len(logits))
+    maps = (highest(logits)[known], label[0][known].to(torch.int16))
+    prediction, reference = (labels.cpu().numpy() for labels in maps)
+    return dice_of_values(prediction, reference, range(1, len(logits)))
 
 
 def validate_case(
@@ -54,11 +52,20 @@ def validate_case(
     Args:
         folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
     """
-    how: dict[str, Any] = {"overlap": options.overlap, "blending": options.blending, "tta": options.tta}
-    labels, source = predict_case(model, case, plan, device=device, **how)
+    labels, source = predict_case(model, case, plan, **inference_options(options, plan, device))
     if folder is not None:
         write_label(kept_prediction(folder, case, plan), labels, source, plan.label_dtype)
     return label_dice(labels, read_label(label_path(case), plan.image_dims), plan)
+
+
+def inference_options(options: InferenceConfig, plan: Plan, device: torch.device) -> dict[str, Any]:
+    """As `kanseg.inference.logits.whole_logits` takes them."""
+    return {**options.model_dump(), "device": device, "memory": allowed_memory(plan, device)}
+
+
+def allowed_memory(plan: Plan, device: torch.device) -> int | None:
+    """Bytes of main memory that the plan was made for; None where it tells those of a GPU, or nothing."""
+    return plan.memory_bytes or None if device.type == "cpu" else None
 
 
 def kept_prediction(folder: Path, case: Case, plan: Plan) -> Path:
@@ -90,6 +97,24 @@ def spread(cases: Sequence[Case], count: int | None) -> Sequence[Case]:
     if count is None or count >= len(cases):
         return cases
     return [cases[index * len(cases) // count] for index in range(count)]
+
+
+def affordable_cases(plan: Plan, patches: int) -> int | None:
+    """How many cases can be validated in about the time that training on so many patches takes; None for all.
+
+    A patch in training costs about three windows; a case has as many windows as cover an image of median size.
+    """
+    if "size" not in plan.fingerprint:
+        return None
+    size, spacing = (np.array(plan.fingerprint[key]["median"], dtype=float) for key in ("size", "spacing"))
+    images = 1.0
+    if plan.slice_axis is not None:
+        images = size[plan.slice_axis]
+        size, spacing = (np.delete(values, plan.slice_axis) for values in (size, spacing))
+    patch = np.array(plan.patch_size)
+    steps = np.ceil((size * spacing / plan.spacing - patch) / np.maximum(1, patch * (1 - OVERLAP))) + 1
+    windows = images * np.prod(np.maximum(1, steps))
+    return max(FEWEST, int(3 * patches / windows))
 
 
 def bootstrap_interval(values: np.ndarray, groups: Iterable[str], seed: int) -> list[float]:

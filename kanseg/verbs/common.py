@@ -14,6 +14,13 @@ from kanseg.progress import is_main
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or file) to write.")]
 Pattern = Annotated[str | None, typer.Option(help="Regular expression, one group: the patient in an id.")]
+Mirror = Annotated[
+    str | None,
+    typer.Option(help="Axes whose ends may be exchanged, e.g. 0 or 0,1,2, or none: flips and --tta."),
+]
+Regions = Annotated[
+    str | None, typer.Option(help="whole=1+2+4,core=1+4: classes that overlap, the large ones first.")
+]
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

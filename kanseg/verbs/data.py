@@ -111,7 +111,7 @@ def download(
 
     from rich.table import Table
 
-    from kanseg.data.download import SOURCES, find_source
+    from kanseg.data.download import BY_HAND, SOURCES, find_source
     from kanseg.data.download import download as fetch
 
     talk = console(json_)
@@ -122,4 +122,6 @@ def download(
     for source in SOURCES.values():
         table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
     talk.print(table)
+    for remark in BY_HAND.values():
+        talk.print(f"Not fetched: {remark}", highlight=False, soft_wrap=True)
     emit([asdict(source) for source in SOURCES.values()], json_)

@@ -72,3 +72,19 @@ def ensemble(
     emit(result, json_)
     if result["failed"]:
         raise UserError(f"{len(result['failed'])} cases failed: {', '.join(list(result['failed'])[:5])}.")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of kanseg run, or of kanseg train -f all.")],
+    json_: Json = False,
+) -> None:
+    """Write the report of a run anew: RUN/report.md with pictures, and RUN/report.html, one file to hand on.
+
+    Example: kanseg report runs/hippocampus
+    """
+    from kanseg.training.run_report import write_report
+
+    path = write_report(run)
+    console(json_).print(f"Report: {path}", highlight=False, soft_wrap=True)
+    emit({"report": str(path)}, json_)

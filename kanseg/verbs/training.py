@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kanseg.verbs.common import Json, Out, Pattern, console, emit, size_in_bytes
+from kanseg.verbs.common import Json, Mirror, Out, Pattern, Regions, console, emit, size_in_bytes
 
 app = typer.Typer()
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value: training.optimizer=sgd")]
@@ -27,6 +27,8 @@ def run(
     ] = "folds",
     memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
     size: Annotated[str, typer.Option(help="Of the network: small, standard or large.")] = "standard",
+    regions: Regions = None,
+    mirror: Mirror = None,
     config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
     id_pattern: Pattern = None,
     override: Annotated[bool, typer.Option("--override", help="Go on with other options.")] = False,
@@ -36,10 +38,13 @@ def run(
 
     Example: kanseg run Task04_Hippocampus -o runs/hippocampus --minutes 120
     """
+    from kanseg.data.labels import parse_regions
+    from kanseg.data.mirror import parse_mirror
     from kanseg.training.pipeline import run_pipeline
 
     how: dict[str, Any] = {"minutes": minutes, "configurations": configurations, "final": final}
     how |= {"memory": size_in_bytes(memory), "size": size, "config": config, "id_pattern": id_pattern}
+    how |= {"mirror": parse_mirror(mirror), "regions": parse_regions(regions) if regions else None}
     found = run_pipeline(data, out, overrides or [], override=override, console=console(json_), **how)
     emit(found, json_)
 

@@ -1,0 +1,238 @@
+"""Logits of a whole image by a sliding window: in memory where they fit, else on the disk, read a class at a time.
+
+An image of 10 million voxels and 100 classes has 4 GB of them. MONAI places the windows; what the network says of one
+is added to where it belongs, weighted so that the sum over all windows is their mean.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data.utils import compute_importance_map
+from monai.inferers import sliding_window_inference
+from torch import Tensor, nn
+
+from kanseg.data.plan import Plan
+from kanseg.data.transforms import slices_as_channels
+from kanseg.errors import UserError
+from kanseg.memory import FITS, fits
+from kanseg.progress import telling
+
+WINDOWS_AT_ONCE = 2
+FLOAT = np.dtype(np.float32)
+Watch = Callable[[int, int], None]  # windows that are done, of how many
+Place = tuple[slice, ...]
+
+
+class Logits(Sequence[Tensor]):
+    """K maps (*S) of the logits of each class, made on demand.
+
+    Args:
+        shape: (K, N, *S) of N images of a batch, which are one volume where they are slices across an axis.
+        slice_axis: that axis.
+    """
+
+    def __init__(self, shape: Sequence[int], slice_axis: int | None = None) -> None:
+        self.shape, self.slice_axis = tuple(shape), slice_axis
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, number: int) -> Tensor:  # type: ignore[override]  # no slices
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        found = self.read(number)
+        return found[0] if self.slice_axis is None else found.movedim(0, self.slice_axis)
+
+    @abstractmethod
+    def read(self, number: int) -> Tensor:
+        """One class, (N, *S)."""
+
+    @abstractmethod
+    def add(self, place: Place, values: Tensor, share: Tensor) -> None:
+        """Add values (K, *window) times share (*window) at a place of one image of the batch."""
+
+
+class InMemory(Logits):
+    """All classes in one tensor."""
+
+    def __init__(self, shape: Sequence[int], slice_axis: int | None, device: torch.device) -> None:
+        super().__init__(shape, slice_axis)
+        self.tensor = torch.zeros(self.shape, device=device)
+
+    def read(self, number: int) -> Tensor:
+        return self.tensor[number]
+
+    def add(self, place: Place, values: Tensor, share: Tensor) -> None:
+        self.tensor[(slice(None), *place)] += (values * share).to(self.tensor.device)[:, None]
+
+
+class OnDisk(Logits):
+    """A file without a name; only the class that is read or written is in memory.
+
+    Raises:
+        UserError: the disk has no room.
+    """
+
+    def __init__(self, shape: Sequence[int], slice_axis: int | None) -> None:
+        super().__init__(shape, slice_axis)
+        self.bytes = prod(self.shape[1:]) * FLOAT.itemsize  # of a class
+        folder, needed = tempfile.gettempdir(), len(self) * self.bytes
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise UserError(
+                f"The logits of {len(self)} classes take {needed / 2**30:.1f} GiB: more than the memory allows, and "
+                f"than {folder} has free ({free / 2**30:.1f} GiB). Name a larger disk by TMPDIR, or give more --memory."
+            )
+        self.file = tempfile.TemporaryFile(prefix="kanseg-")  # noqa: SIM115  # gone with this object
+        self.file.truncate(needed)
+
+    def read(self, number: int) -> Tensor:
+        self.file.seek(number * self.bytes)
+        found = np.fromfile(self.file, FLOAT, prod(self.shape[1:]))
+        return torch.from_numpy(found.reshape(self.shape[1:]))
+
+    def add(self, place: Place, values: Tensor, share: Tensor) -> None:
+        for number, found in enumerate(values):
+            mapped = np.memmap(self.file, FLOAT, "r+", number * self.bytes, self.shape[1:])
+            mapped[place] += (found * share).cpu().numpy()
+            del mapped  # or its pages would count as memory of this process
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module, image: Tensor, plan: Plan, *, device: torch.device | str = "cpu", **how: Any
+) -> Tensor:
+    """Logits of a preprocessed image in one tensor, (1, C, *S) -> (1, K, *S).
+
+    Args:
+        how: overlap, blending, tta, watch; see `whole_logits`.
+    """
+    batch = _batch(image, plan, device)
+    logits = InMemory(_shape(batch, plan), plan.slice_axis, batch.device)
+    _slide(model, batch, plan, logits, **how)
+    if plan.slice_axis is None:
+        return logits.tensor.movedim(1, 0)
+    return logits.tensor.movedim(1, plan.slice_axis + 1)[None]
+
+
+@torch.inference_mode()
+def whole_logits(
+    model: nn.Module,
+    image: Tensor,
+    plan: Plan,
+    *,
+    memory: int | None = None,
+    device: torch.device | str = "cpu",
+    **how: Any,
+) -> Logits:
+    """Logits of a preprocessed image, (1, C, *S) -> K maps (*S).
+
+    Args:
+        memory: bytes that this process may take; logits that would pass it lie on the disk. Default what is free.
+        overlap: share of a window that its neighbour covers too.
+        blending: weights within a window, "gaussian" (its middle counts most) or "constant".
+        tta: average over all mirrorings of the plan's `mirror_axes`, the axes whose ends may be exchanged.
+        watch: told about progress; default a line a minute on standard error.
+
+    Raises:
+        UserError: the network gives numbers that are not finite, or the disk is too small.
+    """
+    batch = _batch(image, plan, device)
+    shape, size = _shape(batch, plan), FLOAT.itemsize * prod(_shape(batch, plan))
+    if batch.device.type == "cuda" and size <= FITS * torch.cuda.mem_get_info()[0]:
+        logits: Logits = InMemory(shape, plan.slice_axis, batch.device)
+    elif fits(size, memory):
+        logits = InMemory(shape, plan.slice_axis, torch.device("cpu"))
+    else:
+        logits = OnDisk(shape, plan.slice_axis)
+    _slide(model, batch, plan, logits, **how)
+    return logits
+
+
+def _batch(image: Tensor, plan: Plan, device: torch.device | str) -> Tensor:
+    """The image as the network takes it, (N, C, *S) on its device; a volume learnt slice by slice is N slices."""
+    image = torch.as_tensor(image).to(device)
+    return image if plan.slice_axis is None else slices_as_channels(image[0], plan)
+
+
+def _shape(batch: Tensor, plan: Plan) -> tuple[int, ...]:
+    return (len(plan.label_names), len(batch), *batch.shape[2:])
+
+
+def _slide(
+    model: nn.Module,
+    batch: Tensor,
+    plan: Plan,
+    logits: Logits,
+    *,
+    overlap: float = 0.5,
+    blending: str = "gaussian",
+    tta: bool = False,
+    watch: Watch | None = None,
+) -> None:
+    """Move the window over every image of the batch and each of its mirrorings; see `whole_logits`."""
+    axes, size = plan.mirror_axes if tta else [], batch.shape[2:]
+    flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
+    patch, margin = plan.patch_size, [max(p - n, 0) // 2 for n, p in zip(size, plan.patch_size, strict=True)]
+    how: dict[str, Any] = {"roi_size": patch, "overlap": overlap, "with_coord": True}
+    how["sw_batch_size"] = 1 if isinstance(logits, OnDisk) else WINDOWS_AT_ONCE
+    weights = compute_importance_map(tuple(patch), mode=blending, device=batch.device)
+    sums = torch.zeros([max(n, p) for n, p in zip(size, patch, strict=True)], device=batch.device)
+    windows = 0
+
+    def weigh(window: Tensor, where: Sequence[Sequence[slice]]) -> Tensor:
+        nonlocal windows
+        windows += len(where)
+        for _, _, *place in where:
+            sums[tuple(place)] += weights
+        return window
+
+    sliding_window_inference(batch[:1, :1], predictor=weigh, **how)
+    watch = watch or telling("Windows of the image")
+    done, total = 0, windows * len(batch) * len(flips)
+
+    def answer(flip: Sequence[int], window: Tensor, where: Sequence[Sequence[slice]]) -> Tensor:
+        nonlocal done
+        said = model(window)
+        if not said.isfinite().all():
+            raise UserError("The network gives values that are not finite. Train it again.")
+        for values, (one, _, *place) in zip(said, where, strict=True):
+            inside, at = _within(place, margin, size, flip)
+            share = weights[inside] / sums[tuple(place)][inside] / len(flips)
+            logits.add(
+                (one, *at), _flipped(values[(slice(None), *inside)], flip, 1), _flipped(share, flip, 0)
+            )
+        done += len(window)
+        watch(done, total)
+        return window[:, :1]  # MONAI wants something to add up
+
+    for flip in flips:
+        sliding_window_inference(_flipped(batch, flip, 2), predictor=partial(answer, flip), **how)
+
+
+def _within(
+    place: Sequence[slice], margin: Sequence[int], size: Sequence[int], flip: Sequence[int]
+) -> tuple[Place, Place]:
+    """What of a window lies in the image, and where that is in the image before it was padded and mirrored."""
+    inside, at = [], []
+    for axis, (window, before, length) in enumerate(zip(place, margin, size, strict=True)):
+        start = window.start - before
+        low, high = max(start, 0), min(window.stop - before, length)
+        inside.append(slice(low - start, high - start))
+        at.append(slice(length - high, length - low) if axis in flip else slice(low, high))
+    return tuple(inside), tuple(at)
+
+
+def _flipped(values: Tensor, axes: Sequence[int], first: int) -> Tensor:
+    """Mirrored along axes that are counted from the `first`."""
+    return values.flip([first + axis for axis in axes]) if axes else values

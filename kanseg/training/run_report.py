@@ -1,0 +1,372 @@
+"""The report of a run: what the data are, what was planned and why, how well it went on unseen cases, and at what cost.
+
+RUN/report.md with the pictures in RUN/report/, and RUN/report.html, which is the same in one file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kanseg.data.fingerprint import load_fingerprint
+from kanseg.data.formats import Case, Dataset, label_path
+from kanseg.data.images import in_ras, label_from, read_image, read_label
+from kanseg.data.labels import painted
+from kanseg.data.plan import Plan, planned_dataset
+from kanseg.errors import UserError
+from kanseg.evaluation.compare import Scores, compare, load_scores
+from kanseg.evaluation.document import as_html, table
+from kanseg.evaluation.report import draw_curves, draw_scores, interval, picture, score_rows
+from kanseg.inference.postprocess import apply_postprocessing
+from kanseg.training.cross_validation import RESULT, TABLE
+from kanseg.training.files import read_json, write_bytes
+from kanseg.training.manifest import MANIFEST
+from kanseg.training.monitor import LOG, read_log
+from kanseg.training.run_folder import PLAN, PREDICTIONS, SPLITS
+from kanseg.training.validate import kept_prediction
+
+MARKDOWN, HTML, PICTURES = "report.md", "report.html", "report"
+CHOICE, SETTINGS, DOCTOR = "choice.json", "run.json", "doctor.json"  # of a run of the pipeline
+WORST, FINDINGS, CLASSES = 10, 20, 60  # rows that are shown
+MOST_COLUMNS = 6  # classes of a table of cases
+REMARK = (
+    "Scores are of cases that the network which predicted them has not seen in training, after post-processing. "
+    "Post-processing was chosen by the same cases. kanseg is research software, not a medical device."
+)
+
+
+@dataclass
+class Configuration:
+    """One configuration of a run: the folder of its cross-validation, and what stands there."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        return read_json(self.folder / RESULT) or {}
+
+    @cached_property
+    def scores(self) -> Scores:
+        return load_scores(self.folder / TABLE)
+
+    @property
+    def folds(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("fold_*") if path.is_dir())
+
+    def prediction(self, case: Case, plan: Plan) -> Path:
+        """The label map of an unseen case."""
+        folders = [self.folder, *self.folds]
+        paths = (kept_prediction(folder / PREDICTIONS, case, plan) for folder in folders)
+        found = next((path for path in paths if path.exists()), None)
+        if found is None:
+            raise UserError(f"{self.folder} has no prediction of {case.id}.")
+        return found
+
+    def dice(self) -> Mapping[str, float]:
+        """Mean Dice of each case."""
+        by_class = self.scores["dice"]
+        return by_class.get("mean") or next(iter(by_class.values()))
+
+
+def write_report(run: Path | str, dataset: Dataset | None = None) -> Path:
+    """Write the report of a run of `kanseg run`, or of `kanseg train -f all`, anew; report.html is returned.
+
+    Args:
+        dataset: that the run was planned for; default it is read.
+
+    Raises:
+        UserError: the folder holds no plan.
+    """
+    run = Path(run)
+    places = [run, *sorted(path for path in run.iterdir() if path.is_dir())] if run.is_dir() else []
+    planned = [path for path in places if (path / PLAN).exists()]
+    if not planned:
+        raise UserError(f"{run} holds no plan.json, so there is nothing to report. Give the folder of a run.")
+    found = [Configuration(path.name, path) for path in places if (path / RESULT).exists()]
+    plan = Plan.load(planned[0] / PLAN)
+    told = _Report(run, planned, found, plan, dataset or planned_dataset(plan))
+    text = "\n\n".join(told.parts()) + "\n"
+    write_bytes(run / MARKDOWN, text.encode())
+    return write_bytes(run / HTML, as_html(text, run).encode())
+
+
+@dataclass
+class _Report:
+    run: Path
+    planned: Sequence[Path]
+    found: Sequence[Configuration]
+    plan: Plan
+    dataset: Dataset
+
+    @cached_property
+    def chosen(self) -> Configuration | None:
+        name = (read_json(self.run / CHOICE) or {}).get("choice")
+        return next((one for one in self.found if one.name == name), self.found[0] if self.found else None)
+
+    @cached_property
+    def seen(self) -> dict[str, Any]:
+        return load_fingerprint(self.planned[0]) or {"cases": {}}
+
+    @property
+    def trainings(self) -> list[Path]:
+        """Folders of all trainings."""
+        return [fold for path in self.planned for fold in sorted(path.glob("fold_*")) if fold.is_dir()]
+
+    def parts(self) -> Iterator[str]:
+        """The document, paragraph by paragraph."""
+        yield f"# {self.dataset.name}"
+        yield from self.summary()
+        yield from self.scored()
+        if self.chosen:
+            yield from self.cases(self.chosen)
+        yield from self.data()
+        yield from self.plans()
+        yield from self.courses()
+        yield from self.cost()
+        yield from self.split()
+
+    def summary(self) -> Iterator[str]:
+        """What came out, in a few lines."""
+        if self.chosen is None:
+            yield "Not validated: there is one patient, or the cross-validation is not done."
+        else:
+            low, high = self.chosen.result["metrics"]["mean"]["dice"]["ci95"]
+            mean = self.chosen.result["metrics"]["mean"]["dice"]["mean"]
+            by = " chosen by the Dice of unseen cases" if len(self.found) > 1 else ""
+            yield (
+                f"**{self.chosen.name}**{by}: mean Dice **{mean:.3f}** [{low:.3f}, {high:.3f}] over "
+                f"{self.chosen.result['cases']} unseen cases (95 % interval by patient)."
+            )
+        yield f"Predict: `kanseg predict -m {self.run} -i IMAGES -o OUT`"
+        yield REMARK
+
+    def scored(self) -> Iterator[str]:
+        """Scores of every configuration, and how far the others are from the chosen one."""
+        if not self.found:
+            return
+        yield "## Cross-validation"
+        if len(self.found) > 1 and self.chosen:
+            yield self._against()
+        for one in self.found:
+            result = one.result
+            yield f"### {one.name}"
+            yield f"{result['cases']} unseen cases, mean [95 % interval by patient]:"
+            yield table(*score_rows(result["metrics"], self.plan.unit))
+            rules = (
+                "; ".join(_rule(rule, self.plan) for rule in result["postprocessing"]) or "none that helps"
+            )
+            yield f"Post-processing: {rules} (mean Dice without it: {result['dice_without_postprocessing']:.4f})."
+            for fold, message in result.get("failed", {}).items():
+                yield f"**Fold {fold} failed:** {message}"
+
+    def _against(self) -> str:
+        assert self.chosen is not None
+        rows = []
+        for one in self.found:
+            dice = interval(one.result["metrics"]["mean"]["dice"])
+            difference = ["", ""]
+            if one is not self.chosen:
+                found = compare(one.folder, self.chosen.folder)["rows"]
+                row = next(row for row in reversed(found) if row["metric"] == "dice")
+                difference = [f"{row['difference']:+.3f} {_range(row['ci95'])}", f"{row['p']:.2g}"]
+            rows.append([f"**{one.name}**" if one is self.chosen else one.name, dice, *difference])
+        return table(
+            ["configuration", "mean Dice", f"difference to {self.chosen.name}", "p (Wilcoxon)"], rows
+        )
+
+    def cases(self, one: Configuration) -> Iterator[str]:
+        """Dice by case, and pictures of the best, the middle and the worst."""
+        yield f"## Cases ({one.name})"
+        dice = {name: list(column.values()) for name, column in one.scores["dice"].items()}
+        draw_scores(dice, self.run / PICTURES / "dice.png")
+        yield f"![Dice of every case by class](./{PICTURES}/dice.png)"
+        ranked = sorted(one.dice(), key=one.dice().__getitem__)
+        yield f"### The {min(WORST, len(ranked))} worst of {len(ranked)} cases"
+        yield self._worst(one, ranked[:WORST])
+        known = {case.id: case for case in self.dataset.cases}
+        for name, case in _examples(ranked).items():
+            file = f"./{PICTURES}/{name.replace(' ', '_')}.png"
+            yield f"### {name.capitalize()} case: {case}, mean Dice {one.dice()[case]:.3f}"
+            self._draw(one, known[case], self.run / file)
+            yield f"![Image, reference and prediction of {case}]({file})"
+
+    def _worst(self, one: Configuration, cases: Sequence[str]) -> str:
+        where = {case: number for number, fold in enumerate(self._splits()) for case in fold["val"]}
+        classes = [name for name in one.scores["dice"] if name != "mean"]
+        few = classes if 1 < len(classes) <= MOST_COLUMNS else []
+        rows: list[list[Any]] = []
+        for case in cases:
+            by_class = {name: one.scores["dice"][name][case] for name in classes}
+            lowest = min(by_class, key=by_class.__getitem__)
+            rows.append([case, self._patient(case), where.get(case, ""), f"{one.dice()[case]:.3f}"])
+            if len(classes) > 1:
+                rows[-1] += [f"{by_class[name]:.3f}" for name in few] or [f"{lowest} {by_class[lowest]:.3f}"]
+            rows[-1].append(f"{np.mean([one.scores['hd95'][name][case] for name in classes]):.1f}")
+        columns = few or (["lowest class"] if len(classes) > 1 else [])
+        return table(
+            ["case", "patient", "fold", "mean Dice", *columns, f"mean HD95 ({self.plan.unit})"], rows
+        )
+
+    def _patient(self, case: str) -> str:
+        return self.seen["cases"].get(case, {}).get("group", case)
+
+    def _draw(self, one: Configuration, case: Case, path: Path) -> None:
+        image = read_image(case.images, self.plan.image_dims)
+        reference = painted(read_label(label_path(case), self.plan.image_dims), self.plan)
+        prediction = label_from(read_image(one.prediction(case, self.plan), self.plan.image_dims))
+        prediction = apply_postprocessing(prediction, one.result["postprocessing"], image.spacing)
+        colours = self.plan.image_dims == 2 and len(image.array) == 3
+        shown = np.moveaxis(image.array, 0, -1) if colours else in_ras(image, image.array[0])[0]
+        (reference, spacing), (prediction, _) = (in_ras(image, labels) for labels in (reference, prediction))
+        what: dict[str, Any] = {
+            "spacing": spacing,
+            "label_names": self.plan.label_names,
+            "label_values": self.plan.label_values,
+        }
+        picture(shown, reference, prediction, path, **what)
+
+    def data(self) -> Iterator[str]:
+        """Layout, sizes, classes, and what the doctor found."""
+        plan, summary = self.plan, self.plan.fingerprint
+        patients = len({case.group for case in self.dataset.cases})
+        yield "## Data"
+        rows = [
+            ["source", f"{plan.data} ({self.dataset.layout})"],
+            ["cases", f"{len(self.dataset.cases)} labelled images of {patients} patients"],
+            ["channels", ", ".join(plan.channel_names)],
+        ]
+        physical = [("spacing", "mm")] if plan.image_dims == 3 else []
+        for key, unit in [("size", "voxels"), *physical]:
+            parts = (f"{name} {' x '.join(f'{v:g}' for v in summary[key][name])}" for name in summary[key])
+            rows.append([key, f"{', '.join(parts)} {unit}"])
+        yield table(["what", "found"], rows)
+        voxels = summary.get("voxels", {})
+        names = list(zip(plan.label_names, plan.label_values, strict=True))
+        yield table(
+            ["class", "value", "median voxels"],
+            [[name, value, voxels.get(name, "")] for name, value in names[: CLASSES + 1]],
+        )
+        if len(names) > CLASSES + 1:
+            yield f"{len(names) - CLASSES - 1} more classes are in plan.json."
+        told = (read_json(self.run / DOCTOR) or {}).get("findings", [])
+        words = ([f["severity"] + ":", f["case"], f["message"]] for f in told[:FINDINGS])
+        if told:
+            yield "\n".join(f"- {' '.join(filter(None, said))}" for said in words)
+        if len(told) > FINDINGS:
+            yield f"{len(told) - FINDINGS} more findings are in {DOCTOR}."
+
+    def plans(self) -> Iterator[str]:
+        """Every plan with its reasons."""
+        yield "## Plan"
+        for folder in self.planned:
+            plan = Plan.load(folder / PLAN)
+            if len(self.planned) > 1:
+                yield f"### {folder.name}"
+            options = ", ".join(f"{key} {value}" for key, value in plan.model_options.items())
+            yield f"{plan.model} in {plan.spatial_dims}D: {options}."
+            yield "\n".join(f"- {reason}" for reason in plan.reasons)
+
+    def courses(self) -> Iterator[str]:
+        """Curves of loss and Dice."""
+        drawn = []
+        for folder in self.planned:
+            folds = [fold for fold in self.trainings if fold.parent == folder]
+            logs = {fold.name.replace("_", " "): read_log(fold / LOG) for fold in folds}
+            if logs := {name: records for name, records in logs.items() if records}:
+                draw_curves(logs, self.run / PICTURES / f"curves_{folder.name}.png")
+                drawn.append(f"![Loss and Dice of {folder.name}](./{PICTURES}/curves_{folder.name}.png)")
+        if drawn:
+            yield "## Training"
+            yield from drawn
+
+    def cost(self) -> Iterator[str]:
+        """Time, memory, energy, and by what it was computed."""
+        made = {fold: read_json(fold / MANIFEST) or {} for fold in self.trainings}
+        made = {fold: manifest for fold, manifest in made.items() if manifest.get("sessions")}
+        if not made:
+            return
+        yield "## Time, memory, versions"
+        rows: list[list[Any]] = []
+        for fold, manifest in made.items():
+            sessions = manifest["sessions"]
+            summary = read_json(fold / "summary.json") or {}
+            minutes = max((s.get("minutes") or 0 for s in sessions), default=0)  # counted over resumes
+            memory = max((s.get("peak_memory_mb") or 0 for s in sessions), default=0)
+            energy, wait = manifest.get("energy_joules"), summary.get("data_wait")
+            dice = f"{summary['dice']['mean']:.3f}" if "dice" in summary else ""
+            rows.append([fold.relative_to(self.run), dice, summary.get("epochs", ""), f"{minutes:.1f}"])
+            rows[-1] += ["" if wait is None else f"{wait:.1%}", f"{memory / 1024:.2f}", len(sessions)]
+            rows[-1].append("not told" if energy is None else f"{energy / 3600:.1f}")
+        heading = [
+            "training",
+            "Dice",
+            "epochs",
+            "minutes",
+            "waiting for data",
+            "peak memory (GiB)",
+            "sessions",
+        ]
+        heading.append("energy (Wh)")
+        yield table(heading, rows)
+        last = next(reversed(made.values()))
+        hardware = dict(last["hardware"])
+        hardware["memory"] = f"{hardware.pop('memory_bytes') / 2**30:.1f} GiB"
+        facts = {
+            **hardware,
+            "seed": last["seed"],
+            "git": last["git"],
+            "data sha256": last["data"]["sha256"],
+        }
+        facts |= {"command": " ".join(last["command"]), **last["versions"]}
+        facts["options"] = json.dumps((read_json(self.run / SETTINGS) or {}).get("overrides", []))
+        yield table(["what", "which"], [[key, value] for key, value in facts.items() if value is not None])
+
+    def split(self) -> Iterator[str]:
+        """Who validated where; patients are never parted."""
+        splits = self._splits()
+        if not splits:
+            return
+        yield "## Splits"
+        yield "Cases of one patient, and copies of one image, are never on both sides."
+        rows = []
+        for number, fold in enumerate(splits):
+            sides = [
+                f"{len(fold[key])} of {len({self._patient(c) for c in fold[key]})}"
+                for key in ("train", "val")
+            ]
+            rows.append([number, *sides, ", ".join(fold["val"])])
+        yield table(["fold", "trained on (cases of patients)", "validated on", "validation cases"], rows)
+
+    def _splits(self) -> list[dict[str, list[str]]]:
+        path = self.planned[0] / SPLITS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _range(limits: Sequence[float]) -> str:
+    return f"[{limits[0]:.3f}, {limits[1]:.3f}]"
+
+
+def _rule(rule: Mapping[str, Any], plan: Plan) -> str:
+    """A rule of post-processing in words."""
+    names = dict(zip(plan.label_values, plan.label_names, strict=True))
+    labels = [names.get(value, str(value)) for value in rule["labels"]]
+    what = ["the largest piece stays"] if rule.get("largest") else []
+    size = f"{rule.get('min_mm3') or 0:g} {'mm3' if plan.image_dims == 3 else 'pixels'}"
+    what += [f"pieces below {size} go"] if rule.get("min_mm3") else []
+    what += ["holes are filled"] if rule.get("fill_holes") else []
+    whole = len(labels) == len(plan.label_names) - 1 > 1
+    return f"of {'all classes together' if whole else ', '.join(labels)} {' and '.join(what)}"
+
+
+def _examples(ranked: Sequence[str]) -> dict[str, str]:
+    """The best, the middle and the worst cases by name of the place; each once."""
+    places = {"worst": 0, "second worst": 1, "median": len(ranked) // 2, "best": len(ranked) - 1}
+    once = {at: name for name, at in places.items() if at < len(ranked)}
+    return {name: ranked[at] for at, name in once.items()}
