@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kanseg.data.digests import near_duplicates, thumbnail
-from kanseg.data.fingerprint import check_unchanged, fingerprint, load_fingerprint
+from kanseg.data.fingerprint import check_unchanged, fingerprint, load_fingerprint, unlike_training
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.plan import plan_run
@@ -134,3 +134,23 @@ def test_the_numbers_of_the_fingerprint_are_those_of_the_files(blobs: Path) -> N
         assert entry["voxels"] == {str(v): int((label == v).sum()) for v in (0, 1, 2)}
         assert set(case.values) == {0, 1, 2}
     assert seen["same"] == []
+
+
+def test_an_image_unlike_those_of_the_training_is_told_in_whatever_order_its_axes_lie() -> None:
+    size = {"min": [31, 40, 24], "max": [43, 59, 47]}
+    seen = {"size": size, "spacing": {"min": [1.0] * 3, "max": [1.0] * 3}}
+    turned = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])  # axes A, I, R
+    assert unlike_training((35, 50, 36), np.eye(4), seen) is None
+    assert unlike_training((50, 36, 35), turned, seen) is None
+    assert unlike_training((70, 100, 72), np.diag([0.5, 0.5, 0.5, 1]), seen) is None
+    said = unlike_training((170, 220, 160), np.eye(4), seen)
+    assert said is not None
+    assert "170 x 220 x 160 mm" in said
+    assert "31-43 x 40-59 x 24-47 mm" in said
+    assert "crop" in str(unlike_training((35, 20, 36), np.eye(4), seen))
+    assert "coarser" in str(unlike_training((35, 25, 36), np.diag([1.0, 2.0, 1.0, 1.0]), seen))
+    assert unlike_training((35, 50), np.eye(4), seen) is None  # a plan of volumes says nothing of pictures
+    flat = {"size": {"min": [90, 90], "max": [256, 200]}, "spacing": {"min": [1.0] * 2, "max": [1.0] * 2}}
+    assert unlike_training((256, 200), np.eye(4), flat) is None
+    assert "pixels" in str(unlike_training((2000, 1500), np.eye(4), flat))
+    assert unlike_training((9, 9, 9), np.eye(4), {}) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kanseg.progress import progress
 from kanseg.training.files import write_json
 
 FINGERPRINT = "fingerprint.json"
+FAR = 1.6  # times the largest (or smallest) of the training from where on an image counts as unlike it
 SAMPLES = 10_000  # intensities kept a case and channel
 
 
@@ -126,6 +127,34 @@ def _differences(name: str, planned: dict[str, Any], case: Case) -> list[str]:
         if not same and (now["bytes"] != file["bytes"] or file_digest(path) != file["sha256"]):
             found.append(f"{path.name} of {name} has changed")
     return found
+
+
+def unlike_training(size: Sequence[int], affine: np.ndarray, seen: Mapping[str, Any]) -> str | None:
+    """How an image's extent or spacing lies far outside what a network was trained on, or None.
+
+    Args:
+        size: voxels an axis, 2 or 3.
+        seen: `fingerprint` of a plan: ranges of "size" and "spacing", axes in RAS order.
+    """
+    if not {"size", "spacing"} <= seen.keys() or len(seen["size"]["min"]) != len(size):
+        return None  # a plan without ranges, or one that learns slices
+    unit, spacing, shape = "pixels", np.ones(len(size)), np.array(size)
+    if len(size) == 3:
+        order = np.argsort(nib.io_orientation(affine)[:, 0])
+        unit, spacing, shape = "mm", np.linalg.norm(affine[:3, :3], axis=0)[order], shape[order]
+    low, high = (np.array(seen["size"][end]) * seen["spacing"][end] for end in ("min", "max"))
+    extent = shape * spacing
+    if (extent > FAR * high).any() or (extent < low / FAR).any():
+        ranges = " x ".join(f"{a:.0f}-{b:.0f}" for a, b in zip(low, high, strict=True))
+        measures = " x ".join(f"{length:.0f}" for length in extent)
+        return f"it measures {measures} {unit}, training images {ranges} {unit}: crop it alike, or check the result"
+    if (spacing > FAR * np.array(seen["spacing"]["max"])).any():
+        shown = " x ".join(f"{length:.2g}" for length in spacing)
+        coarsest = " x ".join(f"{length:.2g}" for length in seen["spacing"]["max"])
+        return (
+            f"its voxels of {shown} mm are coarser than any of the training ({coarsest} mm): check the result"
+        )
+    return None
 
 
 def _in_ras(

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from kanseg.data.digests import signature
+from kanseg.data.fingerprint import unlike_training
 from kanseg.data.formats import Case
 from kanseg.data.images import (
     SUFFIXES_2D,
@@ -195,6 +196,9 @@ def predict_folder(
                 console.print(f"[red]{case.id} failed:[/red] {error}", highlight=False, soft_wrap=True)
             else:
                 console.print(f"{case.id} -> {path}", highlight=False, soft_wrap=True)
+                source = predicted.source
+                if said := unlike_training(source.array.shape[1:], source.affine, first.fingerprint):
+                    console.print(f"  note: {said}", highlight=False, soft_wrap=True)
             progress.advance(task)
     return failures
 
