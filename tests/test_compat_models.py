@@ -98,17 +98,15 @@ def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dic
 
 
 NAMES = {  # of the reference, with arguments that make them small
-    **{
-        f"{family}_18x32p": {"width_scale": 1}
-        for family in ("reskanet", "fast_reskanet", "reskagnet", "moe_reskalnet")
-    },
-    "moe_reskagnetbn_18x32p": {"num_experts": 2},
-    "reskacnet_50x64p": {},
+    **{f"{family}_18x32p": {"width_scale": 1} for family in ("reskagnet", "reskalnet")},
+    "fast_reskanet_18x32p": {},
+    "moe_reskalnet_50x64p": {"num_experts": 2},
+    "reskagnetbn_moe_18x32p": {"num_experts": 2},
     "fast_u2kanet_small": {},
     "u2kacnet_small": {},
     "ukacnet_18": {},
     "UKAGNet": {"unet_depth": 2, "unet_layers": 1, "mixer_type": "self-att", "degree": 4},
-    "wav_vggkan": {"vgg_type": "VGG13", "expected_feature_shape": (2, 2)},
+    "vgg_wav_kan": {"vgg_type": "VGG13", "expected_feature_shape": (2, 2)},
     "vggkaln": {"vgg_type": "VGG11v4", "expected_feature_shape": (1, 1), "head_type": "KAN"},
     "vggkagn": {"vgg_type": "VGG11", "expected_feature_shape": (1, 1), "head_type": "HiddenKAN", "degree": 2},
     "moe_vggkagn": {"vgg_type": "VGG11", "expected_feature_shape": (1, 1), "num_experts": 2, "k": 1},
@@ -121,7 +119,7 @@ NAMES = {  # of the reference, with arguments that make them small
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_go_there_and_back(name: str) -> None:
-    args = {"num_classes": 5, **NAMES[name]}
+    args = {"input_channels": 3, "num_classes": 5, **NAMES[name]}
     state = made_up(name, args)
     model = from_torch_conv_kan(f"models.{name}", args, state)
     back = to_torch_conv_kan(model)
@@ -135,7 +133,7 @@ def test_weights_go_there_and_back(name: str) -> None:
 
 
 def test_layers_wrapped_by_a_penalty_are_found() -> None:
-    args = {"layer_sizes": (4,) * 4, "num_classes": 5, "degree_out": 1}
+    args = {"layer_sizes": (4,) * 4, "num_classes": 5, "degree_out": 1, "input_channels": 3}
     plain = made_up("SimpleConvKALN", args)
     state = {key.replace("layers.2.", "layers.2.module."): value for key, value in plain.items()}
     x = torch.randn(1, 3, 16, 16)
@@ -162,7 +160,7 @@ def test_published_weights_become_an_ordinary_classifier(name: str, prefix: str,
         "num_classes": 7,
         "degree": 4,
         "expected_feature_shape": (1, 1),
-        "dim_reduction": 8,
+        **({"dim_reduction": 8} if function.endswith("_bn") else {}),
     }
     state = made_up(function, args, learned_norms=True)
     path = tmp_path / "weights.safetensors"

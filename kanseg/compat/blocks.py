@@ -9,8 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from kanseg.compat import legacy
+from kanseg.compat.layers import (
+    CHANNEL,
+    channel_norm,
+    norm_name,
+    norm_spec,
+    reference_layer,
+    reference_links,
+)
 from kanseg.compat.layers import convert as convert_layer
-from kanseg.compat.layers import norm_name, reference_layer, reference_links
 from kanseg.compat.linear import convert as convert_linear
 from kanseg.compat.links import Conversion, Link, below, same_names
 
@@ -112,21 +119,26 @@ def _gate_links(ours: str, theirs: str, noisy: bool) -> tuple[list[Link], tuple[
 
 def convert_attention(name: str, spatial_dims: int, args: Arguments, state: State) -> Conversion:
     """Self-attention; the norm around it takes `affine` alone of the norm's arguments."""
-    own = _taken(args, inner_projection=None, rope_theta=10.0, rope_mixed=True)
+    inner, turned = args.pop("inner_projection", None), name.startswith("RoPE")
+    own = _taken(args, rope_theta=10.0, rope_mixed=True) if turned else {"rope_theta": 10.0}
     args = {"norm_layer": "BatchNorm", **args}
     parts = Parts(ATTENTION[name], args, state, [(t, f"proj_{t[0]}") for t in ("query", "key", "value")])
-    rotary = ("mixed" if own["rope_mixed"] else "axial") if name.startswith("RoPE") else None
+    rotary = ("mixed" if own["rope_mixed"] else "axial") if turned else None
+    channels, norm = args.pop("input_dim"), norm_name(args["norm_layer"], "batch")
+    normed = {"affine": args.get("affine", True)}
     attention = legacy.SkipGatedAttention(
         spatial_dims,
-        args.pop("input_dim"),
+        channels,
         args.pop("kernel_size", 3),
         conv_layer=parts,
-        inner_channels=own["inner_projection"],
+        inner_channels=inner,
         rotary=rotary,
         theta=own["rope_theta"],
-        norm=_norm(args["norm_layer"], {"affine": args.get("affine", True)}),
+        norm=norm_spec(norm, normed),
         scale=1.0,
     )
+    if norm == CHANNEL:
+        attention.norm = channel_norm(spatial_dims, channels, 1, normed)
     names = {"narrow": "inner_proj", "widen": "outer_proj", "norm": "norm_layer"}
     links = [*parts.links, Link("gamma", ("gamma",)), *_renamed(attention, names)]
     if rotary == "mixed":
@@ -144,22 +156,21 @@ def convert_focal(name: str, spatial_dims: int, args: Arguments, state: State) -
     parts = Parts(FOCAL[name], args, state, {**pointwise, "project_out": "proj"}.items())
     contexts = Parts("KAGNConvV2", args, state, [(f"contexts.{n}", f"focal_layers.{n}") for n in levels])
     paddings = iter((window + factor * level) // 2 for level in levels)
+    norm = norm_name(args["norm_layer"], "batch")
     own = {"degree", "dropout", "norm_layer"}
+    normed = {key: value for key, value in args.items() if key not in own}
     modulation = legacy.GatheredFocalModulation(
         spatial_dims,
         channels,
         conv_layer=parts,
         context_layer=lambda *a, **o: contexts(*a, padding=next(paddings), **o),
-        norm=_norm(args["norm_layer"], {key: value for key, value in args.items() if key not in own}),
+        norm=norm_spec(norm, normed),
         **options,
     )
+    if norm == CHANNEL and modulation.norm is not None:
+        modulation.norm = channel_norm(spatial_dims, channels, 1, normed)
     names = {"norm": "norm_layer", **({} if pointwise else {"project_in": "f", "modulator": "h"})}
     return Conversion(modulation, [*parts.links, *contexts.links, *_renamed(modulation, names)])
-
-
-def _norm(norm: Any, arguments: Arguments) -> Any:
-    name = norm_name(norm, "batch")
-    return (name, arguments) if name else None
 
 
 def _renamed(module: nn.Module, names: Mapping[str, str]) -> list[Link]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kanseg.compat import blocks, classifiers, layers, linear, parts, segmenters
+from kanseg.compat import blocks, classifiers, functions, layers, linear, parts, residual, segmenters
 from kanseg.compat.links import Conversion, load, spread
 from kanseg.errors import UsageError, did_you_mean
 
@@ -24,6 +24,8 @@ CONVERTERS: dict[str, Converter] = {
     **layers.CONVERTERS,
     **blocks.CONVERTERS,
     **linear.CONVERTERS,
+    **functions.CONVERTERS,
+    **residual.CONVERTERS,
     **segmenters.CONVERTERS,
     **classifiers.CONVERTERS,
     **parts.CONVERTERS,
