@@ -36,6 +36,7 @@ ATTENTION = {
     "BottleNeckSelfReLUKANtention": "BottleNeckReLUKANConv",
     "RoPEBottleNeckSelfKAGNtention": "BottleNeckKAGNConv",
 }
+PREGATE = "experts.pre_gate."  # the layer before the gate of a narrow mixture
 FOCAL = {"KAGNFocalModulation": "KAGNConv", "BottleNeckKAGNFocalModulation": "BottleNeckKAGNConv"}
 FOCAL_OPTIONS = (
     "focal_window focal_level focal_factor use_postln_in_modulation normalize_modulator full_kan".split()
@@ -85,23 +86,20 @@ def convert_mixture(name: str, spatial_dims: int, args: Arguments, state: State)
 def convert_narrow_mixture(spatial_dims: int, args: Arguments, state: State) -> Conversion:
     """Experts in the narrow space of a bottleneck; the module returns (output, balance loss)."""
     gate = _gate(args, **({"num_experts": 8, "k": 2} if spatial_dims == 2 else {"num_experts": 16, "k": 4}))
-    before, before_links = None, []
-    places = sorted(key.removesuffix("grams_basis_weights") for key in state if "grams_basis_weights" in key)
+    before_links: list[Link] = []
 
     def gram(inputs: int, outputs: int) -> nn.Module:
         sizes = {"in_channels": inputs, "out_channels": outputs, "degree": args.get("degree", 3)}
-        part = convert_linear("GRAMLayer", 0, sizes, below(state, places[0]))
-        before_links.extend(part.under("layer.conv.inner.gate.before.", places[0]))
+        part = convert_linear("GRAMLayer", 0, sizes, below(state, PREGATE))
+        before_links.extend(part.under("layer.conv.inner.gate.before.", PREGATE))
         return part.module
 
-    if args.pop("pregate", False) and places:
-        before = gram
+    before = gram if args.pop("pregate", False) else None
     mixture = partial(legacy.ReferenceMixture, before=before, **gate)
     layer = reference_layer("BottleNeckKAGNConv", spatial_dims, args, mixture=mixture)
     links = [link.under("layer.", "") for link in reference_links("BottleNeckKAGNConv", layer, state)]
     gate_links, unused = _gate_links("layer.conv.inner.", "experts.", gate["noisy"])
-    others = [key for key in state for place in places[1:] if key.startswith(place)]
-    unused = ("w_gate", "w_noise", *unused, *others)
+    unused = ("w_gate", "w_noise", *unused)
     return Conversion(legacy.WithBalanceLoss(layer), [*links, *gate_links, *before_links], unused)
 
 
@@ -117,12 +115,16 @@ def _gate_links(ours: str, theirs: str, noisy: bool) -> tuple[list[Link], tuple[
     return ([*links, Link(f"{ours}gate.noise_weight", (noise,))], ()) if noisy else (links, (noise,))
 
 
-def convert_attention(name: str, spatial_dims: int, args: Arguments, state: State) -> Conversion:
-    """Self-attention; the norm around it takes `affine` alone of the norm's arguments."""
-    inner, turned = args.pop("inner_projection", None), name.startswith("RoPE")
+def convert_attention(
+    family: str, turned: bool, spatial_dims: int, args: Arguments, state: State
+) -> Conversion:
+    """Self-attention, with rotary positions where `turned`; the norm around it takes `affine` alone of the norm's
+    arguments.
+    """
+    inner = args.pop("inner_projection", None)
     own = _taken(args, rope_theta=10.0, rope_mixed=True) if turned else {"rope_theta": 10.0}
     args = {"norm_layer": "BatchNorm", **args}
-    parts = Parts(ATTENTION[name], args, state, [(t, f"proj_{t[0]}") for t in ("query", "key", "value")])
+    parts = Parts(family, args, state, [(t, f"proj_{t[0]}") for t in ("query", "key", "value")])
     rotary = ("mixed" if own["rope_mixed"] else "axial") if turned else None
     channels, norm = args.pop("input_dim"), norm_name(args["norm_layer"], "batch")
     normed = {"affine": args.get("affine", True)}
@@ -187,6 +189,9 @@ def _renamed(module: nn.Module, names: Mapping[str, str]) -> list[Link]:
 CONVERTERS: dict[str, Any] = {
     **{f"{name}{{n}}DLayer": partial(convert_mixture, name) for name in EXPERTS},
     "MoEBottleNeckKAGNConv{n}DLayer": convert_narrow_mixture,
-    **{f"{name}{{n}}D": partial(convert_attention, name) for name in ATTENTION},
+    **{
+        f"{name}{{n}}D": partial(convert_attention, family, name.startswith("RoPE"))
+        for name, family in ATTENTION.items()
+    },
     **{f"{name}{{n}}D": partial(convert_focal, name) for name in FOCAL},
 }

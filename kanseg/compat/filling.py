@@ -27,6 +27,7 @@ State = Mapping[str, Tensor]
 Names = Callable[[str], str]  # a module's path in our network -> in the reference's
 Answer = Callable[[Any, Tensor], Any]  # (network, x) -> output or outputs
 DIMS = 2
+NEVER = "(?!)"  # a pattern that no name fits
 
 
 class Blank(nn.Module):
@@ -152,10 +153,10 @@ class Filling:
         state: State,
         names: Names,
         *,
-        plain_places: str = "$^",
-        own_norm_places: str = "$^",
-        block_places: str = "$^",
-        single_places: str = "$^",
+        plain_places: str = NEVER,
+        own_norm_places: str = NEVER,
+        block_places: str = NEVER,
+        single_places: str = NEVER,
         degree: int | None = None,
         kinds_vary: bool = False,
         also: Sequence[str] = (),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.compat.links import Conversion, Link, same_names
+from kanseg.layers.bottleneck import NoiseInjection
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.spatial_norm import SpatialNorm
 from kanseg.training.focal import FocalLoss, FocalTverskyLoss
@@ -107,7 +108,13 @@ def convert_loss(name: str, spatial_dims: int, args: dict[str, Any], state: Stat
     return Conversion(LOSSES[name](args), [])
 
 
+def convert_noise(spatial_dims: int, args: dict[str, Any], state: State) -> Conversion:
+    """Noise in training; it has no weights."""
+    return Conversion(NoiseInjection(args.get("p", 0.0), args.get("alpha", 0.05)), [])
+
+
 CONVERTERS: dict[str, Any] = {
+    "NoiseInjection": convert_noise,
     "SelfSpatialNorm": partial(convert_norm, 16),
     "SpatialNorm": partial(convert_norm, 32),
     "MatryoshkaHead": convert_head,

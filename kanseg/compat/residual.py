@@ -12,6 +12,7 @@ from torch import nn
 from kanseg.compat.filling import (
     DIMS,
     FAMILIES,
+    NEVER,
     Arguments,
     Blank,
     Filling,
@@ -142,7 +143,7 @@ def convert_reskanet(defaults: Arguments, spatial_dims: int, args: Arguments, st
         state,
         renaming(rows),
         # Only the Gram networks and the mixtures hand their norm to the stem.
-        own_norm_places="$^" if family in ("kagn", "kagnbn") or mixed else r"^conv1\.",
+        own_norm_places=NEVER if family in ("kagn", "kagnbn") or mixed else r"^conv1\.",
         block_places=IN_BLOCKS,
         single_places=r"^(conv1|hidden_layer)\.",
         kinds_vary=mixed,
