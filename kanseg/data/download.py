@@ -65,8 +65,9 @@ def _msd(name: str, what: str, size: str, md5: str) -> Source:
     return Source(name, what, MSD.format(name), size, md5, CC_BY_SA_4, cite)
 
 
-# MedMNIST's 28-pixel files of one class an image, with the checksums that its makers publish.
+# MedMNIST's 28-pixel files, with the checksums that its makers publish.
 MEDMNIST = {
+    "chestmnist": ("chest X-ray, 14 findings, any number an image", "02c8a6516a18b556561a56cbdd36c4a8"),
     "pathmnist": ("colon pathology, 9 classes", "a8b06965200029087d5bd730944a56c1"),
     "dermamnist": ("skin lesions, 7 classes", "0744692d530f8e62ec473284d019b0c7"),
     "octmnist": ("retinal OCT, 4 classes", "c68d92d5b585d8d81f7112f81e2d0842"),
@@ -179,6 +180,15 @@ SOURCES = {
     )
 }
 
+# Data sets that kanseg reads and does not fetch, and how to get them.
+BY_HAND = {
+    "ham10000": "Fetch HAM10000_metadata and HAM10000_images_part_1.zip and _2.zip from "
+    "https://doi.org/10.7910/DVN/DBW86T (CC BY-NC 4.0; Tschandl et al., Scientific Data 5:180161, 2018), unpack them "
+    "into one folder and run kanseg plan FOLDER. No checksum of its publisher is known.",
+    "imagenet": "Get leave at https://image-net.org/download.php (for research alone), unpack the training and "
+    "validation images into FOLDER/train/CLASS and FOLDER/val/CLASS and run kanseg plan FOLDER.",
+}
+
 
 def find_source(name: str) -> Source:
     """The data set of that name, with or without its task number, in any case.
@@ -188,8 +198,10 @@ def find_source(name: str) -> Source:
     """
     short = {key.partition("_")[2].lower() if key.startswith("Task") else key: key for key in SOURCES}
     key = {**{k.lower(): k for k in SOURCES}, **short}.get(name.lower())
+    if (how := BY_HAND.get(name.lower())) is not None:
+        raise UsageError(f"{name} is not fetched by kanseg. {how}")
     if key is None:
-        raise UsageError(f"Unknown data set '{name}'.{did_you_mean(name, [*SOURCES, *short])}")
+        raise UsageError(f"Unknown data set '{name}'.{did_you_mean(name, {*SOURCES, *short, *BY_HAND})}")
     return SOURCES[key]
 
 

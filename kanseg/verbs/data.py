@@ -111,7 +111,7 @@ def download(
 
     from rich.table import Table
 
-    from kanseg.data.download import SOURCES, find_source
+    from kanseg.data.download import BY_HAND, SOURCES, find_source
     from kanseg.data.download import download as fetch
 
     talk = console(json_)
@@ -122,4 +122,6 @@ def download(
     for source in SOURCES.values():
         table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
     talk.print(table)
+    for other, how in BY_HAND.items():
+        talk.print(f"{other} is read, not fetched. {how}", highlight=False, soft_wrap=True)
     emit([asdict(source) for source in SOURCES.values()], json_)
