@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from kanseg import Segmenter, create_model
 from kanseg.cli import app, main
@@ -24,11 +25,17 @@ from kanseg.data.class_plan import plan_classes
 from kanseg.data.image_classes import read_classes
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.classification import class_scores, evaluate_classes, read_predictions
+from kanseg.evaluation.classification import class_scores, evaluate_classes, label_scores, read_predictions
 from kanseg.inference.classify import is_classifier, predict_classes
 from kanseg.layers import take_balance_loss
 from kanseg.training.checkpoint import load_model
-from kanseg.training.classification import CLASS_LOSSES, PREDICTIONS, Classification, class_loss
+from kanseg.training.classification import (
+    CLASS_LOSSES,
+    LABEL_LOSSES,
+    PREDICTIONS,
+    Classification,
+    class_loss,
+)
 from kanseg.training.fit import fit
 from kanseg.training.monitor import read_log
 from kanseg.training.optimizers import OPTIMIZERS, SCHEDULES
@@ -65,6 +72,25 @@ def write(path: Path, dims: int = 2, test: bool = True) -> Path:
     arrays = {}
     for seed, (part, count) in enumerate(parts.items()):
         arrays[f"{part}_images"], arrays[f"{part}_labels"] = corners(count, dims, seed)
+    np.savez(path, **arrays)
+    return path
+
+
+def bright_corners(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise with any of three corners bright, each a class of its own."""
+    generator = np.random.default_rng(seed)
+    labels = np.stack([(np.arange(count) >> bit) & 1 for bit in range(3)], axis=1)
+    images = generator.integers(0, 60, (count, 8, 8)).astype(np.uint8)
+    for image, row in zip(images, labels, strict=True):
+        for there, (top, left) in zip(row, ((0, 0), (0, 4), (4, 0)), strict=True):
+            image[top : top + 4, left : left + 4] += np.uint8(120 * there)
+    return images, labels
+
+
+def write_several(path: Path) -> Path:
+    arrays = {}
+    for seed, (part, count) in enumerate((("train", 64), ("val", 16), ("test", 24))):
+        arrays[f"{part}_images"], arrays[f"{part}_labels"] = bright_corners(count, seed)
     np.savez(path, **arrays)
     return path
 
@@ -106,6 +132,68 @@ def test_it_learns_and_the_test_images_are_scored_at_the_end(trained: Path, data
     right = [truth[name] == row.argmax() for name, row in zip(ids, probabilities, strict=True)]
     assert np.mean(right) == summary["accuracy"]
     assert (fold / "progress.png").exists()
+
+
+def test_images_with_any_number_of_classes_are_learned_predicted_and_scored(tmp_path: Path) -> None:
+    data, run = write_several(tmp_path / "corners.npz"), tmp_path / "run"
+    options = ["training.max_epochs=4", "training.steps_per_epoch=20", "training.lr=0.02"]
+    summary = train(data, run, *options, "training.ema_decay=null", "classification.label_smoothing=0.05")
+    assert (summary["held_out"], summary["images"]) == ("test", 24)
+    assert (summary["auc"] > 0.95, summary["accuracy"] > 0.8, summary["exact"] > 0.4) == (True,) * 3
+    assert [record["auc"].keys() for record in read_log(run / "fold_0" / "log.jsonl")] == [{"mean"}] * 4
+    assert kanseg("predict", "-m", run, "-i", data, "-o", tmp_path / "out")[0] == 0
+    table = tmp_path / "out" / PREDICTIONS
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    ids, probabilities, names = read_predictions(table)
+    assert names == ["0", "1", "2"]
+    for row, chances in zip(rows, probabilities, strict=True):
+        assert row["classes"] == "|".join(name for name, p in zip(names, chances, strict=True) if p >= 0.5)
+    assert kanseg("evaluate", table, data, "-o", tmp_path / "scores")[0] == 0
+    scores = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    assert scores["classes"] == summary["classes"]
+    assert (scores["accuracy"], scores["ci95"], scores["auc"]) == tuple(
+        summary[key] for key in ("accuracy", "ci95", "auc")
+    )
+    said = kanseg("evaluate", table, write(tmp_path / "one.npz"))[1]
+    assert "says any number of classes an image, and" in said
+    assert ids == [f"test-{number:06d}" for number in range(24)]
+
+
+@pytest.mark.parametrize(
+    "options", [["classification.cutmix=1.0"], ["classification.loss=focal"], ["training.balanced=true"]]
+)
+def test_options_of_classes_also_serve_any_number_of_them(options: list[str], tmp_path: Path) -> None:
+    summary = train(write_several(tmp_path / "corners.npz"), tmp_path / "run", *options)
+    assert 0 <= summary["auc"] <= 1
+
+
+def test_scores_of_any_number_of_classes_are_those_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(0)
+    probabilities, truth = generator.random((50, 4)), generator.random((50, 4)) > 0.7
+    truth[:, 3] = False  # no image has it, so it has no AUC
+    found = label_scores(probabilities, truth, list("abcd"))
+    said = probabilities >= 0.5
+    assert found["exact"] == pytest.approx(metrics.accuracy_score(truth, said))
+    assert found["accuracy"] == pytest.approx(1 - metrics.hamming_loss(truth, said))
+    areas = [metrics.roc_auc_score(truth[:, k], probabilities[:, k]) for k in range(3)]
+    assert [found["classes"][name]["auc"] for name in "abc"] == pytest.approx(areas)
+    assert found["auc"] == pytest.approx(np.mean(areas))
+    assert found["classes"]["d"]["auc"] is None
+    assert found["classes"]["b"]["accuracy"] == pytest.approx(metrics.accuracy_score(truth[:, 1], said[:, 1]))
+
+
+def test_losses_of_any_number_of_classes_are_their_formulas() -> None:
+    logits, target, weight = torch.randn(6, 4), (torch.rand(6, 4) > 0.5).float(), [1.0, 2.0, 0.5, 1.0]
+    loss = LABEL_LOSSES.create("ce", label_smoothing=0.1, weight=weight)
+    expected = F.binary_cross_entropy_with_logits(logits, target * 0.9 + 0.05, weight=torch.tensor(weight))
+    torch.testing.assert_close(loss(logits, target), expected)
+    torch.testing.assert_close(
+        LABEL_LOSSES.create("focal", gamma=2.0)(logits, target),
+        sigmoid_focal_loss(logits, target, alpha=-1, gamma=2.0, reduction="mean"),
+    )
+    assert set(LABEL_LOSSES) == set(CLASS_LOSSES)
 
 
 def test_without_images_of_validation_and_test_a_fold_is_held_out(tmp_path: Path) -> None:

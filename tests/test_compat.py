@@ -16,6 +16,7 @@ from monai.metrics import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from kanseg.compat import from_torch_conv_kan, reference_gradients, to_torch_conv_kan
 from kanseg.compat.links import spread
@@ -144,6 +145,13 @@ ELSEWHERE = [
     ("BottleNeckSelfReLUKANtention{n}D", {"input_dim": 4, "inner_projection": 8, "groups": 2, **BLOCKS}),
     ("RoPEBottleNeckSelfKAGNtention{n}D", {"input_dim": 4, "rope_mixed": False, **BLOCKS}),
     ("KAGNFocalModulation{n}D", {"input_dim": 4, "focal_level": 3, "degree": 1, "dropout": 0.1}),
+    ("MoEBottleNeckKAGNConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "pregate": True, **BLOCKS}),
+    ("KANConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "kernel_size": 3, "base_activation": "PReLU"}),
+    ("FastKANConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "kernel_size": 3, "base_activation": nn.Mish}),
+    (
+        "KAGNConv{n}DLayer",
+        {"input_dim": 4, "output_dim": 6, "kernel_size": 3, "padding": "same", "dilation": 2},
+    ),
 ]
 
 
@@ -160,6 +168,167 @@ def test_other_arguments_convert_there_and_back(class_name: str, args: dict, spa
     back = to_torch_conv_kan(loaded)
     assert back.keys() == state.keys() - set(made.unused)
     assert all(torch.equal(back[key], state[key]) for key in back)
+
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def gram(t: torch.Tensor, beta: torch.Tensor) -> list[torch.Tensor]:
+    """P_i = t P_{i-1} - (2 n + 1) n^2 (4 n^2 - 1) / i^2 beta_n P_{i-2}, n = i - 1."""
+    terms = [torch.ones_like(t), t]
+    for i in range(2, len(beta)):
+        n = i - 1
+        terms.append(t * terms[-1] - (i + n) * n * n * (4 * n * n - 1) / i**2 * beta[n] * terms[-2])
+    return terms[: len(beta)]
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(spatial_dims: int) -> None:
+    inputs, outputs, inner, experts, k, degree, groups = 4, 6, 2, 3, 2, 2, 2
+    kernel, wide = (3,) * spatial_dims, groups * inner
+    sizes = {
+        "w_gate": (wide, experts),
+        "w_noise": (wide, experts),
+        "experts.w_gate": (wide, experts),
+        "experts.w_noise": (wide, experts),
+        "experts.pre_gate.base_weights": (wide, wide),
+        "experts.pre_gate.grams_basis_weights": (wide, wide, degree + 1),
+        "experts.pre_gate.beta_weights": (degree + 1,),
+        "experts.pre_gate.norm.weight": (wide,),
+        "experts.pre_gate.norm.bias": (wide,),
+    }
+    for e in range(experts):
+        sizes[f"experts.experts.{e}.poly_weights"] = (groups, inner, inner * (degree + 1), *kernel)
+        sizes[f"experts.experts.{e}.beta_weights"] = (degree + 1,)
+    for g in range(groups):
+        sizes[f"base_conv.{g}.weight"] = (outputs // groups, inputs // groups, *kernel)
+        sizes[f"inner_proj.{g}.weight"] = (inner, inputs // groups, *[1] * spatial_dims)
+        sizes[f"out_proj.{g}.weight"] = (outputs // groups, inner, *[1] * spatial_dims)
+    state = {key: torch.randn(size, dtype=torch.float64) * 0.5 for key, size in sizes.items()}
+    args = {"input_dim": inputs, "output_dim": outputs, "kernel_size": 3, "padding": 1, "groups": groups}
+    args |= {"degree": degree, "num_experts": experts, "k": k, "min_internal": inner, "pregate": True}
+    layer = from_torch_conv_kan(f"MoEBottleNeckKAGNConv{spatial_dims}DLayer", args, state)
+    x = torch.randn(5, inputs, *(6, 5, 4)[:spatial_dims], dtype=torch.float64)
+
+    conv, p = (
+        CONV[spatial_dims],
+        {key.removeprefix("experts.pre_gate."): value for key, value in state.items()},
+    )
+    parts = x.chunk(groups, 1)
+    z = torch.cat([conv(part, state[f"inner_proj.{g}.weight"]) for g, part in enumerate(parts)], 1)
+    pooled = z.flatten(2).mean(2)
+    basis = F.silu(torch.stack(gram(torch.tanh(pooled), p["beta_weights"]), -1))
+    y = torch.einsum("bld,lod->bo", basis, p["grams_basis_weights"]) + F.silu(pooled) @ p["base_weights"].T
+    before = F.silu(F.layer_norm(y, (wide,), p["norm.weight"], p["norm.bias"]))
+    shares, chosen = (before @ state["experts.w_gate"]).softmax(1).topk(k, 1)
+    gates = torch.zeros(5, experts, dtype=torch.float64).scatter(
+        1, chosen, shares / (shares.sum(1, True) + 1e-6)
+    )
+    mixed = 0
+    for e in range(experts):
+        weights, beta = (state[f"experts.experts.{e}.{name}_weights"] for name in ("poly", "beta"))
+        expanded = [F.silu(torch.cat(gram(torch.tanh(part), beta), 1)) for part in z.chunk(groups, 1)]
+        answer = torch.cat([conv(part, weights[g], padding=1) for g, part in enumerate(expanded)], 1)
+        mixed = mixed + answer * gates[:, e].view(-1, 1, *[1] * spatial_dims)
+    out = []
+    for g, (part, narrow) in enumerate(zip(parts, mixed.chunk(groups, 1), strict=True)):
+        sum_of_both = conv(narrow, state[f"out_proj.{g}.weight"])
+        sum_of_both = sum_of_both + conv(F.silu(part), state[f"base_conv.{g}.weight"], padding=1)
+        out.append(F.silu(F.instance_norm(sum_of_both)))
+    variations = [v.var() / (v.mean() ** 2 + 1e-10) for v in (gates.sum(0), (gates > 0).double().sum(0))]
+    found, loss = layer(x)
+    torch.testing.assert_close(found, torch.cat(out, 1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss, 1e-2 * sum(variations), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_norm_of_the_channels_is_one_for_each_group(groups: int) -> None:
+    args = {
+        "input_dim": 4,
+        "output_dim": 6,
+        "kernel_size": 1,
+        "groups": groups,
+        "norm_layer": "timm.LayerNorm2d",
+    }
+    state = {"poly_weights": torch.randn(groups, 6 // groups, 8 // groups, 1, 1)}
+    norms = []
+    for g in range(groups):
+        state[f"base_conv.{g}.weight"] = torch.randn(6 // groups, 4 // groups, 1, 1)
+        norms.append(nn.LayerNorm(6 // groups, eps=1e-6))
+        nn.init.normal_(norms[g].weight)
+        state |= {
+            f"layer_norm.{g}.weight": norms[g].weight.detach(),
+            f"layer_norm.{g}.bias": norms[g].bias.detach(),
+        }
+    layer = from_torch_conv_kan("KALNConv2DLayer", {**args, "degree": 1}, state)
+    x, y = torch.randn(2, 4, 5, 3), []
+    for g, part in enumerate(x.chunk(groups, 1)):
+        t = 2 * (part - part.min()) / (part.max() - part.min()) - 1
+        summed = F.conv2d(part, state[f"base_conv.{g}.weight"])
+        summed = summed + F.conv2d(torch.cat([torch.ones_like(t), t], 1), state["poly_weights"][g])
+        y.append(F.silu(norms[g](summed.movedim(1, -1)).movedim(-1, 1)))
+    torch.testing.assert_close(layer(x), torch.cat(y, 1))
+
+
+UNSUITED = {
+    "norm_layer 'GroupNorm' is not supported": {"norm_layer": nn.GroupNorm},
+    "norm_layer 'functools.partial": {"norm_layer": partial(nn.GroupNorm, 2)},
+    "LayerNorm2d is 2D only": {"norm_layer": "LayerNorm2d"},
+    "base_activation 'Softmax2d' is not supported": {"base_activation": nn.Softmax2d},
+    "'same' of the even kernel_size 4": {"kernel_size": 4, "padding": "same"},
+    "padding must be a number": {"padding": "reflect"},
+    "must be divisible by groups": {"groups": 3},
+    "grid_size >= 1": {"grid_size": 0},
+    "does not take these arguments": {"degree": 3},
+}
+
+
+@pytest.mark.parametrize("message", UNSUITED)
+def test_arguments_of_a_layer_that_do_not_fit_say_why(message: str) -> None:
+    args = {"input_dim": 4, "output_dim": 6, "kernel_size": 3, **UNSUITED[message]}
+    with pytest.raises(UsageError, match=message) as caught:
+        from_torch_conv_kan("KANConv1DLayer", args, {})
+    assert "\n" not in str(caught.value)
+
+
+LAYER_FUNCTIONS = {
+    "kan_conv3x3": ("KANConv2DLayer", {"padding": 2, "dilation": 2}, {"dilation": 2}),
+    "fast_kan_conv1x1": ("FastKANConv2DLayer", {"kernel_size": 1}, {"stride": 1}),
+    "bottleneck_kagn_conv3x3": ("BottleNeckKAGNConv2DLayer", {"dim_reduction": 8}, {"l1_decay": 0.1}),
+    "moe_kaln_conv3x3": ("MoEKALNConv2DLayer", {"num_experts": 3, "k": 2}, {"num_experts": 3}),
+    "self_kagn_conv3x3": ("SelfKAGNtention2D", {"inner_projection": 2, "norm_layer": "InstanceNorm2d"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYER_FUNCTIONS)
+def test_functions_make_the_layers_of_their_classes(name: str) -> None:
+    class_name, own, given = LAYER_FUNCTIONS[name]
+    sizes = ("input_size", "output_size") if "MoE" in class_name else ("input_dim", "output_dim")
+    args = dict(zip(sizes, (4, 6), strict=True)) if "self" not in name else {"input_dim": 4}
+    args |= {"kernel_size": 3, "padding": int("1x1" not in name), **own}
+    convert, _ = find(class_name, args)
+    made = convert(2, dict(args), {})
+    state = {**spread(made.links, made.module.state_dict()), **{key: torch.zeros(1) for key in made.unused}}
+    prefix = "module." if "l1_decay" in given else ""
+    planes = {"in_planes": 4, "inner_projection": 2} if "self" in name else {"in_planes": 4, "out_planes": 6}
+    other = from_torch_conv_kan(
+        f"models.model_utils.{name}", {**planes, **given}, {prefix + k: v for k, v in state.items()}
+    )
+    one, x = from_torch_conv_kan(class_name, args, state), torch.randn(3, 4, 7, 6)
+    torch.testing.assert_close(other(x), one(x), rtol=0, atol=0)
+
+
+def test_classes_that_take_a_class_are_the_classes_that_name_it() -> None:
+    args = {"input_size": 4, "output_size": 6, "num_experts": 2, "k": 1}
+    convert, _ = find("MoEKAGNConv3DLayer", args)
+    state = spread((made := convert(3, dict(args), {})).links, made.module.state_dict())
+    wrapped = from_torch_conv_kan("moe_kan.MoEKANConvBase", {"conv_class": "KAGNConv3DLayer", **args}, state)
+    x = torch.randn(2, 4, 5, 5, 5)
+    torch.testing.assert_close(wrapped(x), made.module.eval()(x), rtol=0, atol=0)
+    with pytest.raises(UsageError, match="takes no KABNConv"):
+        from_torch_conv_kan("MoEKANConvBase", {"conv_class": "KABNConv2DLayer", **args}, {})
+    with pytest.raises(UsageError, match="Unknown layer 'Conv2d'"):
+        from_torch_conv_kan("SelfKANtentionND", {"conv_kan_layer": nn.Conv2d, "input_dim": 4}, {})
 
 
 def test_the_numbers_of_a_network_s_layers_move_with_its_dropouts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from kanseg import UKANet, create_model
 from kanseg.compat import from_torch_conv_kan, to_torch_conv_kan
 from kanseg.compat.links import spread
 from kanseg.compat.published import PUBLISHED, convert_published, write_published
-from kanseg.compat.torch_conv_kan import CONVERTERS
+from kanseg.compat.torch_conv_kan import CONVERTERS, find
+from kanseg.compat.wrappers import REFUSED
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
 from kanseg.training.checkpoint import build_model, load_checkpoint, load_weights, part
@@ -78,13 +80,70 @@ def test_network_gives_the_numbers_of_the_reference(case: dict) -> None:
     )
 
 
+def kagn_conv3x3() -> None:
+    """Stands for the reference's function of that name."""
+
+
+BASIC = {"layers": [2, 2, 2, 2], "affine": True, "norm_layer": "InstanceNorm2d"}
+AS_CLASSES: dict[
+    str, tuple[str, dict[str, Any], tuple[str, ...]]
+] = {  # case: class, arguments, case's that go
+    "ukanet_ukagnet_18": (
+        "models.ukanet.UKANet",
+        {"block": "KAGNBasicBlock", "fcnv_kernel_size": 3, "fcnv_padding": 1, **BASIC},
+        (),
+    ),
+    "reskanet_reskagnet18": ("models.reskanet.ResKANet", {"block": "KAGNBasicBlock", **BASIC}, ()),
+    "reskanet_moe_reskalnet_18x64p": (
+        "MoEResKANet",
+        {
+            "block": "models.reskanet.MoEKALNBasicBlock",
+            "layers": [2, 2, 2, 2],
+            **{"fcnv_kernel_size": 3, "fcnv_stride": 1, "fcnv_padding": 1},
+        },
+        (),
+    ),
+    "densekanet_densekagnet121_g4": ("DenseKANet", {"block_class": "_KAGNDenseBlock"}, ()),
+    "densekanet_tiny_densekagnet_bn": ("TinyAutoKAGN", {"model_type": "DenseNet"}, ()),
+    "u2kanet_u2kagnet_small": (
+        "U2KANetSmall",
+        {
+            "conv_func": partial(kagn_conv3x3, degree=3),
+            "conf_fun_first": kagn_conv3x3,
+            "in_ch": 3,
+            "out_ch": 1,
+        },
+        ("input_channels", "num_classes", "norm_layer"),
+    ),
+}
+AUTO = {
+    "ukanet_ukagnet_18": {"model_name": "ukagnet18"},
+    "reskanet_reskagnet18": {"model_name": "reskagnet18"},
+    "vggkan_vggkacn_11": {"model_name": "vggkacn"},
+}
+AS_CLASSES |= {f"{case} by AutoKAN": ("models.AutoKAN", args, ()) for case, args in AUTO.items()}
+
+
+@pytest.mark.skipif(not cases(), reason="the parity data (../shared/parity) is not beside the project")
+@pytest.mark.parametrize("name", AS_CLASSES)
+def test_networks_are_also_made_by_class_and_by_wrapper(name: str) -> None:
+    class_name, args, gone = AS_CLASSES[name]
+    case = next(one.values[0] for one in cases() if one.id == name.removesuffix(" by AutoKAN"))
+    data = load_file(PARITY / case["file"])
+    own = {key: value for key, value in case["args"].items() if key not in gone}
+    with torch.no_grad():
+        found = from_torch_conv_kan(class_name, {**args, **own}, state_of(case, data))(data["input"])
+    first, expected = found[0] if isinstance(found, tuple) else found, data[next(iter(case["outputs"]))]
+    assert (first - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dict[str, Tensor]:
     """A state_dict with the names that the reference would have."""
     conversion = CONVERTERS[name](2, dict(args), {})
     state = spread(conversion.links, conversion.module.state_dict())
     for key in list(state):
         if key.endswith("beta_weights"):
-            state[key] = torch.randn(args.get("degree", 3) + 1) * 0.01
+            state[key] = torch.randn(len(state[key])) * 0.01
         if key.endswith("base_conv.0.weight") and learned_norms:
             norm = key.removesuffix("base_conv.0.weight") + "layer_norm.0."
             channels = len(state[key])
@@ -98,17 +157,15 @@ def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dic
 
 
 NAMES = {  # of the reference, with arguments that make them small
-    **{
-        f"{family}_18x32p": {"width_scale": 1}
-        for family in ("reskanet", "fast_reskanet", "reskagnet", "moe_reskalnet")
-    },
-    "moe_reskagnetbn_18x32p": {"num_experts": 2},
-    "reskacnet_50x64p": {},
+    **{f"{family}_18x32p": {"width_scale": 1} for family in ("reskagnet", "reskalnet")},
+    "fast_reskanet_18x32p": {},
+    "moe_reskalnet_50x64p": {"num_experts": 2},
+    "reskagnetbn_moe_18x32p": {"num_experts": 2},
     "fast_u2kanet_small": {},
     "u2kacnet_small": {},
     "ukacnet_18": {},
     "UKAGNet": {"unet_depth": 2, "unet_layers": 1, "mixer_type": "self-att", "degree": 4},
-    "wav_vggkan": {"vgg_type": "VGG13", "expected_feature_shape": (2, 2)},
+    "vgg_wav_kan": {"vgg_type": "VGG13", "expected_feature_shape": (2, 2)},
     "vggkaln": {"vgg_type": "VGG11v4", "expected_feature_shape": (1, 1), "head_type": "KAN"},
     "vggkagn": {"vgg_type": "VGG11", "expected_feature_shape": (1, 1), "head_type": "HiddenKAN", "degree": 2},
     "moe_vggkagn": {"vgg_type": "VGG11", "expected_feature_shape": (1, 1), "num_experts": 2, "k": 1},
@@ -116,12 +173,25 @@ NAMES = {  # of the reference, with arguments that make them small
     "tiny_densekagnet": {"growth_rate": 4, "num_init_features": 8},
     "EightSimpleConvKACN": {"layer_sizes": (4,) * 8},
     "SimpleConvWavKAN": {"layer_sizes": (4,) * 4, "degree_out": 1},
+    "EightSimpleMoEConvKAGNBN": {"layer_sizes": (4,) * 8, "num_experts": 2, "k": 1},
+    "SixteenSimpleConvKAGN": {"layer_sizes": (4,) * 16, "stride_indexes": (2, 5), "degree_out": 1},
+    "UKANet": {"block": "KACNBasicBlock", "layers": (1, 2, 1, 3)},
+    "KAGNRDNet": {
+        **{
+            "num_init_features": 8,
+            "growth_rates": (8, 8),
+            "num_blocks_list": (1, 2),
+            "bottleneck_width_ratio": 1,
+        },
+        **{"is_downsample_block": (None, False), "post_block_attention": True, "norm_layer": "BatchNorm2d"},
+    },
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_go_there_and_back(name: str) -> None:
-    args = {"num_classes": 5, **NAMES[name]}
+    channels = "in_chans" if name == "KAGNRDNet" else "input_channels"
+    args = {channels: 3, "num_classes": 5, **NAMES[name]}
     state = made_up(name, args)
     model = from_torch_conv_kan(f"models.{name}", args, state)
     back = to_torch_conv_kan(model)
@@ -134,8 +204,35 @@ def test_weights_go_there_and_back(name: str) -> None:
     )
 
 
+def test_places_without_arguments_have_their_own_defaults() -> None:
+    args = {"block": "FastKANBasicBlock", "layers": (2, 1, 1, 1)}
+    state = made_up("UKANet", args)
+    functions = {
+        key: state[f"{key}.spline_conv.0.weight"].shape[1] // channels for key, channels in GRIDS.items()
+    }
+    assert functions == {
+        "conv1": 8,
+        "layer2e.0.downsample": 8,
+        "layer1e.0.conv1": 5,
+        "layer1e.1.conv2": 5,
+        "merge1": 8,
+    }
+    state = made_up("UKANet", {**args, "grid_size": 4})
+    sizes = [
+        state[f"{key}.spline_conv.0.weight"].shape[1] // GRIDS[key] for key in ("conv1", "layer1e.1.conv2")
+    ]
+    assert sizes == [4, 5]  # all blocks but the first are made without the arguments
+    degrees = {"num_init_features": 8, "growth_rates": (8,), "num_blocks_list": (1,), "degree": 2}
+    state = made_up("KAGNRDNet", {**degrees, "is_downsample_block": (None,)})
+    kept = ("stem.stem.0", "dense_stages.0.0.dense_block0.layers.layers.1")
+    assert [len(state[f"{key}.beta_weights"]) - 1 for key in kept] == [3, 2]  # the stem is of degree 3
+
+
+GRIDS = {"conv1": 3, "layer2e.0.downsample": 8, "layer1e.0.conv1": 8, "layer1e.1.conv2": 8, "merge1": 24}
+
+
 def test_layers_wrapped_by_a_penalty_are_found() -> None:
-    args = {"layer_sizes": (4,) * 4, "num_classes": 5, "degree_out": 1}
+    args = {"layer_sizes": (4,) * 4, "num_classes": 5, "degree_out": 1, "input_channels": 3}
     plain = made_up("SimpleConvKALN", args)
     state = {key.replace("layers.2.", "layers.2.module."): value for key, value in plain.items()}
     x = torch.randn(1, 3, 16, 16)
@@ -153,6 +250,88 @@ def test_foreign_weights_name_the_first_keys_that_do_not_fit() -> None:
         from_torch_conv_kan("ukagnet_19", {}, state)
 
 
+UNSUITED = {
+    "does not take 'degre' here. Did you mean 'degree'": ("ukalnet_18", {"degre": 4}),
+    "Unknown block 'KAGMBasicBlock'.*Did you mean 'KAGNBasicBlock'": ("UKANet", {"block": "KAGMBasicBlock"}),
+    "with the blocks of two layers alone": ("UKANet", {"block": "KANBottleneck", "layers": (1,) * 4}),
+    "take no dilation": (
+        "ResKANet",
+        {
+            "block": "KANBasicBlock",
+            "layers": (1, 1, 2, 1),
+            "replace_stride_with_dilation": (True, False, False),
+        },
+    ),
+    "needs the argument 'layers'": ("ResKANet", {"block": "KANBasicBlock"}),
+    "Unknown block_class 'Dense'": ("DenseKANet", {"block_class": "Dense"}),
+    "Unknown vgg_type 'VGG12'": ("vggkan", {"vgg_type": "VGG12"}),
+    "Unknown function 'lambda_conv'": ("U2KANet", {"conv_func": "lambda_conv", "conf_fun_first": "conv3x3"}),
+    "layer_sizes needs 4 numbers": ("SimpleConv", {"layer_sizes": (4, 4)}),
+    "Unknown model_name 'unet'": ("AutoKAN", {"model_name": "unet"}),
+    "cannot make 'u2kagnet_small' itself": ("AutoKAN", {"model_name": "u2kagnet_small"}),
+    "makes no 'ResNet'": ("TinyAutoKAGN", {"model_type": "ResNet"}),
+    "ls_init_value .* must be positive": ("KAGNRDNet", {"ls_init_value": 0}),
+    "no counterpart here: it is made of another layer. Merge": ("kan_peft.PEFTKAGNConvNDLayer", {}),
+    "no counterpart here: it is made of modules": ("models.vggkan.VGG", {}),
+    "no target serves it": ("train.losses.DiceLossWithFocal", {}),
+}
+
+
+@pytest.mark.parametrize("message", UNSUITED)
+def test_what_cannot_be_made_says_why(message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        from_torch_conv_kan(*UNSUITED[message], {})
+
+
+NAMES_OF_REFERENCE = """
+reskagnetbn_18x32p reskagnetbn_moe_18x32p reskagnet_34x32p reskagnetbn_34x32p reskagnetbn_moe_34x32p reskanet_18x32p
+reskacnet_18x32p fast_reskanet_18x32p reskalnet_18x32p reskalnet_18x64p reskalnet_50x64p moe_reskalnet_50x64p
+reskalnet_101x64p moe_reskalnet_101x64p reskalnet_152x64p moe_reskalnet_152x64p moe_reskalnet_18x64p reskalnet_101x32p
+reskalnet_152x32p reskagnet_101x64p reskagnet_18x32p reskagnet50 reskagnet18 reskagnet101 reskagnet152 reskagnet_bn50
+ukanet_18 ukalnet_18 fast_ukanet_18 ukacnet_18 ukagnet_18 ukagnetnb_18 UKANet UKAGNet ResKANet MoEResKANet DenseKANet
+TinyDenseKANet U2KANet U2KANetSmall KAGNRDNet kagrdnet_tiny kagrdnet_small kagrdnet_base kagrdnet_large AutoKAN
+TinyAutoKAGN VGG VGGKAN FastVGGKAN VGGKALN VGGKAGN VGGKAGN_BN MoE_VGGKAGN_BN VGGKACN MoEVGGKAGN WavVVGKAN fast_vggkan
+vggkan vggkaln vggkacn vggkagn moe_vggkagn vgg_wav_kan vggkagn_bn moe_vggkagn_bn MatryoshkaHead SelfSpatialNorm
+SpatialNorm FocalLoss Dice DiceLoss DiceLossWithBCE DiceLossWithFocal TverskyLoss NoiseInjection L1 L2
+NoiseMultiplicativeInjection PEFTKAGNConvNDLayer PEFTVGGKAGN SixteenSimpleConvKAGN MoEKANConvBase SelfKANtentionND
+RoPESelfKANtentionND KANFocalModulationND KALNBasicBlock MoEKALNBottleneck MoEBottleneckKAGNBasicBlock kan_conv1x1
+""".split()
+NAMES_OF_REFERENCE += [
+    f"{start}dense{family}et{depth}{end}"
+    for family, start, end, depths in (
+        *((family, start, "", (121,)) for family, start in (("kan", ""), ("kan", "fast_"), ("kacn", ""))),
+        *(
+            (family, "", end, (121, 161, 169, 201))
+            for family, end in (("kaln", ""), ("kagn", ""), ("kagn", "bn"))
+        ),
+        ("kagn", "", "moebn", (121, 161, 169, 201)),
+        *((family, "tiny_", "", ("",)) for family in ("kan", "kaln", "kacn", "kagn")),
+        *(("kagn", "tiny_", end, ("",)) for end in ("_bn", "_moebn")),
+        ("kan", "tiny_fast_", "", ("",)),
+    )
+    for depth in depths
+]
+NAMES_OF_REFERENCE += [
+    f"{start}{name}{end}"
+    for name in ("u2kagnet", "u2kacnet", "u2kalnet", "u2kanet", "fast_u2kanet", "u2net", "u2kagnet_bn")
+    for start, end in (("", ""), ("", "_small"))
+]
+NAMES_OF_REFERENCE += [
+    f"{eight}Simple{name}"
+    for name in "Conv ConvKAN FastConvKAN ConvKALN ConvKACN ConvKAGN ConvWavKAN MoEConvKAGNBN".split()
+    for eight in ("", "Eight")
+]
+
+
+@pytest.mark.parametrize("name", NAMES_OF_REFERENCE)
+def test_every_public_name_of_the_reference_is_known(name: str) -> None:
+    if name in REFUSED or name.replace("ND", "{n}D") in REFUSED:
+        with pytest.raises(UsageError, match="has no counterpart here: it"):
+            find(name, {})
+    else:
+        find(f"models.{name}", {})
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_published_weights_become_an_ordinary_classifier(name: str, prefix: str, tmp_path: Path) -> None:
@@ -162,7 +341,7 @@ def test_published_weights_become_an_ordinary_classifier(name: str, prefix: str,
         "num_classes": 7,
         "degree": 4,
         "expected_feature_shape": (1, 1),
-        "dim_reduction": 8,
+        **({"dim_reduction": 8} if function.endswith("_bn") else {}),
     }
     state = made_up(function, args, learned_norms=True)
     path = tmp_path / "weights.safetensors"

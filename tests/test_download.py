@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kanseg.data.download import SOURCES, Source, download, find_source
+from kanseg.data.download import BY_HAND, SOURCES, Source, download, find_source
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -163,6 +163,11 @@ def test_names_are_known_by_their_short_forms() -> None:
     assert find_source("task09_spleen").name == find_source("Spleen").name == "Task09_Spleen"
     with pytest.raises(UserError, match="Did you mean"):
         find_source("Task04_Hipocampus")
+    for name in BY_HAND:
+        with pytest.raises(
+            UsageError, match=f"{name} is not fetched by kanseg.*https://.* run kanseg plan FOLDER"
+        ):
+            find_source(name)
 
 
 def test_the_table_is_that_of_monai() -> None:

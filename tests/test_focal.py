@@ -52,8 +52,15 @@ def test_ignored_voxels_have_no_gradient_and_nothing_else_is_a_loss_of_zero() ->
 
 
 def test_an_unknown_reduction_is_refused() -> None:
-    with pytest.raises(UsageError, match="reduction must be 'mean' or 'sum', got 'none'"):
-        FocalLoss(reduction="none")
+    with pytest.raises(UsageError, match="reduction must be 'mean', 'sum' or 'none', got 'max'"):
+        FocalLoss(reduction="max")
+
+
+def test_the_loss_of_each_voxel_adds_up_to_the_sum() -> None:
+    logits, target = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    each = FocalLoss(1.5, ignore_index=2, reduction="none")(logits, target)
+    assert each.shape == ((target != 2).sum(),)
+    torch.testing.assert_close(each.sum(), FocalLoss(1.5, ignore_index=2, reduction="sum")(logits, target))
 
 
 def test_focal_tversky_is_monai_s_tversky_with_an_exponent() -> None:

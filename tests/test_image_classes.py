@@ -166,6 +166,27 @@ def test_a_plan_comes_back_from_its_file_and_normalises_what_it_looked_at(name: 
         np.testing.assert_allclose(values.std(axes), 1, atol=1e-3)
 
 
+def test_images_with_any_number_of_classes_are_read_from_arrays_and_tables(tmp_path: Path) -> None:
+    labels = np.eye(14, dtype=int)[[0, 3, *range(14)]]
+    labels[0, 5], labels[1] = 1, 0
+    np.savez(tmp_path / "chestmnist.npz", train_images=pictures(16, 4, 4), train_labels=labels)
+    arrays = read_classes(tmp_path / "chestmnist.npz")
+    assert [case.values for case in arrays.cases[:3]] == [(0, 5), (), (0,)]
+    assert arrays.label_names[5] == "nodule"
+    for name in "abc":
+        save(tmp_path / "table" / f"{name}.png", pictures(1, 4, 4)[0])
+    rows = "image,classes\na.png,mass | edema\nb.png,\nc.png,mass\n"
+    (tmp_path / "table" / "cases.csv").write_text(rows)
+    table = read_classes(tmp_path / "table")
+    assert table.label_names == ("edema", "mass")
+    assert [case.values for case in table.cases] == [(0, 1), (), (1,)]
+    plan = plan_classes(table)
+    assert [plan.target(case.values).tolist() for case in table.cases] == [[1, 1], [0, 0], [0, 1]]
+    assert "an image may have several classes, or none" in plan.reasons
+    images = TrainingImages(table.read, table.cases, plan, changes=[], epoch_size=3, seed=0, balanced=True)
+    assert images.pools == [[1], [0], [0, 2]]  # without a class, then one a class
+
+
 def test_a_plan_of_another_task_is_refused_by_name(tmp_path: Path) -> None:
     class_folders(tmp_path)
     plan_classes(read_classes(tmp_path), tmp_path / "run")
@@ -228,7 +249,12 @@ def broken_cifar(folder: Path) -> None:
 
 
 def several_labels(folder: Path) -> None:
-    np.savez(folder / "chest.npz", train_images=pictures(2, 4, 4), train_labels=np.ones((2, 14), int))
+    np.savez(folder / "chest.npz", train_images=pictures(2, 4, 4), train_labels=np.full((2, 14), 2))
+
+
+def labels_of_other_shapes(folder: Path) -> None:
+    labels = {"train_labels": np.ones((2, 14), int), "test_labels": np.ones((2, 13), int)}
+    np.savez(folder / "chest.npz", train_images=pictures(2, 4, 4), test_images=pictures(2, 4, 4), **labels)
 
 
 def labels_without_images(folder: Path) -> None:
@@ -259,7 +285,8 @@ BROKEN = {
     broken_idx: "no whole idx file",
     broken_gzip: "cannot be read",
     broken_cifar: "no multiple of a record",
-    several_labels: "several labels an image",
+    several_labels: "labels that are not 0 or 1 for each class",
+    labels_of_other_shapes: "labels of other shapes in its parts",
     labels_without_images: "2 images and 3 labels",
     flat_validation: "has no class folders. Sort",
     foreign_class: "is a class that is not in train",

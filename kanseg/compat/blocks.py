@@ -9,8 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from kanseg.compat import legacy
+from kanseg.compat.layers import (
+    CHANNEL,
+    channel_norm,
+    norm_name,
+    norm_spec,
+    reference_layer,
+    reference_links,
+)
 from kanseg.compat.layers import convert as convert_layer
-from kanseg.compat.layers import norm_name, reference_layer, reference_links
 from kanseg.compat.linear import convert as convert_linear
 from kanseg.compat.links import Conversion, Link, below, same_names
 
@@ -29,6 +36,7 @@ ATTENTION = {
     "BottleNeckSelfReLUKANtention": "BottleNeckReLUKANConv",
     "RoPEBottleNeckSelfKAGNtention": "BottleNeckKAGNConv",
 }
+PREGATE = "experts.pre_gate."  # the layer before the gate of a narrow mixture
 FOCAL = {"KAGNFocalModulation": "KAGNConv", "BottleNeckKAGNFocalModulation": "BottleNeckKAGNConv"}
 FOCAL_OPTIONS = (
     "focal_window focal_level focal_factor use_postln_in_modulation normalize_modulator full_kan".split()
@@ -78,23 +86,20 @@ def convert_mixture(name: str, spatial_dims: int, args: Arguments, state: State)
 def convert_narrow_mixture(spatial_dims: int, args: Arguments, state: State) -> Conversion:
     """Experts in the narrow space of a bottleneck; the module returns (output, balance loss)."""
     gate = _gate(args, **({"num_experts": 8, "k": 2} if spatial_dims == 2 else {"num_experts": 16, "k": 4}))
-    before, before_links = None, []
-    places = sorted(key.removesuffix("grams_basis_weights") for key in state if "grams_basis_weights" in key)
+    before_links: list[Link] = []
 
     def gram(inputs: int, outputs: int) -> nn.Module:
         sizes = {"in_channels": inputs, "out_channels": outputs, "degree": args.get("degree", 3)}
-        part = convert_linear("GRAMLayer", 0, sizes, below(state, places[0]))
-        before_links.extend(part.under("layer.conv.inner.gate.before.", places[0]))
+        part = convert_linear("GRAMLayer", 0, sizes, below(state, PREGATE))
+        before_links.extend(part.under("layer.conv.inner.gate.before.", PREGATE))
         return part.module
 
-    if args.pop("pregate", False) and places:
-        before = gram
+    before = gram if args.pop("pregate", False) else None
     mixture = partial(legacy.ReferenceMixture, before=before, **gate)
     layer = reference_layer("BottleNeckKAGNConv", spatial_dims, args, mixture=mixture)
     links = [link.under("layer.", "") for link in reference_links("BottleNeckKAGNConv", layer, state)]
     gate_links, unused = _gate_links("layer.conv.inner.", "experts.", gate["noisy"])
-    others = [key for key in state for place in places[1:] if key.startswith(place)]
-    unused = ("w_gate", "w_noise", *unused, *others)
+    unused = ("w_gate", "w_noise", *unused)
     return Conversion(legacy.WithBalanceLoss(layer), [*links, *gate_links, *before_links], unused)
 
 
@@ -110,23 +115,32 @@ def _gate_links(ours: str, theirs: str, noisy: bool) -> tuple[list[Link], tuple[
     return ([*links, Link(f"{ours}gate.noise_weight", (noise,))], ()) if noisy else (links, (noise,))
 
 
-def convert_attention(name: str, spatial_dims: int, args: Arguments, state: State) -> Conversion:
-    """Self-attention; the norm around it takes `affine` alone of the norm's arguments."""
-    own = _taken(args, inner_projection=None, rope_theta=10.0, rope_mixed=True)
+def convert_attention(
+    family: str, turned: bool, spatial_dims: int, args: Arguments, state: State
+) -> Conversion:
+    """Self-attention, with rotary positions where `turned`; the norm around it takes `affine` alone of the norm's
+    arguments.
+    """
+    inner = args.pop("inner_projection", None)
+    own = _taken(args, rope_theta=10.0, rope_mixed=True) if turned else {"rope_theta": 10.0}
     args = {"norm_layer": "BatchNorm", **args}
-    parts = Parts(ATTENTION[name], args, state, [(t, f"proj_{t[0]}") for t in ("query", "key", "value")])
-    rotary = ("mixed" if own["rope_mixed"] else "axial") if name.startswith("RoPE") else None
+    parts = Parts(family, args, state, [(t, f"proj_{t[0]}") for t in ("query", "key", "value")])
+    rotary = ("mixed" if own["rope_mixed"] else "axial") if turned else None
+    channels, norm = args.pop("input_dim"), norm_name(args["norm_layer"], "batch")
+    normed = {"affine": args.get("affine", True)}
     attention = legacy.SkipGatedAttention(
         spatial_dims,
-        args.pop("input_dim"),
+        channels,
         args.pop("kernel_size", 3),
         conv_layer=parts,
-        inner_channels=own["inner_projection"],
+        inner_channels=inner,
         rotary=rotary,
         theta=own["rope_theta"],
-        norm=_norm(args["norm_layer"], {"affine": args.get("affine", True)}),
+        norm=norm_spec(norm, normed),
         scale=1.0,
     )
+    if norm == CHANNEL:
+        attention.norm = channel_norm(spatial_dims, channels, 1, normed)
     names = {"narrow": "inner_proj", "widen": "outer_proj", "norm": "norm_layer"}
     links = [*parts.links, Link("gamma", ("gamma",)), *_renamed(attention, names)]
     if rotary == "mixed":
@@ -144,22 +158,21 @@ def convert_focal(name: str, spatial_dims: int, args: Arguments, state: State) -
     parts = Parts(FOCAL[name], args, state, {**pointwise, "project_out": "proj"}.items())
     contexts = Parts("KAGNConvV2", args, state, [(f"contexts.{n}", f"focal_layers.{n}") for n in levels])
     paddings = iter((window + factor * level) // 2 for level in levels)
+    norm = norm_name(args["norm_layer"], "batch")
     own = {"degree", "dropout", "norm_layer"}
+    normed = {key: value for key, value in args.items() if key not in own}
     modulation = legacy.GatheredFocalModulation(
         spatial_dims,
         channels,
         conv_layer=parts,
         context_layer=lambda *a, **o: contexts(*a, padding=next(paddings), **o),
-        norm=_norm(args["norm_layer"], {key: value for key, value in args.items() if key not in own}),
+        norm=norm_spec(norm, normed),
         **options,
     )
+    if norm == CHANNEL and modulation.norm is not None:
+        modulation.norm = channel_norm(spatial_dims, channels, 1, normed)
     names = {"norm": "norm_layer", **({} if pointwise else {"project_in": "f", "modulator": "h"})}
     return Conversion(modulation, [*parts.links, *contexts.links, *_renamed(modulation, names)])
-
-
-def _norm(norm: Any, arguments: Arguments) -> Any:
-    name = norm_name(norm, "batch")
-    return (name, arguments) if name else None
 
 
 def _renamed(module: nn.Module, names: Mapping[str, str]) -> list[Link]:
@@ -176,6 +189,9 @@ def _renamed(module: nn.Module, names: Mapping[str, str]) -> list[Link]:
 CONVERTERS: dict[str, Any] = {
     **{f"{name}{{n}}DLayer": partial(convert_mixture, name) for name in EXPERTS},
     "MoEBottleNeckKAGNConv{n}DLayer": convert_narrow_mixture,
-    **{f"{name}{{n}}D": partial(convert_attention, name) for name in ATTENTION},
+    **{
+        f"{name}{{n}}D": partial(convert_attention, family, name.startswith("RoPE"))
+        for name, family in ATTENTION.items()
+    },
     **{f"{name}{{n}}D": partial(convert_focal, name) for name in FOCAL},
 }

@@ -1,4 +1,4 @@
-"""The classification networks of torch-conv-kan: ResKANet, VGG, DenseKANet, RDNet, the plain baselines."""
+"""The classification networks of torch-conv-kan but ResKANet: VGG, DenseKANet, RDNet, the plain baselines."""
 
 from __future__ import annotations
 
@@ -19,64 +19,27 @@ from kanseg.compat.filling import (
     Filling,
     State,
     all_outputs,
+    features,
     finished,
     halve_by_floor,
     output,
     renaming,
-    residual_part,
     taken,
     with_balance_loss,
     with_defaults,
 )
+from kanseg.compat.layers import CHANNEL
 from kanseg.compat.links import Conversion
-from kanseg.encoders import VGGKAN, DenseKANet, Encoder, PlainKANet, RDKANet, ResKANet
+from kanseg.compat.residual import POOL, STEM, class_named, reshape_pool, reshape_stem
+from kanseg.encoders import VGGKAN, DenseKANet, Encoder, PlainKANet, RDKANet
 from kanseg.encoders.densekanet import BLOCKS as BLOCKS_OF_DENSE
 from kanseg.encoders.rdkanet import SIZES, RDBlock
-from kanseg.encoders.reskanet import BLOCKS, DEPTHS, STEMS
 from kanseg.errors import UsageError
 from kanseg.models import Classifier
 
 
 def _classifier(encoder: Encoder, classes: int, head: str = "linear", pool_size: Any = 1) -> Classifier:
     return Classifier(DIMS, encoder.in_channels, classes, encoder=encoder, head=head, pool_size=pool_size)
-
-
-def convert_reskanet(
-    family: str, depth: int, pixels: int, spatial_dims: int, args: Arguments, state: State
-) -> Conversion:
-    """ResKANet and its mixtures, whose balance loss is a mean over the stages."""
-    own = taken(args, input_channels=3, num_classes=1000, width_scale=1, width_per_group=64)
-    mixed = family.startswith("moe_")
-    block = "basic" if depth < 50 else "bottleneck"
-    widths = [int(8 * own["width_scale"]) * 2**stage for stage in range(4)]
-    stem = {**STEMS[pixels], "features": 2 * widths[0] if mixed else widths[0]}
-    encoder = ResKANet(
-        DIMS,
-        own["input_channels"],
-        basis=Blank,
-        features_per_stage=[BLOCKS[block][1] * width for width in widths],
-        blocks_per_stage=DEPTHS[depth],
-        block=block,
-        stem=stem,
-        kan_skip=True,
-        middle_width=own["width_per_group"] / 64 * args.get("groups", 1),
-    )
-    network = _classifier(encoder, own["num_classes"])
-    first = int(bool(stem.get("max_pool")))
-    rows = [
-        (rf"encoder\.stages\.0\.{'0' if first else 'stem'}", "conv1"),
-        (
-            r"encoder\.stages\.(\d)\.(\d+)\.(.*)",
-            lambda m: f"layer{int(m[1]) + 1 - first}.{m[2]}.{residual_part(m[3])}",
-        ),
-        (r"head\.1", "fc"),
-    ]
-    args = with_defaults(family, args)
-    filling = Filling(
-        FAMILIES[family], args, state, renaming(rows), single_places=r"^conv1\.", kinds_vary=mixed
-    )
-    filling.fill(network)
-    return finished(network, filling, partial(with_balance_loss, 1 / 4) if mixed else output)
 
 
 HEADS_OF_VGG = {
@@ -121,10 +84,15 @@ def convert_vgg(family: str, spatial_dims: int, args: Arguments, state: State) -
     chosen = FAMILIES[family]
     chosen = replace(chosen, fully_connected=HEADS_OF_VGG.get(family.removeprefix("moe_"), "mlp_kagn"))
     args = with_defaults(family, args)
-    filling = Filling(chosen, args, state, names, single_places=r"^features\.0\.")
+    also = ("sa_inner_projection",)
+    filling = Filling(chosen, args, state, names, single_places=r"^features\.0\.", also=also)
     filling.fill(network)
     halve_by_floor(network)
-    return finished(network, filling, partial(with_balance_loss, 1) if mixed else all_outputs)
+    if head not in VGG_HEADS:
+        return finished(network, filling, features)
+    return finished(
+        network, filling, partial(with_balance_loss, 1, answer=all_outputs) if mixed else all_outputs
+    )
 
 
 def _vgg_numbers(encoder: Encoder) -> dict[str, str]:
@@ -138,26 +106,31 @@ def _vgg_numbers(encoder: Encoder) -> dict[str, str]:
 
 
 def convert_densekanet(
-    family: str, size: str, spatial_dims: int, args: Arguments, state: State
+    tiny: bool, defaults: Arguments, spatial_dims: int, args: Arguments, state: State
 ) -> Conversion:
     """DenseKANet, the tiny ones with a fully connected KAN as head, and mixtures."""
-    own = taken(args, input_channels=3, num_classes=1000, num_init_features=64, growth_rate=None, bn_size=4)
-    tiny = size == "tiny"
-    growth = own["growth_rate"] or (48 if size == "161" else 32)
-    blocks = args.pop("block_config", None) or DENSE_BLOCKS[size]
+    args = {**defaults, **args}
+    family = class_named(args.pop("block_class"), DENSE_CLASSES, "block_class")
+    own = taken(args, input_channels=3, num_classes=1000, num_init_features=64, growth_rate=32, bn_size=4)
+    blocks = args.pop("block_config", (5, 5, 5) if tiny else DENSE_BLOCKS["121"])
+    stem = taken(args, **dict.fromkeys(STEM))
     pooled = not tiny and args.pop("use_first_maxpool", True)
+    pool = taken(args, **({} if tiny else dict.fromkeys(POOL)))
     encoder = DenseKANet(
         DIMS,
         own["input_channels"],
         basis=Blank,
         blocks=blocks,
-        growth=growth,
+        growth=own["growth_rate"],
         features=own["num_init_features"],
         bottleneck_width=own["bn_size"],
         stem_kernel=5 if tiny else 7,
         max_pool=pooled,
         last_transition=tiny,
     )
+    reshape_stem(encoder.get_submodule(f"stages.0.{'0' if pooled else 'stem'}"), stem)
+    if pooled:
+        reshape_pool(encoder.get_submodule("stages.1.pool"), pool)
     network = _classifier(encoder, own["num_classes"], "kan" if tiny else "linear")
     first = int(pooled)
     rows = [
@@ -167,48 +140,60 @@ def convert_densekanet(
         (r"encoder\.stages\.(\d)\.transition\.2", lambda m: f"features.transition{int(m[1]) - first}.conv"),
         (r"head\.[01]", "classifier"),
     ]
-    mixed = family.startswith("moe_")
-    args = with_defaults(family, args)
-    filling = Filling(FAMILIES[family], args, state, renaming(rows), single_places=r"^features\.conv0\.")
+    also, single = ("memory_efficient",), r"^features\.conv0\."
+    filling = Filling(FAMILIES[family], args, state, renaming(rows), single_places=single, also=also)
     filling.fill(network)
     halve_by_floor(network)
-    return finished(network, filling, partial(with_balance_loss, 1) if mixed else output)
+    return finished(network, filling, partial(with_balance_loss, 1) if filling.family.mixture else output)
 
 
 def _dense_layer(block: int, match: re.Match[str]) -> str:
     return f"features.denseblock{block}.denselayer{int(match[2]) + 1}.conv{int(match[3]) + 1}"
 
 
-DENSE_BLOCKS: dict[str, tuple[int, ...]] = {str(depth): blocks for depth, blocks in BLOCKS_OF_DENSE.items()}
-DENSE_BLOCKS |= {"161": (6, 12, 36, 24), "tiny": (5, 5, 5)}
+RDNET = {"num_init_features": 64, "growth_rates": (64, 104, 128, 128, 128, 128, 224)}
+RDNET |= {"is_downsample_block": (None, True, True, False, False, False, True), "block_type": "Block"}
+RDNET_UNUSED = (
+    "drop_rate",
+    "drop_path_rate",
+    "head_init_scale",
+    "zero_head",
+    "checkpoint_path",
+    "ls_init_value",
+)
 
 
-def convert_rdnet(size: str, spatial_dims: int, args: Arguments, state: State) -> Conversion:
-    """RDNet with Gram layers, narrow or not."""
-    features, growths, halving = SIZES[size]
-    own = taken(args, num_classes=1000, num_init_features=features, growth_rates=growths)
-    count = len(own["growth_rates"])
-    down = args.pop("is_downsample_block", None) or [number in halving for number in range(count)]
-    kinds = args.pop("block_type", None) or ["Block", "Block", *["BlockESE"] * (count - 2)]
-    own |= taken(
-        args, num_blocks_list=[3] * count, bottleneck_width_ratio=4, transition_compression_ratio=0.5
-    )
-    stem = args.pop("input_channels", args.pop("in_chans", _stem_channels(state)))
+def convert_rdnet(defaults: Arguments, spatial_dims: int, args: Arguments, state: State) -> Conversion:
+    """RDNet with Gram layers, narrow or not, and attention after its stages."""
+    args = {**defaults, **args}
+    growths, down, kinds = (args.pop(key) for key in ("growth_rates", "is_downsample_block", "block_type"))
+    count = len(growths)
+    kinds = [kinds] * count if isinstance(kinds, str) else kinds
+    own = taken(args, num_classes=1000, num_init_features=64, num_blocks_list=[3] * count, patch_size=4)
+    ratios = taken(args, bottleneck_width_ratio=4, transition_compression_ratio=0.5)
+    attention = args.pop("post_block_attention", False)
+    narrow = args.pop("is_bottleneck", True)
+    if args.get("ls_init_value", 1) <= 0:
+        raise UsageError(
+            "ls_init_value of KAGNRDNet must be positive: blocks without gamma are not supported"
+        )
     encoder = RDKANet(
         DIMS,
-        stem,
+        args.pop("in_chans", args.pop("in_channels", 3)),
         features=own["num_init_features"],
-        growths=own["growth_rates"],
-        halving=[number for number, halves in enumerate(down) if halves],
+        growths=growths,
+        halving=[number for number, halves in enumerate(down) if number and halves],
         blocks=own["num_blocks_list"],
         squeeze=[number for number, kind in enumerate(kinds) if kind.endswith("ESE")],
-        patch=args.pop("patch_size", 4),
-        expansion=own["bottleneck_width_ratio"],
-        transition=own["transition_compression_ratio"],
+        patch=own["patch_size"],
+        expansion=ratios["bottleneck_width_ratio"],
+        transition=ratios["transition_compression_ratio"],
         basis=Blank,
     )
+    if attention:
+        _attend_after_stages(encoder, own["num_init_features"])
     network = _classifier(encoder, own["num_classes"], "normed_linear")
-    places = _rdnet_places(encoder)
+    places = _rdnet_places(encoder, 2 if attention else 1)
 
     def names(path: str) -> str:
         for ours, theirs in places.items():
@@ -219,21 +204,43 @@ def convert_rdnet(size: str, spatial_dims: int, args: Arguments, state: State) -
                 return theirs + inner
         return {"head.0": "head.norm", "head.2": "head.fc"}.get(path, path)
 
-    narrow = "dense_stages.0.0.dense_block0.layers.layers.1.inner_proj.0.weight" in state
-    args = {"norm_layer": "LayerNorm2d", **args}
-    # The stem is narrow in any case.
-    filling = Filling(FAMILIES["kagnbn" if narrow else "kagn"], args, state, names, kinds_vary=True)
+    filling = Filling(
+        FAMILIES["kagnbn" if narrow else "kagn"],
+        {"norm_layer": CHANNEL, **args},
+        state,
+        names,
+        plain_places=r"^stem\.",  # of degree 3 and narrow in any case; it shares the norm
+        kinds_vary=True,
+        also=(*RDNET_UNUSED, "inner_projection_attention_scale"),
+    )
     filling.fill(network)
     return finished(network, filling, output)
 
 
-def _stem_channels(state: State) -> int:
-    weight = state.get("stem.stem.0.base_conv.0.weight")
-    return 3 if weight is None else weight.shape[1]
+def _attend_after_stages(encoder: Encoder, channels: int) -> None:
+    """Places for attention where a run of blocks ends."""
+    for level, parts in enumerate(encoder.stages):
+        widened: list[nn.Module] = []
+        for part in parts.children():
+            if widened and isinstance(widened[-1], RDBlock) and not isinstance(part, RDBlock):
+                widened.append(BlankMixer(DIMS, channels))
+            channels = _channels_after(part, channels)
+            widened.append(part)
+        if isinstance(widened[-1], RDBlock):
+            widened.append(BlankMixer(DIMS, channels))
+        encoder.stages[level] = nn.Sequential(*widened)
 
 
-def _rdnet_places(encoder: Encoder) -> dict[str, str]:
-    """Our path of each part -> the reference's: the stem, the layers between stages, and the blocks."""
+def _channels_after(part: Any, channels: int) -> int:
+    return channels + len(part.gamma) if isinstance(part, RDBlock) else part.outputs
+
+
+def _rdnet_places(encoder: Encoder, step: int) -> dict[str, str]:
+    """Our path of each part -> the reference's: the stem, the layers between stages, the blocks and attention.
+
+    Args:
+        step: parts of the reference that a stage is.
+    """
     places, stage, block = {}, 0, 0
     for level, parts in enumerate(encoder.stages):
         for name, part in parts.named_children():
@@ -241,27 +248,33 @@ def _rdnet_places(encoder: Encoder) -> dict[str, str]:
             if isinstance(part, RDBlock):
                 places[path] = f"dense_stages.{stage}.{min(stage, 1)}.dense_block{block}"
                 block += 1
+            elif isinstance(part, BlankMixer):
+                places[path] = f"dense_stages.{stage + 1}"
             elif not places:
                 places[path] = "stem.stem.0"
             else:
-                stage, block = stage + 1, 0
+                stage, block = stage + step, 0
                 places[path] = f"dense_stages.{stage}.0"
     return places
 
 
-def convert_baseline(family: str, sizes: int, spatial_dims: int, args: Arguments, state: State) -> Conversion:
-    """The plain stacks of four or eight layers."""
-    own = taken(args, input_channels=3, num_classes=10, degree_out=2)
+def convert_baseline(
+    family: str, sizes: int, defaults: Arguments, spatial_dims: int, args: Arguments, state: State
+) -> Conversion:
+    """The plain stacks of four, eight or more layers."""
+    args = {**defaults, **args}
+    own = taken(args, input_channels=1, num_classes=10, degree_out=3)
     widths = list(args.pop("layer_sizes"))
-    if len(widths) != sizes:
+    strided = args.pop("stride_indexes", HALVING.get(sizes, ()))
+    if sizes and len(widths) != sizes:
         raise UsageError(f"layer_sizes needs {sizes} numbers, got {widths}")
-    stages = (
-        [widths[:1], widths[1:2], widths[2:]]
-        if sizes == 4
-        else [widths[:1], widths[1:2], widths[2:5], widths[5:]]
-    )
-    kan = FAMILIES[family].layer is not None
-    layer = Blank if kan else partial(_vanilla, _plain_affine(state))
+    stages: list[list[int]] = [[]]
+    for number, width in enumerate(widths):
+        if number and number + 1 in strided:
+            stages.append([])
+        stages[-1].append(width)
+    kan, mixed = FAMILIES[family].layer is not None, family.startswith("moe_")
+    layer = Blank if kan else partial(_vanilla, args.get("groups", 1))
     encoder = PlainKANet(DIMS, own["input_channels"], stages=stages, basis=layer)
     network = _classifier(encoder, own["num_classes"], "kan" if kan and own["degree_out"] >= 2 else "linear")
     places = [
@@ -270,95 +283,98 @@ def convert_baseline(family: str, sizes: int, spatial_dims: int, args: Arguments
         for name, _ in s.named_children()
     ]
     numbers = {place: f"layers.{number}" for number, place in enumerate(places)}
-    if not kan:
-        numbers = {
-            f"{place}.{inner}": f"layers.{at + inner}"
-            for place, at in zip(places, _plain_positions(state), strict=False)
-            for inner in (0, 1)
-        }
-    last = "output.1" if any(key.startswith("output.1.") for key in state) else "output"
-    mixed = family.startswith("moe_")
+    if not kan:  # a flat list of convolutions, norms and activations
+        flat = {(3 * number, place) for number, place in enumerate(places)}
+        numbers = {f"{place}.{inner}": f"layers.{at + inner}" for at, place in flat for inner in (0, 1)}
+    last = "output.1" if kan else "output"
 
     def names(path: str) -> str:
-        return numbers.get(path) or re.sub(r"^head\.\d", last, path)
+        return numbers.get(path) or re.sub(r"^head\.1", last, re.sub(r"^head\.0", "output", path))
 
-    defaults = {"grid_size": 8, "grid_range": (-2, 2)} if family == "fast" else {}
-    filling = Filling(
-        FAMILIES[family],
-        {**defaults, **args},
-        state,
-        names,
-        single_places=r"^layers\.0\.",
-        degree=own["degree_out"],
-    )
+    also = ("dropout_poly", "dropout_full", "dropout_degree", "drop_type")
+    chosen = replace(FAMILIES[family], fully_connected="KAGN") if mixed else FAMILIES[family]
+    filling = Filling(chosen, args, state, names, degree=own["degree_out"], also=also)
     filling.fill(network)
     return finished(network, filling, partial(with_balance_loss, 0) if mixed else output)
 
 
 def _vanilla(
-    affine: bool, spatial_dims: int, inputs: int, outputs: int, kernel_size: Any, **geometry: Any
+    default_groups: int, spatial_dims: int, inputs: int, outputs: int, kernel_size: Any, **geometry: Any
 ) -> nn.Module:
     """Convolution with bias, batch norm, ReLU."""
-    conv = nn.Conv2d(
-        inputs, outputs, **Blank(spatial_dims, inputs, outputs, kernel_size, **geometry).geometric()
-    )
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs, affine=affine), nn.ReLU())
+    blank = Blank(spatial_dims, inputs, outputs, kernel_size, **{"groups": default_groups, **geometry})
+    return nn.Sequential(nn.Conv2d(inputs, outputs, **blank.geometric()), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def _plain_affine(state: State) -> bool:
-    return any(
-        key.endswith("running_mean") and key.replace("running_mean", "weight") in state for key in state
-    )
-
-
-def _plain_positions(state: State) -> list[int]:
-    """Numbers of the convolutions in a flat list of layers."""
-    found = (re.fullmatch(r"layers\.(\d+)\.weight", key) for key in state if state[key].dim() == DIMS + 2)
-    return sorted(int(match[1]) for match in found if match)
-
-
-BASELINES = {"": "SimpleConv", "kan": "SimpleConvKAN", "fast": "SimpleFastConvKAN", "kaln": "SimpleConvKALN"}
-BASELINES |= {"kacn": "SimpleConvKACN", "kagn": "SimpleConvKAGN", "wav": "SimpleConvWavKAN"}
-VGGS = {
-    "wav": ("wav_vggkan", "WavVVGKAN"),
-    "kagnbn": ("vggkagn_bn", "VGGKAGN_BN"),
-    "kan": ("vggkan", "VGGKAN"),
+HALVING = {4: (2, 3), 8: (2, 3, 6)}  # layers of stride 2, counted from 1
+# Family -> the reference's name, arguments that its classes set.
+BASELINES: dict[str, tuple[str, Arguments]] = {
+    "": ("SimpleConv", {}),
+    "kan": ("SimpleConvKAN", {"degree_out": 2}),
+    "fast": ("SimpleFastConvKAN", {"degree_out": 2}),
+    "kaln": ("SimpleConvKALN", {}),
+    "kacn": ("SimpleConvKACN", {}),
+    "kagn": ("SimpleConvKAGN", {}),
+    "wav": ("SimpleConvWavKAN", {}),
+    "moe_kagnbn": ("SimpleMoEConvKAGNBN", {"k": 4}),
 }
-VGGS |= {"fast": ("fast_vggkan", "FastVGGKAN"), "moe_kagn": ("moe_vggkagn", "MoEVGGKAGN")}
-VGGS |= {"moe_kagnbn": ("moe_vggkagn_bn", "MoE_VGGKAGN_BN")}
-VGGS |= {family: (f"vgg{family}", f"VGG{family.upper()}") for family in ("kaln", "kacn", "kagn")}
+VGGS = {
+    "kan": ("vggkan", "VGGKAN"),
+    "fast": ("fast_vggkan", "FastVGGKAN"),
+    "kaln": ("vggkaln", "VGGKALN"),
+    "kacn": ("vggkacn", "VGGKACN"),
+    "kagn": ("vggkagn", "VGGKAGN"),
+    "kagnbn": ("vggkagn_bn", "VGGKAGN_BN"),
+    "wav": ("vgg_wav_kan", "WavVVGKAN"),
+    "moe_kagn": ("moe_vggkagn", "MoEVGGKAGN"),
+    "moe_kagnbn": ("moe_vggkagn_bn", "MoE_VGGKAGN_BN"),
+}
+DENSE_BLOCKS: dict[str, tuple[int, ...]] = {str(depth): blocks for depth, blocks in BLOCKS_OF_DENSE.items()}
+DENSE_BLOCKS |= {"161": (6, 12, 36, 24)}
+DENSE_CLASSES = {
+    "_KANDenseBlock": "kan",
+    "_FastKANDenseBlock": "fast",
+    "_KALNDenseBlock": "kaln",
+    "_KACNDenseBlock": "kacn",
+    "_KAGNDenseBlock": "kagn",
+    "_BottleNeckKAGNDenseBlock": "kagnbn",
+    "_MoEBottleNeckKAGNDenseBlock": "moe_kagnbn",
+}
+# Class of the blocks -> names with {} for the depth, name of the tiny one, and the depths.
+DENSE: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "_KANDenseBlock": ("densekanet{}", "tiny_densekanet", ("121",)),
+    "_FastKANDenseBlock": ("fast_densekanet{}", "tiny_fast_densekanet", ("121",)),
+    "_KACNDenseBlock": ("densekacnet{}", "tiny_densekacnet", ("121",)),
+    "_KALNDenseBlock": ("densekalnet{}", "tiny_densekalnet", tuple(DENSE_BLOCKS)),
+    "_KAGNDenseBlock": ("densekagnet{}", "tiny_densekagnet", tuple(DENSE_BLOCKS)),
+    "_BottleNeckKAGNDenseBlock": ("densekagnet{}bn", "tiny_densekagnet_bn", tuple(DENSE_BLOCKS)),
+    "_MoEBottleNeckKAGNDenseBlock": ("densekagnet{}moebn", "tiny_densekagnet_moebn", tuple(DENSE_BLOCKS)),
+}
 
 
 def _converters() -> Iterator[tuple[str, Callable[..., Conversion]]]:
-    for size in SIZES:
-        yield f"kagrdnet_{size}", partial(convert_rdnet, size)
-    yield "KAGNRDNet", partial(convert_rdnet, "tiny")
-    for family in ("kan", "fast", "kaln", "kacn", "kagn", "kagnbn", "moe_kaln", "moe_kagnbn"):
-        yield from _backbones(family)
-    for family, name in BASELINES.items():
-        yield name, partial(convert_baseline, family, 4)
-        yield f"Eight{name}", partial(convert_baseline, family, 8)
+    yield "KAGNRDNet", partial(convert_rdnet, RDNET)
+    for size, (features_of_stem, growths, halving) in SIZES.items():
+        count = len(growths)
+        shape = {"num_init_features": features_of_stem, "growth_rates": growths}
+        shape["is_downsample_block"] = [number in halving for number in range(count)]
+        shape["block_type"] = ["Block", "Block", *["BlockESE"] * (count - 2)]
+        yield f"kagrdnet_{size}", partial(convert_rdnet, shape)
+    for block, (name, tiny, depths) in DENSE.items():
+        shape = with_defaults(DENSE_CLASSES[block], {"block_class": block})
+        yield tiny, partial(convert_densekanet, True, shape)
+        for depth in depths:
+            sizes = {"block_config": DENSE_BLOCKS[depth], "growth_rate": 48 if depth == "161" else 32}
+            yield name.format(depth), partial(convert_densekanet, False, {**shape, **sizes})
+    yield "DenseKANet", partial(convert_densekanet, False, {})
+    yield "TinyDenseKANet", partial(convert_densekanet, True, {})
+    for family, (name, defaults) in BASELINES.items():
+        yield name, partial(convert_baseline, family, 4, defaults)
+        eight = {**defaults, "degree_out": 3} if family == "kan" else defaults
+        yield f"Eight{name}", partial(convert_baseline, family, 8, eight)
+    yield "SixteenSimpleConvKAGN", partial(convert_baseline, "kagn", 0, {})
     for family, names in VGGS.items():
         yield from dict.fromkeys(names, partial(convert_vgg, family)).items()
-
-
-def _backbones(family: str) -> Iterator[tuple[str, Callable[..., Conversion]]]:
-    """Names of the residual and dense networks: [moe_][fast_]reskanet_18x32p, reskagnet_bn50, densekanet121, ..."""
-    mixed, fast, narrow = (part * (part.strip("_") in family) for part in ("moe_", "fast_", "bn"))
-    kind = "kan" if fast else family.removeprefix("moe_").removesuffix("bn")
-    start = f"{mixed}{fast}res{kind}et"
-    for depth in (18, 34, 50, 101, 152):
-        for pixels in STEMS:
-            convert = partial(convert_reskanet, family, depth, pixels)
-            size = str(depth) if pixels == 224 else f"{depth}x{pixels}p"
-            for middle in {f"{narrow}_", f"_{narrow}".rstrip("_"), narrow}:
-                yield f"{start}{middle}{size}", convert
-    ending = f"{mixed.removesuffix('_')}{narrow}"
-    for size in DENSE_BLOCKS:
-        tiny, number = ("tiny_", "") if size == "tiny" else ("", size)
-        for joint in {"_" if ending else "", ""}:
-            name = f"{tiny}{fast}dense{kind}et{number}{joint}{ending}"
-            yield name, partial(convert_densekanet, family, size)
 
 
 CONVERTERS: dict[str, Callable[..., Conversion]] = dict(_converters())

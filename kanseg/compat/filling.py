@@ -7,14 +7,15 @@ and in the converters: names of weights, defaults of the reference's functions, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from kanseg.compat import blocks, layers, legacy, linear
-from kanseg.compat.links import Conversion, Link, below
+from kanseg.compat.links import Conversion, Link, below, same_names
+from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.kan_conv import per_axis
 from kanseg.layers.linear import KANMLP
 from kanseg.layers.mixture import take_balance_loss
@@ -24,7 +25,9 @@ from kanseg.models.u_shape import DecoderStage
 Arguments = dict[str, Any]
 State = Mapping[str, Tensor]
 Names = Callable[[str], str]  # a module's path in our network -> in the reference's
+Answer = Callable[[Any, Tensor], Any]  # (network, x) -> output or outputs
 DIMS = 2
+NEVER = "(?!)"  # a pattern that no name fits
 
 
 class Blank(nn.Module):
@@ -43,6 +46,12 @@ class Blank(nn.Module):
         dilation = self.geometry.get("dilation", 1)
         same = dilation * (self.kernel_size - 1) // 2
         return {"kernel_size": self.kernel_size, "padding": same, **self.geometry}
+
+    def reshape(self, **geometry: Any) -> None:
+        """Other numbers, by torch's names; those that are None stay as they are."""
+        given = {name: value for name, value in geometry.items() if value is not None}
+        self.kernel_size = given.pop("kernel_size", self.kernel_size)
+        self.geometry.update(given)
 
     def arguments(self) -> Arguments:
         """By the reference's names."""
@@ -64,7 +73,7 @@ class ReferenceNetwork(nn.Module):
         answer: (network, x) -> output or outputs.
     """
 
-    def __init__(self, network: nn.Module, answer: Callable[[Any, Tensor], Any]) -> None:
+    def __init__(self, network: nn.Module, answer: Answer) -> None:
         super().__init__()
         self.network, self.answer = network, answer
 
@@ -79,14 +88,14 @@ class Family:
     Attributes:
         layer: class of its convolutions in `kanseg.compat.layers.LAYERS`; None for plain ones.
         fully_connected: class of its networks of fully connected layers.
-        defaults: arguments of its layers that the networks set.
+        in_blocks: arguments of its layers in residual blocks where the call gives none.
         mixture: class of its mixtures of experts in `kanseg.compat.blocks`, for convolutions with a kernel.
         attention, focal: classes of those blocks.
     """
 
     layer: str | None
     fully_connected: str = "KAN"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    in_blocks: Mapping[str, Any] = field(default_factory=dict)
     mixture: str | None = None
     attention: str = "SelfKAGNtention"
     focal: str = "KAGNFocalModulation"
@@ -94,8 +103,8 @@ class Family:
 
 FAST = {"grid_size": 5, "grid_range": (-1, 1)}
 FUNCTION_DEFAULTS = {
-    "fast": {"base_activation": "GELU"}
-}  # of the reference's functions, over those of its classes
+    "fast": {"base_activation": "GELU", **FAST}
+}  # where its functions differ from its classes
 NARROW: dict[str, Any] = {"attention": "BottleNeckSelfKAGNtention", "focal": "BottleNeckKAGNFocalModulation"}
 FAMILIES: dict[str, Family] = {
     "": Family(None),
@@ -106,16 +115,15 @@ FAMILIES: dict[str, Family] = {
     "kagn": Family("KAGNConv", "KAGN"),
     "kagnbn": Family("BottleNeckKAGNConv", "BottleNeckKAGN", **NARROW),
     "wav": Family("WavKANConv", "WavKAN"),
-    "moe_kan": Family("KANConv", "KAN", mixture="MoEKANConv"),
-    "moe_fast": Family("FastKANConv", "FastKAN", FAST, mixture="MoEFastKANConv"),
     "moe_kaln": Family("KALNConv", "KALN", mixture="MoEKALNConv"),
-    "moe_kacn": Family("KACNConv", "KACN", mixture="MoEKACNConv"),
     "moe_kagn": Family("KAGNConv", "KAGN", mixture="MoEKAGNConv"),
     "moe_kagnbn": Family("BottleNeckKAGNConv", "BottleNeckKAGN", mixture="MoEBottleNeckKAGNConv", **NARROW),
-    "moe_wav": Family("WavKANConv", "WavKAN", mixture="MoEWavKANConv"),
 }
 EXPERTS = ("num_experts", "k", "noisy_gating", "pregate")
 NORM_ARGUMENTS = ("eps", "momentum")
+# Arguments that the weights show, or that do nothing in `eval()`.
+SEEN = ("groups", "affine", "norm_layer", "dropout", "dropout_linear", "l1_decay", "l1_penalty")
+KEPT_NORMS = {"Identity", layers.CHANNEL}  # whose weights do not show which norm they are of
 
 
 class Filling:
@@ -123,13 +131,19 @@ class Filling:
 
     Args:
         family: of the layers.
-        args: the call's arguments; those that are no layer's are not used.
+        args: what is left of the call's arguments; a layer takes its own, and the rest is in `SEEN` or `also`.
         state: the reference's state_dict.
         names: our path of a place -> the reference's.
         plain_places: pattern of the reference's names where its layers are built without the call's arguments.
+        own_norm_places: pattern of those names whose layers have their own norm, whatever `norm_layer` is.
+        block_places: pattern of the names of layers in residual blocks.
         single_places: pattern of the names of layers that are no mixtures although the family's are.
         degree: of the fully connected layers of the head; default as in the layers.
         kinds_vary: not all layers are of one class; their weights show which they are.
+        also: further arguments that the converter knows.
+
+    Raises:
+        UsageError: an argument that the reference does not take; the nearest is named.
     """
 
     def __init__(
@@ -139,14 +153,24 @@ class Filling:
         state: State,
         names: Names,
         *,
-        plain_places: str = "$^",
-        single_places: str = "$^",
+        plain_places: str = NEVER,
+        own_norm_places: str = NEVER,
+        block_places: str = NEVER,
+        single_places: str = NEVER,
         degree: int | None = None,
         kinds_vary: bool = False,
+        also: Sequence[str] = (),
     ) -> None:
-        self.family, self.args, self.state, self.names = family, {**family.defaults, **args}, state, names
+        self.family, self.args, self.state, self.names = family, args, state, names
         self.plain_places, self.single_places = re.compile(plain_places), re.compile(single_places)
+        self.own_norm_places, self.block_places = re.compile(own_norm_places), re.compile(block_places)
         self.degree, self.kinds_vary = degree, kinds_vary
+        own = () if family.layer is None else layers.LAYERS[family.layer].arguments
+        known = {*own, *SEEN, *NORM_ARGUMENTS, *also, *(EXPERTS if family.mixture else ())}
+        if unknown := sorted(set(args) - known):
+            raise UsageError(
+                f"torch-conv-kan does not take '{unknown[0]}' here.{did_you_mean(unknown[0], known)}"
+            )
         self.links: list[Link] = []
         self.unused: list[str] = []
 
@@ -207,10 +231,7 @@ class Filling:
             return self._mixture(self.family.mixture, args, state)
         if self.kinds_vary and "poly_weights" in state:
             name = _polynomial(state)
-        converted = layers.convert(name, DIMS, args, state)
-        if str(self.args.get("norm_layer")).rsplit(".", 1)[-1].strip("'>") == "LayerNorm2d":
-            converted.module.norm = legacy.ChannelNorm(blank.outputs)
-        return converted
+        return layers.convert(name, DIMS, args, state)
 
     def _mixture(self, name: str, args: Arguments, state: State) -> Conversion:
         gates = [value for key, value in state.items() if key.endswith("w_gate")]
@@ -222,10 +243,13 @@ class Filling:
 
     def _layer_arguments(self, prefix: str, blank: Blank, state: State) -> Arguments:
         known = {*layers.LAYERS[str(self.family.layer)].arguments, *NORM_ARGUMENTS}
-        plain = bool(self.plain_places.search(prefix))
-        given = self.family.defaults if plain else self.args
-        own = {key: value for key, value in given.items() if key in known}
-        return {**blank.arguments(), **own, **_stored(state, blank)}
+        given = {} if self.plain_places.search(prefix) else self.args
+        placed = self.family.in_blocks if self.block_places.search(prefix) else {}
+        own = {key: value for key, value in {**placed, **given}.items() if key in known}
+        stored = _stored(state, blank)
+        if not self.own_norm_places.search(prefix):
+            stored.update(_kept_norm(self.args))
+        return {**blank.arguments(), **own, **stored}
 
     def attention(self, prefix: str, blank: BlankMixer, state: State) -> Conversion:
         """Self-attention of the family, on the channels it meets."""
@@ -250,14 +274,15 @@ class Filling:
         inner = {}
         if "inner_proj.weight" in state:
             inner["inner_projection"] = state["inner_proj.weight"].shape[0]
-        normed = "BatchNorm2d" if any(key.endswith("running_mean") for key in state) else "InstanceNorm2d"
+        batch = any(key.endswith("running_mean") for key in state)
+        normed = {"norm_layer": "BatchNorm2d" if batch else "InstanceNorm2d", **_kept_norm(self.args)}
         inside = any("layer_norm." in key and key.endswith("weight") for key in state)
         if inside or "norm_layer.weight" not in state:  # else each norm has its own default
             own["affine"] = inside
         projection = "proj_k.inner_proj.0.weight"
         if projection in state:
             own.update(_narrow(state[projection].shape[0], state[projection].shape[1]))
-        args = {"input_dim": blank.channels, "norm_layer": normed, **own, **inner, **options}
+        args = {"input_dim": blank.channels, **normed, **own, **inner, **options}
         return blocks.CONVERTERS[f"{name}{{n}}D"](DIMS, args, state)
 
 
@@ -281,6 +306,14 @@ def _stored(state: State, blank: Blank) -> Arguments:
     return found
 
 
+def _kept_norm(args: Mapping[str, Any]) -> Arguments:
+    """The call's norm where the weights do not show it."""
+    norm = args.get("norm_layer")
+    name = norm if isinstance(norm, str) else getattr(norm, "__name__", "")
+    name = name.rsplit(".", 1)[-1]
+    return {"norm_layer": name} if name in KEPT_NORMS else {}
+
+
 def _polynomial(state: State) -> str:
     """The class of a polynomial layer by its weights."""
     if "beta_weights" not in state:
@@ -300,16 +333,14 @@ def _narrow(inner: int, widest: int) -> Arguments:
 
 
 def _plain_layer(blank: Blank, state: State) -> Conversion:
-    """[Dropout,] convolution with bias, batch norm, GELU."""
-    first = min((int(key.split(".")[0]) for key in state), default=0)
-    conv = nn.Conv2d(blank.inputs, blank.outputs, **blank.geometric())
-    affine = f"{first + 1}.weight" in state
-    module = nn.Sequential(conv, nn.BatchNorm2d(blank.outputs, affine=affine), nn.GELU())
-    links = [
-        Link(f"{number}.{key}", (f"{number + first}.{key}",))
-        for number in (0, 1)
-        for key in module[number].state_dict()
-    ]
+    """[Dropout,] convolution with bias, which may be wrapped, batch norm, GELU."""
+    weights = {key: value for key, value in state.items() if key.endswith("weight") and value.dim() > 1}
+    theirs = next((key.removesuffix("weight") for key in weights), "0.")
+    first = int(theirs.split(".")[0])
+    groups = blank.inputs // weights[f"{theirs}weight"].shape[1] if weights else 1
+    conv = nn.Conv2d(blank.inputs, blank.outputs, **{**blank.geometric(), "groups": groups})
+    module = nn.Sequential(conv, nn.BatchNorm2d(blank.outputs), nn.GELU())
+    links = [*same_names(conv, "0.", theirs), *same_names(module[1], "1.", f"{first + 1}.")]
     return Conversion(module, links)
 
 
@@ -317,16 +348,20 @@ def output(network: nn.Module, x: Tensor) -> Any:
     return network(x)
 
 
-def with_balance_loss(share: float, network: nn.Module, x: Tensor) -> Any:
-    return network(x), share * take_balance_loss(network)
-
-
 def all_outputs(network: Any, x: Tensor) -> Any:
     outputs = network.outputs(x)
     return outputs if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def finished(network: nn.Module, filling: Filling, answer: Callable[[Any, Tensor], Any]) -> Conversion:
+def features(network: Any, x: Tensor) -> Any:
+    return network.encoder(x)[-1]
+
+
+def with_balance_loss(share: float, network: nn.Module, x: Tensor, answer: Answer = output) -> Any:
+    return answer(network, x), share * take_balance_loss(network)
+
+
+def finished(network: nn.Module, filling: Filling, answer: Answer) -> Conversion:
     links = [link.under("network.", "") for link in filling.links]
     return Conversion(ReferenceNetwork(network, answer), links, filling.unused)
 
@@ -352,11 +387,6 @@ def align_corners(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, DecoderStage | NestedU):
             module.align_corners = True
-
-
-def residual_part(path: str) -> str:
-    """A layer of a residual block: layers.0 -> conv1, skip -> downsample."""
-    return re.sub(r"layers\.(\d)", lambda m: f"conv{int(m[1]) + 1}", path).replace("skip", "downsample")
 
 
 def renaming(rows: list[tuple[str, Any]]) -> Names:

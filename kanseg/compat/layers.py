@@ -21,15 +21,12 @@ from kanseg.layers.wavelet_conv import WaveletConv
 
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "dropout")
 DEFAULT_PADDING = 0
-NORMS = {"BatchNorm": "batch", "InstanceNorm": "instance", "Identity": None}
-ACTIVATIONS = {
-    "GELU": "gelu",
-    "SiLU": "silu",
-    "ReLU": "relu",
-    "Identity": None,
-    "Tanh": "tanh",
-    "LeakyReLU": "leakyrelu",
+CHANNEL = "LayerNorm2d"  # timm's norm over the channels of one position
+NORMS = {"BatchNorm": "batch", "InstanceNorm": "instance", "Identity": None, CHANNEL: CHANNEL}
+ACTIVATIONS: dict[str, str | None] = {
+    name: name.lower() for name in ("GELU", "SiLU", "ReLU", "Tanh", "Sigmoid", "Mish", "ELU", "SELU", "CELU")
 }
+ACTIVATIONS |= {"LeakyReLU": "leakyrelu", "ReLU6": "relu6", "PReLU": "prelu", "Identity": None}
 
 
 @dataclass(frozen=True)
@@ -140,10 +137,12 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
     """
     spec, args = LAYERS[name], dict(args)
     channels = [args.pop(name) for name in ("input_dim", "output_dim")]
-    for unused in ("ndim", "conv_class", "conv_class_plus1"):
+    for unused in ("ndim", "conv_class", "conv_class_plus1", "conv_w_fun"):
         args.pop(unused, None)
     geometry = {"padding": DEFAULT_PADDING, **{name: args.pop(name) for name in GEOMETRY if name in args}}
-    norm = norm_name(args.pop("norm_layer", None), spec.norm)
+    if isinstance(geometry["padding"], str):
+        geometry["padding"] = named_padding(geometry)
+    norm = norm_name(args.pop("norm_layer", args.pop("norm_class", None)), spec.norm)
     own = {ours: args.pop(theirs) for theirs, ours in spec.arguments.items() if theirs in args}
     own.pop("wav_version", None)  # three ways to store the same layer
     if "base_act" in own:
@@ -153,21 +152,56 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
     options = {**FAMILIES[spec.family], **geometry}
     options.update(spec.options(own, geometry.get("groups", 1)), **own)
     place = "input_norm" if "input_norm" in options else "norm"
-    options[place] = (norm, args) if norm else None  # what is left goes to the norm
+    options[place] = norm_spec(norm, args)  # what is left goes to the norm
     try:
-        return ConvLayer(spatial_dims, *channels, **{**options, **further})
+        layer = ConvLayer(spatial_dims, *channels, **{**options, **further})
+        if norm == CHANNEL:
+            where, width = (layer.conv, channels[0]) if place == "input_norm" else (layer, channels[1])
+            groups = 1 if spec.joined else layer.conv.groups
+            setattr(where, place, channel_norm(spatial_dims, width, groups, args))
     except TypeError as error:
         raise UsageError(
             f"{name} of torch-conv-kan does not take these arguments: {args} ({error})"
         ) from error
+    return layer
+
+
+def named_padding(geometry: Mapping[str, Any]) -> Any:
+    """torch's "valid" and "same" as numbers."""
+    if geometry["padding"] == "valid":
+        return 0
+    kernel, dilation = geometry["kernel_size"], geometry.get("dilation", 1)
+    if geometry["padding"] != "same" or not isinstance(kernel, int) or not isinstance(dilation, int):
+        raise UsageError(f"padding must be a number an axis, 'valid' or 'same', got '{geometry['padding']}'")
+    if dilation * (kernel - 1) % 2:
+        raise UsageError(f"padding 'same' of the even kernel_size {kernel} is not the same on both sides")
+    return dilation * (kernel - 1) // 2
+
+
+def norm_spec(norm: str | None, arguments: Mapping[str, Any]) -> Any:
+    """MONAI's spec; `CHANNEL` starts as another norm with weights, and is put in place by the caller."""
+    if norm == CHANNEL:
+        return ("instance", {"affine": True})
+    return (norm, dict(arguments)) if norm else None
+
+
+def channel_norm(
+    spatial_dims: int, channels: int, groups: int, arguments: Mapping[str, Any]
+) -> legacy.ChannelNorm:
+    """The norm that `CHANNEL` names."""
+    if spatial_dims != 2:
+        raise UsageError(f"norm_layer {CHANNEL} is 2D only, but this class is {spatial_dims}D")
+    return legacy.ChannelNorm(channels, groups, **arguments)
 
 
 def norm_name(norm: Any, default: str) -> str | None:
     """MONAI's name of a norm that is given as a class or by its name."""
     if norm is None:
         return default
-    name = norm if isinstance(norm, str) else norm.__name__
-    base = re.sub(r"[123]d$", "", name.rsplit(".", 1)[-1])
+    name = norm if isinstance(norm, str) else getattr(norm, "__name__", repr(norm))
+    base = name.rsplit(".", 1)[-1]
+    if base != CHANNEL:
+        base = re.sub(r"[123]d$", "", base)
     if base not in NORMS:
         raise UsageError(f"norm_layer '{name}' is not supported.{did_you_mean(base, NORMS)}")
     return NORMS[base]
@@ -203,6 +237,10 @@ def reference_links(name: str, layer: ConvLayer, state: Mapping[str, Tensor]) ->
         links += [
             link.under(own, their) for link in _basis_links(spec, kan, spatial_dims, below(state, their))
         ]
+    act = getattr(conv, "base_act", None)
+    links += (
+        [Link(f"conv.base_act.{key}", (f"base_activation.{key}",)) for key in act.state_dict()] if act else []
+    )
     place = "conv.input_norm" if getattr(conv, "input_norm", None) is not None else "norm"
     norm = layer.get_submodule(place)
     for key in norm.state_dict():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kanseg.bases import Basis
 from kanseg.bases.orthogonal import Gram
@@ -158,11 +159,16 @@ class GatheredFocalModulation(FocalModulation):
         return super().everywhere(gathered, gathered)
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Normalises the channels at each position, (N, C, *S) -> (N, C, *S) (timm's LayerNorm2d)."""
+class ChannelNorm(nn.Module):
+    """Normalises the channels of a group at each position, (N, C, *S) -> (N, C, *S) (timm's LayerNorm2d)."""
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__(channels, eps=eps)
+    def __init__(self, channels: int, groups: int = 1, eps: float = 1e-6, affine: bool = True) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight: Any = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias: Any = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        by_group = x.movedim(1, -1).unflatten(-1, (self.groups, -1))
+        y = F.layer_norm(by_group, by_group.shape[-1:], eps=self.eps).flatten(-2)
+        return (y if self.weight is None else y * self.weight + self.bias).movedim(-1, 1)

@@ -199,7 +199,10 @@ def _options(spec: Layer, args: dict[str, Any]) -> dict[str, Any]:
         args["bias"] = False
     options = {ours: args.pop(theirs) for theirs, ours in spec.arguments.items() if theirs in args}
     if act is not None:
-        options.update({place: activation_name(act) for place in spec.acts})
+        name = activation_name(act)
+        if name == "prelu" and len(spec.acts) > 1:
+            raise UsageError("act PReLU is not supported where one learned slope serves several places")
+        options.update(dict.fromkeys(spec.acts, name))
     if "grid_range" in options:
         options["grid_range"] = tuple(options["grid_range"])
     if "wavelet" in options:
@@ -214,6 +217,8 @@ def _links(spec: Layer, layer: nn.Module, state: State) -> list[Link]:
             links.append(beta_link(ours, theirs))
         elif ours in own:
             links.append(Link(ours, (theirs,)))
+    if "linear.base_act.weight" in own:
+        links.append(Link("linear.base_act.weight", ("base_activation.weight",)))
     if spec.basis is not None:
         inner = "linear.inner" if "linear.inner.basis_weight" in own else "linear"
         functions = layer.get_submodule(f"{inner}.basis").num_functions

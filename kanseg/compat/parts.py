@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.compat.links import Conversion, Link, same_names
+from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers.bottleneck import NoiseInjection
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.spatial_norm import SpatialNorm
 from kanseg.training.focal import FocalLoss, FocalTverskyLoss
@@ -54,6 +56,7 @@ def convert_norm(groups: int, spatial_dims: int, args: dict[str, Any], state: St
         args.pop("num_groups", groups),
         args.pop("affine", True),
     )
+    _none_left(args)
     links = [
         link
         for ours, theirs in SPATIAL_NORM.items()
@@ -66,8 +69,14 @@ def convert_head(spatial_dims: int, args: dict[str, Any], state: State) -> Conve
     """The nested head."""
     nesting, classes = args.pop("nesting_list"), args.pop("num_classes", 1000)
     head = MatryoshkaHead(nesting, classes, shared=args.pop("efficient", False), bias=args.pop("bias", True))
+    _none_left(args)
     names = [key.removeprefix("classifiers.") for key in head.state_dict()]
     return Conversion(head, [Link(f"classifiers.{n}", (f"nesting_classifier_{n}",)) for n in names])
+
+
+def _none_left(args: dict[str, Any]) -> None:
+    if args:
+        raise UsageError(f"torch-conv-kan does not take {sorted(args)} here")
 
 
 def _dice(complement: bool, args: dict[str, Any]) -> nn.Module:
@@ -102,12 +111,32 @@ LOSSES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 }
 
 
+LOSS_ARGUMENTS = {
+    "Dice": "smooth",
+    "DiceLoss": "smooth",
+    "DiceLossWithBCE": "smooth bce_weight",
+    "TverskyLoss": "smooth alpha beta gamma",
+    "FocalLoss": "alpha gamma label_smoothing reduction ignore_index num_classes",
+}
+
+
 def convert_loss(name: str, spatial_dims: int, args: dict[str, Any], state: State) -> Conversion:
     """A loss; it has no weights."""
+    known = LOSS_ARGUMENTS[name].split()
+    if unknown := sorted(set(args) - set(known)):
+        raise UsageError(
+            f"{name} of torch-conv-kan does not take '{unknown[0]}'.{did_you_mean(unknown[0], known)}"
+        )
     return Conversion(LOSSES[name](args), [])
 
 
+def convert_noise(spatial_dims: int, args: dict[str, Any], state: State) -> Conversion:
+    """Noise in training; it has no weights."""
+    return Conversion(NoiseInjection(args.get("p", 0.0), args.get("alpha", 0.05)), [])
+
+
 CONVERTERS: dict[str, Any] = {
+    "NoiseInjection": convert_noise,
     "SelfSpatialNorm": partial(convert_norm, 16),
     "SpatialNorm": partial(convert_norm, 32),
     "MatryoshkaHead": convert_head,

@@ -14,7 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kanseg.compat import blocks, classifiers, layers, linear, parts, segmenters
+from kanseg.compat import (
+    blocks,
+    classifiers,
+    functions,
+    layers,
+    linear,
+    parts,
+    residual,
+    segmenters,
+    wrappers,
+)
 from kanseg.compat.links import Conversion, load, spread
 from kanseg.errors import UsageError, did_you_mean
 
@@ -24,9 +34,12 @@ CONVERTERS: dict[str, Converter] = {
     **layers.CONVERTERS,
     **blocks.CONVERTERS,
     **linear.CONVERTERS,
+    **functions.CONVERTERS,
+    **residual.CONVERTERS,
     **segmenters.CONVERTERS,
     **classifiers.CONVERTERS,
     **parts.CONVERTERS,
+    **wrappers.CONVERTERS,
 }
 
 
@@ -41,7 +54,7 @@ def from_torch_conv_kan(
         state_dict: the reference's state_dict.
 
     Raises:
-        UsageError: unknown class or argument.
+        UsageError: unknown class or argument, or a class that has no counterpart here.
         UserError: keys or shapes of `state_dict` that do not fit, the first of them named.
     """
     convert, spatial_dims = find(class_name, args)
@@ -70,6 +83,10 @@ def find(class_name: str, args: Mapping[str, Any]) -> tuple[Converter, int]:
     short = class_name.rsplit(".", 1)[-1]
     match = re.search(r"([123N])D", short)
     name = short.replace(match[0], "{n}D") if match else short
+    if name in wrappers.REFUSED:
+        raise UsageError(
+            f"'{class_name}' of torch-conv-kan has no counterpart here: it {wrappers.REFUSED[name]}"
+        )
     if name not in CONVERTERS:
         spelled = [key.replace("{n}", "{1,2,3}") for key in CONVERTERS]
         known = difflib.get_close_matches(short, spelled, n=8, cutoff=0.3) or layers.LAYERS

@@ -34,6 +34,8 @@ ORGANS = (
 )
 # Classes of MedMNIST v2 (Yang et al., Scientific Data 10:41, 2023), by the name of the file.
 MEDMNIST = {
+    "chestmnist": "atelectasis|cardiomegaly|effusion|infiltration|mass|nodule|pneumonia|pneumothorax|consolidation"
+    "|edema|emphysema|fibrosis|pleural|hernia",
     "pathmnist": "adipose|background|debris|lymphocytes|mucus|smooth muscle|normal mucosa|stroma|adenocarcinoma",
     "dermamnist": "actinic keratosis|basal cell carcinoma|benign keratosis|dermatofibroma|melanoma|nevus"
     "|vascular lesion",
@@ -57,7 +59,10 @@ DAMAGED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, KeyErr
 
 @dataclass(frozen=True)
 class Arrays:
-    """Images (N, *S) or (N, *S, C) and class numbers (N,) by part, and the files that they lie in."""
+    """Images (N, *S) or (N, *S, C) and class numbers (N,) by part, and the files that they lie in.
+
+    Where an image may have several classes, `labels` are (N, K) of 0 and 1.
+    """
 
     layout: str
     spatial_dims: int
@@ -102,7 +107,7 @@ def _read_mnist(folder: Path) -> Arrays:
             continue
         images[part], labels[part] = read_idx(pictures), read_idx(numbers)
         files += [pictures, numbers]
-    names = _numbers(labels["train"])
+    names = _numbers(int(labels["train"].max()) + 1)
     return _checked("MNIST (idx files)", names, images, labels, files, images["train"].ndim - 1)
 
 
@@ -138,7 +143,7 @@ def _read_cifar(folder: Path) -> Arrays:
             labels[part] = records[:, -size - 1]
             images[part] = np.moveaxis(records[:, -size:].reshape(-1, *CIFAR_SHAPE), 1, -1)
     if hundred and not table.is_file():
-        names = _numbers(labels["train"])
+        names = _numbers(int(labels["train"].max()) + 1)
     layout = f"CIFAR-{100 if hundred else 10} (binary version)"
     return _checked(layout, names, images, labels, [*parts["train"], *parts["test"]], 2)
 
@@ -173,21 +178,23 @@ def _read_npz(path: Path) -> Arrays:
     images = {part: found[f"{part}_images"] for part in parts}
     labels = {part: found[f"{part}_labels"] for part in parts}
     labels = {part: one[:, 0] if one.ndim == 2 and one.shape[1] == 1 else one for part, one in labels.items()}
-    if any(one.ndim > 1 for one in labels.values()):
+    if any(one.shape[1:] != labels["train"].shape[1:] or one.ndim > 2 for one in labels.values()):
         raise UserError(
-            f"{path} has several labels an image ({labels['train'].shape}); kanseg learns one class an image."
+            f"{path} has labels of other shapes in its parts: {[one.shape for one in labels.values()]}."
         )
     shape = images["train"].shape
     colours = len(shape) > 3 and shape[-1] == 3  # volumes of MedMNIST are no wider than 28 or 64
     names = MEDMNIST.get(path.stem.partition("_")[0], "").split("|")
-    if len(names) <= labels["train"].max():
-        names = _numbers(labels["train"])
+    several = labels["train"].ndim == 2
+    count = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1
+    if len(names) < count:
+        names = _numbers(count)
     return _checked("arrays (MedMNIST's npz)", names, images, labels, [path], len(shape) - 1 - colours)
 
 
-def _numbers(labels: np.ndarray) -> list[str]:
+def _numbers(count: int) -> list[str]:
     """Names of classes that have none."""
-    return [str(number) for number in range(int(labels.max()) + 1)]
+    return [str(number) for number in range(count)]
 
 
 def _checked(
@@ -205,9 +212,9 @@ def _checked(
             raise UserError(
                 f"{files[0]} has {len(one)} images and {len(labels[part])} labels in its part {part}."
             )
-        if labels[part].dtype.kind not in "iu" or labels[part].min() < 0 or labels[part].max() >= len(names):
-            raise UserError(
-                f"{files[0]} has labels that are no classes 0 ... {len(names) - 1} in its part {part}."
-            )
+        most = 1 if labels[part].ndim == 2 else len(names) - 1
+        if labels[part].dtype.kind not in "iu" or labels[part].min() < 0 or labels[part].max() > most:
+            kind = "not 0 or 1 for each class" if labels[part].ndim == 2 else f"no classes 0 ... {most}"
+            raise UserError(f"{files[0]} has labels that are {kind} in its part {part}.")
     channels = 1 if images["train"].ndim == dims + 1 else images["train"].shape[-1]
     return Arrays(layout, dims, channels, names, images, labels, files)

@@ -25,6 +25,7 @@ from kanseg.registry import Registry
 Reader = Callable[[Case], np.ndarray]
 Change = Callable[[Tensor], Tensor]  # of an image as it is stored, (C, *S)
 CHANGES = Registry("change of images")
+NO_CLASS = -1  # images that have none are drawn as if that was one
 SHIFT = 8  # a share of 1 / SHIFT of an axis
 INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
@@ -97,7 +98,7 @@ class ImageBatches:
 
 
 class TrainingImages(Dataset):
-    """Prepared images after random changes: {"image": (C, *patch_size), "label": (), "seed": ()}.
+    """Prepared images after random changes: {"image": (C, *patch_size), "label": `plan.target`, "seed": ()}.
 
     Args:
         read: as in `ImageBatches`.
@@ -123,8 +124,11 @@ class TrainingImages(Dataset):
         self.changes: list[Change] = [CHANGES.create(name, plan) for name in changes]
         self.epoch_size, self.seed, self.balanced = epoch_size, seed, balanced
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
-        numbers = np.array([case.values[0] for case in cases])
-        self.pools = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
+        pools: dict[int, list[int]] = {}
+        for place, case in enumerate(cases):
+            for number in case.values or (NO_CLASS,):
+                pools.setdefault(number, []).append(place)
+        self.pools = [pools[number] for number in sorted(pools)]
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
         random = np.random.default_rng((self.seed, *place))
@@ -136,7 +140,7 @@ class TrainingImages(Dataset):
                 image = change(image)
         return {
             "image": prepare(image, self.plan),
-            "label": torch.tensor(case.values[0]),
+            "label": self.plan.target(case.values),
             "seed": torch.tensor(seed),
         }
 

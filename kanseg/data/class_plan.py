@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.stored_plan import StoredPlan
@@ -28,7 +30,8 @@ class ClassPlan(StoredPlan):
     """Everything that preparing an image, training and prediction must agree on.
 
     Images are scaled to cover `patch_size` and cut to it about their middle; channels are then normalised by
-    `normalization`, {"mean", "std"} of the values as they are stored.
+    `normalization`, {"mean", "std"} of the values as they are stored. With `multilabel` an image has any number of
+    classes, each of which is there or not.
     """
 
     task: ClassVar[str] = "classification"
@@ -49,6 +52,7 @@ class ClassPlan(StoredPlan):
     id_pattern: str | None = None
     model: str = "classifier"
     model_options: dict[str, Any] = field(default_factory=dict)
+    multilabel: bool = False
     reasons: list[str] = field(default_factory=list)
     version: int = VERSION
 
@@ -66,6 +70,16 @@ class ClassPlan(StoredPlan):
     def in_channels(self) -> int:
         """Channels that the network takes."""
         return len(self.channel_names)
+
+    def target(self, values: Sequence[int]) -> Tensor:
+        """What is learned of an image of these classes: their number, (), or with `multilabel` 0 and 1, (K,)."""
+        if not self.multilabel:
+            return torch.tensor(values[0])
+        return torch.zeros(len(self.label_names)).index_fill(0, torch.tensor(values, dtype=torch.long), 1.0)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of each class, (N, K) -> (N, K); they add up to 1 where an image has one class."""
+        return logits.sigmoid() if self.multilabel else logits.softmax(1)
 
     def misfit(self) -> str | None:
         """What a plan edited by hand has wrong, or None."""
@@ -112,10 +126,12 @@ def plan_classes(dataset: ImageClasses, run: Path | None = None) -> ClassPlan:
         batch_size=BATCH[dims],
         normalization=[{"mean": float(m), "std": float(s)} for m, s in zip(mean, std, strict=True)],
         id_pattern=dataset.id_pattern,
+        multilabel=dataset.multilabel,
         model_options={"encoder": ENCODERS[max(size) > SMALL], "basis": "gram", "bottleneck": True},
         reasons=[
             f"images of {size}: {why}",
             f"channels by mean and spread of {len(chosen)} images",
+            *(["an image may have several classes, or none"] if dataset.multilabel else []),
             *dataset.notes,
         ],
     )

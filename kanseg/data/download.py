@@ -75,15 +75,9 @@ def _totalsegmentator(suffix: str, what: str, record: int, size: str, md5: str) 
     return Source(f"totalsegmentator{suffix}", what, url, size, md5, licence, cite, masks=True)
 
 
-# What is not fetched, and why; its archive is unpacked and made readable by hand.
-BY_HAND = {
-    "amos": "AMOS (abdominal CT and MRI, 15 organs; CC BY 4.0): https://zenodo.org/records/7262581, amos22.zip, 23 GB. "
-    "It has a dataset.json with a list of files; give CT and MRI (numbers above 500) a data set each.",
-    "chaos": "CHAOS (abdominal CT and MRI; CC BY-NC-SA 4.0): https://zenodo.org/records/3431873, CHAOS_Train_Sets.zip, "
-    "0.9 GB. DICOM slices with a PNG mask each: convert them to NIfTI first.",
-}
-# MedMNIST's 28-pixel files of one class an image, with the checksums that its makers publish.
+# MedMNIST's 28-pixel files, with the checksums that its makers publish.
 MEDMNIST = {
+    "chestmnist": ("chest X-ray, 14 findings, any number an image", "02c8a6516a18b556561a56cbdd36c4a8"),
     "pathmnist": ("colon pathology, 9 classes", "a8b06965200029087d5bd730944a56c1"),
     "dermamnist": ("skin lesions, 7 classes", "0744692d530f8e62ec473284d019b0c7"),
     "octmnist": ("retinal OCT, 4 classes", "c68d92d5b585d8d81f7112f81e2d0842"),
@@ -202,6 +196,19 @@ SOURCES = {
     )
 }
 
+# Data sets that kanseg reads and does not fetch, and how to get them.
+BY_HAND = {
+    "amos": "AMOS (abdominal CT and MRI, 15 organs; CC BY 4.0): https://zenodo.org/records/7262581, amos22.zip, 23 GB. "
+    "It has a dataset.json with a list of files; make one of CT and one of MRI (numbers above 500), then run kanseg plan FOLDER.",
+    "chaos": "CHAOS (abdominal CT and MRI; CC BY-NC-SA 4.0): https://zenodo.org/records/3431873, CHAOS_Train_Sets.zip, "
+    "0.9 GB. DICOM slices with a PNG mask each: convert them to NIfTI, then run kanseg plan FOLDER.",
+    "ham10000": "Fetch HAM10000_metadata and HAM10000_images_part_1.zip and _2.zip from "
+    "https://doi.org/10.7910/DVN/DBW86T (CC BY-NC 4.0; Tschandl et al., Scientific Data 5:180161, 2018), unpack them "
+    "into one folder and run kanseg plan FOLDER. No checksum of its publisher is known.",
+    "imagenet": "Get leave at https://image-net.org/download.php (for research alone), unpack the training and "
+    "validation images into FOLDER/train/CLASS and FOLDER/val/CLASS and run kanseg plan FOLDER.",
+}
+
 
 def find_source(name: str) -> Source:
     """The data set of that name, with or without its task number, in any case.
@@ -211,10 +218,10 @@ def find_source(name: str) -> Source:
     """
     short = {key.partition("_")[2].lower() if key.startswith("Task") else key: key for key in SOURCES}
     key = {**{k.lower(): k for k in SOURCES}, **short}.get(name.lower())
-    if key is None and name.lower() in BY_HAND:
-        raise UsageError(f"'{name}' is not fetched by kanseg. {BY_HAND[name.lower()]}")
+    if (how := BY_HAND.get(name.lower())) is not None:
+        raise UsageError(f"{name} is not fetched by kanseg. {how}")
     if key is None:
-        raise UsageError(f"Unknown data set '{name}'.{did_you_mean(name, [*SOURCES, *short])}")
+        raise UsageError(f"Unknown data set '{name}'.{did_you_mean(name, {*SOURCES, *short, *BY_HAND})}")
     return SOURCES[key]
 
 

@@ -1,8 +1,9 @@
-"""Images with a class each, in the layouts that such data have: folders, tables and arrays, read into one data set.
+"""Images with classes, in the layouts that such data have: folders, tables and arrays, read into one data set.
 
 Folders: a folder a class, of pictures or, below train/, val/ and test/ (ImageNet), also of volumes; Tiny ImageNet's.
-Tables: HAM10000's metadata, any CSV with the columns image and class. Arrays (`kanseg.data.class_arrays`): MNIST's idx
-files, the binary version of CIFAR-10 and -100, MedMNIST's npz in 2D and 3D. Nothing is unpickled.
+Tables: HAM10000's metadata, any CSV with the columns image and class, or classes, of which an image may have several.
+Arrays (`kanseg.data.class_arrays`): MNIST's idx files, the binary version of CIFAR-10 and -100, MedMNIST's npz in 2D
+and 3D. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from kanseg.errors import UserError
 
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that hold no class
-CLASS_COLUMNS = ("class", "dx", "diagnosis", "target")
+CLASSES = "classes"
+CLASS_COLUMNS = ("class", "dx", "diagnosis", "target", CLASSES)
+SEPARATOR = "|"  # between the classes of one image
 GROUP_COLUMNS = ("group", "patient", "patient_id", "subject", "lesion_id")
 HAM10000 = {
     "akiec": "actinic keratosis",
@@ -44,13 +47,16 @@ HAM10000 = {
 }
 LAYOUTS = (
     "a folder a class (of volumes below train/, also val/, test/), Tiny ImageNet, HAM10000 (metadata and images), a "
-    ".csv with the columns image and class, MNIST's idx files, the binary version of CIFAR, or MedMNIST's .npz"
+    ".csv with the columns image and class (or classes, with | between them), MNIST's idx files, the binary version of "
+    "CIFAR, or MedMNIST's .npz"
 )
 
 
 @dataclass(frozen=True)
 class ImageClasses(Dataset):
     """Images with a class each; a case's `values` are the number of its class, in the order of `label_names`.
+
+    With `multilabel` an image has any number of classes, also none.
 
     `cases` are for training and validation; `test_cases` have their class too, and nothing is chosen by them.
 
@@ -61,6 +67,7 @@ class ImageClasses(Dataset):
 
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    multilabel: bool = False
 
     @property
     def sources(self) -> Sequence[Case]:
@@ -96,7 +103,7 @@ def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageCla
         why = "There is no such file or folder" if not path.exists() else "No layout was recognised"
         raise UserError(f"{path} holds no images with classes: {why}. Expected: {LAYOUTS}.")
     dataset = read()
-    if len(dataset.label_names) < 2:
+    if len(dataset.label_names) < 2 and not dataset.multilabel:
         raise UserError(f"{path} has one class, {dataset.label_names}; there is nothing to tell apart.")
     if id_pattern is not None:
         dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
@@ -206,9 +213,11 @@ def _read_table(path: Path, table: Path) -> ImageClasses:
     group, root = _column(rows[0], GROUP_COLUMNS), table.parent
     files = {stem_of(file): file for file in root.rglob("*") if suffix_of(file) not in ("", ".dcm")}
     shown = HAM10000 if kind == "dx" else {}
-    classes = sorted({row[kind] for row in rows})
+    several = kind == CLASSES
+    of_row = [split_classes(row[kind]) if several else [row[kind]] for row in rows]
+    classes = sorted(set().union(*of_row))
     cases: dict[str, list[Case]] = {"train": []}
-    for row in rows:
+    for row, found in zip(rows, of_row, strict=True):
         file = root / row[key] if (root / row[key]).is_file() else files.get(stem_of(Path(row[key])))
         if file is None:
             raise UserError(
@@ -219,24 +228,41 @@ def _read_table(path: Path, table: Path) -> ImageClasses:
             raise UserError(f"{table}: split '{row['split']}' is none of train, val, test.")
         name = row.get("id") or stem_of(file)
         patient = row[group] if group else name
-        cases.setdefault(part, []).append(Case(name, (file,), None, patient, (classes.index(row[kind]),)))
+        values = tuple(sorted(classes.index(one) for one in found))
+        cases.setdefault(part, []).append(Case(name, (file,), None, patient, values))
     layout = "HAM10000" if shown else "a table of images and classes"
     notes = [f"column '{group}' keeps the images of one {group} together"] if group else []
-    return make(path, layout, [shown.get(name, name) for name in classes], cases, notes)
+    dataset = make(path, layout, [shown.get(name, name) for name in classes], cases, notes)
+    return replace(dataset, multilabel=several)
+
+
+def split_classes(text: str) -> list[str]:
+    """The classes of an image that a table names, with `SEPARATOR` between them.
+
+    >>> split_classes("edema|mass"), split_classes("")
+    (['edema', 'mass'], [])
+    """
+    return [name for part in (text or "").split(SEPARATOR) if (name := part.strip())]
 
 
 def _read_arrays(path: Path, found: Found) -> ImageClasses:
     arrays = found()
     names, images = arrays.names, arrays.images
+    several = arrays.labels["train"].ndim == 2
     cases = {
         part: [
-            Case(f"{part}-{i:06d}", (arrays.files[0],), None, f"{part}-{i:06d}", (int(number),))
-            for i, number in enumerate(arrays.labels[part])
+            Case(f"{part}-{i:06d}", (arrays.files[0],), None, f"{part}-{i:06d}", _values(label))
+            for i, label in enumerate(arrays.labels[part])
         ]
         for part in images
     }
     dataset = make(path, arrays.layout, names, cases, dims=arrays.spatial_dims, channels=arrays.channels)
-    return replace(dataset, arrays=images, files=tuple(arrays.files))
+    return replace(dataset, arrays=images, files=tuple(arrays.files), multilabel=several)
+
+
+def _values(label: np.ndarray) -> tuple[int, ...]:
+    """Numbers of the classes of a label: a number, or 0 and 1 for each."""
+    return tuple(np.flatnonzero(label).tolist()) if label.ndim else (int(label),)
 
 
 def make(

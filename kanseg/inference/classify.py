@@ -56,8 +56,11 @@ def predict_classes(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     members = [load_model(file, device)[:2] for path in models for file in find_members(path)]
     plans = [plan for _, plan in members]
-    names = plans[0].label_names
-    if any(not isinstance(plan, ClassPlan) or plan.label_names != names for plan in plans):
+    names, several = plans[0].label_names, plans[0].multilabel
+    if any(
+        not isinstance(plan, ClassPlan) or (plan.label_names, plan.multilabel) != (names, several)
+        for plan in plans
+    ):
         raise UserError(
             f"{', '.join(map(str, models))} do not tell the same classes. Combine models of one task."
         )
@@ -82,7 +85,7 @@ def predict_classes(
         )
     path = Path(out) if Path(out).suffix == ".csv" else Path(out) / PREDICTIONS
     make_folder(path.parent)
-    write_predictions(path, list(rows), np.stack(list(rows.values())), names)
+    write_predictions(path, list(rows), np.stack(list(rows.values())), names, multilabel=several)
     if console is not None:
         console.print(f"{len(rows)} images -> {path}", highlight=False, soft_wrap=True)
     return {"predicted": len(rows), "failed": failed, "out": str(path)}
@@ -102,7 +105,10 @@ def _probabilities(
     each: Sequence[tuple[Any, ImageBatches]], cases: Sequence[Case], device: Any
 ) -> dict[str, Any]:
     """Mean probabilities of the members, by case."""
-    chances = [network(prepared(cases).to(device)).softmax(1).cpu().numpy() for network, prepared in each]
+    chances = [
+        prepared.plan.probabilities(network(prepared(cases).to(device))).cpu().numpy()
+        for network, prepared in each
+    ]
     mean = np.mean(chances, axis=0)
     if not np.isfinite(mean).all():
         raise UserError("The network gives values that are not finite. Train it again.")

@@ -20,13 +20,14 @@ from kanseg.data.formats import Case
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.loaders import EndlessLoader
 from kanseg.errors import refused_options
-from kanseg.evaluation.classification import class_scores, write_predictions
+from kanseg.evaluation.classification import as_truth, mean_auc, score_values, write_predictions
 from kanseg.registry import Registry
 from kanseg.training.files import make_folder
 from kanseg.training.task import Batch
 from kanseg.training.validate import spread
 
 CLASS_LOSSES = Registry("loss of classes")
+LABEL_LOSSES = Registry("loss of classes of which an image has several")  # by the names of `CLASS_LOSSES`
 PREDICTIONS = "predictions.csv"
 
 
@@ -62,15 +63,47 @@ class FocalCrossEntropy(CrossEntropy):
         return -(weight * shares * (1 - logs.exp()) ** self.gamma * logs).sum(1).mean()
 
 
+@LABEL_LOSSES.register("ce")
+class BinaryCrossEntropy(nn.Module):
+    """Mean cross-entropy of each class being there or not, of logits (N, K) and shares (N, K).
+
+    Args:
+        weight: of each class.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, weight: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.weight: Any
+        self.label_smoothing, self.gamma = label_smoothing, 0.0
+        self.register_buffer("weight", None if weight is None else torch.tensor(weight))
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean over images and classes; with `gamma` sure answers count less, as in `FocalCrossEntropy`."""
+        shares = target * (1 - self.label_smoothing) + self.label_smoothing / 2
+        terms = [(shares, F.logsigmoid(logits)), (1 - shares, F.logsigmoid(-logits))]
+        losses = torch.stack([-share * (1 - logs.exp()) ** self.gamma * logs for share, logs in terms]).sum(0)
+        return (losses if self.weight is None else losses * self.weight).mean()
+
+
+@LABEL_LOSSES.register("focal")
+class FocalBinaryCrossEntropy(BinaryCrossEntropy):
+    """The same, whose terms count (1 - p)^gamma."""
+
+    def __init__(
+        self, gamma: float = 1.5, label_smoothing: float = 0.0, weight: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(label_smoothing, weight)
+        self.gamma = gamma
+
+
 class Classification:
-    """A fold's images, learned in shuffled passes and scored by accuracy; see `task.Task`.
+    """A fold's images, learned in shuffled passes and scored by accuracy, or by AUC where they have several classes.
+
+    See `task.Task`.
 
     Args:
         main: whether this process writes files.
     """
-
-    metric = "accuracy"
-    names: Sequence[str] = ("top-1",)
 
     def __init__(
         self,
@@ -90,7 +123,8 @@ class Classification:
         self.prepared = ImageBatches(dataset.read, plan, config.data.workers)
         self.tested: Sequence[Case] = dataset.test_cases or validation
         self.folder: Path | None = None
-        self.criterion = class_loss(config).to(device)
+        self.metric = "auc" if plan.multilabel else "accuracy"
+        self.criterion = class_loss(config, plan.multilabel).to(device)
         count = len(plan.label_names)
         mixers = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
         chosen = {name: getattr(self.classes, name) for name in mixers}
@@ -134,17 +168,24 @@ class Classification:
         return self._in_batches(spread(self.validation, self.options.validation_cases))
 
     def score(self, model: nn.Module, item: Sequence[Case], device: torch.device) -> list[float]:
-        """How many are right, and of how many."""
+        """How many are right, and of how many; for an AUC the probabilities, and what is there."""
         probabilities = self._probabilities(model, item, device)
+        if self.plan.multilabel:
+            truth = as_truth([case.values for case in item], len(self.plan.label_names))
+            return [*probabilities.ravel().tolist(), *truth.ravel().tolist()]
         right = sum(
             int(row.argmax()) == case.values[0] for row, case in zip(probabilities, item, strict=True)
         )
         return [float(right), float(len(item))]
 
     def mean(self, scores: Sequence[list[float]]) -> Mapping[str, float]:
-        """Accuracy of all watched images."""
-        right, count = np.sum(scores, axis=0)
-        return {self.names[0]: float(right / count)}
+        """Accuracy of all watched images, or their mean AUC over the classes, if there is one."""
+        if not self.plan.multilabel:
+            right, count = np.sum(scores, axis=0)
+            return {"top-1": float(right / count)}
+        halves = [np.array(one).reshape(2, -1, len(self.plan.label_names)) for one in scores]
+        area = mean_auc(*np.concatenate(halves, axis=1))
+        return {} if area is None else {"mean": area}
 
     def held_out(self) -> Sequence[Sequence[Case]]:
         """The test images that the data come with, else those of validation."""
@@ -158,18 +199,15 @@ class Classification:
         return self._probabilities(model, item, device).tolist()
 
     def summarize(self, scores: Sequence[list[list[float]]]) -> Mapping[str, Any]:
-        """`class_scores` of the held-out images, whose probabilities are kept in FOLDER/predictions.csv."""
+        """Scores of the held-out images, whose probabilities are kept in FOLDER/predictions.csv."""
         probabilities = np.array([row for batch in scores for row in batch])
-        numbers = [case.values[0] for case in self.tested]
-        if self.folder is not None and self.main:
-            path = make_folder(self.folder) / PREDICTIONS
-            write_predictions(
-                path, [case.id for case in self.tested], probabilities, self.plan.label_names, numbers
-            )
+        names, several = self.plan.label_names, self.plan.multilabel
+        values = [case.values for case in self.tested]
         groups = [case.group for case in self.tested]
-        found = class_scores(
-            probabilities, np.array(numbers), self.plan.label_names, groups, self.config.data.seed
-        )
+        if self.folder is not None and self.main:
+            path, ids = make_folder(self.folder) / PREDICTIONS, [case.id for case in self.tested]
+            write_predictions(path, ids, probabilities, names, values, multilabel=several)
+        found = score_values(probabilities, values, names, groups, self.config.data.seed, multilabel=several)
         return {"held_out": "test" if self.dataset.test_cases else "validation", **found}
 
     def _samples(self, epoch_size: int) -> TrainingImages:
@@ -188,12 +226,12 @@ class Classification:
 
     @torch.inference_mode()
     def _probabilities(self, model: nn.Module, cases: Sequence[Case], device: torch.device) -> np.ndarray:
-        return model(self.prepared(cases).to(device)).softmax(1).cpu().numpy()
+        return self.plan.probabilities(model(self.prepared(cases).to(device))).cpu().numpy()
 
 
-def class_loss(config: Config) -> nn.Module:
+def class_loss(config: Config, multilabel: bool = False) -> nn.Module:
     """The loss of a config; `UsageError` for one that is not known or has no such option."""
     classes = config.classification
     options = {"label_smoothing": classes.label_smoothing, **classes.loss_options}
     with refused_options(f"The loss '{classes.loss}'"):
-        return CLASS_LOSSES.create(classes.loss, **options)
+        return (LABEL_LOSSES if multilabel else CLASS_LOSSES).create(classes.loss, **options)

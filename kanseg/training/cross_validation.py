@@ -20,6 +20,7 @@ from kanseg.data.labels import class_values, painted
 from kanseg.data.plan import CACHE_SHARE
 from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.classification import SCORES
 from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
 from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
 from kanseg.progress import is_main, progress
@@ -31,7 +32,6 @@ from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits
 from kanseg.training.validate import kept_prediction
 
 RESULT, TABLE = "cross_validation.json", "cross_validation.csv"
-CLASS_SCORES = ("accuracy", "top5", "balanced_accuracy", "auc")
 Where = Mapping[str, Path]  # label map of each case
 
 
@@ -103,7 +103,7 @@ def _conclude_classes(run: Path, **facts: Any) -> dict[str, Any]:
 
 def spread_of(folds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over the folds of each score of classifiers (see `class_scores`)."""
-    names = [name for name in CLASS_SCORES if all(fold.get(name) is not None for fold in folds)]
+    names = [name for name in SCORES if all(fold.get(name) is not None for fold in folds)]
     values = {name: np.array([fold[name] for fold in folds], dtype=float) for name in names}
     return {name: {"mean": float(v.mean()), "std": float(v.std())} for name, v in values.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class FocalLoss(nn.Module):
         gamma: 0 is the cross-entropy.
         class_weights: factor of each class, (K,).
         label_smoothing: of the cross-entropy.
-        reduction: "mean" or "sum" over the voxels that count.
+        reduction: "mean" or "sum" over the voxels that count, or "none" for the loss of each of them, (M,).
     """
 
     class_weights: Tensor | None
@@ -38,7 +39,7 @@ class FocalLoss(nn.Module):
     ) -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
-            raise UsageError(f"reduction must be 'mean' or 'sum', got '{reduction}'")
+            raise UsageError(f"reduction must be 'mean', 'sum' or 'none', got '{reduction}'")
         self.gamma, self.ignore_index, self.label_smoothing = gamma, ignore_index, label_smoothing
         self.reduction = reduction
         self.register_buffer("class_weights", class_weights)
@@ -54,10 +55,14 @@ class FocalLoss(nn.Module):
         loss = (1 - p) ** self.gamma * entropy
         if self.class_weights is not None:
             loss = loss * self.class_weights[target]
-        return REDUCTIONS[self.reduction](loss.where(counts, 0).sum(), counts.sum())
+        return REDUCTIONS[self.reduction](loss, counts)
 
 
-REDUCTIONS = {"mean": lambda total, count: total / count.clamp_min(1), "sum": lambda total, count: total}
+REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda loss, counts: loss.where(counts, 0).sum() / counts.sum().clamp_min(1),
+    "sum": lambda loss, counts: loss.where(counts, 0).sum(),
+    "none": lambda loss, counts: loss[counts],
+}
 
 
 class FocalTverskyLoss(nn.Module):

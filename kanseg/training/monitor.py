@@ -74,7 +74,7 @@ class Monitor:
         """Move the bar."""
         mean = f"mean_{self.metric}"
         score = next((record[mean] for record in reversed(self.records) if record[self.metric]), None)
-        shown = "" if score is None else f"  {self.metric.capitalize()} {score:.3f}"
+        shown = "" if score is None else f"  {written(self.metric)} {score:.3f}"
         state = f"loss {loss:.3f}{shown}  {time_left(fraction, seconds)} left"
         self.bar.update(self.task, completed=fraction, description=f"epoch {epoch}", state=state)
 
@@ -136,7 +136,7 @@ def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
         right.plot(epochs, [record[metric].get(name) for record in validated], label=name, marker=".")
     if validated:
         right.legend()
-    right.set(xlabel="epoch", ylabel=f"{metric.capitalize()} of validation cases", ylim=(0, 1))
+    right.set(xlabel="epoch", ylabel=f"{written(metric)} of validation cases", ylim=(0, 1))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
@@ -171,10 +171,15 @@ def _kept_records(path: Path, first_epoch: int) -> list[dict[str, Any]]:
     return records
 
 
+def written(metric: str) -> str:
+    """A score's name in text and pictures."""
+    return metric.upper() if metric == "auc" else metric.capitalize()
+
+
 def _line(record: dict[str, Any], metric: str) -> str:
     scores = record[metric]
     by_name = ", ".join(f"{name} {value:.3f}" for name, value in (scores or {}).items())
-    shown = f", {metric.capitalize()} {record[f'mean_{metric}']:.3f} ({by_name})" if scores else ""
+    shown = f", {written(metric)} {record[f'mean_{metric}']:.3f} ({by_name})" if scores else ""
     start = f"epoch {record['epoch']}: loss {record['loss']:.4f}{shown}"
     waits = (
         f", {record['data_wait']:.0%} of it waiting for data" if record["data_wait"] > MUCH_WAITING else ""

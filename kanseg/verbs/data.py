@@ -122,6 +122,6 @@ def download(
     for source in SOURCES.values():
         table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
     talk.print(table)
-    for remark in BY_HAND.values():
-        talk.print(f"Not fetched: {remark}", highlight=False, soft_wrap=True)
+    for other, how in BY_HAND.items():
+        talk.print(f"{other} is read, not fetched. {how}", highlight=False, soft_wrap=True)
     emit([asdict(source) for source in SOURCES.values()], json_)

@@ -53,7 +53,8 @@ class Recipe:
     @functools.cached_property
     def one(self) -> float:
         """The value of a constant phi_0 after `basis_act`."""
-        return float(self.basis_act(torch.ones((), device="cpu"))) if self.constant == "first" else 1.0
+        ones = torch.ones((), device="cpu", dtype=torch.float64)
+        return float(self.basis_act(ones)) if self.constant == "first" else 1.0
 
     def __call__(self, tensors: Sequence[Tensor], x: Tensor, own: Tensor | None = None) -> list[Tensor]:
         """The functions of rows (P, C), each (P, C).
