@@ -199,7 +199,8 @@ SOURCES = {
 # Data sets that kanseg reads and does not fetch, and how to get them.
 BY_HAND = {
     "amos": "AMOS (abdominal CT and MRI, 15 organs; CC BY 4.0): https://zenodo.org/records/7262581, amos22.zip, 23 GB. "
-    "It has a dataset.json with a list of files; make one of CT and one of MRI (numbers above 500), then run kanseg plan FOLDER.",
+    "It has a dataset.json with a list of files; make one of CT and one of MRI (numbers above 500), then run "
+    "kanseg plan FOLDER.",
     "chaos": "CHAOS (abdominal CT and MRI; CC BY-NC-SA 4.0): https://zenodo.org/records/3431873, CHAOS_Train_Sets.zip, "
     "0.9 GB. DICOM slices with a PNG mask each: convert them to NIfTI, then run kanseg plan FOLDER.",
     "ham10000": "Fetch HAM10000_metadata and HAM10000_images_part_1.zip and _2.zip from "
