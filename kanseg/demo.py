@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from kanseg.data.embedded import LABELS, write_demo_data
+from kanseg.data.embedded import CASES, LABELS, write_demo_data, write_hippocampus
 from kanseg.data.formats import find_images, read_dataset
 from kanseg.data.images import read_image, read_label
 from kanseg.data.plan import make_plan
@@ -32,8 +32,10 @@ REMARK = (
 def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | None = None) -> dict[str, Any]:
     """Train a small 3D UKANet on the back of the MNI152 template and segment its front.
 
-    Writes to `out`: data/, run/ (plan, weights, log), the label map, picture.png, scores/ and summary.json, which is
-    also returned.
+    Then the weights `hippocampus` that come with kanseg segment the template's hippocampus.
+
+    Writes to `out`: data/, run/ (plan, weights, log), the label maps, picture.png, hippocampus.png, scores/ and
+    summary.json, which is also returned.
 
     Raises:
         UserError: nilearn is missing, or `out` already holds a demonstration.
@@ -81,6 +83,7 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
         label_names=LABELS,
     )
     dice = {name: scores["metrics"][name]["dice"]["mean"] for name in classes}
+    hippocampus = segment_hippocampus(out)
     summary = {
         "dice": dice,
         "mean_dice": float(np.mean(list(dice.values()))),
@@ -90,11 +93,38 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
         "picture": str(shown),
         "scores": str(out / "scores" / "cases.csv"),
         "model": str(out / "run"),
+        "hippocampus": hippocampus,
         "remark": REMARK,
     }
     write_json(out / "summary.json", summary)
     console.print(score_table(scores["metrics"], "The unseen front of the brain"))
     for name in ("label_map", "picture", "scores", "model"):
         console.print(f"{name.replace('_', ' '):10} {summary[name]}", highlight=False, soft_wrap=True)
+    volumes = ", ".join(f"{name} {volume:.2f} ml" for name, volume in hippocampus["volume_ml"].items())
+    said = f"Hippocampus by the weights that come with kanseg: {volumes}; {hippocampus['picture']}"
+    console.print(said, highlight=False, soft_wrap=True)
     console.print(REMARK, soft_wrap=True)
     return summary
+
+
+def segment_hippocampus(out: Path) -> dict[str, Any]:
+    """The left hippocampus of the template by the weights `hippocampus`: label map, picture and volumes."""
+    from kanseg import Segmenter
+
+    scan = write_hippocampus(out / "data" / f"{CASES}_left_hippocampus.nii.gz")
+    segmenter, mask = Segmenter.load("hippocampus"), make_folder(out / "masks") / scan.name
+    labels, image = segmenter.predict(scan, out=mask), read_image((scan,))
+    assert segmenter.plan is not None
+    names = segmenter.plan.label_names
+    voxel = float(np.prod(image.spacing)) / 1000
+    shown = picture(
+        image.array[0],
+        None,
+        labels,
+        out / "hippocampus.png",
+        spacing=image.spacing,
+        title="Left hippocampus of the MNI152 template",
+        label_names=names,
+    )
+    volumes = {name: float((labels == value).sum()) * voxel for value, name in enumerate(names) if value}
+    return {"label_map": str(mask), "picture": str(shown), "volume_ml": volumes}

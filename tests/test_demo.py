@@ -71,7 +71,10 @@ def test_the_whole_way_runs_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch,
     for name in ("label_map", "picture", "scores", "model"):
         assert Path(summary[name]).exists()
         assert summary[name] in text
-    assert all(name in text for name in embedded.LABELS[1:])
+    volumes = summary["hippocampus"]["volume_ml"]
+    assert all(1 < volume < 3.5 for volume in volumes.values())  # ml, of adults
+    assert Path(summary["hippocampus"]["picture"]).exists()
+    assert all(name in text for name in (*embedded.LABELS[1:], *volumes, "weights that come with kanseg"))
     assert "not a benchmark" in text
     with pytest.raises(UserError, match="already holds a demonstration"):
         demo.run_demo(tmp_path / "out", console=console)
