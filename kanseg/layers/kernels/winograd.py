@@ -8,9 +8,8 @@ output does not depend on how that is cut.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_int, c_void_p
+from ctypes import POINTER, byref, c_int, c_longlong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +21,6 @@ from kanseg.layers.kernels.native import Expansion, Learned, Part, pointer
 
 LEAST_VOXELS = 2048  # of an output; below, the transforms of the weight cost more than they save
 FORWARD, BACK, WEIGHT = range(3)
-FOUR = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-SIX = (
-    torch.tensor(
-        [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
-    )
-    / 24
-)
 
 
 class Volume(ctypes.Structure):
@@ -52,6 +44,18 @@ class _Source(ctypes.Structure):
         ("gradient", c_void_p * 2),
         *((name, c_void_p) for name in ("inner", "phases", "phases_total")),
     )
+
+
+class _Kernel(ctypes.Structure):
+    """`Kernel` of winograd.h."""
+
+    _fields_ = (("at", c_void_p), ("of_out", c_longlong), ("of_in", c_longlong), ("flipped", c_int))
+
+    @classmethod
+    def of(cls, weight: Tensor, turned: bool = False) -> _Kernel:
+        """A contiguous weight (out, in, *kernel), or turned that of the convolution which leads a gradient back."""
+        outs, ins = weight.stride()[:2]
+        return cls(weight.data_ptr(), ins, outs, 1) if turned else cls(weight.data_ptr(), outs, ins, 0)
 
 
 class _Border(ctypes.Structure):
@@ -106,10 +110,10 @@ def convolve(
 
     All channels-last; weight (out, in, *kernel).
     """
-    call = _Call(inputs[0], out, padding, weight.shape[1], FORWARD, parts is not None)
-    source, kernel = _source(inputs, parts), transformed(weight)
+    weight = weight.contiguous()
+    call = _Call(inputs[0], out, padding, weight.shape[1], FORWARD, parts)
     added = None if border is None else byref(border.described())
-    call.run("winograd", source, kernel.data_ptr(), added, out.data_ptr())
+    call.run("winograd", _source(inputs, parts), _Kernel.of(weight), added, out.data_ptr())
 
 
 def convolve_back(
@@ -122,11 +126,11 @@ def convolve_back(
     padding: Sequence[int],
 ) -> None:
     """Add to `totals` (as `inputs`) and `learned` what the gradient of the output gives."""
-    first = inputs[0]
-    call = _Call(grad, first, [2 - pad for pad in padding], len(weight), BACK, True, out=weight.shape[1])
+    weight, pads = weight.contiguous(), [2 - pad for pad in padding]
+    call = _Call(grad, inputs[0], pads, len(weight), BACK, parts, out=weight.shape[1])
     sums = Learned(parts[-1], call.threads, learned)
-    source, kernel = _source(inputs, parts, totals, sums), transformed(_turned(weight))
-    call.run("winograd_back", source, kernel.data_ptr(), grad.data_ptr())
+    source = _source(inputs, parts, totals, sums)
+    call.run("winograd_back", source, _Kernel.of(weight, turned=True), grad.data_ptr())
     sums.add()
 
 
@@ -138,37 +142,17 @@ def convolve_weight(
     padding: Sequence[int],
 ) -> Tensor:
     """Gradient at the weight (out, in, *kernel), from the gradient of the output."""
-    dims = weight.dim() - 2
-    call = _Call(inputs[0], grad, padding, weight.shape[1], WEIGHT, parts is not None)
-    sums = torch.zeros(call.threads, len(_filter(dims)), weight.shape[1], len(weight))
-    call.run("winograd_weight", _source(inputs, parts), grad.data_ptr(), sums.data_ptr())
-    total = sums[0] if call.threads == 1 else sums.sum(0)
-    by_tap = torch.mm(_filter(dims).t(), total.flatten(1)).unflatten(1, total.shape[1:])
-    return by_tap.unflatten(0, (3,) * dims).movedim((-1, -2), (0, 1))
+    call = _Call(inputs[0], grad, padding, weight.shape[1], WEIGHT, parts)
+    of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    call.run("winograd_weight", _source(inputs, parts), _Kernel.of(of_weight), grad.data_ptr())
+    return of_weight
 
 
 def convolve_input(weight: Tensor, grad: Tensor, into: Tensor, padding: Sequence[int]) -> None:
     """into = gradient at the input of a plain convolution, from the gradient of the output."""
-    convolve([grad], None, _turned(weight), None, into, [2 - pad for pad in padding])
-
-
-@functools.cache
-def _filter(spatial_dims: int) -> Tensor:
-    """(positions, taps) float32."""
-    plane = torch.kron(SIX, SIX)
-    return (plane if spatial_dims == 2 else torch.kron(FOUR, plane)).float()
-
-
-def transformed(weight: Tensor) -> Tensor:
-    """A weight (out, in, *kernel) as the kernels take it, (positions, in, out)."""
-    dims = weight.dim() - 2
-    by_tap = weight.permute(*range(2, dims + 2), 1, 0).flatten(0, dims - 1)
-    return torch.mm(_filter(dims), by_tap.flatten(1)).unflatten(1, by_tap.shape[1:])
-
-
-def _turned(weight: Tensor) -> Tensor:
-    """The weight of the convolution that leads a gradient back."""
-    return weight.transpose(0, 1).flip([axis + 2 for axis in range(weight.dim() - 2)])
+    weight = weight.contiguous()
+    call = _Call(grad, into, [2 - pad for pad in padding], len(weight), FORWARD, None)
+    call.run("winograd", _source([grad], None), _Kernel.of(weight, turned=True), None, into.data_ptr())
 
 
 def _source(
@@ -199,7 +183,7 @@ class _Call:
         padding: Sequence[int],
         channels: int,
         job: int,
-        expanded: bool,
+        parts: Sequence[Part] | None,
         out: int = 0,
     ) -> None:
         self.deep = x.dim() - 4
@@ -208,11 +192,11 @@ class _Call:
         pads = [*([0] * (1 - self.deep)), *padding]
         self.volume = Volume(len(x), *size, channels, out or y.shape[1], *out_size, *pads)
         self.threads = native.threads_for(y.numel())
-        self.each = native.library().winograd_scratch(
-            byref(self.volume), self.deep, expanded, self.threads, job
-        )
-        self.scratch = torch.empty(self.threads, self.each)
+        self.branches = parts[0].expansion.branches if parts else 0
+        self.about = (byref(self.volume), self.deep, self.branches)
+        floats = native.library().winograd_scratch(*self.about, self.threads, job)
+        self.scratch = torch.empty(floats)
 
-    def run(self, function: str, source: _Source, *about: Any) -> None:
-        given = (byref(self.volume), self.deep, byref(source), *about)
-        getattr(native.library(), function)(*given, self.scratch.data_ptr(), self.each, self.threads)
+    def run(self, function: str, source: _Source, kernel: _Kernel, *others: Any) -> None:
+        given = (*self.about, byref(source), byref(kernel), *others)
+        getattr(native.library(), function)(*given, self.scratch.data_ptr(), self.threads)
