@@ -93,7 +93,6 @@ def serves(x: Tensor, weight: Tensor, geometry: Any) -> bool:
     return (
         native.serves(x, weight)
         and geometry.dense()
-        and not any(n % 16 for n in weight.shape[:2])
         and voxels >= LEAST_VOXELS
     )
 

@@ -128,6 +128,27 @@ INLINE V reciprocal(V x) {
 
 INLINE V sigmoid(V x) { return reciprocal(1.0f + exponential(-x)); }
 
+// sigmoid(x) for |x| <= 2: an odd polynomial about a half, absolute error 1e-8.
+const float TAME_REACH = 2;
+
+INLINE V tame_sigmoid(V x) {
+  const V square = x * x;
+  V p = square * 5.8823986e-08f - 1.45294934e-06f;
+  p = p * square + 1.95051589e-05f;
+  p = p * square - 0.000208069669f;
+  p = p * square + 0.00208118495f;
+  p = p * square - 0.0208325808f;
+  p = p * square + 0.249999923f;
+  return 0.5f + x * p;
+}
+
+// sigmoid and tanh of x from one exponential; beyond 43 they do not change.
+INLINE void sigmoid_and_tanh(V x, V* gate, V* t) {
+  const V e = exponential(smaller(larger(-x, set(-43.0f)), set(43.0f)));
+  *gate = reciprocal(1.0f + e);
+  *t = 2.0f * reciprocal(1.0f + e * e) - 1.0f;
+}
+
 // erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7; `gauss` is exp(-x^2).
 INLINE V error_function(V x, V gauss) {
   V distance = larger(x, -x);
@@ -156,13 +177,12 @@ INLINE V activate(V x, V below = V{}) {
   return x;
 }
 
+INLINE V silu_slope(V x, V gate) { return gate * (1.0f + x * (1.0f - gate)); }
+
 template <int ACT>
 INLINE V slope(V x, V below = V{}) {
   if (ACT == PRELU) return x > V{} ? set(1.0f) : below;
-  if (ACT == SILU) {
-    V s = sigmoid(x);
-    return s * (1.0f + x * (1.0f - s));
-  }
+  if (ACT == SILU) return silu_slope(x, sigmoid(x));
   if (ACT == RELU) return x > V{} ? set(1.0f) : V{};
   if (ACT == GELU) {
     V gauss = exponential(-0.5f * x * x);
@@ -378,6 +398,19 @@ INLINE V lead_back(const Expansion& e, V t, int channel, int count, const V* f, 
 
 const int TOGETHER = 4;  // vectors; each step is done for all of them, so that none waits for its own last step
 
+// Whether polynomials with SiLU have values that `tame_sigmoid` serves, whatever the input.
+INLINE bool is_tame(const Expansion& e) {
+  float before = 0, bound = 1, greatest = 1;
+  for (int n = 1; n < e.functions; ++n) {
+    const float* c = e.numbers + 3 * (n - 1);
+    const float next = (__builtin_fabsf(c[0]) + __builtin_fabsf(c[1])) * bound + __builtin_fabsf(c[2]) * before;
+    before = bound;
+    bound = next;
+    if (!(bound <= greatest)) greatest = bound;
+  }
+  return e.act == SILU && e.squash != SQUASH_IDENTITY && greatest <= TAME_REACH;
+}
+
 // The place of one vector: its row, its first channel within the group, and how many lanes of it there are.
 struct Lanes {
   Size row;
@@ -395,21 +428,28 @@ INLINE int channel_of(const Expansion& e, const Lanes& at, int width, Size step)
 // Call work(lanes, n) for up to TOGETHER vectors at a time, of rows `start` to `stop`. FULL: no vector lacks lanes.
 template <bool FULL, class Work>
 INLINE void for_lanes(Size start, Size stop, int width, Work work) {
-  Lanes lanes[TOGETHER];
-  int n = 0;
-  for (Size row = start; row < stop; ++row) {
-    for (int c = 0; c < width; c += W) {
-      lanes[n++] = {row, c, FULL ? W : width - c};
-      if (n == TOGETHER) {
-        work(lanes, TOGETHER);
-        n = 0;
+  Size row = start, left = (stop - start) * ((width + W - 1) / W);
+  int channel = 0;
+  while (left > 0) {
+    Lanes lanes[TOGETHER];
+    TOGETHER_UNROLL for (int i = 0; i < TOGETHER; ++i) {
+      lanes[i] = {row, channel, FULL ? W : width - channel};
+      channel += W;
+      if (channel >= width) {
+        channel = 0;
+        ++row;
       }
     }
+    if (left >= TOGETHER) {
+      work(lanes, TOGETHER);
+    } else {
+      work(lanes, (int)left);
+    }
+    left -= TOGETHER;
   }
-  work(lanes, n);
 }
 
-template <int KIND, bool USUAL, bool FULL>
+template <int KIND, bool USUAL, bool TAME, bool FULL>
 void expand_lanes(const Expansion& e, const float* x, float* out, Size start, Size stop, int width, Size step) {
   const int K = KIND == NONE ? 0 : USUAL ? usual<KIND>() : e.functions, first = e.base >= 0 ? 1 : 0;
   for_lanes<FULL>(start, stop, width, [&](const Lanes* lanes, int n) __attribute__((always_inline)) {
@@ -419,6 +459,12 @@ void expand_lanes(const Expansion& e, const float* x, float* out, Size start, Si
       const Lanes at = lanes[i];
       const V v = load_some(x + at.row * step + at.channel, at.count);
       to[i] = out + (at.row * e.branches + e.offset) * width + at.channel;
+      if (TAME && e.base == SILU && e.squash == SQUASH_TANH) {
+        V gate;
+        sigmoid_and_tanh(v, &gate, t + i);
+        store_some(to[i], v * gate, at.count);
+        continue;
+      }
       if (e.base >= 0) store_some(to[i], activated(e.base, v), at.count);
       t[i] = squashed(e, v);
     }
@@ -427,14 +473,16 @@ void expand_lanes(const Expansion& e, const float* x, float* out, Size start, Si
       evaluate<KIND, USUAL>(e, t[i], channel_of(e, lanes[i], width, step), lanes[i].count, f[i]);
     }
     TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
-      for (int k = e.skip; k < K; ++k) {
-        store_some(to[i] + (Size)(first + k - e.skip) * width, e.act == SILU ? activate<SILU>(f[i][k]) : f[i][k], lanes[i].count);
+      for (int k = 0; k < K; ++k) {
+        if (k < e.skip) continue;  // the numbers stay in registers where the bounds are known
+        store_some(to[i] + (Size)(first + k - e.skip) * width, TAME ? f[i][k] * tame_sigmoid(f[i][k]) : e.act == SILU ? activate<SILU>(f[i][k]) : f[i][k],
+                   lanes[i].count);
       }
     }
   });
 }
 
-template <int KIND, bool USUAL, bool FULL>
+template <int KIND, bool USUAL, bool TAME, bool FULL>
 void contract_lanes(
     const Expansion& e, const float* x, const float* upper, float* at_x, Sums& sums, Size start, Size stop, int width,
     Size step) {
@@ -447,17 +495,28 @@ void contract_lanes(
     TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
       const V v = load_some(x + lanes[i].row * step + lanes[i].channel, lanes[i].count);
       const float* from = upper + (lanes[i].row * e.branches + e.offset) * width + lanes[i].channel;
+      channel[i] = channel_of(e, lanes[i], width, step);
+      if (TAME && e.base == SILU && e.squash == SQUASH_TANH) {
+        V gate;
+        sigmoid_and_tanh(v, &gate, t + i);
+        at[i] = load_some(from, lanes[i].count) * silu_slope(v, gate);
+        continue;
+      }
       at[i] = e.base >= 0 ? load_some(from, lanes[i].count) * slope_of(e.base, v) : V{};
       t[i] = squashed(e, v);
-      channel[i] = channel_of(e, lanes[i], width, step);
     }
     TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE; ++i) evaluate<KIND, USUAL>(e, t[i], channel[i], lanes[i].count, f[i]);
     TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE; ++i) {
       const float* from = upper + (lanes[i].row * e.branches + e.offset) * width + lanes[i].channel;
-      for (int k = 0; k < e.skip; ++k) g[i][k] = V{};
-      for (int k = e.skip; k < K; ++k) {
+      for (int k = 0; k < K; ++k) {
+        g[i][k] = V{};
+        if (k < e.skip) continue;
         g[i][k] = load_some(from + (Size)(first + k - e.skip) * width, lanes[i].count);
-        if (e.act == SILU) g[i][k] *= slope<SILU>(f[i][k]);
+        if (TAME) {
+          g[i][k] *= silu_slope(f[i][k], tame_sigmoid(f[i][k]));
+        } else if (e.act == SILU) {
+          g[i][k] *= slope<SILU>(f[i][k]);
+        }
       }
     }
     TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE; ++i) {
@@ -472,17 +531,17 @@ void contract_lanes(
   });
 }
 
-template <int KIND, bool USUAL>
+template <int KIND, bool USUAL, bool TAME>
 void expand_rows(const Expansion& e, const float* x, float* out, Size start, Size stop, int width, Size step) {
-  const auto run = width % W ? expand_lanes<KIND, USUAL, false> : expand_lanes<KIND, USUAL, true>;
+  const auto run = width % W ? expand_lanes<KIND, USUAL, TAME, false> : expand_lanes<KIND, USUAL, TAME, true>;
   run(e, x, out, start, stop, width, step);
 }
 
-template <int KIND, bool USUAL>
+template <int KIND, bool USUAL, bool TAME>
 void contract_rows(
     const Expansion& e, const float* x, const float* upper, float* at_x, Sums& sums, Size start, Size stop, int width,
     Size step) {
-  const auto run = width % W ? contract_lanes<KIND, USUAL, false> : contract_lanes<KIND, USUAL, true>;
+  const auto run = width % W ? contract_lanes<KIND, USUAL, TAME, false> : contract_lanes<KIND, USUAL, TAME, true>;
   run(e, x, upper, at_x, sums, start, stop, width, step);
 }
 
@@ -492,8 +551,12 @@ typedef void (*Contract)(const Expansion&, const float*, const float*, float*, S
 template <int KIND>
 void choose_usual(const Expansion& e, Expand* expand, Contract* contract) {
   const bool usual = is_usual<KIND>(e);
-  *expand = usual ? expand_rows<KIND, true> : expand_rows<KIND, false>;
-  *contract = usual ? contract_rows<KIND, true> : contract_rows<KIND, false>;
+  *expand = usual ? expand_rows<KIND, true, false> : expand_rows<KIND, false, false>;
+  *contract = usual ? contract_rows<KIND, true, false> : contract_rows<KIND, false, false>;
+  if (KIND == POLYNOMIAL && usual && is_tame(e)) {
+    *expand = expand_rows<KIND, true, KIND == POLYNOMIAL>;
+    *contract = contract_rows<KIND, true, KIND == POLYNOMIAL>;
+  }
 }
 
 void choose(const Expansion& e, Expand* expand, Contract* contract) {

@@ -55,15 +55,9 @@ const int MR = 4;
 const int SLICE = 128;    // floats of a voxel of the expansion worked on together, if channels can be parted so
 const int LEFT = 128;     // of them that one product takes
 const int GAP = 16;       // floats between two positions, an odd number of cache lines: neighbours fall in different sets
-#ifndef TL
-#define TL 48
-#endif
-const int TILES = TL;     // rows of a product
+const int TILES = 48;     // rows of a product
 const int CHUNK = 256;    // floats of a line of outputs transformed together
-#ifndef MF
-#define MF (3 << 19)
-#endif
-const Size MOST_FLOATS = MF;  // of a box; they stay in the third cache
+const Size MOST_FLOATS = 1 << 19;  // of a box; they stay in the third cache
 
 // The compiler must unroll the loops over the positions of a tile, so that a line of them stays in registers.
 #define UNROLL _Pragma("GCC unroll 6")
@@ -251,6 +245,9 @@ struct Plan {
     return b;
   }
 
+  // Whether channels that fill no vector can be worked on as if a row of voxels were one voxel.
+  bool few(const Source& s) const { return channels % 16 && !s.part[0]->low && !(s.part[1] && s.part[1]->low); }
+
   // Channels of a slice, from its first on.
   int first(int slice) const { return slice * width; }
   int wide(int slice) const { return least(width, channels - slice * width); }
@@ -308,7 +305,7 @@ struct Convolved {
     const Size at = (((Size)sample * v.depth + depth) * v.height + height) * v.width;
     if (plan.expanded) {
       *step = plan.sliced(slice);
-      if (plan.channels % 16 && !source.part[0]->low && !(source.part[1] && source.part[1]->low)) return few(at, strip);
+      if (plan.few(source)) return few(at, strip);
       for (int k = 0; k < 2 && source.part[k]; ++k) {
         const Expansion e = slice_of(plan, *source.part[k], slice);
         expand[k](e, source.input[k] + at * plan.channels + plan.first(slice), strip, 0, v.width, plan.wide(slice),
@@ -804,6 +801,7 @@ void back(
     for (int slice = 0; slice < plan.slices; ++slice) {
       const int first = plan.first(slice), wide = plan.wide(slice), floats = plan.sliced(slice);
       const int columns = (int)padded(floats);
+      const bool few = plan.few(s);
       multiply(plan, b, v.in, columns, weight + slice * 36 * plan.panel, true, m);
       Expansion part[2];
       for (int k = 0; k < 2 && s.part[k]; ++k) {
@@ -813,15 +811,17 @@ void back(
       gather_box(plan, b, columns, m, [&](int depth, int row, int column, int tiles, const float* from) {
         const Size step = (Size)tiles * columns;
         const int count = least(4 * tiles, v.out_width - column);
+        const int row_floats = few ? count * wide : wide;
         for (int i = 0; i < count; ++i) {
           const float* value = from + i % 4 * step + i / 4 * columns;
-          for (int c = 0; c < floats; c += W) store_some(m.voxels + (Size)i * floats + c, load(value + c), floats - c);
+          for (int k = 0; few && k < floats; ++k) m.voxels[k / wide * row_floats + i * wide + k % wide] = value[k];
+          for (int c = 0; !few && c < floats; c += W) store_some(m.voxels + (Size)i * floats + c, load(value + c), floats - c);
         }
         const Size at = (((Size)b.sample * v.out_depth + depth) * v.out_height + row) * v.out_width + column;
         for (int k = 0; k < 2 && s.part[k]; ++k) {
           const Size place = at * plan.channels + first;
           contract[k](part[k], s.input[k] + place, m.voxels, s.gradient[k] ? s.gradient[k] + place : 0, sums[k], 0,
-                      count, wide, plan.channels);
+                      few ? 1 : count, row_floats, few ? row_floats : plan.channels);
         }
       });
       for (int k = 0; k < 2 && s.part[k]; ++k) {
