@@ -102,10 +102,13 @@ class Kernels:
             "norm_forward": (*[at] * 5, number, size, number, number),
             "norm_reduce": (*[at] * 7, number, size, number, number),
             "norm_backward": (*[at] * 8, number, size, number, number),
-            "winograd": (at, number, number, *[at] * 5, number),
-            "winograd_back": (at, number, number, *[at] * 4, number),
-            "winograd_weight": (at, number, number, *[at] * 4, number),
+            **{
+                f"{kind}{job}": (at, number, number, *[at] * count, number)
+                for kind in ("winograd", "direct")
+                for job, count in (("", 5), ("_back", 4), ("_weight", 4))
+            },
             "winograd_scratch": (at, *[number] * 4),
+            "direct_scratch": (at, *[number] * 4),
             "wavelet_forward": (at, number, *[at] * 3, size, number),
             "wavelet_back": (at, number, *[at] * 7, size, number),
             "wavelet_scratch": (at,),

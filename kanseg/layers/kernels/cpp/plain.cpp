@@ -3,6 +3,7 @@
 #define NAME(f) kanseg_##f##_plain
 #include "rows.h"
 #include "winograd.h"
+#include "direct.h"
 #include "wavelet.h"
 
 extern "C" {

@@ -15,6 +15,7 @@ struct Volume {
   int samples, depth, height, width, in, out;     // of the input
   int out_depth, out_height, out_width;           // of the output
   int pad_depth, pad_height, pad_width;
+  int kernel[3], stride[3];                       // for direct.h; 3 and 1 here
 };
 
 // What is convolved: `input[0]` as it is where there are no parts, else what the parts make of their inputs.
@@ -156,25 +157,16 @@ struct Box {
   int sample, depth, depths, row, rows;
 };
 
-// How a call is cut, and its memory in floats. Channels of the expansion are worked on a slice at a time: slices of what
-// is convolved, or where a gradient is led back to it slices of the result; the others all together.
-template <int DI, int DO>
-struct Plan {
-  static const int positions = DI * 36;
+// Channels of the expansion are worked on a slice at a time: slices of what is convolved, or where a gradient is led back
+// to it slices of the result; the others all together.
+struct Slices {
   Volume v;
   bool back, expanded;
   int branches, channels, width, slices;  // of the expansion; the channels of a slice
   int in, columns;                        // floats of a voxel of a slice of what is convolved, and of the result
-  int room;                               // what the former take with the gap behind them
-  int across, down, deep;                 // tiles in all
-  int rows, depths, bands, chunks;        // of a box, and boxes
-  int tiles, slots;                       // of a plane of a box, and planes kept
-  Size strip, line, lines;                // a row, its transform, and that of six
-  Size place, plane;                      // from a position to the next in a plane, and the plane
-  Size spot, panel;                       // the same of products, and of the weight
-  Size each;                              // memory of one thread
+  Size strip;                             // of memory for a row; its second half is for `few`
 
-  Plan(const Volume& volume, int of_branches, int threads, int job) : v(volume), back(job == BACK) {
+  Slices(const Volume& volume, int of_branches, int job) : v(volume), back(job == BACK) {
     expanded = of_branches && !back;
     branches = most(of_branches, 1);
     channels = (back ? v.out : v.in) / branches;
@@ -182,8 +174,46 @@ struct Plan {
     if (channels % 16 == 0) width = least(channels, most(SLICE / branches / 16, 1) * 16);
     slices = parts(channels, width);
     in = back ? v.in : branches * width;
-    room = (int)padded(in);
     columns = (int)padded(back ? branches * width : v.out);
+    strip = 2 * (padded((Size)v.width * in) + GAP);
+  }
+
+  // Whether channels that fill no vector can be worked on as if a row of voxels were one voxel.
+  bool few(const Source& s) const { return channels % 16 && !s.part[0]->low && !(s.part[1] && s.part[1]->low); }
+
+  // Channels of a slice, from its first on.
+  int first(int slice) const { return slice * width; }
+  int wide(int slice) const { return least(width, channels - slice * width); }
+  int sliced(int slice) const { return branches * wide(slice); }
+  // Channel of the expansion that float k of a voxel of a slice is.
+  int channel(int slice, int k) const { return k / wide(slice) * channels + first(slice) + k % wide(slice); }
+  // Rows and columns of the weight of a slice.
+  int rows_of(int slice) const { return back ? v.in : sliced(slice); }
+  int columns_of(int slice) const { return back ? (int)padded(sliced(slice)) : columns; }
+
+  // Row k and column j of it in a kernel; null beyond the last channel.
+  float* at(const Kernel& kernel, int slice, int k, int j) const {
+    if (j >= (back ? sliced(slice) : v.out)) return 0;
+    const int out = back ? channel(slice, j) : j, in = back ? k : channel(slice, k);
+    return kernel.at + out * kernel.of_out + in * kernel.of_in;
+  }
+};
+
+// How a call is cut, and its memory in floats.
+template <int DI, int DO>
+struct Plan : Slices {
+  static const int positions = DI * 36;
+  int room;                               // floats of a voxel with the gap behind them
+  int across, down, deep;                 // tiles in all
+  int rows, depths, bands, chunks;        // of a box, and boxes
+  int tiles, slots;                       // of a plane of a box, and planes kept
+  Size line, lines;                       // the transform of a row, and of six
+  Size place, plane;                      // from a position to the next in a plane, and the plane
+  Size spot, panel;                       // the same of products, and of the weight
+  Size each;                              // memory of one thread
+
+  Plan(const Volume& volume, int of_branches, int threads, int job) : Slices(volume, of_branches, job) {
+    room = (int)padded(in);
     across = parts(v.out_width, 4);
     down = parts(v.out_height, 4);
     deep = parts(v.out_depth, DO);
@@ -192,7 +222,6 @@ struct Plan {
     chunks = parts(deep, depths);
     tiles = rows * across;
     slots = kept(depths);
-    strip = 2 * (padded((Size)v.width * in) + GAP);  // twice, see `few`
     line = (Size)across * room + GAP;
     lines = 36 * line;
     place = (Size)tiles * room + GAP;
@@ -244,16 +273,6 @@ struct Plan {
     b.sample = (int)(index / bands);
     return b;
   }
-
-  // Whether channels that fill no vector can be worked on as if a row of voxels were one voxel.
-  bool few(const Source& s) const { return channels % 16 && !s.part[0]->low && !(s.part[1] && s.part[1]->low); }
-
-  // Channels of a slice, from its first on.
-  int first(int slice) const { return slice * width; }
-  int wide(int slice) const { return least(width, channels - slice * width); }
-  int sliced(int slice) const { return branches * wide(slice); }
-  // Channel of the expansion that float k of a voxel of a slice is.
-  int channel(int slice, int k) const { return k / wide(slice) * channels + first(slice) + k % wide(slice); }
 };
 
 // The memory of a thread.
@@ -334,6 +353,65 @@ struct Convolved {
       }
     }
     return strip - row * plan.branches;
+  }
+};
+
+// Leads the gradient at rows of voxels of an expansion through its functions.
+template <class P>
+struct Led {
+  const P& plan;
+  const Source& source;
+  Contract run[2];
+  Sums sums[2];
+  int slice, voxels, apart;
+  bool few;
+  const float* upper;
+
+  Led(const P& made, const Source& given, int thread) : plan(made), source(given) {
+    Expand unused;
+    for (int k = 0; k < 2 && source.part[k]; ++k) {
+      const Expansion& e = *source.part[k];
+      choose(e, &unused, run + k);
+      const Size phases = 2 * (Size)thread * e.functions * e.channels;
+      const bool learned = source.inner && e.kind != NONE;
+      sums[k] = no_sums(learned ? source.inner + thread * MOST : 0, learned && source.phases ? source.phases + phases : 0,
+                        source.phases_total + phases);
+    }
+  }
+
+  // The gradient at `count` voxels, at(voxel) each, of a slice; to `memory` as the kernels of rows.h read it. In the
+  // input they are `step` voxels from each other.
+  template <class At>
+  void take(int of_slice, float* memory, int count, int step, At at) {
+    slice = of_slice;
+    voxels = count;
+    apart = step;
+    few = plan.few(source) && step == 1;
+    upper = memory;
+    const int floats = plan.sliced(slice), wide = plan.wide(slice);
+    for (int i = 0; i < count; ++i) {
+      const float* value = at(i);
+      for (int k = 0; few && k < floats; ++k) memory[(k / wide * count + i) * wide + k % wide] = value[k];
+      for (int c = 0; !few && c < floats; c += W) store_some(memory + (Size)i * floats + c, load(value + c), floats - c);
+    }
+  }
+
+  // What was taken, for the voxels of the input from number `at` on.
+  void contract(Size at) {
+    const int wide = plan.wide(slice), first = plan.first(slice);
+    for (int k = 0; k < 2 && source.part[k]; ++k) {
+      const Expansion part = slice_of(plan, *source.part[k], slice);
+      const Size place = at * plan.channels + first;
+      float* gradient = source.gradient[k] ? source.gradient[k] + place : 0;
+      if (sums[k].phases) sums[k].phases += first;
+      run[k](part, source.input[k] + place, upper, gradient, sums[k], 0, few ? 1 : voxels, few ? voxels * wide : wide,
+             few ? voxels * wide : (Size)apart * plan.channels);
+      if (sums[k].phases) sums[k].phases -= first;
+    }
+  }
+
+  void count() {
+    for (int k = 0; k < 2 && source.part[k]; ++k) to_double(*source.part[k], sums[k]);
   }
 };
 
@@ -591,6 +669,15 @@ INLINE void gather_box(const Plan<DI, DO>& plan, const Box& b, int columns, cons
   }
 }
 
+// A voxel of the output, and what the border adds.
+INLINE void write_voxel(const Volume& v, const float* value, const Border* border, int of_row, int column, float* to) {
+  const float* added = border ? border->table + (Size)(of_row + border->column[column]) * v.out : 0;
+  for (int c = 0; c < v.out; c += W) {
+    const V sum = added ? load(value + c) + load_some(added + c, v.out - c) : load(value + c);
+    store_some(to + c, sum, v.out - c);
+  }
+}
+
 // Gradient at the outputs of a box, to where its products would be.
 template <int DI, int DO>
 void spread_box(const Plan<DI, DO>& plan, const Box& b, const float* y, const Memory& m) {
@@ -633,25 +720,6 @@ void spread_box(const Plan<DI, DO>& plan, const Box& b, const float* y, const Me
 
 // ---------------------------------------------------------------------------------------------- the weight
 
-// Rows and columns of the transformed weight of a slice, and the place in a kernel of one of them.
-template <class P>
-struct Slice {
-  const P& plan;
-  int number, in, columns;
-
-  Slice(const P& made, int slice) : plan(made), number(slice) {
-    in = plan.back ? plan.v.in : plan.sliced(slice);
-    columns = plan.back ? (int)padded(plan.sliced(slice)) : plan.columns;
-  }
-
-  // Null beyond the last channel.
-  float* at(const Kernel& kernel, int k, int j) const {
-    if (j >= (plan.back ? plan.sliced(number) : plan.v.out)) return 0;
-    const int out = plan.back ? plan.channel(number, j) : j, in = plan.back ? k : plan.channel(number, k);
-    return kernel.at + out * kernel.of_out + in * kernel.of_in;
-  }
-};
-
 template <int DI>
 INLINE float* tap_of(float* at, const Kernel& kernel, int tap) {
   const int taps = DI == 4 ? 27 : 9;
@@ -661,12 +729,12 @@ INLINE float* tap_of(float* at, const Kernel& kernel, int tap) {
 // Transform row k of a slice of the weight: to (36, DI, in, columns).
 template <int DI, int DO>
 void widen_row(const Plan<DI, DO>& plan, int number, int k, const Kernel& kernel, float* to) {
-  const Slice<Plan<DI, DO>> slice(plan, number);
+  const int rows_in = plan.rows_of(number), columns = plan.columns_of(number);
   const int planes = DI == 4 ? 3 : 1;
-  for (int j = 0; j < slice.columns; j += W) {
+  for (int j = 0; j < columns; j += W) {
     float taps[planes * 9][W];
     for (int i = 0; i < W; ++i) {
-      float* from = slice.at(kernel, k, j + i);
+      float* from = plan.at(kernel, number, k, j + i);
       for (int tap = 0; tap < planes * 9; ++tap) taps[tap][i] = from ? *tap_of<DI>(from, kernel, tap) : 0;
     }
     V d[planes][36];
@@ -689,7 +757,7 @@ void widen_row(const Plan<DI, DO>& plan, int number, int k, const Kernel& kernel
         line[2] = d[planes - 1][p];
         widen_four(line);
       }
-      put<DI>(line, to + p * plan.panel + (Size)k * slice.columns + j, (Size)slice.in * slice.columns);
+      put<DI>(line, to + p * plan.panel + (Size)k * columns + j, (Size)rows_in * columns);
     }
   }
 }
@@ -698,15 +766,15 @@ void widen_row(const Plan<DI, DO>& plan, int number, int k, const Kernel& kernel
 template <int DI, int DO>
 void narrow_row(
     const Plan<DI, DO>& plan, int number, int k, const float* from, int threads, Size next, const Kernel& kernel) {
-  const Slice<Plan<DI, DO>> slice(plan, number);
+  const int rows_in = plan.rows_of(number), columns = plan.columns_of(number);
   const int planes = DI == 4 ? 3 : 1;
-  for (int j = 0; j < slice.columns; j += W) {
+  for (int j = 0; j < columns; j += W) {
     V d[planes][36];
     for (int p = 0; p < 36; ++p) {
       V line[4] = {};
       for (int t = 0; t < threads; ++t) {
-        const float* at = from + t * next + p * plan.panel + (Size)k * slice.columns + j;
-        UNROLL for (int z = 0; z < DI; ++z) line[z] += load(at + (Size)z * slice.in * slice.columns);
+        const float* at = from + t * next + p * plan.panel + (Size)k * columns + j;
+        UNROLL for (int z = 0; z < DI; ++z) line[z] += load(at + (Size)z * rows_in * columns);
       }
       if (DI == 4) narrow_four(line);
       for (int z = 0; z < planes; ++z) d[z][p] = line[z];
@@ -726,7 +794,7 @@ void narrow_row(
       }
     }
     for (int i = 0; i < W; ++i) {
-      float* to = slice.at(kernel, k, j + i);
+      float* to = plan.at(kernel, number, k, j + i);
       for (int tap = 0; to && tap < planes * 9; ++tap) *tap_of<DI>(to, kernel, tap) = taps[tap][i];
     }
   }
@@ -739,7 +807,7 @@ void for_weight(const P& plan, int threads, Work work) {
   share_out((Size)plan.slices * rows, threads, [&](Size start, Size stop, int) {
     for (Size i = start; i < stop; ++i) {
       const int number = (int)(i / rows), k = (int)(i % rows);
-      if (k < Slice<P>(plan, number).in) work(number, k);
+      if (k < plan.rows_of(number)) work(number, k);
     }
   });
 }
@@ -766,11 +834,7 @@ void forward(
       for (int i = 0; i < 4 * tiles && column + i < v.out_width; ++i) {
         const Size at = (((Size)b.sample * v.out_depth + depth) * v.out_height + row) * v.out_width + column + i;
         const float* value = from + i % 4 * step + i / 4 * plan.columns;
-        const float* added = border ? border->table + (Size)(of_row + border->column[column + i]) * v.out : 0;
-        for (int c = 0; c < v.out; c += W) {
-          const V sum = added ? load(value + c) + load_some(added + c, v.out - c) : load(value + c);
-          store_some(y + at * v.out + c, sum, v.out - c);
-        }
+        write_voxel(v, value, border, of_row, column + i, y + at * v.out);
       }
     });
   }
@@ -782,16 +846,7 @@ void back(
     Size stop, int thread) {
   const Volume& v = plan.v;
   const Memory m(plan, DI, DO, memory);
-  Contract contract[2];
-  Sums sums[2];
-  Expand unused;
-  for (int k = 0; k < 2 && s.part[k]; ++k) {
-    choose(*s.part[k], &unused, contract + k);
-    const Size phases = 2 * (Size)thread * s.part[k]->functions * s.part[k]->channels;
-    const bool learned = s.inner && s.part[k]->kind != NONE;
-    sums[k] = no_sums(learned ? s.inner + thread * MOST : 0, learned && s.phases ? s.phases + phases : 0,
-                      s.phases_total + phases);
-  }
+  Led<Plan<DI, DO>> led(plan, s, thread);
   const Source upper = {{0, 0}, {grad, 0}};
   const Convolved<Plan<DI, DO>> x(plan, upper);
   Ring ring = {-1, -1, 0};
@@ -799,36 +854,16 @@ void back(
     const Box b = plan.box(index);
     filter_planes(plan, x, b, 0, m, ring);
     for (int slice = 0; slice < plan.slices; ++slice) {
-      const int first = plan.first(slice), wide = plan.wide(slice), floats = plan.sliced(slice);
-      const int columns = (int)padded(floats);
-      const bool few = plan.few(s);
+      const int columns = plan.columns_of(slice);
       multiply(plan, b, v.in, columns, weight + slice * 36 * plan.panel, true, m);
-      Expansion part[2];
-      for (int k = 0; k < 2 && s.part[k]; ++k) {
-        part[k] = slice_of(plan, *s.part[k], slice);
-        if (sums[k].phases) sums[k].phases += first;
-      }
       gather_box(plan, b, columns, m, [&](int depth, int row, int column, int tiles, const float* from) {
         const Size step = (Size)tiles * columns;
         const int count = least(4 * tiles, v.out_width - column);
-        const int row_floats = few ? count * wide : wide;
-        for (int i = 0; i < count; ++i) {
-          const float* value = from + i % 4 * step + i / 4 * columns;
-          for (int k = 0; few && k < floats; ++k) m.voxels[k / wide * row_floats + i * wide + k % wide] = value[k];
-          for (int c = 0; !few && c < floats; c += W) store_some(m.voxels + (Size)i * floats + c, load(value + c), floats - c);
-        }
-        const Size at = (((Size)b.sample * v.out_depth + depth) * v.out_height + row) * v.out_width + column;
-        for (int k = 0; k < 2 && s.part[k]; ++k) {
-          const Size place = at * plan.channels + first;
-          contract[k](part[k], s.input[k] + place, m.voxels, s.gradient[k] ? s.gradient[k] + place : 0, sums[k], 0,
-                      few ? 1 : count, row_floats, few ? row_floats : plan.channels);
-        }
+        led.take(slice, m.voxels, count, 1, [=](int i) { return from + i % 4 * step + i / 4 * columns; });
+        led.contract((((Size)b.sample * v.out_depth + depth) * v.out_height + row) * v.out_width + column);
       });
-      for (int k = 0; k < 2 && s.part[k]; ++k) {
-        if (sums[k].phases) sums[k].phases -= first;
-      }
     }
-    for (int k = 0; k < 2 && s.part[k]; ++k) to_double(*s.part[k], sums[k]);
+    led.count();
   }
 }
 
