@@ -8,7 +8,7 @@ SOURCES = Path("kanseg/layers/kernels/cpp")
 native = Extension(
     "kanseg.layers.kernels._native",
     sources=[str(SOURCES / f"{name}.cpp") for name in ("avx512", "avx2", "plain")],
-    depends=[str(SOURCES / name) for name in ("rows.h", "winograd.h", "wavelet.h")],
+    depends=[str(SOURCES / name) for name in ("rows.h", "winograd.h", "direct.h", "wavelet.h")],
     extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"],
     language="c++",
     optional=True,

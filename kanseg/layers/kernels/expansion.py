@@ -93,7 +93,7 @@ class Expansion:
         return self if made is None else replace(self, parts=made(inputs[0].shape[1]))
 
     def fast(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether Winograd's convolution serves: in float32, which is no slower than a direct one in bfloat16."""
+        """Whether the compiled convolutions serve: in float32, which is no slower than a direct one in bfloat16."""
         return self.parts is not None and winograd.serves(x, weight, self.geometry)
 
 
@@ -119,7 +119,7 @@ def forward(
             assert expansion.parts is not None
             out = empty_channels_last((len(first), len(weight), *size), first, dtype)
             border = None if constant is None else _border(constant, first.shape[2:], size, geometry)
-            winograd.convolve(inputs, expansion.parts, kernel, border, out, geometry.padding)
+            winograd.convolve(inputs, expansion.parts, kernel, border, out, geometry)
             return out.to(expansion.dtype)
         for slab in slabs(first.shape, weight.shape[1] * geometry.groups, dtype, geometry, SLAB_BYTES):
             buffer = _expansion(slab, inputs, expansion, kernel)
@@ -163,9 +163,9 @@ def backward(
             assert expansion.parts is not None
             about = (inputs, expansion.parts, kernel, grad)
             if any(sought):
-                winograd.convolve_back(*about, totals[:count], totals[count:], geometry.padding)
+                winograd.convolve_back(*about, totals[:count], totals[count:], geometry)
             if weighs:
-                of_weight = winograd.convolve_weight(*about, geometry.padding)
+                of_weight = winograd.convolve_weight(*about, geometry)
         else:
             of_weight = _slab_gradients(expansion, grad, inputs, kernel, totals, weighs)
         if weighs and constant is not None:

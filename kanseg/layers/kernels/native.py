@@ -27,7 +27,7 @@ from kanseg.bases.orthogonal import Gram, OrthogonalPolynomials
 from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.relu import ReLUBumps
 
-INTERFACE = 1  # of the functions; counted up here and in plain.cpp when one takes other arguments
+INTERFACE = 2  # of the functions; counted up here and in plain.cpp when one takes other arguments
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 ACTS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.SiLU: 1, nn.GELU: 2, nn.ReLU: 3}
 ACT_NAMES = {"identity": 0, "silu": 1, "relu": 3, "prelu": 4}
@@ -102,10 +102,13 @@ class Kernels:
             "norm_forward": (*[at] * 5, number, size, number, number),
             "norm_reduce": (*[at] * 7, number, size, number, number),
             "norm_backward": (*[at] * 8, number, size, number, number),
-            "winograd": (at, number, *[at] * 5, size, number),
-            "winograd_back": (at, number, *[at] * 4, size, number),
-            "winograd_weight": (at, number, *[at] * 4, size, number),
+            **{
+                f"{kind}{job}": (at, number, number, *[at] * count, number)
+                for kind in ("winograd", "direct")
+                for job, count in (("", 5), ("_back", 4), ("_weight", 4))
+            },
             "winograd_scratch": (at, *[number] * 4),
+            "direct_scratch": (at, *[number] * 4),
             "wavelet_forward": (at, number, *[at] * 3, size, number),
             "wavelet_back": (at, number, *[at] * 7, size, number),
             "wavelet_scratch": (at,),

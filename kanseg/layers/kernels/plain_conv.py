@@ -19,7 +19,7 @@ def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """conv(x; weight), (N, C, *S) -> (N, out_channels, *S'), or None where torch's own serves better."""
     if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type) or not plain_eager(x):
         return None
-    if not winograd.serves(x, weight, geometry):
+    if not geometry.dense() or not winograd.serves(x, weight, geometry):
         return None
     return _PlainConv.apply(channels_last(x), weight, geometry)
 
@@ -30,18 +30,18 @@ class _PlainConv(torch.autograd.Function):
         ctx.geometry = geometry
         ctx.save_for_backward(x, weight)
         out = empty_channels_last((len(x), len(weight), *geometry.out_size(x.shape[2:])), x)
-        winograd.convolve([x], None, weight, None, out, geometry.padding)
+        winograd.convolve([x], None, weight, None, out, geometry)
         return out
 
     @staticmethod
     @only_first
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad, padding = channels_last(grad), ctx.geometry.padding
+        grad, geometry = channels_last(grad), ctx.geometry
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_x = torch.empty_like(x)
-            winograd.convolve_input(weight, grad, of_x, padding)
+            winograd.convolve_input(weight, grad, of_x, geometry)
         if ctx.needs_input_grad[1]:
-            of_weight = winograd.convolve_weight([x], None, weight, grad, padding)
+            of_weight = winograd.convolve_weight([x], None, weight, grad, geometry)
         return of_x, of_weight, None

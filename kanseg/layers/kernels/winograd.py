@@ -8,11 +8,10 @@ output does not depend on how that is cut.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_int, c_void_p
+from ctypes import POINTER, byref, c_int, c_longlong, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,15 +19,12 @@ from torch import Tensor
 from kanseg.layers.kernels import native
 from kanseg.layers.kernels.native import Expansion, Learned, Part, pointer
 
+if TYPE_CHECKING:
+    from kanseg.layers.kernels.expansion import Geometry
+
 LEAST_VOXELS = 2048  # of an output; below, the transforms of the weight cost more than they save
 FORWARD, BACK, WEIGHT = range(3)
-FOUR = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-SIX = (
-    torch.tensor(
-        [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
-    )
-    / 24
-)
+MOST_TAPS, MOST_ROOM = 27, 256  # of direct.h
 
 
 class Volume(ctypes.Structure):
@@ -40,7 +36,7 @@ class Volume(ctypes.Structure):
             *("samples", "depth", "height", "width", "in", "out"),
             *("out_depth", "out_height", "out_width", "pad_depth", "pad_height", "pad_width"),
         )
-    )
+    ) + (("kernel", c_int * 3), ("stride", c_int * 3))
 
 
 class _Source(ctypes.Structure):
@@ -52,6 +48,18 @@ class _Source(ctypes.Structure):
         ("gradient", c_void_p * 2),
         *((name, c_void_p) for name in ("inner", "phases", "phases_total")),
     )
+
+
+class _Kernel(ctypes.Structure):
+    """`Kernel` of winograd.h."""
+
+    _fields_ = (("at", c_void_p), ("of_out", c_longlong), ("of_in", c_longlong), ("flipped", c_int))
+
+    @classmethod
+    def of(cls, weight: Tensor, turned: bool = False) -> _Kernel:
+        """A contiguous weight (out, in, *kernel), or turned that of the convolution which leads a gradient back."""
+        outs, ins = weight.stride()[:2]
+        return cls(weight.data_ptr(), ins, outs, 1) if turned else cls(weight.data_ptr(), outs, ins, 0)
 
 
 class _Border(ctypes.Structure):
@@ -83,15 +91,22 @@ class Border:
         return _Border(*(axis.data_ptr() for axis in axes), self.table.data_ptr(), *self.table.shape[-3:-1])
 
 
-def serves(x: Tensor, weight: Tensor, geometry: Any) -> bool:
+def serves(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels make this convolution."""
     voxels = len(x) * torch.Size(geometry.out_size(x.shape[2:])).numel()
-    return (
-        native.serves(x, weight)
-        and geometry.dense()
-        and not any(n % 16 for n in weight.shape[:2])
-        and voxels >= LEAST_VOXELS
-    )
+    if not native.serves(x, weight) or geometry.groups > 1:
+        return False
+    return voxels >= LEAST_VOXELS and (geometry.dense() or _steps(x, weight, geometry))
+
+
+def _steps(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether direct.h makes it."""
+    outs, ins = weight.shape[:2]
+    branches = ins // x.shape[1]
+    together = ins if x.shape[1] % 16 else 16 * branches  # floats that no slice can part
+    few = max(together, outs) <= MOST_ROOM and not outs % 16
+    small = weight[0, 0].numel() <= MOST_TAPS and max(geometry.padding) <= 2
+    return few and small and max(geometry.stride) > 1 and set(geometry.dilation) == {1}
 
 
 def convolve(
@@ -100,16 +115,16 @@ def convolve(
     weight: Tensor,
     border: Border | None,
     out: Tensor,
-    padding: Sequence[int],
+    geometry: Geometry,
 ) -> None:
     """out = convolution of what the parts make of the inputs (None: of the input), plus the border's numbers.
 
     All channels-last; weight (out, in, *kernel).
     """
-    call = _Call(inputs[0], out, padding, weight.shape[1], FORWARD, parts is not None)
-    source, kernel = _source(inputs, parts), transformed(weight)
+    weight = weight.contiguous()
+    call = _Call(inputs[0], out, geometry, weight, FORWARD, parts)
     added = None if border is None else byref(border.described())
-    call.run("winograd", source, kernel.data_ptr(), added, out.data_ptr())
+    call.run("", _source(inputs, parts), _Kernel.of(weight), added, out.data_ptr())
 
 
 def convolve_back(
@@ -119,14 +134,14 @@ def convolve_back(
     grad: Tensor,
     totals: Sequence[Tensor | None],
     learned: Sequence[Tensor | None],
-    padding: Sequence[int],
+    geometry: Geometry,
 ) -> None:
     """Add to `totals` (as `inputs`) and `learned` what the gradient of the output gives."""
-    first = inputs[0]
-    call = _Call(grad, first, [2 - pad for pad in padding], len(weight), BACK, True, out=weight.shape[1])
+    weight = weight.contiguous()
+    call = _Call(grad, inputs[0], geometry, weight, BACK, parts)
     sums = Learned(parts[-1], call.threads, learned)
-    source, kernel = _source(inputs, parts, totals, sums), transformed(_turned(weight))
-    call.run("winograd_back", source, kernel.data_ptr(), grad.data_ptr())
+    source = _source(inputs, parts, totals, sums)
+    call.run("_back", source, _Kernel.of(weight, turned=True), grad.data_ptr())
     sums.add()
 
 
@@ -135,40 +150,20 @@ def convolve_weight(
     parts: Sequence[Part] | None,
     weight: Tensor,
     grad: Tensor,
-    padding: Sequence[int],
+    geometry: Geometry,
 ) -> Tensor:
     """Gradient at the weight (out, in, *kernel), from the gradient of the output."""
-    dims = weight.dim() - 2
-    call = _Call(inputs[0], grad, padding, weight.shape[1], WEIGHT, parts is not None)
-    sums = torch.zeros(call.threads, len(_filter(dims)), weight.shape[1], len(weight))
-    call.run("winograd_weight", _source(inputs, parts), grad.data_ptr(), sums.data_ptr())
-    total = sums[0] if call.threads == 1 else sums.sum(0)
-    by_tap = torch.mm(_filter(dims).t(), total.flatten(1)).unflatten(1, total.shape[1:])
-    return by_tap.unflatten(0, (3,) * dims).movedim((-1, -2), (0, 1))
+    call = _Call(inputs[0], grad, geometry, weight, WEIGHT, parts)
+    of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    call.run("_weight", _source(inputs, parts), _Kernel.of(of_weight), grad.data_ptr())
+    return of_weight
 
 
-def convolve_input(weight: Tensor, grad: Tensor, into: Tensor, padding: Sequence[int]) -> None:
-    """into = gradient at the input of a plain convolution, from the gradient of the output."""
-    convolve([grad], None, _turned(weight), None, into, [2 - pad for pad in padding])
-
-
-@functools.cache
-def _filter(spatial_dims: int) -> Tensor:
-    """(positions, taps) float32."""
-    plane = torch.kron(SIX, SIX)
-    return (plane if spatial_dims == 2 else torch.kron(FOUR, plane)).float()
-
-
-def transformed(weight: Tensor) -> Tensor:
-    """A weight (out, in, *kernel) as the kernels take it, (positions, in, out)."""
-    dims = weight.dim() - 2
-    by_tap = weight.permute(*range(2, dims + 2), 1, 0).flatten(0, dims - 1)
-    return torch.mm(_filter(dims), by_tap.flatten(1)).unflatten(1, by_tap.shape[1:])
-
-
-def _turned(weight: Tensor) -> Tensor:
-    """The weight of the convolution that leads a gradient back."""
-    return weight.transpose(0, 1).flip([axis + 2 for axis in range(weight.dim() - 2)])
+def convolve_input(weight: Tensor, grad: Tensor, into: Tensor, geometry: Geometry) -> None:
+    """into = gradient at the input of a plain convolution without strides, from the gradient of the output."""
+    weight = weight.contiguous()
+    call = _Call(grad, into, geometry, weight, FORWARD, None, turned=True)
+    call.run("", _source([grad], None), _Kernel.of(weight, turned=True), None, into.data_ptr())
 
 
 def _source(
@@ -190,29 +185,37 @@ def _source(
 
 
 class _Call:
-    """Sizes and memory of one call."""
+    """Sizes and memory of one call.
+
+    Args:
+        turned: whether it leads a gradient back, as `BACK` does.
+    """
 
     def __init__(
         self,
         x: Tensor,
         y: Tensor,
-        padding: Sequence[int],
-        channels: int,
+        geometry: Geometry,
+        weight: Tensor,
         job: int,
-        expanded: bool,
-        out: int = 0,
+        parts: Sequence[Part] | None,
+        turned: bool = False,
     ) -> None:
-        self.deep = x.dim() - 4
-        flat = [1] * (1 - self.deep)
+        back = turned or job == BACK
+        self.name = "winograd" if geometry.dense() else "direct"
+        deep = x.dim() - 4
+        flat = [1] * (1 - deep)
         size, out_size = [*flat, *x.shape[2:]], [*flat, *y.shape[2:]]
-        pads = [*([0] * (1 - self.deep)), *padding]
-        self.volume = Volume(len(x), *size, channels, out or y.shape[1], *out_size, *pads)
+        pads = [2 - pad for pad in geometry.padding] if back and geometry.dense() else geometry.padding
+        channels = weight.shape[:2] if back else weight.shape[1::-1]
+        self.volume = Volume(len(x), *size, *channels, *out_size, *([0] * len(flat)), *pads)
+        self.volume.kernel[:] = [*flat, *geometry.kernel_size]
+        self.volume.stride[:] = [*flat, *geometry.stride]
         self.threads = native.threads_for(y.numel())
-        self.each = native.library().winograd_scratch(
-            byref(self.volume), self.deep, expanded, self.threads, job
-        )
-        self.scratch = torch.empty(self.threads, self.each)
+        self.about = (byref(self.volume), deep, parts[0].expansion.branches if parts else 0)
+        scratch = getattr(native.library(), f"{self.name}_scratch")
+        self.scratch = torch.empty(scratch(*self.about, self.threads, job))
 
-    def run(self, function: str, source: _Source, *about: Any) -> None:
-        given = (byref(self.volume), self.deep, byref(source), *about)
-        getattr(native.library(), function)(*given, self.scratch.data_ptr(), self.each, self.threads)
+    def run(self, job: str, source: _Source, kernel: _Kernel, *others: Any) -> None:
+        given = (*self.about, byref(source), byref(kernel), *others)
+        getattr(native.library(), self.name + job)(*given, self.scratch.data_ptr(), self.threads)

@@ -6,5 +6,6 @@
 #define NAME(f) kanseg_##f##_avx512
 #include "rows.h"
 #include "winograd.h"
+#include "direct.h"
 #include "wavelet.h"
 #endif

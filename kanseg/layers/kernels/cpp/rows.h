@@ -67,8 +67,16 @@ INLINE void store_some(float* to, V v, int count) {
 }
 
 // Not a number stays so where it is the first of the two.
+#if W == 16
+INLINE V larger(V a, V b) { return (V)_mm512_max_ps((__m512)b, (__m512)a); }
+INLINE V smaller(V a, V b) { return (V)_mm512_min_ps((__m512)b, (__m512)a); }
+#elif W == 8
+INLINE V larger(V a, V b) { return (V)_mm256_max_ps((__m256)b, (__m256)a); }
+INLINE V smaller(V a, V b) { return (V)_mm256_min_ps((__m256)b, (__m256)a); }
+#else
 INLINE V larger(V a, V b) { return a < b ? b : a; }
 INLINE V smaller(V a, V b) { return a > b ? b : a; }
+#endif
 INLINE V positive(V a) { return larger(a, V{}); }
 
 INLINE float total(V v) {
@@ -82,19 +90,26 @@ INLINE float total(V v) {
 #endif
 }
 
-// exp(x): x = n ln 2 + r with |r| <= ln(2) / 2, Taylor in r to the 7th power, relative error 2e-7.
+// exp(x) = 2^n 2^r, n whole and |r| <= 1/2: the best polynomial of degree 6 in r, relative error 2e-7.
 INLINE V exponential(V x) {
   x = smaller(larger(x, set(-87.0f)), set(88.0f));
+#if W == 16
+  V n = (V)_mm512_roundscale_ps((__m512)(x * 1.44269502f), 8);  // to the next whole number, without exceptions
+#else
   const V shift = set(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  V n = (x * 1.44269504f + shift) - shift;
-  V r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
+  V n = (x * 1.44269502f + shift) - shift;
+#endif
+  V r = (x * 1.44269502f - n) + x * 1.92596303e-8f;
   const V square = r * r;  // by pairs, so that fewer steps wait for one another
-  V low = (1.0f + r) + square * (0.5f + r * (1.0f / 6));
-  V high = (1.0f / 24 + r * (1.0f / 120)) + square * (1.0f / 720 + r * (1.0f / 5040));
+  V low = (1.0f + 0.6931472057f * r) + square * (0.2402264689f + 0.05550328777f * r);
+  V high = (0.009618488957f + 0.001339993122f * r) + square * 0.0001534581202f;
   V p = low + square * square * high;
+#if W == 16
+  return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   I power = (__builtin_convertvector(n, I) + 127) << 23;
   return p * (V)power;
+#endif
 }
 
 // 1 / x: the processor's estimate and a step of Newton's method, relative error 2e-7; x is at most 2^126.
@@ -112,6 +127,27 @@ INLINE V reciprocal(V x) {
 }
 
 INLINE V sigmoid(V x) { return reciprocal(1.0f + exponential(-x)); }
+
+// sigmoid(x) for |x| <= 2: an odd polynomial about a half, absolute error 1e-8.
+const float TAME_REACH = 2;
+
+INLINE V tame_sigmoid(V x) {
+  const V square = x * x;
+  V p = square * 5.8823986e-08f - 1.45294934e-06f;
+  p = p * square + 1.95051589e-05f;
+  p = p * square - 0.000208069669f;
+  p = p * square + 0.00208118495f;
+  p = p * square - 0.0208325808f;
+  p = p * square + 0.249999923f;
+  return 0.5f + x * p;
+}
+
+// sigmoid and tanh of x from one exponential; beyond 43 they do not change.
+INLINE void sigmoid_and_tanh(V x, V* gate, V* t) {
+  const V e = exponential(smaller(larger(-x, set(-43.0f)), set(43.0f)));
+  *gate = reciprocal(1.0f + e);
+  *t = 2.0f * reciprocal(1.0f + e * e) - 1.0f;
+}
 
 // erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7; `gauss` is exp(-x^2).
 INLINE V error_function(V x, V gauss) {
@@ -141,13 +177,12 @@ INLINE V activate(V x, V below = V{}) {
   return x;
 }
 
+INLINE V silu_slope(V x, V gate) { return gate * (1.0f + x * (1.0f - gate)); }
+
 template <int ACT>
 INLINE V slope(V x, V below = V{}) {
   if (ACT == PRELU) return x > V{} ? set(1.0f) : below;
-  if (ACT == SILU) {
-    V s = sigmoid(x);
-    return s * (1.0f + x * (1.0f - s));
-  }
+  if (ACT == SILU) return silu_slope(x, sigmoid(x));
   if (ACT == RELU) return x > V{} ? set(1.0f) : V{};
   if (ACT == GELU) {
     V gauss = exponential(-0.5f * x * x);
@@ -363,102 +398,165 @@ INLINE V lead_back(const Expansion& e, V t, int channel, int count, const V* f, 
 
 const int TOGETHER = 4;  // vectors; each step is done for all of them, so that none waits for its own last step
 
+// Whether polynomials with SiLU have values that `tame_sigmoid` serves, whatever the input.
+INLINE bool is_tame(const Expansion& e) {
+  float before = 0, bound = 1, greatest = 1;
+  for (int n = 1; n < e.functions; ++n) {
+    const float* c = e.numbers + 3 * (n - 1);
+    const float next = (__builtin_fabsf(c[0]) + __builtin_fabsf(c[1])) * bound + __builtin_fabsf(c[2]) * before;
+    before = bound;
+    bound = next;
+    if (!(bound <= greatest)) greatest = bound;
+  }
+  return e.act == SILU && e.squash != SQUASH_IDENTITY && greatest <= TAME_REACH;
+}
+
 // The place of one vector: its row, its first channel within the group, and how many lanes of it there are.
 struct Lanes {
   Size row;
   int channel, count;
 };
 
-INLINE int channel_of(const Expansion& e, const Lanes& at, int width) {
-  return width == e.channels ? at.channel : (int)(at.row % (e.channels / width)) * width + at.channel;
+// `step` floats lie between two rows of the input: `width` of a group, or more of a voxel of which some channels are
+// left out.
+INLINE int channel_of(const Expansion& e, const Lanes& at, int width, Size step) {
+  return step != width || width == e.channels ? at.channel : (int)(at.row % (e.channels / width)) * width + at.channel;
 }
 
-// Call work(lanes, n) for up to TOGETHER vectors at a time, of rows `start` to `stop`.
-template <class Work>
+#define TOGETHER_UNROLL _Pragma("GCC unroll 4")
+
+// Call work(lanes, n) for up to TOGETHER vectors at a time, of rows `start` to `stop`. FULL: no vector lacks lanes.
+template <bool FULL, class Work>
 INLINE void for_lanes(Size start, Size stop, int width, Work work) {
-  Lanes lanes[TOGETHER];
-  int n = 0;
-  for (Size row = start; row < stop; ++row) {
-    for (int c = 0; c < width; c += W) {
-      lanes[n++] = {row, c, width - c};
-      if (n == TOGETHER) {
-        work(lanes, TOGETHER);
-        n = 0;
+  Size row = start, left = (stop - start) * ((width + W - 1) / W);
+  int channel = 0;
+  while (left > 0) {
+    Lanes lanes[TOGETHER];
+    TOGETHER_UNROLL for (int i = 0; i < TOGETHER; ++i) {
+      lanes[i] = {row, channel, FULL ? W : width - channel};
+      channel += W;
+      if (channel >= width) {
+        channel = 0;
+        ++row;
       }
     }
+    if (left >= TOGETHER) {
+      work(lanes, TOGETHER);
+    } else {
+      work(lanes, (int)left);
+    }
+    left -= TOGETHER;
   }
-  work(lanes, n);
 }
 
-template <int KIND, bool USUAL>
-void expand_rows(const Expansion& e, const float* x, float* out, Size start, Size stop, int width) {
+template <int KIND, bool USUAL, bool TAME, bool FULL>
+void expand_lanes(const Expansion& e, const float* x, float* out, Size start, Size stop, int width, Size step) {
   const int K = KIND == NONE ? 0 : USUAL ? usual<KIND>() : e.functions, first = e.base >= 0 ? 1 : 0;
-  for_lanes(start, stop, width, [&](const Lanes* lanes, int n) __attribute__((always_inline)) {
+  for_lanes<FULL>(start, stop, width, [&](const Lanes* lanes, int n) __attribute__((always_inline)) {
     V t[TOGETHER], f[TOGETHER][MOST];
     float* to[TOGETHER];
-    for (int i = 0; i < n; ++i) {
+    TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
       const Lanes at = lanes[i];
-      const V v = load_some(x + at.row * width + at.channel, at.count);
+      const V v = load_some(x + at.row * step + at.channel, at.count);
       to[i] = out + (at.row * e.branches + e.offset) * width + at.channel;
+      if (TAME && e.base == SILU && e.squash == SQUASH_TANH) {
+        V gate;
+        sigmoid_and_tanh(v, &gate, t + i);
+        store_some(to[i], v * gate, at.count);
+        continue;
+      }
       if (e.base >= 0) store_some(to[i], activated(e.base, v), at.count);
       t[i] = squashed(e, v);
     }
     if (KIND == NONE) return;
-    for (int i = 0; i < n; ++i) {
-      evaluate<KIND, USUAL>(e, t[i], channel_of(e, lanes[i], width), lanes[i].count, f[i]);
+    TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
+      evaluate<KIND, USUAL>(e, t[i], channel_of(e, lanes[i], width, step), lanes[i].count, f[i]);
     }
-    for (int i = 0; i < n; ++i) {
-      for (int k = e.skip; k < K; ++k) {
-        store_some(to[i] + (Size)(first + k - e.skip) * width, e.act == SILU ? activate<SILU>(f[i][k]) : f[i][k], lanes[i].count);
+    TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
+      for (int k = 0; k < K; ++k) {
+        if (k < e.skip) continue;  // the numbers stay in registers where the bounds are known
+        store_some(to[i] + (Size)(first + k - e.skip) * width, TAME ? f[i][k] * tame_sigmoid(f[i][k]) : e.act == SILU ? activate<SILU>(f[i][k]) : f[i][k],
+                   lanes[i].count);
       }
     }
   });
 }
 
-template <int KIND, bool USUAL>
-void contract_rows(
-    const Expansion& e, const float* x, const float* upper, float* at_x, Sums& sums, Size start, Size stop, int width) {
+template <int KIND, bool USUAL, bool TAME, bool FULL>
+void contract_lanes(
+    const Expansion& e, const float* x, const float* upper, float* at_x, Sums& sums, Size start, Size stop, int width,
+    Size step) {
   const int K = KIND == NONE ? 0 : USUAL ? usual<KIND>() : e.functions, first = e.base >= 0 ? 1 : 0;
   float* low = sums.phases;
   float* high = low ? low + (Size)e.functions * e.channels : low;
-  for_lanes(start, stop, width, [&](const Lanes* lanes, int n) __attribute__((always_inline)) {
+  for_lanes<FULL>(start, stop, width, [&](const Lanes* lanes, int n) __attribute__((always_inline)) {
     V t[TOGETHER], at[TOGETHER], f[TOGETHER][MOST], g[TOGETHER][MOST];
     int channel[TOGETHER];
-    for (int i = 0; i < n; ++i) {
-      const V v = load_some(x + lanes[i].row * width + lanes[i].channel, lanes[i].count);
+    TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
+      const V v = load_some(x + lanes[i].row * step + lanes[i].channel, lanes[i].count);
       const float* from = upper + (lanes[i].row * e.branches + e.offset) * width + lanes[i].channel;
+      channel[i] = channel_of(e, lanes[i], width, step);
+      if (TAME && e.base == SILU && e.squash == SQUASH_TANH) {
+        V gate;
+        sigmoid_and_tanh(v, &gate, t + i);
+        at[i] = load_some(from, lanes[i].count) * silu_slope(v, gate);
+        continue;
+      }
       at[i] = e.base >= 0 ? load_some(from, lanes[i].count) * slope_of(e.base, v) : V{};
       t[i] = squashed(e, v);
-      channel[i] = channel_of(e, lanes[i], width);
     }
-    for (int i = 0; i < n && KIND != NONE; ++i) evaluate<KIND, USUAL>(e, t[i], channel[i], lanes[i].count, f[i]);
-    for (int i = 0; i < n && KIND != NONE; ++i) {
+    TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE; ++i) evaluate<KIND, USUAL>(e, t[i], channel[i], lanes[i].count, f[i]);
+    TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE; ++i) {
       const float* from = upper + (lanes[i].row * e.branches + e.offset) * width + lanes[i].channel;
-      for (int k = 0; k < e.skip; ++k) g[i][k] = V{};
-      for (int k = e.skip; k < K; ++k) {
+      for (int k = 0; k < K; ++k) {
+        g[i][k] = V{};
+        if (k < e.skip) continue;
         g[i][k] = load_some(from + (Size)(first + k - e.skip) * width, lanes[i].count);
-        if (e.act == SILU) g[i][k] *= slope<SILU>(f[i][k]);
+        if (TAME) {
+          g[i][k] *= silu_slope(f[i][k], tame_sigmoid(f[i][k]));
+        } else if (e.act == SILU) {
+          g[i][k] *= slope<SILU>(f[i][k]);
+        }
       }
     }
-    for (int i = 0; i < n && KIND != NONE; ++i) {
+    TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE; ++i) {
       at[i] += squash_slope(e, t[i]) *
                lead_back<KIND, USUAL>(e, t[i], channel[i], lanes[i].count, f[i], g[i], sums.inner, low, high);
     }
-    for (int i = 0; i < n && at_x; ++i) {
-      float* to = at_x + lanes[i].row * width + lanes[i].channel;
+    if (!at_x) return;
+    TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
+      float* to = at_x + lanes[i].row * step + lanes[i].channel;
       store_some(to, load_some(to, lanes[i].count) + at[i], lanes[i].count);
     }
   });
 }
 
-typedef void (*Expand)(const Expansion&, const float*, float*, Size, Size, int);
-typedef void (*Contract)(const Expansion&, const float*, const float*, float*, Sums&, Size, Size, int);
+template <int KIND, bool USUAL, bool TAME>
+void expand_rows(const Expansion& e, const float* x, float* out, Size start, Size stop, int width, Size step) {
+  const auto run = width % W ? expand_lanes<KIND, USUAL, TAME, false> : expand_lanes<KIND, USUAL, TAME, true>;
+  run(e, x, out, start, stop, width, step);
+}
+
+template <int KIND, bool USUAL, bool TAME>
+void contract_rows(
+    const Expansion& e, const float* x, const float* upper, float* at_x, Sums& sums, Size start, Size stop, int width,
+    Size step) {
+  const auto run = width % W ? contract_lanes<KIND, USUAL, TAME, false> : contract_lanes<KIND, USUAL, TAME, true>;
+  run(e, x, upper, at_x, sums, start, stop, width, step);
+}
+
+typedef void (*Expand)(const Expansion&, const float*, float*, Size, Size, int, Size);
+typedef void (*Contract)(const Expansion&, const float*, const float*, float*, Sums&, Size, Size, int, Size);
 
 template <int KIND>
 void choose_usual(const Expansion& e, Expand* expand, Contract* contract) {
   const bool usual = is_usual<KIND>(e);
-  *expand = usual ? expand_rows<KIND, true> : expand_rows<KIND, false>;
-  *contract = usual ? contract_rows<KIND, true> : contract_rows<KIND, false>;
+  *expand = usual ? expand_rows<KIND, true, false> : expand_rows<KIND, false, false>;
+  *contract = usual ? contract_rows<KIND, true, false> : contract_rows<KIND, false, false>;
+  if (KIND == POLYNOMIAL && usual && is_tame(e)) {
+    *expand = expand_rows<KIND, true, KIND == POLYNOMIAL>;
+    *contract = contract_rows<KIND, true, KIND == POLYNOMIAL>;
+  }
 }
 
 void choose(const Expansion& e, Expand* expand, Contract* contract) {
@@ -562,7 +660,7 @@ void NAME(expand)(const Expansion* e, const float* x, float* out, Size rows, int
   Expand run;
   Contract unused;
   choose(*e, &run, &unused);
-  share_out(rows, threads, [=](Size start, Size stop, int) { run(*e, x, out, start, stop, width); });
+  share_out(rows, threads, [=](Size start, Size stop, int) { run(*e, x, out, start, stop, width, width); });
 }
 
 // at_x += gradient; inner (threads, 33), phases and phases_total (threads, 2, functions, channels); each may be null
@@ -576,7 +674,7 @@ void NAME(contract)(
     const Size at = 2 * (Size)thread * e->functions * e->channels;
     Sums sums = no_sums(inner ? inner + thread * MOST : inner, phases ? phases + at : phases, phases_total + at);
     for (Size from = start; from < stop; from += BLOCK) {
-      run(*e, x, upper, at_x, sums, from, from + BLOCK < stop ? from + BLOCK : stop, width);
+      run(*e, x, upper, at_x, sums, from, from + BLOCK < stop ? from + BLOCK : stop, width, width);
       to_double(*e, sums);
     }
   });
