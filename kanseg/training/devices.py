@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -57,11 +56,3 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(mmap_max, 0)
             mallopt(trim_threshold, -1)
-
-
-def give_back_memory() -> None:
-    """Return to the system what a training has freed and glibc has kept; the next one has maps of other sizes."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
