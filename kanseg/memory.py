@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import sys
 from pathlib import Path
 
 FITS = 0.5  # of the room that is left: the rest is for what computes
@@ -37,9 +40,20 @@ def fits(size: int, memory: int | None = None) -> bool:
     Args:
         memory: bytes that this process may take in all; default what the machine has left.
     """
+    return _fits(size, memory) or (give_back() and _fits(size, memory))
+
+
+def _fits(size: int, memory: int | None) -> bool:
     if memory is None:
         return size <= FITS * free_memory()
     return size <= max(FITS * (memory - (taken() or 0)), LITTLE * memory)
+
+
+def give_back() -> bool:
+    """Return to the system what was freed and glibc has kept for tensors of other sizes; whether that could be done."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return trim is not None and bool(trim(0))
 
 
 def _entry(path: str, key: str) -> int | None:

@@ -22,9 +22,10 @@ from kanseg.data.transforms import restore
 from kanseg.errors import UserError
 from kanseg.inference.logits import InMemory, OnDisk, predict_logits, whole_logits
 from kanseg.inference.predict import predict, predict_case
-from kanseg.memory import fits, free_memory
+from kanseg.memory import fits, free_memory, taken
 from kanseg.models import create_model
 from kanseg.training.checkpoint import BEST, build_model, load_model, named, save_checkpoint
+from kanseg.training.devices import keep_freed_memory
 
 SMALL = {"features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [3, 3]}
 MEGA = 2**20
@@ -110,6 +111,18 @@ def test_what_is_free_or_allowed_decides(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not fits(free_memory())
     assert not fits(200 * MEGA, memory=2**30)  # the interpreter with torch is half of it, or more
     assert fits(10 * MEGA, memory=2**30)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back to Linux alone")
+def test_what_was_freed_and_kept_counts_as_free() -> None:
+    keep_freed_memory()
+    parts = [torch.ones(2**18) for _ in range(300)]  # 300 MiB
+    allowed = (taken() or 0) + 100 * MEGA
+    assert not fits(100 * MEGA, allowed)
+    kept = parts[-1]  # nor does it lie at the end of the heap
+    del parts
+    assert fits(100 * MEGA, allowed)
+    assert kept.sum() == 2**18
 
 
 def test_a_disk_without_room_is_one_line(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

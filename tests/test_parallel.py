@@ -142,3 +142,18 @@ def test_two_processes_train_a_classifier_as_one_does(tmp_path):
         assert one["accuracy"] == other["accuracy"]
     assert summaries[0]["images"] == summaries[1]["images"] == 32
     assert summaries[0]["auc"] == pytest.approx(summaries[1]["auc"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_runs_in_two_processes(blobs, tmp_path):
+    """One of them plans, splits, chooses and reports; both train every fold."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    run = tmp_path / "run"
+    options = ["training.max_epochs=1", "training.steps_per_epoch=2", "data.workers=0", "data.folds=2"]
+    how = ["--size", "small", "--memory", "4G", "--configurations", "2d"]
+    done = launch(2, "run", blobs, "-o", run, *how, *options, "inference.overlap=0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((run / "2d/cross_validation.json").read_text())["cases"] == 6
+    assert "6 unseen cases" in (run / "report.html").read_text()
+    assert done.stdout.count("Chosen: 2d") == 1

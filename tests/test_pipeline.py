@@ -85,7 +85,13 @@ def test_the_report_is_one_file_that_shows_all(balls, done, tmp_path):
     scores = read_rows(folder / "3d/cross_validation.csv")
     worst = min(scores, key=lambda row: float(row["dice"]))
     assert f"Worst case: {worst['case']}, mean Dice {float(worst['dice']):.3f}" in page
-    for said in (*plan.reasons, "0.1.0", torch.__version__.partition("+")[0], "peak memory", "3d/fold_2"):
+    for said in (
+        *plan.reasons,
+        "0.1.0",
+        torch.__version__.partition("+")[0],
+        "peak memory of the process",
+        "3d/fold_2",
+    ):
         assert said in html.unescape(page)
     splits = json.loads((folder / "3d/splits.json").read_text())
     assert all(", ".join(fold["val"]) in page for fold in splits)

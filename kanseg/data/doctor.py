@@ -18,7 +18,7 @@ import SimpleITK as sitk
 
 from kanseg.data.convert import Sample, on_own_grid, write_dataset
 from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
-from kanseg.data.formats import MOST_VALUES, Case, Dataset, find_images, list_dataset
+from kanseg.data.formats import MOST_VALUES, Case, Dataset, few, find_images, list_dataset
 from kanseg.data.images import (
     GRID_TOLERANCE,
     LOSSY,
@@ -313,7 +313,7 @@ def _of_labels(dataset: Dataset, findings: list[Finding]) -> None:
     elif found == [0, 255]:
         findings.append(Finding("0 and 255", "", "masks have the values 0 and 255"))
     elif known != list(range(len(known))):
-        findings.append(Finding("gaps in labels", "", f"label values are {known[:12]}"))
+        findings.append(Finding("gaps in labels", "", f"label values are {few([*map(str, known)])}"))
 
 
 def _hopeless(findings: Sequence[Finding], case: str) -> bool:

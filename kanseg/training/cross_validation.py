@@ -23,6 +23,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.classification import SCORES
 from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
 from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
+from kanseg.memory import give_back
 from kanseg.progress import is_main, progress
 from kanseg.training.checkpoint import LAST
 from kanseg.training.files import locked, write_bytes, write_json
@@ -86,6 +87,7 @@ def cross_validate(
             ) as error:  # torch's lack of memory is a RuntimeError
                 failed[fold] = str(error)
                 console.print(f"Fold {fold} failed: {error}", markup=False, highlight=False, soft_wrap=True)
+            give_back()
         if not folds:
             raise UserError(f"Every fold of {run} failed, the first by: {failed[0]}")
         facts = {"folds": folds, "failed": failed}

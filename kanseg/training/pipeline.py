@@ -236,13 +236,9 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    splits: Splits | None = None
+    splits = once(lambda: _same_splits(job))
     for name in job.names:
         folder, plan = job.run / name, Plan.load(job.run / name / PLAN)
-        if splits is None:
-            splits = run_splits(job.dataset, job.config, folder)
-        if not (folder / SPLITS).exists():
-            write_json(folder / SPLITS, splits)
         done = read_json(folder / RESULT)
         if done is not None and not done["failed"] and not job.override:
             found[name] = done
@@ -260,12 +256,21 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
         raise UserError(f"Every configuration of {job.run} failed: {failed}")
     if len(found) > 1:
         members = list(found)
-        found[ENSEMBLE] = once(lambda: _ensemble(job, members, splits or []))
+        found[ENSEMBLE] = once(lambda: _ensemble(job, members, splits))
     unit = Plan.load(job.run / job.names[0] / PLAN).unit
     for name, result in found.items():
         title = f"{name}: {result['cases']} unseen cases"
         job.console.print(score_table(result["metrics"], title, unit))
     return found
+
+
+def _same_splits(job: Pipeline) -> Splits:
+    """The splits of the first configuration, written to all."""
+    splits = run_splits(job.dataset, job.config, job.run / job.names[0])
+    for name in job.names:
+        if not (job.run / name / SPLITS).exists():
+            write_json(job.run / name / SPLITS, splits)
+    return splits
 
 
 def _ensemble(job: Pipeline, names: Sequence[str], splits: Splits) -> dict[str, Any]:

@@ -310,7 +310,7 @@ class _Report:
             "epochs",
             "minutes",
             "waiting for data",
-            "peak memory (GiB)",
+            "peak memory of the process (GiB)",
             "sessions",
         ]
         heading.append("energy (Wh)")
