@@ -30,13 +30,17 @@ MOST_TAPS, MOST_ROOM = 27, 256  # of direct.h
 class Volume(ctypes.Structure):
     """`Volume` of winograd.h."""
 
-    _fields_ = tuple(
-        (name, c_int)
-        for name in (
-            *("samples", "depth", "height", "width", "in", "out"),
-            *("out_depth", "out_height", "out_width", "pad_depth", "pad_height", "pad_width"),
-        )
-    ) + (("kernel", c_int * 3), ("stride", c_int * 3))
+    _fields_ = (
+        *(
+            (name, c_int)
+            for name in (
+                *("samples", "depth", "height", "width", "in", "out"),
+                *("out_depth", "out_height", "out_width", "pad_depth", "pad_height", "pad_width"),
+            )
+        ),
+        ("kernel", c_int * 3),
+        ("stride", c_int * 3),
+    )
 
 
 class _Source(ctypes.Structure):
