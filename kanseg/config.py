@@ -322,7 +322,8 @@ def _as_hydra_override(override: str, folder: Path) -> str:
         choices = [path.stem for path in (folder / key).glob("*.yaml")]
         value = override[len(key) + 1 :]
         if value not in choices:
-            raise UsageError(f"Unknown {key} config '{value}'.{did_you_mean(value, choices)}")
+            networks = " A network is chosen by --model NAME (model.name=NAME)." if key == "model" else ""
+            raise UsageError(f"Unknown {key} config '{value}'.{did_you_mean(value, choices)}{networks}")
         return override
     return f"++{override}"
 
