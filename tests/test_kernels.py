@@ -90,6 +90,33 @@ def test_winograds_products_are_the_convolution(
     assert_like_float64(lambda **o: conv_layer(family, **options, **o)(spatial_dims, 32, 16), x, 2e-4)
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("family", ["plain", "kagn", "kan", "fastkan", "relukan"])
+@pytest.mark.parametrize("channels", [(1, 16), (6, 5), (48, 16), (160, 3)])
+def test_winograds_products_take_any_number_of_channels(
+    backend: str, family: str, spatial_dims: int, channels: tuple[int, int]
+) -> None:
+    """Fewer than a vector has, several slices of them, and outputs that fill no vector."""
+    x = torch.randn(1, channels[0], *LARGE[spatial_dims])
+    assert_like_float64(lambda **o: conv_layer(family, act="silu", **o)(spatial_dims, *channels), x, 2e-4)
+
+
+STRIDED = [{"stride": 2}, {"stride": 2, "padding": 0}, {"stride": 3, "padding": 2}, {"kernel_size": 2, "stride": 2}]
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("family", ["kagn", "kan", "fastkan", "relukan"])
+@pytest.mark.parametrize("channels", [(1, 16), (6, 32), (48, 16)])
+@pytest.mark.parametrize("geometry", [*STRIDED, {"stride": (1, 2, 2), "kernel_size": (3, 2, 3)}])
+def test_strides_are_their_formula(
+    backend: str, family: str, spatial_dims: int, channels: tuple[int, int], geometry: dict[str, Any]
+) -> None:
+    geometry = {key: value if isinstance(value, int) else value[-spatial_dims:] for key, value in geometry.items()}
+    x = torch.randn(2, channels[0], *{2: (47, 50), 3: (18, 23, 21)}[spatial_dims])
+    make = conv_layer(family, act="silu", norm=None)
+    assert_like_float64(lambda **o: make(spatial_dims, *channels, **geometry, **o), x, 1e-4)
+
+
 @pytest.mark.parametrize(("size", "zeros"), [((30, 30, 5), (1, 6)), ((6, 6, 6), (2, 4)), ((3, 3, 3), (1, 4))])
 def test_zeros_that_lead_torch_to_onednn_change_nothing(
     backend: str, size: tuple[int, ...], zeros: tuple[int, int], monkeypatch: pytest.MonkeyPatch

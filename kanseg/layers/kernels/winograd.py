@@ -22,7 +22,8 @@ from kanseg.layers.kernels.native import Expansion, Learned, Part, pointer
 if TYPE_CHECKING:
     from kanseg.layers.kernels.expansion import Geometry
 
-LEAST_VOXELS = 2048  # of an output; below, the transforms of the weight cost more than they save
+LEAST_VOXELS = 256  # of an output; below, the transforms of the weight cost more than they save
+LEAST_STRIDED = 2048  # of one with strides; below, oneDNN does better
 FORWARD, BACK, WEIGHT = range(3)
 MOST_TAPS, MOST_ROOM = 27, 256  # of direct.h
 
@@ -100,7 +101,9 @@ def serves(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     voxels = len(x) * torch.Size(geometry.out_size(x.shape[2:])).numel()
     if not native.serves(x, weight) or geometry.groups > 1:
         return False
-    return voxels >= LEAST_VOXELS and (geometry.dense() or _steps(x, weight, geometry))
+    if geometry.dense():
+        return voxels >= LEAST_VOXELS
+    return voxels >= LEAST_STRIDED and _steps(x, weight, geometry)
 
 
 def _steps(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:

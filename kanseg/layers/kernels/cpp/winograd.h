@@ -211,6 +211,7 @@ struct Plan : Slices {
   Size place, plane;                      // from a position to the next in a plane, and the plane
   Size spot, panel;                       // the same of products, and of the weight
   Size each;                              // memory of one thread
+  bool alone;                             // one box: the weight of a slice is transformed when it is its turn
 
   Plan(const Volume& volume, int of_branches, int threads, int job) : Slices(volume, of_branches, job) {
     room = (int)padded(in);
@@ -220,6 +221,7 @@ struct Plan : Slices {
     cut(threads, job == WEIGHT ? 2 : 1);
     bands = parts(down, rows);
     chunks = parts(deep, depths);
+    alone = threads == 1 && boxes() == 1;
     tiles = rows * across;
     slots = kept(depths);
     line = (Size)across * room + GAP;
@@ -233,8 +235,9 @@ struct Plan : Slices {
     if (job == WEIGHT) each += shared();
   }
 
-  // The transformed weight.
-  Size shared() const { return slices * 36 * panel; }
+  // The transformed weight, and where that of a slice is in it.
+  Size shared() const { return (alone ? 1 : slices) * 36 * panel; }
+  Size of_slice(int slice) const { return alone ? 0 : slice * 36 * panel; }
   Size boxes() const { return (Size)v.samples * bands * chunks; }
   int kept(int steps) const { return DO * steps + DI - DO; }
   bool retained() const { return back || slices == 1; }  // whether planes serve the next box
@@ -595,9 +598,9 @@ void multiply(
   }
 }
 
-// Gradient at the transformed weight of a slice, added to weight (36, DI, in, out); products hold that at the outputs.
+// Gradient at the transformed weight of a slice, (36, DI, in, out), added to it where not `fresh`; products hold that at the outputs.
 template <int DI, int DO>
-void weigh(const Plan<DI, DO>& plan, const Box& b, int in, float* weight, const Memory& m) {
+void weigh(const Plan<DI, DO>& plan, const Box& b, int in, float* weight, bool fresh, const Memory& m) {
   const int tiles = b.depths * b.rows * plan.across, columns = plan.columns;
   for (int p = 0; p < 36; ++p) {
     for (int first = 0; first < tiles; first += TILES) {
@@ -614,7 +617,11 @@ void weigh(const Plan<DI, DO>& plan, const Box& b, int in, float* weight, const 
           const int wide = least(in - from, LEFT);
           filter_depth(plan, b, p, z, first, count, from, wide, m.planes, m.left);
           float* to = weight + p * plan.panel + ((Size)z * in + from) * columns;
-          product<1, LEFT, false>(wide, columns, m.left, right, columns, to, columns, count);
+          if (fresh && first == 0) {
+            product<1, LEFT, true>(wide, columns, m.left, right, columns, to, columns, count);
+          } else {
+            product<1, LEFT, false>(wide, columns, m.left, right, columns, to, columns, count);
+          }
         }
       }
     }
@@ -800,6 +807,11 @@ void narrow_row(
   }
 }
 
+template <int DI, int DO>
+void widen_slice(const Plan<DI, DO>& plan, int slice, const Kernel& kernel, float* to) {
+  for (int k = 0; k < plan.rows_of(slice); ++k) widen_row(plan, slice, k, kernel, to);
+}
+
 // Call work(slice, row) for the rows of the transformed weight, on all threads.
 template <class P, class Work>
 void for_weight(const P& plan, int threads, Work work) {
@@ -815,9 +827,15 @@ void for_weight(const P& plan, int threads, Work work) {
 // ---------------------------------------------------------------------------------------------- calls
 
 template <int DI, int DO>
+void widen(const Plan<DI, DO>& plan, int threads, const Kernel& kernel, float* to) {
+  if (plan.alone) return;
+  for_weight(plan, threads, [&](int slice, int k) { widen_row(plan, slice, k, kernel, to + plan.of_slice(slice)); });
+}
+
+template <int DI, int DO>
 void forward(
-    const Plan<DI, DO>& plan, const Source& s, const float* weight, const Border* border, float* y, float* memory,
-    Size start, Size stop) {
+    const Plan<DI, DO>& plan, const Source& s, const Kernel& kernel, float* weight, const Border* border, float* y,
+    float* memory, Size start, Size stop) {
   const Volume& v = plan.v;
   const Memory m(plan, DI, DO, memory);
   const Convolved<Plan<DI, DO>> x(plan, s);
@@ -826,7 +844,8 @@ void forward(
     const Box b = plan.box(index);
     for (int slice = 0; slice < plan.slices; ++slice) {
       filter_planes(plan, x, b, slice, m, ring);
-      multiply(plan, b, plan.sliced(slice), plan.columns, weight + slice * 36 * plan.panel, slice == 0, m);
+      if (plan.alone) widen_slice(plan, slice, kernel, weight);
+      multiply(plan, b, plan.sliced(slice), plan.columns, weight + plan.of_slice(slice), slice == 0, m);
     }
     gather_box(plan, b, plan.columns, m, [&](int depth, int row, int column, int tiles, const float* from) {
       const Size step = (Size)tiles * plan.columns;
@@ -842,8 +861,8 @@ void forward(
 
 template <int DI, int DO>
 void back(
-    const Plan<DI, DO>& plan, const Source& s, const float* weight, const float* grad, float* memory, Size start,
-    Size stop, int thread) {
+    const Plan<DI, DO>& plan, const Source& s, const Kernel& kernel, float* weight, const float* grad, float* memory,
+    Size start, Size stop, int thread) {
   const Volume& v = plan.v;
   const Memory m(plan, DI, DO, memory);
   Led<Plan<DI, DO>> led(plan, s, thread);
@@ -855,7 +874,8 @@ void back(
     filter_planes(plan, x, b, 0, m, ring);
     for (int slice = 0; slice < plan.slices; ++slice) {
       const int columns = plan.columns_of(slice);
-      multiply(plan, b, v.in, columns, weight + slice * 36 * plan.panel, true, m);
+      if (plan.alone) widen_slice(plan, slice, kernel, weight);
+      multiply(plan, b, v.in, columns, weight + plan.of_slice(slice), true, m);
       gather_box(plan, b, columns, m, [&](int depth, int row, int column, int tiles, const float* from) {
         const Size step = (Size)tiles * columns;
         const int count = least(4 * tiles, v.out_width - column);
@@ -868,7 +888,9 @@ void back(
 }
 
 template <int DI, int DO>
-void weigh_boxes(const Plan<DI, DO>& plan, const Source& s, const float* grad, float* memory, Size start, Size stop) {
+void weigh_boxes(
+    const Plan<DI, DO>& plan, const Source& s, const Kernel& kernel, const float* grad, float* memory, Size start,
+    Size stop) {
   const Memory m(plan, DI, DO, memory);
   const Convolved<Plan<DI, DO>> x(plan, s);
   Ring ring = {-1, -1, 0};
@@ -877,7 +899,10 @@ void weigh_boxes(const Plan<DI, DO>& plan, const Source& s, const float* grad, f
     spread_box(plan, b, grad, m);
     for (int slice = 0; slice < plan.slices; ++slice) {
       filter_planes(plan, x, b, slice, m, ring);
-      weigh(plan, b, plan.sliced(slice), m.weight + slice * 36 * plan.panel, m);
+      weigh(plan, b, plan.sliced(slice), m.weight + plan.of_slice(slice), index == start, m);
+      for (int k = 0; plan.alone && k < plan.rows_of(slice); ++k) {
+        narrow_row(plan, slice, k, m.weight, 1, 0, kernel);
+      }
     }
   }
 }
@@ -907,11 +932,9 @@ void NAME(winograd)(
     float* scratch, int threads) {
   with_plan(*v, volume, branches, threads, FORWARD, [=](const auto& plan) {
     float *weight = scratch, *memory = scratch + plan.shared();
-    for_weight(plan, threads, [&](int slice, int k) {
-      widen_row(plan, slice, k, *kernel, weight + slice * 36 * plan.panel);
-    });
+    widen(plan, threads, *kernel, weight);
     share_out(plan.boxes(), threads, [&](Size start, Size stop, int thread) {
-      forward(plan, *s, weight, border, y, memory + thread * plan.each, start, stop);
+      forward(plan, *s, *kernel, weight, border, y, memory + thread * plan.each, start, stop);
     });
   });
 }
@@ -923,11 +946,9 @@ void NAME(winograd_back)(
     int threads) {
   with_plan(*v, volume, branches, threads, BACK, [=](const auto& plan) {
     float *weight = scratch, *memory = scratch + plan.shared();
-    for_weight(plan, threads, [&](int slice, int k) {
-      widen_row(plan, slice, k, *kernel, weight + slice * 36 * plan.panel);
-    });
+    widen(plan, threads, *kernel, weight);
     share_out(plan.boxes(), threads, [&](Size start, Size stop, int thread) {
-      back(plan, *s, weight, grad, memory + thread * plan.each, start, stop, thread);
+      back(plan, *s, *kernel, weight, grad, memory + thread * plan.each, start, stop, thread);
     });
   });
 }
@@ -938,10 +959,13 @@ void NAME(winograd_weight)(
     int threads) {
   with_plan(*v, volume, branches, threads, WEIGHT, [=](const auto& plan) {
     const Size sums = plan.each - plan.shared();
-    for (int t = 0; t < threads; ++t) __builtin_memset(scratch + t * plan.each + sums, 0, sizeof(float) * plan.shared());
+    for (int t = 1; t < threads; ++t) {  // one may get no box
+      __builtin_memset(scratch + t * plan.each + sums, 0, sizeof(float) * plan.shared());
+    }
     share_out(plan.boxes(), threads, [&](Size start, Size stop, int thread) {
-      weigh_boxes(plan, *s, grad, scratch + thread * plan.each, start, stop);
+      weigh_boxes(plan, *s, *kernel, grad, scratch + thread * plan.each, start, stop);
     });
+    if (plan.alone) return;
     for_weight(plan, threads, [&](int slice, int k) {
       narrow_row(plan, slice, k, scratch + sums + slice * 36 * plan.panel, threads, plan.each, *kernel);
     });
