@@ -21,7 +21,7 @@ from kanseg import Segmenter
 from kanseg.data.formats import read_dataset
 from kanseg.data.plan import plan_run
 
-MINUTES, MEMORY = 75, 8 * 2**30
+MINUTES, MEMORY = 64, 8 * 2**30
 CARD = {
     "title": "anterior and posterior hippocampus",
     "images": "T1-weighted MR, a crop around one hippocampus (about 35 x 50 x 36 mm), right-left mirrored to one side",

@@ -101,7 +101,12 @@ def test_winograds_products_take_any_number_of_channels(
     assert_like_float64(lambda **o: conv_layer(family, act="silu", **o)(spatial_dims, *channels), x, 2e-4)
 
 
-STRIDED = [{"stride": 2}, {"stride": 2, "padding": 0}, {"stride": 3, "padding": 2}, {"kernel_size": 2, "stride": 2}]
+STRIDED = [
+    {"stride": 2},
+    {"stride": 2, "padding": 0},
+    {"stride": 3, "padding": 2},
+    {"kernel_size": 2, "stride": 2},
+]
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
@@ -111,7 +116,9 @@ STRIDED = [{"stride": 2}, {"stride": 2, "padding": 0}, {"stride": 3, "padding": 
 def test_strides_are_their_formula(
     backend: str, family: str, spatial_dims: int, channels: tuple[int, int], geometry: dict[str, Any]
 ) -> None:
-    geometry = {key: value if isinstance(value, int) else value[-spatial_dims:] for key, value in geometry.items()}
+    geometry = {
+        key: value if isinstance(value, int) else value[-spatial_dims:] for key, value in geometry.items()
+    }
     x = torch.randn(2, channels[0], *{2: (47, 50), 3: (18, 23, 21)}[spatial_dims])
     make = conv_layer(family, act="silu", norm=None)
     assert_like_float64(lambda **o: make(spatial_dims, *channels, **geometry, **o), x, 1e-4)
