@@ -24,7 +24,7 @@ from kanseg.data.plan import plan_run
 MINUTES, MEMORY = 64, 8 * 2**30
 CARD = {
     "title": "anterior and posterior hippocampus",
-    "images": "T1-weighted MR, a crop around one hippocampus (about 35 x 50 x 36 mm), right-left mirrored to one side",
+    "images": "T1-weighted MR, a crop around a left hippocampus, or a right one mirrored (about 35 x 50 x 36 mm)",
     "data": "Medical Segmentation Decathlon, Task04_Hippocampus: 209 of its 260 labelled cases, 136 subjects",
     "licence": "CC BY-SA 4.0 (data: Vanderbilt University Medical Center; Simpson et al., arXiv 1902.09063)",
     "use": "research; no medical device",
