@@ -134,7 +134,8 @@ def test_networks_are_also_made_by_class_and_by_wrapper(name: str) -> None:
     with torch.no_grad():
         found = from_torch_conv_kan(class_name, {**args, **own}, state_of(case, data))(data["input"])
     first, expected = found[0] if isinstance(found, tuple) else found, data[next(iter(case["outputs"]))]
-    assert (first - expected).abs().max() <= 1e-5 * expected.abs().max()
+    tolerance = max(1e-5, 10 * case["relative_f32_noise"])
+    assert (first - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dict[str, Tensor]:
