@@ -91,8 +91,8 @@ def test_winograds_products_are_the_convolution(
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-@pytest.mark.parametrize("family", ["plain", "kagn", "kan", "fastkan", "relukan"])
-@pytest.mark.parametrize("channels", [(1, 16), (6, 5), (48, 16), (160, 3)])
+@pytest.mark.parametrize("family", ["plain", "kagn", "relukan"])
+@pytest.mark.parametrize("channels", [(1, 16), (6, 5), (160, 3)])
 def test_winograds_products_take_any_number_of_channels(
     backend: str, family: str, spatial_dims: int, channels: tuple[int, int]
 ) -> None:
@@ -110,8 +110,8 @@ STRIDED = [
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-@pytest.mark.parametrize("family", ["kagn", "kan", "fastkan", "relukan"])
-@pytest.mark.parametrize("channels", [(1, 16), (6, 32), (48, 16)])
+@pytest.mark.parametrize("family", ["kagn", "relukan"])
+@pytest.mark.parametrize("channels", [(6, 32), (48, 16)])
 @pytest.mark.parametrize("geometry", [*STRIDED, {"stride": (1, 2, 2), "kernel_size": (3, 2, 3)}])
 def test_strides_are_their_formula(
     backend: str, family: str, spatial_dims: int, channels: tuple[int, int], geometry: dict[str, Any]
