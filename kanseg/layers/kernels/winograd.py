@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kanseg.layers.kernels.expansion import Geometry
 
 LEAST_VOXELS = 256  # of an output; below, the transforms of the weight cost more than they save
-LEAST_STRIDED = 2048  # of one with strides; below, oneDNN does better
+LEAST_STRIDED = 1024  # of one with strides; below, oneDNN does better
 FORWARD, BACK, WEIGHT = range(3)
 MOST_TAPS, MOST_ROOM = 27, 256  # of direct.h
 
@@ -98,7 +98,7 @@ class Border:
 
 def serves(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels make this convolution."""
-    voxels = len(x) * torch.Size(geometry.out_size(x.shape[2:])).numel()
+    voxels = torch.Size(geometry.out_size(x.shape[2:])).numel()  # of a sample: it must not depend on its batch
     if not native.serves(x, weight) or geometry.groups > 1:
         return False
     if geometry.dense():
