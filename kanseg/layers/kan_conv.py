@@ -109,6 +109,14 @@ class ConvGeometry(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
         """The convolution with this geometry and no bias."""
+        result = result_type(x, weight)
+        if self.spatial_dims > 1 and self.geometry().misread(x, result):
+            with torch.autocast("cpu", enabled=False):
+                return self.wide(x.float(), weight.float(), groups).to(result)
+        return self.wide(x, weight, groups)
+
+    def wide(self, x: Tensor, weight: Tensor, groups: int | None) -> Tensor:
+        """`convolve` in the type that the operands have."""
         return CONVOLUTIONS[self.spatial_dims](
             x, weight, None, self.stride, self.padding, self.dilation, groups or self.groups
         )

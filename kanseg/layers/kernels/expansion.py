@@ -60,6 +60,15 @@ class Geometry:
         alike = set(self.kernel_size) == {3} and self.stride == self.dilation == once
         return alike and max(self.padding) <= 2 and self.groups == 1
 
+    def misread(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether oneDNN's gradient of a bfloat16 weight reads beyond its memory: the map is less deep than the kernel.
+
+        Seen with torch 2.14 on processors with AVX-512 and bfloat16 products, in 3D and channels-last memory: NaN, wrong
+        numbers or a crash. Float32, float16 and 2D are right.
+        """
+        reach = (self.kernel_size[0] - 1) * self.dilation[0]
+        return x.device.type == "cpu" and dtype == torch.bfloat16 and x.dim() == 5 and x.shape[2] <= reach
+
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output."""
         axes = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
@@ -216,6 +225,8 @@ def convolution_gradients(
         [of_x, of_weight, False],
     )
     samples, channels = x.shape[:2]
+    if of_weight and geometry.misread(x, weight.dtype):
+        x, weight, grad = x.float(), weight.float(), grad.float()
     x, weight = for_onednn(x, weight)
     grad = channels_last(grad)
     if len(x) > samples:
