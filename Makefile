@@ -9,8 +9,8 @@ demo: $(STAMP)  ## train, predict and evaluate on embedded data, in at most 8 mi
 	rm -rf runs/demo
 	$(BIN)/kanseg demo -o runs/demo
 
-test: $(STAMP)  ## the whole suite but the slow tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the whole suite but the slow tests, a process a core
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

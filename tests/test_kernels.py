@@ -101,6 +101,25 @@ def test_winograds_products_take_any_number_of_channels(
     assert_like_float64(lambda **o: conv_layer(family, act="silu", **o)(spatial_dims, *channels), x, 2e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("family", ["plain", "kagn", "kan", "relukan", "wavkan"])
+def test_threads_share_the_work_and_nothing_else(family: str, spatial_dims: int, stride: int) -> None:
+    """As many as there are cores here or not: two threads that write one number would give others each time."""
+    layer = conv_layer(family, act="silu")(spatial_dims, 32, 16, stride=stride)
+    x = torch.randn(2, 32, *LARGE[spatial_dims])
+    assert x.numel() > native.FEW
+    cotangent = torch.randn(layer(x).shape)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(gradients(layer, x, cotangent))
+    torch.set_num_threads(before)
+    for alone, shared in zip(*found, strict=True):
+        if alone.numel():
+            assert (alone - shared).abs().max() <= 1e-4 * alone.abs().max().clamp(min=1e-3)
+
+
 STRIDED = [
     {"stride": 2},
     {"stride": 2, "padding": 0},
