@@ -5,6 +5,7 @@ The verbs of the main path stand here; those around it in `kanseg.verbs`, by the
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -389,6 +390,12 @@ def main() -> None:
     """Entry point: a user's mistake is one line and an exit code (1, or 2 for wrong usage), never a traceback."""
     try:
         app()
+    except SystemExit as done:
+        if not done.code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from kanseg.training.parallel import leave
+
+            leave()
+        raise
     except UserError as error:
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     except OSError as error:

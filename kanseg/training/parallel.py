@@ -37,6 +37,16 @@ def once(step: Callable[[], T]) -> T:
     return told[0]
 
 
+def leave() -> None:
+    """The end of a command that went well: wait for each other, then end the threads that connect the processes.
+
+    A process that ended with them running would now and then be aborted, and the launcher would stop the others.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def shard(model: nn.Module, accelerator: Accelerator) -> bool:
     """Split weights, gradients and optimizer state over the CPU processes of `accelerate launch --use_fsdp --cpu`.
 
