@@ -75,7 +75,7 @@ def test_hippocampus_segments_a_scan_from_the_command_line(tmp_path: Path) -> No
 def test_a_packed_checkpoint_predicts_in_half_the_bytes_what_the_whole_one_does(
     fit_balls, tmp_path, monkeypatch
 ):
-    fit_balls()
+    fit_balls("training.max_epochs=2")
     best = tmp_path / "run/fold_0/best.safetensors"
     file = pack(best, "ball", CARD, tmp_path / "weights")
     assert file.stat().st_size < 0.7 * best.stat().st_size
@@ -96,7 +96,7 @@ def test_a_packed_checkpoint_predicts_in_half_the_bytes_what_the_whole_one_does(
 
 
 def test_what_is_too_large_or_says_too_little_is_not_packed(fit_balls, tmp_path, monkeypatch):
-    fit_balls()
+    fit_balls("training.max_epochs=2")
     best = tmp_path / "run/fold_0/best.safetensors"
     with pytest.raises(UserError, match="lacks licence, dice"):
         pack(best, "ball", {key: CARD[key] for key in ("title", "images", "data")}, tmp_path)
