@@ -200,6 +200,23 @@ def test_a_short_training_gets_smaller_steps_rather_than_few(tmp_path: Path) -> 
     assert f"a step takes about {voxels[0] * 1e-5:.0f} s here" in " ".join(plans[0].reasons)
 
 
+def test_a_patch_that_would_see_next_to_nothing_gets_coarser_voxels_the_finest_axes_first(tmp_path: Path) -> None:
+    dataset = read_dataset(volumes(tmp_path, (200, 200, 100), (0.5, 0.5, 1.0)))
+    machine = steps_of(GIB, 500)
+
+    def voxels_allowed(plan: Plan) -> Need:
+        return replace(machine(plan), seconds=1e-2)
+
+    rich, poor = (make_plan(dataset, memory=16 * GIB, measure=voxels_allowed, seconds=s) for s in (1e6, 2e4))
+    assert rich.spacing == [0.5, 0.5, 1.0]
+    assert "coarsened" not in rich.reasons[0]
+    assert 0.5 < poor.spacing[0] == poor.spacing[1] < 1.01 * poor.spacing[2]
+    image = math.prod(np.array([100.0, 100.0, 100.0]) / poor.spacing)
+    assert 1 / 100 < math.prod(poor.patch_size) / image < 1 / 16
+    assert "coarsened to" in poor.reasons[0]
+    assert "a longer training or more memory" in poor.reasons[0]
+
+
 def test_pairs_on_different_grids_stop_the_plan(tmp_path: Path) -> None:
     root = volumes(tmp_path, (16, 16, 16), (1.0, 1.0, 1.0))
     label = root / "labels" / "1.nii.gz"

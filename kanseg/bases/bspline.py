@@ -53,13 +53,14 @@ class _CardinalBSpline(torch.autograd.Function):
 def _truncated_powers(v: Tensor, order: int, power: int) -> Tensor:
     """Sum over j of (-1)^j binom(order + 1, j) relu((order + 1) / 2 - j - |v|)^power / power!, few passes, in place."""
     half, distance, total = (order + 1) / 2, v.abs(), None
+    scale = math.factorial(power) ** (-1 / max(1, power))  # to this power it divides by power!
     for j in range(math.ceil(half)):
-        reach = half - j - distance
+        reach = torch.rsub(distance, (half - j) * scale, alpha=scale)
         term = reach.clamp_(min=0).pow_(power) if power else (reach > 0).to(reach.dtype)
         factor = (-1) ** j * math.comb(order + 1, j)
         total = term if total is None else total.add_(term, alpha=factor)
     assert total is not None
-    return total.div_(math.factorial(power))
+    return total
 
 
 @BASES.register("bspline")

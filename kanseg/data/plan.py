@@ -40,6 +40,7 @@ LOADERS = 1  # that a plan reckons with
 LARGEST_BATCH = {2: 12, 3: 2}
 LEAST_VOXELS = {2: 128**2, 3: 40**3}  # a patch that sees less (and less than the image) costs width first
 LEAST_FEATURES = 8
+LEAST_SHARE = 1 / 64  # of a volume that such a patch should see; coarser voxels are better than less
 TRIALS = 4
 LEAST_STEPS = 250  # that a training of a given time should have; a smaller patch is better than fewer
 THICK = 3  # times the other spacings: slices from there on count as thick
@@ -274,7 +275,18 @@ def make_plan(
         fingerprint=summary,
     )
     plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure, seconds)
-    plan.reasons = [_why_spacing(plan, len(sizes)), *why, _why_strides(plan), _why_normalization(plan)]
+    why_spacing = _why_spacing(plan, len(sizes))
+    coarse = _coarser(plan, resampled)
+    if coarse is not None:
+        wish = "a longer training or more memory allow" if seconds else "more memory allows"
+        why_spacing += (
+            f"; coarsened to {_numbers(coarse)} so that a patch of what can be had here sees a "
+            f"{1 / LEAST_SHARE:.0f}th of an image; {wish} finer voxels"
+        )
+        plan = replace(plan, spacing=[float(s) for s in coarse])
+        resampled = np.median(sizes * spacings / coarse, axis=0)
+        plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure, seconds)
+    plan.reasons = [why_spacing, *why, _why_strides(plan), _why_normalization(plan)]
     if axis is not None:
         many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
         plan.reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[axis]}{many}")
@@ -462,6 +474,24 @@ def _target_spacing(spacings: np.ndarray) -> np.ndarray:
     if spacing[worst] > THICK * others.max():
         spacing[worst] = max(np.percentile(spacings[:, worst], 10), others.max())
     return np.round(spacing, 4)
+
+
+def _coarser(plan: Plan, image: np.ndarray) -> np.ndarray | None:
+    """The spacing at which a small patch sees `LEAST_SHARE` of a volume, the finest axes first; None if it does now.
+
+    Args:
+        image: median size of an image at the plan's spacing.
+    """
+    seen = math.prod(plan.patch_size)
+    excess = float(np.prod(image)) * LEAST_SHARE / seen
+    if plan.image_dims == 2 or seen >= LEAST_VOXELS[plan.spatial_dims] or excess <= 1:
+        return None
+    fine = np.array(plan.spacing)
+    low, high = fine.min(), fine.max() * excess
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.prod(np.maximum(fine, middle) / fine) < excess else (low, middle)
+    return np.round(np.maximum(fine, high), 4)
 
 
 def _patch(
