@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process of the tests, and for the processes that they start
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process of tests, and for those that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import nibabel as nib

@@ -200,7 +200,9 @@ def test_a_short_training_gets_smaller_steps_rather_than_few(tmp_path: Path) -> 
     assert f"a step takes about {voxels[0] * 1e-5:.0f} s here" in " ".join(plans[0].reasons)
 
 
-def test_a_patch_that_would_see_next_to_nothing_gets_coarser_voxels_the_finest_axes_first(tmp_path: Path) -> None:
+def test_a_patch_that_would_see_next_to_nothing_gets_coarser_voxels_the_finest_axes_first(
+    tmp_path: Path,
+) -> None:
     dataset = read_dataset(volumes(tmp_path, (200, 200, 100), (0.5, 0.5, 1.0)))
     machine = steps_of(GIB, 500)
 

@@ -61,7 +61,7 @@ class Geometry:
         return alike and max(self.padding) <= 2 and self.groups == 1
 
     def misread(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether oneDNN's gradient of a bfloat16 weight reads beyond its memory: the map is less deep than the kernel.
+        """Whether oneDNN's gradient of a bfloat16 weight reads beyond its memory: a map less deep than the kernel.
 
         Seen with torch 2.14 on processors with AVX-512 and bfloat16 products, in 3D and channels-last memory: NaN, wrong
         numbers or a crash. Float32, float16 and 2D are right.
