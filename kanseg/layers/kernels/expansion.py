@@ -63,8 +63,8 @@ class Geometry:
     def misread(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether oneDNN's gradient of a bfloat16 weight reads beyond its memory: a map less deep than the kernel.
 
-        Seen with torch 2.14 on processors with AVX-512 and bfloat16 products, in 3D and channels-last memory: NaN, wrong
-        numbers or a crash. Float32, float16 and 2D are right.
+        Seen with torch 2.14 on processors with AVX-512 and bfloat16 products, in 3D and channels-last memory: NaN,
+        wrong numbers or a crash. Float32, float16 and 2D are right.
         """
         reach = (self.kernel_size[0] - 1) * self.dilation[0]
         return x.device.type == "cpu" and dtype == torch.bfloat16 and x.dim() == 5 and x.shape[2] <= reach
