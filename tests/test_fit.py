@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from kanseg.evaluation.metrics import dice_of_values
 from kanseg.training import files
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
-from kanseg.training.monitor import read_log
+from kanseg.training.monitor import Monitor, read_log
 from kanseg.training.optimizers import lr_factor, update_average
 from kanseg.training.segmentation import Segmentation
 from kanseg.training.state import State
@@ -404,3 +405,24 @@ def test_large_images_are_watched_by_few_cases_while_training_goes_on(balls):
     slices = replace(volumes, spatial_dims=2, slice_axis=2, patch_size=[240, 240], spacing=[1.0, 1.0])
     assert affordable_cases(slices, patches=1200) == 3600 // 155
     assert affordable_cases(replace(plan, fingerprint={}), patches=200) is None
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_hundreds_of_classes_leave_lines_short_and_room_for_the_curves(tmp_path: Path) -> None:
+    scores = {f"label {number}": number / 200 for number in range(1, 200)}
+    record = {
+        "epoch": 0,
+        "loss": 1.0,
+        "lr": 0.1,
+        "dice": scores,
+        "mean_dice": 0.5,
+        "seconds": 1.0,
+        "data_wait": 0.0,
+    }
+    lines = io.StringIO()
+    with Monitor(tmp_path, load_config(), console=Console(file=lines)) as monitor:
+        monitor.epoch({**record, "total_seconds": 1.0}, 0.5)
+        monitor.picture()
+    assert "Dice 0.500 (lowest of 199: label 1 0.005, label 2 0.010, label 3 0.015)" in lines.getvalue()
+    assert read_log(tmp_path / "log.jsonl")[0]["dice"] == scores
+    assert (tmp_path / "progress.png").stat().st_size > 0

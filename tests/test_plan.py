@@ -200,6 +200,12 @@ def test_a_short_training_gets_smaller_steps_rather_than_few(tmp_path: Path) -> 
     assert f"a step takes about {voxels[0] * 1e-5:.0f} s here" in " ".join(plans[0].reasons)
 
 
+def test_what_a_step_takes_at_any_size_is_not_saved_by_a_smaller_patch() -> None:
+    need = Need(GIB, 100, seconds=1e-6, overhead=0.05)
+    assert need.voxels_within(1.05) == pytest.approx(1e6)
+    assert need.voxels_within(0.06) == need.voxels_within(0.01) == pytest.approx(5e4)
+
+
 def test_a_patch_that_would_see_next_to_nothing_gets_coarser_voxels_the_finest_axes_first(
     tmp_path: Path,
 ) -> None:

@@ -307,13 +307,18 @@ def make_plan(
 class Need:
     """What training needs, in bytes: base + per_voxel * voxels of the batch, and at any patch at least `least`.
 
-    A step takes `seconds` for each voxel of its batch; 0 where that is not known.
+    A step takes `overhead` seconds and `seconds` for each voxel of its batch; 0 where that is not known.
     """
 
     base: float
     per_voxel: float
     least: float = 0.0
     seconds: float = 0.0
+    overhead: float = 0.0
+
+    def voxels_within(self, seconds: float) -> float:
+        """Of a step of so many seconds; where the overhead takes most of them, as many as take as long as that."""
+        return max(seconds - self.overhead, self.overhead) / self.seconds
 
 
 def _within_memory(
@@ -359,7 +364,7 @@ def _within_memory(
             continue
         voxels = rest / (need.per_voxel + LOADERS * _loader_bytes_a_voxel(plan))
         if seconds and need.seconds:
-            voxels = min(voxels, seconds / LEAST_STEPS / need.seconds)
+            voxels = min(voxels, need.voxels_within(seconds / LEAST_STEPS))
         sized = _sized(plan, image, features, voxels)
         sized.training_bytes = int(need.base + cache + need.per_voxel * _voxels(sized))
         if sized.features_per_stage == last.features_per_stage and sized.strides == last.strides:
@@ -367,7 +372,8 @@ def _within_memory(
     size = [round(float(s)) for s in image]
     why = f"patch {sized.patch_size} of a median image {size} at that spacing, batch {sized.batch_size}, "
     reasons = [why + f"{sized.features_per_stage} features: what fits into {said}"]
-    if step := need.seconds * _voxels(sized):
+    if need.seconds:
+        step = need.overhead + need.seconds * _voxels(sized)
         within = f"; {seconds / step:.0f} fit into the time" if seconds else ""
         reasons.append(f"a step takes about {in_words(step)} here, a hundred {in_words(100 * step)}{within}")
     if sized.features_per_stage[0] < SIZES[plan.size].features:
@@ -479,10 +485,12 @@ def _target_spacing(spacings: np.ndarray) -> np.ndarray:
 def _coarser(plan: Plan, image: np.ndarray) -> np.ndarray | None:
     """The spacing at which a small patch sees `LEAST_SHARE` of a volume, the finest axes first; None if it does now.
 
+    A tiny patch counts as one of an eighth of `LEAST_VOXELS`: voxels must not get larger than what is to be seen.
+
     Args:
         image: median size of an image at the plan's spacing.
     """
-    seen = math.prod(plan.patch_size)
+    seen = max(math.prod(plan.patch_size), LEAST_VOXELS[plan.spatial_dims] // 8)
     excess = float(np.prod(image)) * LEAST_SHARE / seen
     if plan.image_dims == 2 or seen >= LEAST_VOXELS[plan.spatial_dims] or excess <= 1:
         return None

@@ -21,6 +21,8 @@ from kanseg.training.trackers import start_trackers
 
 T = TypeVar("T")
 LOG, PICTURE = "log.jsonl", "progress.png"
+MOST_SHOWN = 12  # classes by name in lines and legends; of more the lowest, all are in log.jsonl
+LOWEST_SHOWN = 3
 MUCH_WAITING = 0.1  # share of an epoch from which on it is worth a word: more data.workers may help
 
 
@@ -132,8 +134,14 @@ def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
     left.set(xlabel="epoch", ylabel="training loss")
     validated = [record for record in records if record[metric]]
     epochs = [record["epoch"] for record in validated]
-    for name in validated[-1][metric] if validated else ():
-        right.plot(epochs, [record[metric].get(name) for record in validated], label=name, marker=".")
+    names = list(validated[-1][metric]) if validated else []
+    many = len(names) > MOST_SHOWN
+    for name in names:
+        how = {"color": "lightgray", "linewidth": 0.5} if many else {"label": name, "marker": "."}
+        right.plot(epochs, [record[metric].get(name) for record in validated], **how)
+    if many:
+        means = [record[f"mean_{metric}"] for record in validated]
+        right.plot(epochs, means, color="black", marker=".", label=f"mean of {len(names)} classes")
     if validated:
         right.legend()
     right.set(xlabel="epoch", ylabel=f"{written(metric)} of validation cases", ylim=(0, 1))
@@ -178,7 +186,11 @@ def written(metric: str) -> str:
 
 def _line(record: dict[str, Any], metric: str) -> str:
     scores = record[metric]
-    by_name = ", ".join(f"{name} {value:.3f}" for name, value in (scores or {}).items())
+    named = list((scores or {}).items())
+    few = named if len(named) <= MOST_SHOWN else sorted(named, key=lambda one: one[1])[:LOWEST_SHOWN]
+    by_name = ", ".join(f"{name} {value:.3f}" for name, value in few)
+    if len(few) < len(named):
+        by_name = f"lowest of {len(named)}: {by_name}"
     shown = f", {written(metric)} {record[f'mean_{metric}']:.3f} ({by_name})" if scores else ""
     start = f"epoch {record['epoch']}: loss {record['loss']:.4f}{shown}"
     waits = (

@@ -1,8 +1,8 @@
 """What a training step takes in memory and time, measured by a step in a process of its own.
 
 `python -m kanseg.training.trial` reads a plan as JSON and answers with `Need` as JSON; `measure_step` runs it. Memory
-grows evenly with the voxels of a step, so two sizes of patch tell the step from the program around it, and a large
-patch needs no large trial.
+and time grow evenly with the voxels of a step, so two sizes of patch tell the step from the program around it, and a
+large patch needs no large trial.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from kanseg.training.optimizers import create_optimizer
 
 LARGEST_TRIAL = {"cpu": 300_000, "cuda": 8_000_000}  # voxels of a step
 STEPS = 2  # the second finds the state of the optimizer there, as all later ones do
+LEAST_GROWTH = 0.1  # of a step's time that goes by its voxels, at least: a disturbed trial may say less
 MINUTES = 10
 
 
@@ -82,7 +83,7 @@ def trial(plan: Plan) -> dict[str, float]:
     average = copy.deepcopy(model)
     loss = create_loss(config.training.loss)
     optimizer = create_optimizer(model, config.training)
-    sizes, peaks = [], []
+    sizes, peaks, times = [], [], []
     if patch == _smallest(plan):
         batch = max(batch, 2)  # or both steps would be one size
     for size, count in ((_smallest(plan), 1), (patch, batch)):
@@ -92,6 +93,7 @@ def trial(plan: Plan) -> dict[str, float]:
             took = time.monotonic() - began
         sizes.append(count * math.prod(size))
         peaks.append(_peak(device))
+        times.append(took)
     tensors = {**named("model", model.state_dict()), **named("average", average.state_dict())}
     with tempfile.TemporaryDirectory() as folder:
         state, _ = pack(optimizer.state_dict(), "optimizer")
@@ -99,7 +101,9 @@ def trial(plan: Plan) -> dict[str, float]:
     per_voxel = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     base = peaks[0] - per_voxel * sizes[0]
     least = _peak(device) if _peak(device) > peaks[1] else 0.0
-    return {"base": base, "per_voxel": per_voxel, "least": least, "seconds": took / sizes[1]}
+    seconds = max((times[1] - times[0]) / (sizes[1] - sizes[0]), times[1] / sizes[1] * LEAST_GROWTH)
+    overhead = max(0.0, times[1] - seconds * sizes[1])
+    return {"base": base, "per_voxel": per_voxel, "least": least, "seconds": seconds, "overhead": overhead}
 
 
 def _step(
