@@ -13,8 +13,8 @@ plain network (`basis=None`) of the same widths, which has fewer parameters.
     python pipelines/benchmarks/networks.py --dims 3 --rounds 3 --volume 96 --networks kagn
     python pipelines/benchmarks/networks.py --dims 3 --to-dice ../data/Task04_Hippocampus --minutes 30
 
-The last trains each network on the first fold of a data set until the mean validation Dice is .85, and says after how
-many seconds. It takes hours.
+With `-o FILE.json` the tables are also written as FILE.md. The last command trains each network on the first fold of a
+data set until the mean validation Dice is .85, and says after how many seconds. It takes hours.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ PATCH, BATCH = {2: 192, 3: 64}, {2: 2, 3: 1}
 CLASSES = 3
 WINDOWS = 2  # at once
 TARGET = 0.85  # Dice
+JOBS = ("training", "inference")
 Spec = dict[str, Any]  # of `create_model`
 
 
@@ -93,6 +94,43 @@ def main() -> None:
         if given.out:
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(results, indent=1) + "\n")
+            given.out.with_suffix(".md").write_text(markdown(results))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table a dimension, and the UKANets against their rivals."""
+    lines = [", ".join(f"{key} {value}" for key, value in results.items() if not isinstance(value, list)), ""]
+    lines += ["| network | parameters | training s | MB | inference s | MB |", "|---" * 6 + "|"]
+    for row in results["networks"]:
+        cells = [f"{row['network']}, {row['spatial_dims']}D", f"{row['parameters'] / 1e6:.2f} M"]
+        for job in JOBS:
+            cells += [f"{row[job]['seconds']:.2f}", f"{row[job]['mb']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| pair | training: time | memory | inference: time | memory |", "|---" * 5 + "|"]
+    for pair, found in against(results["networks"]):
+        cells = [pair]
+        for job in JOBS:
+            ratios = found[job]
+            cells += [
+                f"{ratios['time']:.2f} ({ratios['from']:.2f} to {ratios['to']:.2f}) x",
+                f"{ratios['mb']:.2f} x",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        f"{row['network']}: {row['seconds'] or 'not within the minutes'} s to a Dice of {row['dice']}"
+        for row in results["to dice"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def against(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and ratios of each UKANet with its twin and with the other networks."""
+    for row in rows:
+        if row["network"] not in UKANETS:
+            continue
+        for rival, found in row["against"].items():
+            if rival in (f"twin of {row['network']}", PLAIN, DYNUNET, SMP):
+                yield f"{row['network']} / {rival}, {row['spatial_dims']}D", found
 
 
 # ------------------------------------------------------------------------------------------------ the networks
@@ -246,21 +284,15 @@ def show(dims: int, rows: list[dict[str, Any]]) -> None:
     """Print the rows of a dimension, and the UKANets against the others."""
     print(f"\n{f'{dims}D':26}{'parameters':>11}{'training s':>12}{'MB':>7}{'inference s':>13}{'MB':>7}")
     for row in rows:
-        numbers = [row[job][key] for job in ("training", "inference") for key in ("seconds", "mb")]
+        numbers = [row[job][key] for job in JOBS for key in ("seconds", "mb")]
         line = "{:>12.2f}{:>7.0f}{:>13.1f}{:>7.0f}".format(*numbers)
         print(f"{row['network']:26}{row['parameters'] / 1e6:>10.2f}M{line}")
-    for row in rows:
-        if row["network"] not in UKANETS:
-            continue
-        own = f"twin of {row['network']}"
-        for rival, found in row["against"].items():
-            if rival not in (own, PLAIN, DYNUNET, SMP):
-                continue
-            both = [
-                f"{job} {f['time']:.2f} x ({f['from']:.2f} to {f['to']:.2f}), {f['mb']:.2f} x the memory"
-                for job, f in found.items()
-            ]
-            print(f"{row['network']} / {rival}: {'; '.join(both)}", flush=True)
+    for pair, found in against(rows):
+        both = [
+            f"{job} {f['time']:.2f} x ({f['from']:.2f} to {f['to']:.2f}), {f['mb']:.2f} x the memory"
+            for job, f in found.items()
+        ]
+        print(f"{pair}: {'; '.join(both)}", flush=True)
 
 
 def alone(given: argparse.Namespace, about: dict[str, Any]) -> float:
@@ -275,10 +307,10 @@ def peak(given: argparse.Namespace, dims: int, patch: int, job: str, described: 
     """MB that two steps, or one volume, take in this process above what it has now and the libraries of MONAI."""
     import monai.inferers  # noqa: F401  # takes memory too
 
-    from kanseg.training.trial import _status
+    from kanseg.memory import taken
 
     make(spec(PLAIN, dims, [2, 2]))  # what a first network loads
-    before = _status("VmRSS")
+    before = taken("VmRSS")
     network = make(described)
     if job == "training":
         step = training(network, dims, patch)
@@ -286,7 +318,10 @@ def peak(given: argparse.Namespace, dims: int, patch: int, job: str, described: 
     else:
         step = inference(network, dims, patch, given.volume, given.overlap)
     step()
-    return (_status("VmHWM") - before) / 2**20
+    after = taken("VmHWM")
+    if before is None or after is None:
+        raise SystemExit("This system does not tell what memory a process takes.")
+    return (after - before) / 2**20
 
 
 # ------------------------------------------------------------------------------------------------ to a Dice
