@@ -7,7 +7,8 @@ keeps them on one side of the split.
     python pipelines/hippocampus.py DATA -o runs/hippocampus                        # a fold, and its unseen subjects
     python pipelines/hippocampus.py DATA -o runs/hippocampus --fold final --pack    # every case, and pack the weights
 
-The second is how `kanseg/weights/hippocampus` was made; its README.md is the model card. The recipe is
+Two trainings like the second, the later one from the weights of the earlier, made `kanseg/weights/hippocampus`; its
+README.md is the model card and has the commands. The recipe is
 configs/hippocampus.yaml. Networks are compared by pipelines/benchmarks/accuracy.py.
 """
 

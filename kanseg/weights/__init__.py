@@ -66,6 +66,8 @@ def pack(checkpoint: Path, name: str, card: Mapping[str, Any], folder: Path = WE
         key: info[key] for key in ("model", "plan", "config", "labels", "versions") if key in info
     }
     kept["plan"] = {**kept["plan"], "data": name}
+    if "config" in kept:  # the weights that a training started from lie on its machine
+        kept["config"] = {**kept["config"], "training": {**kept["config"]["training"], "weights": None}}
     count = sum(tensor.numel() for tensor in weights.values())
     kept["card"] = {**json.loads(json.dumps(dict(card))), "parameters": count}
     return save_checkpoint(make_folder(folder / name) / EXPORTED, named("model", half), kept)
