@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +13,14 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / "pipelines" / "benchmarks"
 SMALL = {
     "networks": "--dims 3 --rounds 1 --patch 16 --volume 16 --features 4 --networks kagn",
-    "layers": "--cases 2d|32|->|32,|128^2 --families kagn --rounds 1",
+    "layers": "--cases '2d 32 -> 32, 128^2' --families kagn --rounds 1",
 }
 
 
 @pytest.mark.parametrize("name", ["layers", pytest.param("networks", marks=pytest.mark.slow)])
 def test_a_benchmark_writes_numbers_and_their_table(name: str, tmp_path: Path) -> None:
-    words = [word.replace("|", " ") for word in SMALL[name].split(" ")]
     out = tmp_path / f"{name}.json"
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *words, "-o", str(out)]
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *shlex.split(SMALL[name]), "-o", str(out)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     numbers, table = json.loads(out.read_text()), out.with_suffix(".md").read_text()
     if name == "layers":

@@ -110,7 +110,7 @@ class ConvGeometry(nn.Module):
     def convolve(self, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
         """The convolution with this geometry and no bias."""
         result = result_type(x, weight)
-        if self.spatial_dims > 1 and self.geometry().misread(x, result):
+        if self.spatial_dims == 3 and self.geometry().misread(x, result):
             with torch.autocast("cpu", enabled=False):
                 return self.wide(x.float(), weight.float(), groups).to(result)
         return self.wide(x, weight, groups)

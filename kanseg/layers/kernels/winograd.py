@@ -98,9 +98,7 @@ class Border:
 
 def serves(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels make this convolution."""
-    voxels = torch.Size(
-        geometry.out_size(x.shape[2:])
-    ).numel()  # of a sample: it must not depend on its batch
+    voxels = torch.Size(geometry.out_size(x.shape[2:])).numel()  # of a sample, whatever its batch
     if not native.serves(x, weight) or geometry.groups > 1:
         return False
     if geometry.dense():
