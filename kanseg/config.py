@@ -222,8 +222,10 @@ def check_names(config: Config) -> None:
         CHANGES.get(change)
     OPTIMIZERS.get(config.training.optimizer)
     lr_factor(1.0, 0.0, config.training.schedule, **config.training.schedule_options)
+    check_encoder = check_encoder_name
     if config.model.name is not None:
-        table_of(config.model.name).get(config.model.name)
+        model = table_of(config.model.name).get(config.model.name)
+        check_encoder = getattr(model, "check_encoder", check_encoder_name)
     names = PLANNED if config.model.name is None else (config.model.name,)
     known = [option for name in names for option in model_options(name)]
     for option in config.model.options:
@@ -232,7 +234,7 @@ def check_names(config: Config) -> None:
     basis = config.model.options.get("basis")
     for one in basis if isinstance(basis, list) else [basis]:
         family_name(one)
-    check_encoder_name(config.model.options.get("encoder"))
+    check_encoder(config.model.options.get("encoder"))
 
 
 def model_options(name: str) -> list[str]:

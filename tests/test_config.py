@@ -116,3 +116,13 @@ def test_a_resumed_run_keeps_its_options_but_may_get_more_time(tmp_path):
 def test_every_registered_name_can_be_chosen(registry):
     for name in registry:
         assert make_config({"training": {registry.kind: name}})
+
+
+def test_encoders_of_smp_are_checked_by_its_own_names():
+    smp = ["model.name=smp", "model.options.network=Unet"]
+    assert (
+        load_config("default", [*smp, "model.options.encoder=resnet34"]).model.options["encoder"]
+        == "resnet34"
+    )
+    with pytest.raises(UsageError, match="smp has no encoder 'resnet35'. Did you mean 'resnet"):
+        load_config("default", [*smp, "model.options.encoder=resnet35"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from kanseg.layers import FAMILIES, KANConv, conv_layer
 from kanseg.layers.kernels import expansion, instance_norm_act, native
+from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last
 from kanseg.layers.wavelet_conv import WaveletConv
 
@@ -70,10 +73,46 @@ def test_every_family_is_its_formula(backend: str, family: str, spatial_dims: in
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("basis", ["gram", "bspline", "relu", "bernstein"])
+@pytest.mark.parametrize("basis", ["gram", "bspline", "relu", "bernstein", "fourier", "rational", "morlet"])
 def test_every_geometry_is_its_formula(backend: str, basis: str, geometry: dict, spatial_dims: int) -> None:
     x = torch.randn(1, 6, *SIZES[spatial_dims])
     assert_like_float64(lambda **o: KANConv(spatial_dims, 6, 4, basis=basis, **geometry, **o), x)
+
+
+@pytest.mark.parametrize("basis", ["fourier", "rational", "mexican_hat", "morlet", "dog"])
+@pytest.mark.parametrize("largest", [False, True])
+def test_bases_of_every_size_are_their_formulas(backend: str, basis: str, largest: bool) -> None:
+    """More or fewer functions than most layers have, which are compiled apart, and grouped convolutions."""
+    size = {"fourier": "degree", "rational": "degree"}.get(basis, "grid_size")
+    options: dict[str, Any] = {size: {"fourier": (1, 4), "rational": (4, 9)}.get(basis, (3, 12))[largest]}
+    x = torch.randn(2, 6, *LARGE[2])
+    assert_like_float64(lambda **o: KANConv(2, 6, 32, basis=basis, groups=2, **options, **o), x, 1e-4)
+
+
+@pytest.mark.parametrize("basis", ["gram", "legendre", "bernstein", "bspline", "rbf", "fourier", "morlet"])
+@pytest.mark.parametrize("options", [{}, {"groups": 3, "basis_act": "silu", "base_act": None}])
+def test_shared_functions_are_their_formula(backend: str, basis: str, options: dict) -> None:
+    """One sum of functions a group of channels, with the gradients of its factors and of what the functions learn."""
+    x = torch.randn(2, 12, *LARGE[2])
+    assert_like_float64(lambda **o: KANConv(2, 12, 33, basis=basis, shared_by=2, **options, **o), x, 1e-4)
+
+
+def test_a_shared_function_is_expanded_where_it_is_convolved() -> None:
+    layer = KANConv(3, 16, 16, basis="gram", shared_by=4)
+    assert layer.recipe is not None
+    made = expansion.Expansion(read(layer.recipe), list(layer.basis.parameters()), None, torch.float32)
+    assert made.recipe.basis.num_functions == 1
+    assert made.recipe.learned == ("coefficients", "basis.beta")
+
+
+def test_fourier_series_take_any_number(backend: str) -> None:
+    """Beyond what pi can be taken away from in a few steps, and what is not finite."""
+    x = torch.cat([torch.linspace(-3e4, 3e4, 500), torch.tensor([1e6, -1e9, 3e20])]).reshape(1, 1, 1, -1)
+    layer = KANConv(2, 1, 5, 1, basis="fourier", base_act=None)
+    exact = copy.deepcopy(layer).double()
+    with torch.inference_mode():
+        assert torch.allclose(layer(x).double(), exact(x.double()), atol=2e-5)
+        assert layer(torch.tensor([math.inf, math.nan]).reshape(1, 1, 1, 2)).isnan().all()
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])

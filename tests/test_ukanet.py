@@ -103,11 +103,13 @@ def test_the_plain_twin_differs_in_its_layers_alone() -> None:
     assert all(name.endswith(("basis_weight", "basis.beta")) for name in own)
 
 
-def test_kan_layers_stand_where_they_are_asked_for() -> None:
-    model = UKANet(2, 1, 2, kan_stages="deep", **SMALL)
-    first, second = model.encoder.stages[0][0].layers[0].conv, model.encoder.stages[1][0].layers[0].conv
-    assert first.basis is None
-    assert second.basis is not None
+@pytest.mark.parametrize(
+    ("where", "expected"), [("all", {0, 1, 2, 3}), ("deep", {1, 2, 3}), ("coarse", {2, 3}), ([0, 3], {0, 3})]
+)
+def test_kan_layers_stand_where_they_are_asked_for(where: str | list[int], expected: set[int]) -> None:
+    model = UKANet(2, 1, 2, kan_stages=where, features_per_stage=(4, 4, 8, 8))
+    first = [stage[0].layers[0].conv for stage in model.encoder.stages]
+    assert {number for number, conv in enumerate(first) if conv.basis is not None} == expected
 
 
 def test_state_survives_saving(tmp_path) -> None:

@@ -120,11 +120,11 @@ def smp_encoder(
     return ForeignEncoder(in_channels, body, kept, [maps[i].shape[1] for i in kept], reductions)
 
 
-def check_smp_encoder(name: str) -> None:
-    """Raise `UsageError` with the nearest name where smp has no such encoder."""
+def check_smp_encoder(name: str | None) -> None:
+    """Raise `UsageError` with the nearest name where smp has no such encoder; None is the default."""
     from segmentation_models_pytorch.encoders import encoders
 
-    if name not in encoders and not name.startswith("tu-"):
+    if name is not None and name not in encoders and not name.startswith("tu-"):
         raise UsageError(f"smp has no encoder '{name}'.{did_you_mean(name, _near(name, encoders))}")
 
 

@@ -95,6 +95,8 @@ class SmpNetwork(AnySize):
         arguments: further ones of the architecture.
     """
 
+    check_encoder = staticmethod(check_smp_encoder)  # its names are not those of our encoders
+
     def __init__(
         self,
         spatial_dims: int,

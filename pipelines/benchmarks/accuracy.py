@@ -88,6 +88,8 @@ PICTURES: Rows = {
     "smp unet resnet34": {"name": "smp", "options": {"network": "Unet", "encoder": "resnet34"}},
     "ukan": {"name": "ukan", "options": {}},
 }
+# What a processor can train on in minutes: hundreds of steps over parts of images, not tens over whole ones.
+PARTS = {"patch_size": [192, 192], "batch_size": 4}
 # Where KAN layers stand, and which: what the network of "hippocampus" was chosen from.
 PLACES: Rows = {
     "all stages": {"name": "ukanet", "options": {"kan_stages": "all"}},
@@ -110,10 +112,10 @@ RECIPES = {
         minutes=10,
         config="hippocampus",
     ),
-    "glas": Recipe(PICTURES, minutes=10),
-    "busi": Recipe(PICTURES, minutes=10),
-    "drive": Recipe(PICTURES, minutes=10),
-    "chase_db1": Recipe(PICTURES, minutes=10, id_pattern=r"Image_(\d+)"),
+    "glas": Recipe(PICTURES, minutes=10, plan=PARTS),
+    "busi": Recipe(PICTURES, minutes=10, plan=PARTS),
+    "drive": Recipe(PICTURES, minutes=10, plan=PARTS),
+    "chase_db1": Recipe(PICTURES, minutes=10, id_pattern=r"Image_(\d+)", plan=PARTS),
     "brats_small": Recipe({"ukanet": KAN, "plain twin": TWIN}, minutes=5, folds=2),
 }
 

@@ -4,10 +4,11 @@ Every case is one layer (convolution, norm and activation), kernel 3, stride 1, 
 each round, so that whatever else the machine does meets them alike; a ratio is the median of the rounds' ratios, with
 the lowest and the highest. The plain rival is `torch.nn.Conv2d/3d` alone, channels-last, without norm or activation.
 `--reference PATH` adds the layers of a clone of torch-conv-kan (MIT) with their defaults; nothing of it is needed
-otherwise.
+otherwise. It allocates so much that a good part of its time is fresh memory: `--allocator system` leaves memory to the
+system as a plain Python program does, the default keeps what was freed as kanseg's own trainings do.
 
     python pipelines/benchmarks/layers.py -o pipelines/benchmarks/results/layers.json
-    python pipelines/benchmarks/layers.py --threads 2 --families kagn kan --reference ../torch-conv-kan
+    python pipelines/benchmarks/layers.py --families kagn kan --reference ../torch-conv-kan --allocator system
     python pipelines/benchmarks/layers.py --layers-of-ukanet --families kagn -o ukanet_layers.json
     python pipelines/benchmarks/layers.py --device cuda --dtype bfloat16 --cases "3d 32 -> 32, 128^3"
 
@@ -64,8 +65,7 @@ CASES = {
 }
 KEYS = ("forward", "training")
 CPU_CASES = list(CASES)[:3]
-FAMILIES = ("kagn", "kaln", "kacn", "kajn", "kabn", "kan", "fastkan", "relukan", "wavkan")
-REFERENCES = {
+REFERENCES = {  # families and names of layers there
     "kagn": "KAGNConv",
     "kaln": "KALNConv",
     "kacn": "KACNConv",
@@ -76,6 +76,7 @@ REFERENCES = {
     "relukan": "ReLUKANConv",
     "wavkan": "WavKANConv",
 }
+FAMILIES = (*REFERENCES, "grkan", "fourier", "bottleneck_kagn", "bottleneck_relukan")
 INFERENCE = """
 import torch
 from kanseg.layers import conv_layer
@@ -103,6 +104,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reference", type=Path, help="a clone of torch-conv-kan")
+    parser.add_argument(
+        "--allocator",
+        default="kept",
+        choices=("kept", "system"),
+        help="kept: freed memory stays with the process, as in kanseg's trainings; system: as Python starts",
+    )
     given = parser.parse_args()
 
     import torch
@@ -111,7 +118,8 @@ def main() -> None:
     from kanseg.training.devices import keep_freed_memory
 
     torch.set_num_threads(given.threads)
-    keep_freed_memory()
+    if given.allocator == "kept":
+        keep_freed_memory()
     if given.reference:
         sys.path.insert(0, str(given.reference))
     results: dict[str, Any] = {
@@ -120,10 +128,11 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "dtype": given.dtype,
         "rounds": given.rounds,
+        "allocator": given.allocator,
         "layers": [],
     }
     print(json.dumps({key: value for key, value in results.items() if key != "layers"}))
-    print(f"{'case':34}{'family':10}{'rival':12}{'forward':>10}{'training':>10}{'saved':>8}{'peak MB':>9}")
+    print(f"{'case':34}{'family':19}{'rival':12}{'forward':>10}{'training':>10}{'saved':>8}{'peak MB':>9}")
     cases = layers_of_ukanet() if given.layers_of_ukanet else {name: CASES[name] for name in given.cases}
     for case in cases.values():
         for family in given.families:
@@ -133,7 +142,7 @@ def main() -> None:
                 saved = f"{row['saved']:.2f}" if "saved" in row else ""
                 peak = f"{row['inference_mb']:.0f}" if "inference_mb" in row else ""
                 line = (
-                    f"{case!s:34}{family:10}{row['rival']:12}{shown[0]:>10}{shown[1]:>10}{saved:>8}{peak:>9}"
+                    f"{case!s:34}{family:19}{row['rival']:12}{shown[0]:>10}{shown[1]:>10}{saved:>8}{peak:>9}"
                 )
                 print(line, flush=True)
     if given.out:
@@ -145,7 +154,8 @@ def main() -> None:
 def markdown(results: dict[str, Any]) -> str:
     """The numbers as a table, each ratio with the lowest and highest of the rounds."""
     facts = ", ".join(str(results[key]) for key in ("machine", "torch", "device", "dtype"))
-    lines = [f"{facts}, {results['threads']} threads, {results['rounds']} rounds", ""]
+    how = f"{results['threads']} threads, {results['rounds']} rounds, {results['allocator']} allocator"
+    lines = [f"{facts}, {how}", ""]
     lines += ["| case | family | against | forward | training | saved / input | peak MB |", "|---" * 7 + "|"]
     for row in results["layers"]:
         cells = [row["case"], row["family"], row["rival"]]
@@ -203,7 +213,7 @@ def measure(
         "plain": plain.to(memory_format=memory),
         "kanseg": conv_layer(family)(dims, *channels, stride=case.stride),
     }
-    if reference:
+    if reference and family in REFERENCES:
         module = import_module("kan_convs")
         layers["reference"] = getattr(module, f"{REFERENCES[family]}{dims}DLayer")(*channels, **how)
     inputs = dict.fromkeys(layers, x)
@@ -226,7 +236,7 @@ def measure(
     rows = [row]
     if "folded" in layers:
         rows.append({**named, "rival": "folded", **ratios(times, "kanseg", "folded")})
-    if reference:
+    if "reference" in layers:
         rows.append({**named, "rival": "reference", **ratios(times, "reference", "kanseg")})
     return rows
 

@@ -23,16 +23,22 @@ from kanseg.bases import Basis
 from kanseg.bases.basis import identity, tanh
 from kanseg.bases.bernstein import Bernstein
 from kanseg.bases.bspline import BSpline
+from kanseg.bases.fourier import Fourier
+from kanseg.bases.groups import SharedFunction, of_channels
 from kanseg.bases.orthogonal import Gram, OrthogonalPolynomials
+from kanseg.bases.rational import GroupRational
 from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.relu import ReLUBumps
+from kanseg.bases.wavelet import WaveletShifts, dog, mexican_hat, morlet
 
-INTERFACE = 2  # of the functions; counted up here and in plain.cpp when one takes other arguments
+INTERFACE = 3  # of the functions; counted up here and in plain.cpp when one takes other arguments
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 ACTS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.SiLU: 1, nn.GELU: 2, nn.ReLU: 3}
 ACT_NAMES = {"identity": 0, "silu": 1, "relu": 3, "prelu": 4}
 SQUASHES: dict[Any, int] = {identity: 0, tanh: 1, torch.sigmoid: 2}
-NONE, POLYNOMIAL, BERNSTEIN, BSPLINE, RBF, BUMPS = range(6)
+NONE, POLYNOMIAL, BERNSTEIN, BSPLINE, RBF, BUMPS, FOURIER, RATIONAL, WAVELET = range(9)
+PHASED = (BUMPS, RATIONAL)  # with numbers of their own a channel, `low` and `high`
+WAVES: dict[Any, int] = {mexican_hat: 0, morlet: 1, dog: 2}
 MOST = 33  # functions at most
 FEW = 1 << 15  # numbers for which one thread is enough
 
@@ -45,8 +51,7 @@ class Expansion(ctypes.Structure):
             (name, c_int)
             for name in ("kind", "functions", "skip", "base", "act", "squash", "order", "channels")
         ),
-        ("branches", c_int),
-        ("offset", c_int),
+        *((name, c_int) for name in ("branches", "offset", "shared")),
         *((name, c_void_p) for name in ("numbers", "low", "high")),
     )
 
@@ -58,8 +63,8 @@ class Part:
     Attributes:
         source: number of the input they are functions of.
         kept: tensors whose memory `expansion` points to.
-        spread: gradients of the factors c (33,) and of the phases (2, functions, channels) -> those of the learned
-            parameters, in their order.
+        spread: gradients of the factors c (33,) and of the phases (2, functions or order, channels) -> those of the
+            learned parameters, in their order.
     """
 
     expansion: Expansion
@@ -153,16 +158,18 @@ def describe(
         return None
     if basis is None:
         return lambda channels: [Part(Expansion(kind=NONE, base=base, channels=channels, branches=1), 0)]
-    squash = _squash(basis)
-    kind = next((number for cls, number in KINDS.items() if isinstance(basis, cls)), None)
-    if kind is None or squash is None or basis.num_functions > MOST or type(basis) not in KNOWN:
+    shared = type(basis) is SharedFunction
+    summed: Any = basis.basis if shared else basis
+    squash, order = _squash(basis), _order(summed)
+    kind = next((number for cls, number in KINDS.items() if isinstance(summed, cls)), None)
+    if None in (kind, squash, order) or type(summed) not in KNOWN or summed.num_functions > MOST:
         return None
-    if isinstance(basis, BSpline) and basis.spline_order == 0:
+    if shared and kind in PHASED:
         return None
     first = int(base >= 0)
     count = basis.num_functions - skip + first
-    settings = {"kind": kind, "functions": basis.num_functions, "skip": skip, "act": act, "squash": squash}
-    settings |= {"branches": count, "order": getattr(basis, "spline_order", 0)}
+    settings = {"kind": kind, "functions": summed.num_functions, "skip": skip, "act": act, "squash": squash}
+    settings |= {"branches": count, "order": order, "shared": int(shared)}
 
     def parts(channels: int) -> list[Part]:
         kept, pointers, spread = _numbers(basis, channels)
@@ -181,6 +188,9 @@ KINDS: dict[type[Basis], int] = {
     BSpline: BSPLINE,
     GaussianRBF: RBF,
     ReLUBumps: BUMPS,
+    Fourier: FOURIER,
+    GroupRational: RATIONAL,
+    WaveletShifts: WAVELET,
 }
 KNOWN = (*KINDS, Gram)  # a subclass may change `functions`
 
@@ -189,8 +199,19 @@ def _squash(basis: Basis) -> int | None:
     return next((number for squash, number in SQUASHES.items() if basis.squash is squash), None)
 
 
+def _order(basis: Basis) -> int | None:
+    """`order` of rows.h: of a spline, coefficients of each polynomial of a fraction, which wavelet; None for others."""
+    if isinstance(basis, BSpline):
+        return basis.spline_order or None
+    if isinstance(basis, GroupRational):
+        return max(basis.numerator.shape[1], basis.denominator.shape[1])
+    return WAVES.get(basis.psi) if isinstance(basis, WaveletShifts) else 0
+
+
 def _numbers(basis: Basis, channels: int) -> tuple[tuple[Tensor, ...], dict[str, Any], Any]:
     """Tensors with what the kernels need to know of a basis, pointers to them, and `Part.spread`."""
+    if isinstance(basis, GroupRational | SharedFunction):
+        return _coefficients(basis, channels)
     if isinstance(basis, ReLUBumps):
         phases = torch.stack([basis.phase_low.detach().float(), basis.phase_high.detach().float()])
         repeats = channels // phases.shape[1]
@@ -216,10 +237,42 @@ def _numbers(basis: Basis, channels: int) -> tuple[tuple[Tensor, ...], dict[str,
         numbers = rows.flatten()
     elif isinstance(basis, Bernstein):
         numbers = torch.tensor([float(math.comb(basis.degree, k)) for k in range(basis.degree + 1)])
+    elif isinstance(basis, Fourier):
+        numbers = torch.zeros(1)
+    elif isinstance(basis, WaveletShifts):
+        numbers = torch.tensor([*basis.shifts, 1 / basis.width], dtype=torch.float32)
     else:
         assert isinstance(basis, BSpline | GaussianRBF)
         numbers = torch.tensor([*basis.centres, 1 / basis.width], dtype=torch.float32)
     return (numbers,), {"numbers": numbers.data_ptr()}, spread
+
+
+def _coefficients(
+    basis: GroupRational | SharedFunction, channels: int
+) -> tuple[tuple[Tensor, ...], dict[str, Any], Any]:
+    """As `_numbers`, of what groups of channels share: P and Q, or the factors of a sum and what its functions learn."""
+    kept: tuple[Tensor, ...] = ()
+    pointers: dict[str, Any] = {}
+    inner_spread = None
+    own: list[Tensor] = [basis.numerator, basis.denominator] if isinstance(basis, GroupRational) else []
+    inner: list[Tensor] = []
+    if isinstance(basis, SharedFunction):
+        own, inner = [basis.coefficients], list(basis.basis.parameters())
+        kept, pointers, inner_spread = _numbers(basis.basis, channels)
+    order, sets = max(part.shape[1] for part in own), len(own[0])
+    period = basis.channels or sets
+    wide = torch.zeros(2, order, channels)  # the shorter one filled up with zeros
+    for into, part in zip(wide, own, strict=False):
+        into[: part.shape[1]] = of_channels(part.detach().float(), period).repeat(channels // period, 1).T
+
+    def spread(sums: Tensor, by_channel: Tensor) -> list[Tensor]:
+        by_set = by_channel.unflatten(2, (-1, sets, period // sets)).sum((2, 4)).transpose(1, 2)
+        found = [one[:, : part.shape[1]] for one, part in zip(by_set, own, strict=False)]
+        beyond = inner_spread(sums, by_channel) if inner_spread else [torch.zeros_like(p) for p in inner]
+        return [*found, *beyond]
+
+    pointers |= {"low": wide[0].data_ptr(), "high": wide[1].data_ptr()}
+    return (*kept, wide), pointers, spread if any(part.requires_grad for part in (*own, *inner)) else None
 
 
 def threads_for(numbers: int) -> int:
@@ -242,12 +295,11 @@ class Learned:
         self.totals = totals
         self.spread = part.spread if any(t is not None for t in totals) else None
         e = part.expansion
-        bumps = self.spread is not None and e.kind == BUMPS
+        phased = self.spread is not None and (e.kind in PHASED or e.shared)
+        size = (threads, 2, e.order if e.kind == RATIONAL else e.functions, e.channels)
         self.inner = torch.zeros(threads, MOST, dtype=torch.float64) if self.spread else None
-        self.phases = torch.zeros(threads, 2, e.functions, e.channels) if bumps else None
-        self.phases_total = (
-            torch.zeros(threads, 2, e.functions, e.channels, dtype=torch.float64) if bumps else None
-        )
+        self.phases = torch.zeros(size) if phased else None
+        self.phases_total = torch.zeros(size, dtype=torch.float64) if phased else None
 
     def pointers(self) -> tuple[int | None, ...]:
         """Where the kernels find them."""

@@ -71,8 +71,10 @@ class Recipe:
 
     def holding(self, tensors: Sequence[Tensor]) -> Any:
         """The basis with these tensors in place of its own."""
-        made: Any = copy.copy(self.basis)
-        made._parameters = dict(zip(self.learned, tensors, strict=True))
+        made: Any = _without_tensors(self.basis)
+        for name, tensor in zip(self.learned, tensors, strict=True):
+            owner, _, own = name.rpartition(".")
+            made.get_submodule(owner)._parameters[own] = tensor
         return made
 
     def native(
@@ -139,11 +141,12 @@ def read(text: str) -> Recipe:
 
 def _state(module: nn.Module, learns: bool) -> dict[str, Any]:
     name = type(module).__name__
-    learned = [*module._parameters, *module._buffers]
-    if _classes()[name] is not type(module) or module._modules or (learned and not learns):
+    learned = [part for part, _ in (*module.named_parameters(), *module.named_buffers())]
+    if _classes()[name] is not type(module) or (learned and not learns):
         raise LookupError(name)
     settings = {key: _written(v) for key, v in vars(module).items() if key[0] != "_" and key != "training"}
-    return {"class": name, "settings": settings, "learned": learned}
+    modules = {part: _state(inner, learns) for part, inner in module.named_children()}
+    return {"class": name, "settings": settings, "modules": modules, "learned": learned}
 
 
 def _written(value: Any) -> Any:
@@ -160,7 +163,17 @@ def _module(state: dict[str, Any] | None) -> Any:
     nn.Module.__init__(module)
     for key, value in state["settings"].items():
         setattr(module, key, FUNCTIONS[value["function"]] if isinstance(value, dict) else value)
+    for name, inner in state["modules"].items():
+        module.add_module(name, _module(inner))
     return module
+
+
+def _without_tensors(module: Any) -> Any:
+    """A copy, of the modules in it too, whose tensors are for others to set."""
+    made = copy.copy(module)
+    made._parameters = {}
+    made._modules = {name: _without_tensors(inner) for name, inner in module._modules.items()}
+    return made
 
 
 def _classes() -> dict[str, type[nn.Module]]:

@@ -162,6 +162,70 @@ INLINE V error_function(V x, V gauss) {
   return x < V{} ? -value : value;
 }
 
+// ---------------------------------------------------------------------------------------------- waves
+
+// sin(x) and cos(x): x = n pi + r, the best odd and even polynomials in r, and the sign of (-1)^n; absolute error 1e-7.
+// pi is taken away in three parts of few digits, which serves until n has too many.
+INLINE void sine_and_cosine(V x, V* s, V* c) {
+  const float most = 25000;
+  const V shift = set(12582912.0f), whole = x * 0.318309886f + shift, n = whole - shift;
+  const V r = ((x - n * 3.140625f) - n * 9.67502594e-4f) - n * 1.50995799e-7f, square = r * r;
+  V p = square * 2.60005418e-6f - 1.98066149e-4f;
+  p = p * square + 8.33301729e-3f;
+  p = p * square - 0.166666571f;
+  V q = 2.47618861e-5f - square * 2.60771024e-7f;
+  q = q * square - 1.38884035e-3f;
+  q = q * square + 4.16666407e-2f;
+  q = q * square - 0.499999995f;
+  const I sign = (I)whole << 31;
+  *s = (V)((I)(r + r * square * p) ^ sign);
+  *c = (V)((I)(1.0f + square * q) ^ sign);
+  for (int i = 0; i < W; ++i) {
+    if (__builtin_expect(x[i] > -most && x[i] < most, 1)) continue;
+    (*s)[i] = __builtin_sinf(x[i]);  // also what is not finite
+    (*c)[i] = __builtin_cosf(x[i]);
+  }
+}
+
+enum { MEXICAN_HAT = 0, MORLET = 1, DOG = 2 };
+
+// exp(-z^2 / 2), absolute error 2e-7.
+INLINE V gaussian(V z) {
+  const V y = larger(z * z * -0.72134752f, set(-126.0f)), shift = set(12582912.0f);
+  const V whole = y + shift, r = y - (whole - shift), square = r * r;
+  const V low = (1.0f + r * 0.69314718f) + square * (0.24022651f + r * 0.05550411f);
+  const V high = 0.009618129f + r * 0.0013333558f + square * 0.00015403530f;
+  return (V)((I)(low + square * square * high) + ((I)whole << 23));
+}
+
+// sin(x) for moderate x: x = n pi + r, an odd polynomial in r, and the sign of (-1)^n.
+INLINE V sine(V x) {
+  const V shift = set(12582912.0f), whole = x * 0.31830989f + shift, n = whole - shift;
+  const V r = (x - n * 3.140625f) - n * 9.6765359e-4f, square = r * r;
+  V p = 2.7557319e-6f + square * -2.5052108e-8f;
+  p = p * square - 1.9841270e-4f;
+  p = p * square + 8.3333333e-3f;
+  p = p * square - 0.16666667f;
+  p = r + r * square * p;
+  return (V)((I)p ^ ((I)whole << 31));
+}
+
+template <int KIND>
+INLINE V wavelet(V z) {
+  const V g = gaussian(z);
+  if (KIND == MEXICAN_HAT) return (0.86732507f - 0.86732507f * z * z) * g;
+  if (KIND == MORLET) return sine(5.0f * z + 1.5707963f) * g;
+  return -z * g;
+}
+
+template <int KIND>
+INLINE V wavelet_slope(V z) {
+  const V g = gaussian(z), square = z * z;
+  if (KIND == MEXICAN_HAT) return 0.86732507f * z * (square - 3.0f) * g;
+  if (KIND == MORLET) return (-5.0f * sine(5.0f * z) - z * sine(5.0f * z + 1.5707963f)) * g;
+  return (square - 1.0f) * g;
+}
+
 // ---------------------------------------------------------------------------------------------- activations
 
 enum { IDENTITY = 0, SILU = 1, GELU = 2, RELU = 3, PRELU = 4 };  // PRELU with a slope a channel, below zero
@@ -201,7 +265,7 @@ INLINE V slope_of(int act, V x) {
 
 // ---------------------------------------------------------------------------------------------- expansions
 
-enum { NONE = 0, POLYNOMIAL = 1, BERNSTEIN = 2, BSPLINE = 3, RBF = 4, BUMPS = 5 };
+enum { NONE, POLYNOMIAL, BERNSTEIN, BSPLINE, RBF, BUMPS, FOURIER, RATIONAL, WAVELET };
 enum { SQUASH_IDENTITY = 0, SQUASH_TANH = 1, SQUASH_SIGMOID = 2 };
 const int MOST = 33;  // functions at most
 
@@ -211,8 +275,9 @@ const int MOST = 33;  // functions at most
 struct Expansion {
   int kind, functions, skip, base, act, squash, order, channels;
   int branches, offset;  // of the buffer: how many there are, and the first of these
+  int shared;            // whether the one branch is a sum of the functions, with the factors `low`
   const float* numbers;  // polynomial: a, b, c of each degree from 1; others: centres, then 1 / spacing
-  const float* low;      // bumps: (functions, channels)
+  const float* low;      // bumps, factors: (functions, channels); rational: coefficients of P and Q, (order, channels)
   const float* high;
 };
 
@@ -228,6 +293,30 @@ INLINE V squash_slope(const Expansion& e, V t) {
   if (e.squash == SQUASH_TANH) return 1.0f - t * t;
   if (e.squash == SQUASH_SIGMOID) return t * (1.0f - t);
   return set(1.0f);
+}
+
+// Rows of `low` and of `high`.
+INLINE int sets(const Expansion& e) { return e.kind == RATIONAL ? e.order : e.functions; }
+
+// sum of coefficients[k][channel] t^k, and its derivative.
+INLINE V horner(const Expansion& e, const float* coefficients, V t, int channel, int count, V* slope) {
+  V value = V{};
+  *slope = V{};
+  for (int k = e.order - 1; k >= 0; --k) {
+    *slope = *slope * t + value;
+    value = value * t + load_some(coefficients + (Size)k * e.channels + channel, count);
+  }
+  return value;
+}
+
+INLINE V any_wavelet(int which, V z) {
+  return which == MEXICAN_HAT ? wavelet<MEXICAN_HAT>(z) : which == MORLET ? wavelet<MORLET>(z) : wavelet<DOG>(z);
+}
+
+INLINE V any_wavelet_slope(int which, V z) {
+  return which == MEXICAN_HAT ? wavelet_slope<MEXICAN_HAT>(z)
+         : which == MORLET    ? wavelet_slope<MORLET>(z)
+                              : wavelet_slope<DOG>(z);
 }
 
 INLINE float binomial(int n, int k) {
@@ -271,7 +360,7 @@ INLINE V spline_slope(V v, int order) {
 // Numbers of functions, and the order of the splines, that are known when this is compiled: what most layers have.
 template <int KIND>
 constexpr int usual() {
-  return KIND == NONE ? 0 : KIND == POLYNOMIAL || KIND == BERNSTEIN ? 4 : 8;
+  return KIND == NONE ? 0 : KIND == RATIONAL ? 1 : KIND == FOURIER ? 5 : KIND == POLYNOMIAL || KIND == BERNSTEIN ? 4 : 8;
 }
 const int USUAL_ORDER = 3;
 
@@ -313,10 +402,26 @@ INLINE void evaluate(const Expansion& e, V t, int channel, int count, V* f) {
       f[k] = bump * bump;
     }
   }
+  if (KIND == FOURIER) {
+    f[0] = set(1.0f);
+    if (K > 1) sine_and_cosine(t, f + 2, f + 1);
+    for (int k = 3; k < K; k += 2) {
+      f[k] = 2.0f * f[1] * f[k - 2] - (k > 3 ? f[k - 4] : set(1.0f));
+      f[k + 1] = k > 3 ? 2.0f * f[1] * f[k - 1] - f[k - 3] : 2.0f * f[1] * f[k - 1];
+    }
+  }
+  if (KIND == RATIONAL) {
+    V unused;
+    const V top = horner(e, e.low, t, channel, count, &unused), below = t * horner(e, e.high, t, channel, count, &unused);
+    f[0] = top / (1.0f + larger(below, -below));
+  }
+  if (KIND == WAVELET) {
+    for (int k = 0; k < K; ++k) f[k] = any_wavelet(e.order, (t - e.numbers[k]) * e.numbers[K]);
+  }
 }
 
 // Sums over voxels that gradients of learned numbers are, of one thread: float32 for some thousands of voxels, then
-// float64. `phases` has the lower and the upper ones, (2, functions, channels); each may be null.
+// float64. `phases` has those of `low` and of `high`, (2, sets, channels); each may be null.
 struct Sums {
   V inner[MOST];
   double* inner_total;
@@ -340,7 +445,7 @@ void to_double(const Expansion& e, Sums& sums) {
     sums.inner_total[k] += total(sums.inner[k]);
     sums.inner[k] = V{};
   }
-  const Size count = 2 * (Size)e.functions * e.channels;
+  const Size count = 2 * (Size)sets(e) * e.channels;
   for (Size i = 0; sums.phases && i < count; ++i) {
     sums.phases_total[i] += sums.phases[i];
     sums.phases[i] = 0;
@@ -348,7 +453,7 @@ void to_double(const Expansion& e, Sums& sums) {
 }
 
 // The gradient at t from those at the functions (g is used up); adds to `inner` those of c (polynomial), to `low` and
-// `high` those of the phases (bumps).
+// `high` those of the phases (bumps) or coefficients (rational).
 template <int KIND, bool USUAL>
 INLINE V lead_back(const Expansion& e, V t, int channel, int count, const V* f, V* g, V* inner, float* low, float* high) {
   const int K = USUAL ? usual<KIND>() : e.functions, order = USUAL ? USUAL_ORDER : e.order;
@@ -393,6 +498,28 @@ INLINE V lead_back(const Expansion& e, V t, int channel, int count, const V* f, 
       }
     }
   }
+  if (KIND == FOURIER) {
+    for (int k = 1; k < K; k += 2) at += (float)(k / 2 + 1) * (g[k + 1] * f[k] - g[k] * f[k + 1]);
+  }
+  if (KIND == RATIONAL) {
+    V rising, bending;
+    const V top = horner(e, e.low, t, channel, count, &rising), q = horner(e, e.high, t, channel, count, &bending);
+    const V below = t * q, sign = below > V{} ? set(1.0f) : below < V{} ? set(-1.0f) : V{};
+    const V each = g[0] / (1.0f + sign * below);  // the gradient at P
+    at += each * (rising - f[0] * sign * (q + t * bending));
+    V of_top = each, of_below = -f[0] * sign * t * each;
+    for (int k = 0; low && k < e.order; ++k) {
+      const Size place = (Size)k * e.channels + channel;
+      store_some(low + place, load_some(low + place, count) + of_top, count);
+      store_some(high + place, load_some(high + place, count) + of_below, count);
+      of_top *= t;
+      of_below *= t;
+    }
+  }
+  if (KIND == WAVELET) {
+    for (int k = 0; k < K; ++k) at += g[k] * any_wavelet_slope(e.order, (t - e.numbers[k]) * e.numbers[K]);
+    at *= e.numbers[K];
+  }
   return at;
 }
 
@@ -408,7 +535,7 @@ INLINE bool is_tame(const Expansion& e) {
     bound = next;
     if (!(bound <= greatest)) greatest = bound;
   }
-  return e.act == SILU && e.squash != SQUASH_IDENTITY && greatest <= TAME_REACH;
+  return e.act == SILU && !e.shared && e.squash != SQUASH_IDENTITY && greatest <= TAME_REACH;
 }
 
 // The place of one vector: its row, its first channel within the group, and how many lanes of it there are.
@@ -418,9 +545,9 @@ struct Lanes {
 };
 
 // `step` floats lie between two rows of the input: `width` of a group, or more of a voxel of which some channels are
-// left out.
+// left out. Which channel it is matters where channels have numbers of their own.
 INLINE int channel_of(const Expansion& e, const Lanes& at, int width, Size step) {
-  return step != width || width == e.channels ? at.channel : (int)(at.row % (e.channels / width)) * width + at.channel;
+  return !e.low || step != width || width == e.channels ? at.channel : (int)(at.row % (e.channels / width)) * width + at.channel;
 }
 
 #define TOGETHER_UNROLL _Pragma("GCC unroll 4")
@@ -449,6 +576,13 @@ INLINE void for_lanes(Size start, Size stop, int width, Work work) {
   }
 }
 
+// The one function that channels share: sum of factor times function.
+INLINE V mixed(const Expansion& e, const V* f, int functions, int channel, int count) {
+  V sum = V{};
+  for (int k = 0; k < functions; ++k) sum += load_some(e.low + (Size)k * e.channels + channel, count) * f[k];
+  return sum;
+}
+
 template <int KIND, bool USUAL, bool TAME, bool FULL>
 void expand_lanes(const Expansion& e, const float* x, float* out, Size start, Size stop, int width, Size step) {
   const int K = KIND == NONE ? 0 : USUAL ? usual<KIND>() : e.functions, first = e.base >= 0 ? 1 : 0;
@@ -472,6 +606,11 @@ void expand_lanes(const Expansion& e, const float* x, float* out, Size start, Si
     TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
       evaluate<KIND, USUAL>(e, t[i], channel_of(e, lanes[i], width, step), lanes[i].count, f[i]);
     }
+    for (int i = 0; e.shared && i < n; ++i) {
+      const V sum = mixed(e, f[i], K, channel_of(e, lanes[i], width, step), lanes[i].count);
+      store_some(to[i] + (Size)first * width, activated(e.act, sum), lanes[i].count);
+    }
+    if (e.shared) return;
     TOGETHER_UNROLL for (int i = 0; i < n; ++i) {
       for (int k = 0; k < K; ++k) {
         if (k < e.skip) continue;  // the numbers stay in registers where the bounds are known
@@ -488,7 +627,7 @@ void contract_lanes(
     Size step) {
   const int K = KIND == NONE ? 0 : USUAL ? usual<KIND>() : e.functions, first = e.base >= 0 ? 1 : 0;
   float* low = sums.phases;
-  float* high = low ? low + (Size)e.functions * e.channels : low;
+  float* high = low ? low + (Size)sets(e) * e.channels : low;
   for_lanes<FULL>(start, stop, width, [&](const Lanes* lanes, int n) __attribute__((always_inline)) {
     V t[TOGETHER], at[TOGETHER], f[TOGETHER][MOST], g[TOGETHER][MOST];
     int channel[TOGETHER];
@@ -506,7 +645,18 @@ void contract_lanes(
       t[i] = squashed(e, v);
     }
     TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE; ++i) evaluate<KIND, USUAL>(e, t[i], channel[i], lanes[i].count, f[i]);
-    TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE; ++i) {
+    for (int i = 0; KIND != NONE && e.shared && i < n; ++i) {
+      const int count = lanes[i].count;
+      const float* from = upper + (lanes[i].row * e.branches + e.offset + first) * width + lanes[i].channel;
+      V at_sum = load_some(from, count);
+      if (e.act != IDENTITY) at_sum *= slope_of(e.act, mixed(e, f[i], K, channel[i], count));
+      for (int k = 0; k < K; ++k) {
+        const Size place = (Size)k * e.channels + channel[i];
+        g[i][k] = at_sum * load_some(e.low + place, count);
+        if (low) store_some(low + place, load_some(low + place, count) + at_sum * f[i][k], count);
+      }
+    }
+    TOGETHER_UNROLL for (int i = 0; i < n && KIND != NONE && !e.shared; ++i) {
       const float* from = upper + (lanes[i].row * e.branches + e.offset) * width + lanes[i].channel;
       for (int k = 0; k < K; ++k) {
         g[i][k] = V{};
@@ -566,6 +716,9 @@ void choose(const Expansion& e, Expand* expand, Contract* contract) {
     case BSPLINE: return choose_usual<BSPLINE>(e, expand, contract);
     case RBF: return choose_usual<RBF>(e, expand, contract);
     case BUMPS: return choose_usual<BUMPS>(e, expand, contract);
+    case FOURIER: return choose_usual<FOURIER>(e, expand, contract);
+    case RATIONAL: return choose_usual<RATIONAL>(e, expand, contract);
+    case WAVELET: return choose_usual<WAVELET>(e, expand, contract);
     default: return choose_usual<NONE>(e, expand, contract);
   }
 }
@@ -663,7 +816,7 @@ void NAME(expand)(const Expansion* e, const float* x, float* out, Size rows, int
   share_out(rows, threads, [=](Size start, Size stop, int) { run(*e, x, out, start, stop, width, width); });
 }
 
-// at_x += gradient; inner (threads, 33), phases and phases_total (threads, 2, functions, channels); each may be null
+// at_x += gradient; inner (threads, 33), phases and phases_total (threads, 2, sets, channels); each may be null
 void NAME(contract)(
     const Expansion* e, const float* x, const float* upper, float* at_x, double* inner, float* phases,
     double* phases_total, Size rows, int width, int threads) {
@@ -671,7 +824,7 @@ void NAME(contract)(
   Contract run;
   choose(*e, &unused, &run);
   share_out(rows, threads, [=](Size start, Size stop, int thread) {
-    const Size at = 2 * (Size)thread * e->functions * e->channels;
+    const Size at = 2 * (Size)thread * sets(*e) * e->channels;
     Sums sums = no_sums(inner ? inner + thread * MOST : inner, phases ? phases + at : phases, phases_total + at);
     for (Size from = start; from < stop; from += BLOCK) {
       run(*e, x, upper, at_x, sums, from, from + BLOCK < stop ? from + BLOCK : stop, width, width);

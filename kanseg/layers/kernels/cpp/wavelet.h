@@ -13,45 +13,6 @@ struct Waves {
 
 namespace {
 
-enum { MEXICAN_HAT = 0, MORLET = 1, DOG = 2 };
-
-// exp(-z^2 / 2), absolute error 2e-7.
-INLINE V gaussian(V z) {
-  const V y = larger(z * z * -0.72134752f, set(-126.0f)), shift = set(12582912.0f);
-  const V whole = y + shift, r = y - (whole - shift), square = r * r;
-  const V low = (1.0f + r * 0.69314718f) + square * (0.24022651f + r * 0.05550411f);
-  const V high = 0.009618129f + r * 0.0013333558f + square * 0.00015403530f;
-  return (V)((I)(low + square * square * high) + ((I)whole << 23));
-}
-
-// sin(x) for moderate x: x = n pi + r, an odd polynomial in r, and the sign of (-1)^n.
-INLINE V sine(V x) {
-  const V shift = set(12582912.0f), whole = x * 0.31830989f + shift, n = whole - shift;
-  const V r = (x - n * 3.140625f) - n * 9.6765359e-4f, square = r * r;
-  V p = 2.7557319e-6f + square * -2.5052108e-8f;
-  p = p * square - 1.9841270e-4f;
-  p = p * square + 8.3333333e-3f;
-  p = p * square - 0.16666667f;
-  p = r + r * square * p;
-  return (V)((I)p ^ ((I)whole << 31));
-}
-
-template <int KIND>
-INLINE V wavelet(V z) {
-  const V g = gaussian(z);
-  if (KIND == MEXICAN_HAT) return (0.86732507f - 0.86732507f * z * z) * g;
-  if (KIND == MORLET) return sine(5.0f * z + 1.5707963f) * g;
-  return -z * g;
-}
-
-template <int KIND>
-INLINE V wavelet_slope(V z) {
-  const V g = gaussian(z), square = z * z;
-  if (KIND == MEXICAN_HAT) return 0.86732507f * z * (square - 3.0f) * g;
-  if (KIND == MORLET) return (-5.0f * sine(5.0f * z) - z * sine(5.0f * z + 1.5707963f)) * g;
-  return (square - 1.0f) * g;
-}
-
 // sum[q] += 3 x 3 taps of three lines that begin one voxel of zeros and padding before.
 INLINE void add_taps(float* sum, Size step, const V* a, const V* b, const V* c, const V* w, int width) {
   V a0 = a[0], a1 = a[1], b0 = b[0], b1 = b[1], c0 = c[0], c1 = c[1];

@@ -375,7 +375,7 @@ struct Led {
     for (int k = 0; k < 2 && source.part[k]; ++k) {
       const Expansion& e = *source.part[k];
       choose(e, &unused, run + k);
-      const Size phases = 2 * (Size)thread * e.functions * e.channels;
+      const Size phases = 2 * (Size)thread * sets(e) * e.channels;
       const bool learned = source.inner && e.kind != NONE;
       sums[k] = no_sums(learned ? source.inner + thread * MOST : 0, learned && source.phases ? source.phases + phases : 0,
                         source.phases_total + phases);
