@@ -82,8 +82,17 @@ def dynunet(features: Sequence[int], dims: int) -> dict[str, Any]:
 KAN: dict[str, Any] = {"name": "ukanet", "options": {}}
 TWIN: dict[str, Any] = {"name": "ukanet", "options": {"basis": None}}
 PLAIN: Rows = {"plain twin": TWIN, "plain, as many parameters": {**TWIN, "match": "ukanet"}}
+# One sum of Gram polynomials for every eight channels instead of one set of weights an edge, in all stages.
+SHARED: Rows = {
+    "shared functions": {
+        "name": "ukanet",
+        "options": {"kan_stages": "all", "layer_options": {"shared_by": 8, "base": False}},
+    }
+}
 PICTURES: Rows = {
     "ukanet": KAN,
+    "coarse stages": {"name": "ukanet", "options": {"kan_stages": "coarse"}},
+    **SHARED,
     **PLAIN,
     "smp unet resnet34": {"name": "smp", "options": {"network": "Unet", "encoder": "resnet34"}},
     "ukan": {"name": "ukan", "options": {}},
@@ -94,6 +103,7 @@ PARTS = {"patch_size": [192, 192], "batch_size": 4}
 PLACES: Rows = {
     "all stages": {"name": "ukanet", "options": {"kan_stages": "all"}},
     "all but full resolution": {"name": "ukanet", "options": {"kan_stages": "deep"}},
+    **SHARED,
     "coarsest alone": {"name": "ukanet", "options": {"kan_stages": [3]}},
     **{
         f"{basis} basis": {"name": "ukanet", "options": {"basis": basis}}
@@ -259,15 +269,21 @@ class Bench:
         self.keep(self.kept(row, fold), run / f"fold_{fold}", summary, steps=steps, begun=begun)
 
     def step_seconds(self) -> dict[str, float]:
-        """Seconds of a training step of each row: the fastest of turns in one process, measured once a folder."""
+        """Seconds of a training step of each row: the fastest of turns in one process, measured once a folder.
+
+        Rows that came later are measured beside the first one, and counted in its seconds of the first time.
+        """
         import torch
 
         from kanseg.training.losses import create_loss
         from kanseg.training.optimizers import create_optimizer
 
         path = self.out / "step_seconds.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        known = json.loads(path.read_text()) if path.exists() else {}
+        later = [row for row in self.recipe.rows if row not in known]
+        if not later:
+            return known
+        first = next(iter(self.recipe.rows))
         batch, patch = self.plan.batch_size, self.plan.patch_size
         x = torch.randn(batch, self.plan.in_channels, *patch)
         label = torch.randint(len(self.plan.label_names), (batch, 1, *patch)).float()
@@ -279,13 +295,15 @@ class Bench:
 
         calls = {}
         training = self.config(self.overrides, KAN).training
-        for row in self.recipe.rows:
+        for row in dict.fromkeys([first, *later]):
             model = self.make(self.network(row)).train()
             loss = create_loss(training.loss, **training.loss_options)
             calls[row] = partial(step, model, create_optimizer(model, training), loss)
         found = {row: min(times) for row, times in take_turns(calls, 5, clock=time.thread_time).items()}
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        return found
+        scale = known.get(first, found[first]) / found[first]
+        known = {**{row: seconds * scale for row, seconds in found.items()}, **known}
+        path.write_text(json.dumps(known, indent=1) + "\n")
+        return known
 
     def keep(self, kept: Path, folder: Path, summary: dict[str, Any], *, steps: int, begun: float) -> None:
         """Write what the table needs of a finished fold, and its curve."""

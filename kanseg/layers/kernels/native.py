@@ -250,7 +250,7 @@ def _numbers(basis: Basis, channels: int) -> tuple[tuple[Tensor, ...], dict[str,
 def _coefficients(
     basis: GroupRational | SharedFunction, channels: int
 ) -> tuple[tuple[Tensor, ...], dict[str, Any], Any]:
-    """As `_numbers`, of what groups of channels share: P and Q, or the factors of a sum and what its functions learn."""
+    """As `_numbers`, of what channels share: P and Q, or the factors of a sum and what its functions learn."""
     kept: tuple[Tensor, ...] = ()
     pointers: dict[str, Any] = {}
     inner_spread = None
