@@ -86,7 +86,11 @@ PLAIN: Rows = {"plain twin": TWIN, "plain, as many parameters": {**TWIN, "match"
 SHARED: Rows = {
     "shared functions": {
         "name": "ukanet",
-        "options": {"kan_stages": "all", "layer_options": {"shared_by": 8, "base": False}},
+        "options": {
+            "kan_stages": "all",
+            "bottleneck": False,
+            "layer_options": {"shared_by": 8, "base": False},
+        },
     }
 }
 PICTURES: Rows = {
