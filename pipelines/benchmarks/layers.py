@@ -76,13 +76,16 @@ REFERENCES = {  # families and names of layers there
     "relukan": "ReLUKANConv",
     "wavkan": "WavKANConv",
 }
-FAMILIES = (*REFERENCES, "grkan", "fourier", "bottleneck_kagn", "bottleneck_relukan")
+SHARED = {
+    "shared gram": {"basis": "gram", "shared_by": 8, "base": False}
+}  # one function for eight groups of channels
+FAMILIES = (*REFERENCES, "grkan", "fourier", *SHARED, "bottleneck_kagn", "bottleneck_relukan")
 INFERENCE = """
 import torch
 from kanseg.layers import conv_layer
 def memory(name):  # MB; getrusage would also count what the parent of this process had
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
-layer = conv_layer("{family}")(3, 16, 16).eval()
+layer = conv_layer(**{options})(3, 16, 16).eval()
 x = torch.empty(1, 16, 128, 128, 128, memory_format=torch.channels_last_3d).normal_()
 with torch.inference_mode():
     layer(torch.zeros(1, 16, 16, 16, 16))
@@ -211,7 +214,7 @@ def measure(
     plain = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(*channels, **how, bias=False)
     layers: dict[str, torch.nn.Module] = {
         "plain": plain.to(memory_format=memory),
-        "kanseg": conv_layer(family)(dims, *channels, stride=case.stride),
+        "kanseg": conv_layer(**options_of(family))(dims, *channels, stride=case.stride),
     }
     if reference and family in REFERENCES:
         module = import_module("kan_convs")
@@ -219,6 +222,7 @@ def measure(
     inputs = dict.fromkeys(layers, x)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
+    if device == "cuda" and hasattr(layers["kanseg"].conv, "recipe"):
         layers["folded"], inputs["folded"] = _folded(layers["kanseg"], plain, x)
         layers = {name: layer.to(device) for name, layer in layers.items()}
         inputs = {name: x.to(device) for name, x in inputs.items()}
@@ -239,6 +243,11 @@ def measure(
     if "reference" in layers:
         rows.append({**named, "rival": "reference", **ratios(times, "reference", "kanseg")})
     return rows
+
+
+def options_of(family: str) -> dict[str, Any]:
+    """Of `conv_layer`."""
+    return SHARED.get(family, {"basis": family})
 
 
 def machine() -> dict[str, Any]:
@@ -362,7 +371,10 @@ def saved(layer: Any, x: Any) -> float:
 def inference_peak(family: str) -> float:
     """MB of a fresh process above input and output, 16 channels x 128^3."""
     done = subprocess.run(
-        [sys.executable, "-c", INFERENCE.format(family=family)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", INFERENCE.format(options=options_of(family))],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return float(done.stdout)
 

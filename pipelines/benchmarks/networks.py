@@ -116,8 +116,9 @@ def markdown(results: dict[str, Any]) -> str:
                 f"{ratios['mb']:.2f} x",
             ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [""] if results["to dice"] else []
     lines += [
-        f"{row['network']}: {row['seconds'] or 'not within the minutes'} s to a Dice of {row['dice']}"
+        f"- {row['network']}: {reached(row['seconds'])} to a Dice of {row['dice']}"
         for row in results["to dice"]
     ]
     return "\n".join(lines) + "\n"
@@ -331,6 +332,11 @@ class Reached(Exception):  # noqa: N818  # no error
     """A training has come to the target."""
 
 
+def reached(seconds: float | None) -> str:
+    """How long it took, for people."""
+    return "not within the minutes" if seconds is None else f"{seconds:.0f} s"
+
+
 def raced(given: argparse.Namespace, specs: dict[str, Spec]) -> list[dict[str, Any]]:
     """Seconds of training and validation to the target, None where `--minutes` were not enough; prints them."""
     from rich.console import Console
@@ -364,12 +370,10 @@ def raced(given: argparse.Namespace, specs: dict[str, Spec]) -> list[dict[str, A
         with tempfile.TemporaryDirectory() as run:
             try:
                 fit(config, plan, dataset, run, console=Console(quiet=True), watch=watch)
-            except Reached as reached:
-                seconds = reached.args[0]
+            except Reached as target:
+                seconds = target.args[0]
         rows.append({"network": name, "dice": TARGET, "seconds": seconds})
-        print(
-            f"{name}: {'not within the minutes' if seconds is None else f'{seconds:.0f} s'} to a Dice of {TARGET}"
-        )
+        print(f"{name}: {reached(seconds)} to a Dice of {TARGET}")
     return rows
 
 
