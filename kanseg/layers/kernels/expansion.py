@@ -60,6 +60,10 @@ class Geometry:
         alike = set(self.kernel_size) == {3} and self.stride == self.dilation == once
         return alike and max(self.padding) <= 2 and self.groups == 1
 
+    def pointwise(self) -> bool:
+        """Whether it is a product of each voxel's channels with one matrix."""
+        return {*self.kernel_size, *self.stride, self.groups} == {1} and not any(self.padding)
+
     def misread(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether oneDNN's gradient of a bfloat16 weight reads beyond its memory: a map less deep than the kernel.
 
@@ -214,6 +218,8 @@ def convolution_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, slab: Slab, geometry: Geometry, of_x: bool, of_weight: bool
 ) -> tuple[Any, Any]:
     """Gradients at x and weight of the convolution of a slab."""
+    if geometry.pointwise() and x.device.type == "cpu":
+        return _gradients_of_product(grad, x, weight, of_x, of_weight)
     zeros, padding = [0] * len(geometry.stride), slab.padding(geometry)
     how = (
         geometry.stride,
@@ -236,6 +242,19 @@ def convolution_gradients(
         None if at_x is None else at_x[:samples, :channels],
         None if at_weight is None else at_weight[:, : channels // geometry.groups],
     )
+
+
+def _gradients_of_product(
+    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `convolution_gradients`, by two products of matrices: torch would first copy to channels-first memory."""
+    upper, rows = (as_rows(channels_last(t)).flatten(0, 1) for t in (grad, x))
+    at_x = at_weight = None
+    if of_x:
+        at_x = (upper @ weight.flatten(1)).view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+    if of_weight:
+        at_weight = (upper.T @ rows).view_as(weight)
+    return at_x, at_weight
 
 
 def for_onednn(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
