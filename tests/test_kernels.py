@@ -25,7 +25,14 @@ from kanseg.layers.wavelet_conv import WaveletConv
 
 SIZES = {1: (33,), 2: (13, 18), 3: (9, 11, 10)}
 LARGE = {2: (47, 50), 3: (13, 15, 14)}  # enough for Winograd's products
-GEOMETRIES = [{}, {"kernel_size": 1}, {"groups": 2, "stride": 2}, {"dilation": 2, "padding": 1}, {"padding": 0}, {"padding": 2}]
+GEOMETRIES = [
+    {},
+    {"kernel_size": 1},
+    {"groups": 2, "stride": 2},
+    {"dilation": 2, "padding": 1},
+    {"padding": 0},
+    {"padding": 2},
+]
 
 
 @pytest.fixture(scope="module")
