@@ -222,8 +222,8 @@ def measure(
     inputs = dict.fromkeys(layers, x)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
-    if device == "cuda" and hasattr(layers["kanseg"].conv, "recipe"):
-        layers["folded"], inputs["folded"] = _folded(layers["kanseg"], plain, x)
+        if hasattr(layers["kanseg"].conv, "recipe"):
+            layers["folded"], inputs["folded"] = _folded(layers["kanseg"], plain, x)
         layers = {name: layer.to(device) for name, layer in layers.items()}
         inputs = {name: x.to(device) for name, x in inputs.items()}
     calls = {
