@@ -164,10 +164,11 @@ INLINE V error_function(V x, V gauss) {
 
 // ---------------------------------------------------------------------------------------------- waves
 
-// sin(x) and cos(x): x = n pi + r, the best odd and even polynomials in r, and the sign of (-1)^n; absolute error 1e-7.
-// pi is taken away in three parts of few digits, which serves until n has too many.
-INLINE void sine_and_cosine(V x, V* s, V* c) {
-  const float most = 25000;
+// sin(x) and cos(x) for |x| < WAVES_REACH: x = n pi + r, the best odd and even polynomials in r, and the sign of (-1)^n;
+// absolute error 1e-7. pi is taken away in three parts of few digits, which serves until n has too many.
+const float WAVES_REACH = 25000;
+
+INLINE void tame_sine_and_cosine(V x, V* s, V* c) {
   const V shift = set(12582912.0f), whole = x * 0.318309886f + shift, n = whole - shift;
   const V r = ((x - n * 3.140625f) - n * 9.67502594e-4f) - n * 1.50995799e-7f, square = r * r;
   V p = square * 2.60005418e-6f - 1.98066149e-4f;
@@ -180,9 +181,14 @@ INLINE void sine_and_cosine(V x, V* s, V* c) {
   const I sign = (I)whole << 31;
   *s = (V)((I)(r + r * square * p) ^ sign);
   *c = (V)((I)(1.0f + square * q) ^ sign);
+}
+
+// Of any number, those that are not finite too.
+INLINE void sine_and_cosine(V x, V* s, V* c) {
+  tame_sine_and_cosine(x, s, c);
   for (int i = 0; i < W; ++i) {
-    if (__builtin_expect(x[i] > -most && x[i] < most, 1)) continue;
-    (*s)[i] = __builtin_sinf(x[i]);  // also what is not finite
+    if (__builtin_expect(x[i] > -WAVES_REACH && x[i] < WAVES_REACH, 1)) continue;
+    (*s)[i] = __builtin_sinf(x[i]);
     (*c)[i] = __builtin_cosf(x[i]);
   }
 }
@@ -198,32 +204,24 @@ INLINE V gaussian(V z) {
   return (V)((I)(low + square * square * high) + ((I)whole << 23));
 }
 
-// sin(x) for moderate x: x = n pi + r, an odd polynomial in r, and the sign of (-1)^n.
-INLINE V sine(V x) {
-  const V shift = set(12582912.0f), whole = x * 0.31830989f + shift, n = whole - shift;
-  const V r = (x - n * 3.140625f) - n * 9.6765359e-4f, square = r * r;
-  V p = 2.7557319e-6f + square * -2.5052108e-8f;
-  p = p * square - 1.9841270e-4f;
-  p = p * square + 8.3333333e-3f;
-  p = p * square - 0.16666667f;
-  p = r + r * square * p;
-  return (V)((I)p ^ ((I)whole << 31));
-}
-
 template <int KIND>
 INLINE V wavelet(V z) {
   const V g = gaussian(z);
   if (KIND == MEXICAN_HAT) return (0.86732507f - 0.86732507f * z * z) * g;
-  if (KIND == MORLET) return sine(5.0f * z + 1.5707963f) * g;
-  return -z * g;
+  if (KIND == DOG) return -z * g;
+  V s, c;
+  tame_sine_and_cosine(5.0f * z, &s, &c);
+  return c * g;
 }
 
 template <int KIND>
 INLINE V wavelet_slope(V z) {
   const V g = gaussian(z), square = z * z;
   if (KIND == MEXICAN_HAT) return 0.86732507f * z * (square - 3.0f) * g;
-  if (KIND == MORLET) return (-5.0f * sine(5.0f * z) - z * sine(5.0f * z + 1.5707963f)) * g;
-  return (square - 1.0f) * g;
+  if (KIND == DOG) return (square - 1.0f) * g;
+  V s, c;
+  tame_sine_and_cosine(5.0f * z, &s, &c);
+  return (-5.0f * s - z * c) * g;
 }
 
 // ---------------------------------------------------------------------------------------------- activations
