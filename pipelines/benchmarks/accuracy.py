@@ -82,7 +82,7 @@ def dynunet(features: Sequence[int], dims: int) -> dict[str, Any]:
 KAN: dict[str, Any] = {"name": "ukanet", "options": {}}
 TWIN: dict[str, Any] = {"name": "ukanet", "options": {"basis": None}}
 PLAIN: Rows = {"plain twin": TWIN, "plain, as many parameters": {**TWIN, "match": "ukanet"}}
-# One sum of Gram polynomials for every eight channels instead of one set of weights an edge, in all stages.
+# One sum of Gram polynomials for each of eight groups of channels instead of weights an edge, in all stages.
 SHARED: Rows = {
     "shared functions": {
         "name": "ukanet",

@@ -78,7 +78,7 @@ REFERENCES = {  # families and names of layers there
 }
 SHARED = {
     "shared gram": {"basis": "gram", "shared_by": 8, "base": False}
-}  # one function for eight groups of channels
+}  # one function for each of eight groups of channels
 FAMILIES = (*REFERENCES, "grkan", "fourier", *SHARED, "bottleneck_kagn", "bottleneck_relukan")
 INFERENCE = """
 import torch

@@ -43,6 +43,9 @@ MOST = 33  # functions at most
 FEW = 1 << 15  # numbers for which one thread is enough
 
 
+Numbers = tuple[tuple[Tensor, ...], dict[str, Any], Any]  # of `_numbers`
+
+
 class Expansion(ctypes.Structure):
     """`Expansion` of rows.h."""
 
@@ -208,21 +211,17 @@ def _order(basis: Basis) -> int | None:
     return WAVES.get(basis.psi) if isinstance(basis, WaveletShifts) else 0
 
 
-def _numbers(basis: Basis, channels: int) -> tuple[tuple[Tensor, ...], dict[str, Any], Any]:
+def _numbers(basis: Basis, channels: int) -> Numbers:
     """Tensors with what the kernels need to know of a basis, pointers to them, and `Part.spread`."""
-    if isinstance(basis, GroupRational | SharedFunction):
-        return _coefficients(basis, channels)
     if isinstance(basis, ReLUBumps):
-        phases = torch.stack([basis.phase_low.detach().float(), basis.phase_high.detach().float()])
-        repeats = channels // phases.shape[1]
-        wide = phases.repeat(1, repeats, 1).transpose(1, 2).contiguous()  # (2, functions, channels)
         scale = torch.tensor([float(basis.scale)])
-        pointers = {"numbers": scale.data_ptr(), "low": wide[0].data_ptr(), "high": wide[1].data_ptr()}
-
-        def of_phases(inner: Tensor, phases: Tensor) -> list[Tensor]:
-            return list(phases.unflatten(2, (repeats, -1)).sum(2).transpose(1, 2))
-
-        return (wide, scale), pointers, of_phases if basis.phase_low.requires_grad else None
+        scaled = (scale,), {"numbers": scale.data_ptr()}, None
+        return _by_channel([basis.phase_low, basis.phase_high], None, channels, scaled)
+    if isinstance(basis, GroupRational):
+        return _by_channel([basis.numerator, basis.denominator], basis.channels, channels, ((), {}, None))
+    if isinstance(basis, SharedFunction):
+        known, inner = _numbers(basis.basis, channels), list(basis.basis.parameters())
+        return _by_channel([basis.coefficients], basis.channels, channels, known, inner)
     spread = None
     if isinstance(basis, OrthogonalPolynomials):
         rows = torch.tensor(basis.recurrence or [(0.0, 0.0, 0.0)], dtype=torch.float32)
@@ -247,23 +246,22 @@ def _numbers(basis: Basis, channels: int) -> tuple[tuple[Tensor, ...], dict[str,
     return (numbers,), {"numbers": numbers.data_ptr()}, spread
 
 
-def _coefficients(
-    basis: GroupRational | SharedFunction, channels: int
-) -> tuple[tuple[Tensor, ...], dict[str, Any], Any]:
-    """As `_numbers`, of what channels share: P and Q, or the factors of a sum and what its functions learn."""
-    kept: tuple[Tensor, ...] = ()
-    pointers: dict[str, Any] = {}
-    inner_spread = None
-    own: list[Tensor] = [basis.numerator, basis.denominator] if isinstance(basis, GroupRational) else []
-    inner: list[Tensor] = []
-    if isinstance(basis, SharedFunction):
-        own, inner = [basis.coefficients], list(basis.basis.parameters())
-        kept, pointers, inner_spread = _numbers(basis.basis, channels)
+def _by_channel(
+    own: Sequence[Tensor], period: int | None, channels: int, known: Numbers, inner: Sequence[Tensor] = ()
+) -> Numbers:
+    """As `_numbers`, with one or two tensors of numbers by sets of channels, each (sets, numbers), as `low` and `high`.
+
+    Args:
+        period: channels after which the sets begin anew; None: as many as there are sets.
+        known: what the kernels need to know beside them.
+        inner: what is learned beside them.
+    """
     order, sets = max(part.shape[1] for part in own), len(own[0])
-    period = basis.channels or sets
+    period = period or sets
     wide = torch.zeros(2, order, channels)  # the shorter one filled up with zeros
     for into, part in zip(wide, own, strict=False):
         into[: part.shape[1]] = of_channels(part.detach().float(), period).repeat(channels // period, 1).T
+    kept, pointers, inner_spread = known
 
     def spread(sums: Tensor, by_channel: Tensor) -> list[Tensor]:
         by_set = by_channel.unflatten(2, (-1, sets, period // sets)).sum((2, 4)).transpose(1, 2)
@@ -271,7 +269,7 @@ def _coefficients(
         beyond = inner_spread(sums, by_channel) if inner_spread else [torch.zeros_like(p) for p in inner]
         return [*found, *beyond]
 
-    pointers |= {"low": wide[0].data_ptr(), "high": wide[1].data_ptr()}
+    pointers = {**pointers, "low": wide[0].data_ptr(), "high": wide[1].data_ptr()}
     return (*kept, wide), pointers, spread if any(part.requires_grad for part in (*own, *inner)) else None
 
 
