@@ -86,6 +86,15 @@ def test_every_geometry_is_its_formula(backend: str, basis: str, geometry: dict,
     assert_like_float64(lambda **o: KANConv(spatial_dims, 6, 4, basis=basis, **geometry, **o), x)
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 7])
+@pytest.mark.parametrize("basis", ["gram", "bspline", "fourier", "rbf", "relu"])
+def test_channels_that_fill_no_vector(backend: str, basis: str, channels: int, kernel_size: int) -> None:
+    """On a map whose voxels are no whole number of vectors either."""
+    x = torch.randn(2, channels, *SIZES[3])
+    assert_like_float64(lambda **options: KANConv(3, channels, 5, kernel_size, basis=basis, **options), x)
+
+
 @pytest.mark.parametrize("basis", ["fourier", "rational", "mexican_hat", "morlet", "dog"])
 @pytest.mark.parametrize("largest", [False, True])
 def test_bases_of_every_size_are_their_formulas(backend: str, basis: str, largest: bool) -> None:
@@ -329,7 +338,7 @@ def test_a_layer_keeps_two_maps(benchmark: ModuleType, family: str) -> None:
     assert 1 < benchmark.saved(conv_layer(family, **options)(3, 16, 16), x) <= 2.25
 
 
-@pytest.mark.parametrize("family", ["kagn", "kan"])
+@pytest.mark.parametrize("family", ["kagn", "kan", "bottleneck_kagn"])
 def test_inference_needs_little_memory(benchmark: ModuleType, family: str) -> None:
     """16 channels x 128^3 in a fresh process: less than 170 MB above input and output; the expansion has 0.6 GB."""
     if sys.platform != "linux":

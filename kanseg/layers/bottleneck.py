@@ -102,8 +102,9 @@ class BottleneckKANConv(ConvGeometry):
         if (self.base_recipe is None or not lean(x)) and not self.mixed:
             return recomputed(self._convolve, x, preserve_rng_state=False)
         if self.mixed:  # the gate draws noise, so it runs once; its experts recompute what they are made of
-            return self._base(x) + self._narrow(x)
-        return self._base(x) + recomputed(self._narrow, x, preserve_rng_state=False)
+            return self._narrow(x).add_(self._base(x))
+        # The narrow term first: its maps are gone before the base is made.
+        return recomputed(self._narrow, x, preserve_rng_state=False).add_(self._base(x))
 
     def _base(self, x: Tensor) -> Tensor:
         if self.base_recipe is None or not lean(x):
@@ -114,7 +115,7 @@ class BottleneckKANConv(ConvGeometry):
         return self.convolve(self.base_act(x), self.base_weight)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        return self._narrow(x) + self._plain_base(x)
+        return self._narrow(x).add_(self._plain_base(x))
 
     def _narrow(self, x: Tensor) -> Tensor:
         return self.pointwise(self.inner(self.pointwise(x, self.down_weight)), self.up_weight)

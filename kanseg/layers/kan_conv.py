@@ -148,7 +148,9 @@ class ConvGeometry(nn.Module):
 
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """A grouped 1x1 convolution, no bias."""
-        return CONVOLUTIONS[self.spatial_dims](x, weight, groups=self.groups)
+        once, never = (1,) * self.spatial_dims, (0,) * self.spatial_dims
+        fast = plain_conv(x, weight, Geometry(once, once, never, once, self.groups)) if lean(x) else None
+        return fast if fast is not None else CONVOLUTIONS[self.spatial_dims](x, weight, groups=self.groups)
 
     def extra_repr(self) -> str:
         return (

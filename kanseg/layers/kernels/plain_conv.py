@@ -1,4 +1,4 @@
-"""The ordinary convolution by Winograd's products, where the compiled kernels make it faster."""
+"""The ordinary convolution where something is faster than torch's: Winograd's products, or one for kernel 1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kanseg.layers.kernels import winograd
 from kanseg.layers.kernels.operators import only_first, plain_eager
-from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last
+from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last, product
 
 if TYPE_CHECKING:
     from kanseg.layers.kernels.expansion import Geometry
@@ -19,6 +19,8 @@ def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """conv(x; weight), (N, C, *S) -> (N, out_channels, *S'), or None where torch's own serves better."""
     if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type) or not plain_eager(x):
         return None
+    if geometry.pointwise() and x.device.type == "cpu" and x.dtype == weight.dtype and x.numel():
+        return product(channels_last(x), weight)
     if not geometry.dense() or not winograd.serves(x, weight, geometry):
         return None
     return _PlainConv.apply(channels_last(x), weight, geometry)

@@ -26,6 +26,15 @@ def as_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(1, -2)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution of kernel 1, (N, C, *S) -> (N, out_channels, *S), both in channels-last memory, as one product of
+    matrices. Torch's own goes through channels-first memory on a CPU, for two to three times the time.
+    """
+    rows, matrix = as_rows(x).flatten(0, 1), weight.flatten(1).T
+    made = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+    return made.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+
+
 def blocks(count: int, width: int) -> Iterator[slice]:
     """Cut `count` rows of `width` numbers into blocks of about ROW_BLOCK numbers."""
     step = max(1, ROW_BLOCK // width)

@@ -679,8 +679,32 @@ void contract_lanes(
   });
 }
 
+// Rows that fill no half of a vector, side by side in memory and with the same numbers for all channels: NARROW of them
+// are one row of a buffer, (branches, NARROW * width), which is moved to or from (NARROW, branches, width).
+const int NARROW = TOGETHER * W, MOST_NARROW = (MOST + 1) * NARROW * (W / 2);
+
+INLINE bool is_narrow(const Expansion& e, int width, Size step) { return width <= W / 2 && step == width && !e.low; }
+
+template <class Move>
+INLINE void move_narrow(const Expansion& e, int width, Move move) {
+  const int made = (e.base >= 0) + (e.kind == NONE ? 0 : e.shared ? 1 : e.functions - e.skip);
+  for (int branch = e.offset; branch < e.offset + made; ++branch) {
+    for (int row = 0; row < NARROW; ++row) {
+      for (int c = 0; c < width; ++c) move((row * e.branches + branch) * width + c, (branch * NARROW + row) * width + c);
+    }
+  }
+}
+
 template <int KIND, bool USUAL, bool TAME>
 void expand_rows(const Expansion& e, const float* x, float* out, Size start, Size stop, int width, Size step) {
+  if (is_narrow(e, width, step)) {
+    float planes[MOST_NARROW];
+    for (; start + NARROW <= stop; start += NARROW) {
+      expand_lanes<KIND, USUAL, TAME, true>(e, x + start * width, planes, 0, 1, NARROW * width, NARROW * width);
+      float* to = out + start * e.branches * width;
+      move_narrow(e, width, [&](int at, int plane) { to[at] = planes[plane]; });
+    }
+  }
   const auto run = width % W ? expand_lanes<KIND, USUAL, TAME, false> : expand_lanes<KIND, USUAL, TAME, true>;
   run(e, x, out, start, stop, width, step);
 }
@@ -689,6 +713,15 @@ template <int KIND, bool USUAL, bool TAME>
 void contract_rows(
     const Expansion& e, const float* x, const float* upper, float* at_x, Sums& sums, Size start, Size stop, int width,
     Size step) {
+  if (is_narrow(e, width, step)) {
+    float planes[MOST_NARROW];
+    for (; start + NARROW <= stop; start += NARROW) {
+      const float* from = upper + start * e.branches * width;
+      move_narrow(e, width, [&](int at, int plane) { planes[plane] = from[at]; });
+      contract_lanes<KIND, USUAL, TAME, true>(
+          e, x + start * width, planes, at_x ? at_x + start * width : at_x, sums, 0, 1, NARROW * width, NARROW * width);
+    }
+  }
   const auto run = width % W ? contract_lanes<KIND, USUAL, TAME, false> : contract_lanes<KIND, USUAL, TAME, true>;
   run(e, x, upper, at_x, sums, start, stop, width, step);
 }
