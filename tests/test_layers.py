@@ -16,6 +16,7 @@ from kanseg.errors import UsageError
 from kanseg.layers import FAMILIES, ConvLayer, KANConv, conv_layer
 from kanseg.layers.families import LAYER_CLASSES
 from kanseg.layers.kan_conv import ConvGeometry
+from kanseg.layers.pointwise import pointwise_conv
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SIZES = {1: (9,), 2: (8, 9), 3: (5, 6, 7)}
@@ -93,6 +94,24 @@ def test_without_a_basis_it_is_the_plain_convolution() -> None:
     plain.load_state_dict({"weight": conv.base_weight.data})
     x = torch.randn(1, 4, 6, 6, 6)
     assert torch.equal(conv(x), plain(x))
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [1, 6])
+def test_a_pointwise_convolution_is_torchs(spatial_dims: int, bias: bool, size: int) -> None:
+    """The same parameters by name, numbers and gradients; also of a view, which lies in no format's memory."""
+    ours = pointwise_conv(spatial_dims, 3, 5, bias=bias)
+    theirs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](3, 5, 1, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    whole = torch.randn(2, 4, *[size + 1] * spatial_dims)
+    results = []
+    for layer in (ours, theirs):
+        x = whole.clone().requires_grad_()
+        y = layer(x[:, 1:, 1:])
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_degree_zero_works() -> None:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Conv, Norm, Pool
+from monai.networks.layers.factories import Norm, Pool
 from torch import Tensor, nn
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
 from kanseg.encoders.layers import Layer, LayerFactory, stage_layers
 from kanseg.errors import UsageError
+from kanseg.layers.pointwise import pointwise_conv
 
 BLOCKS = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32)}
 
@@ -131,7 +132,7 @@ def _transition(spatial_dims: int, channels: int) -> nn.Sequential:
     return nn.Sequential(
         Norm[Norm.BATCH, spatial_dims](channels),
         nn.SELU(),
-        Conv[Conv.CONV, spatial_dims](channels, channels // 2, 1, bias=False),
+        pointwise_conv(spatial_dims, channels, channels // 2, bias=False),
         Pool[Pool.AVG, spatial_dims](2, 2, ceil_mode=True),
     )
 

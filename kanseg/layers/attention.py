@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.families import conv_layer as kan_layer
 from kanseg.layers.kan_conv import normalise
+from kanseg.layers.pointwise import pointwise_conv
 
 
 def _axial(spatial_dims: int, num_heads: int, pairs: int, theta: float) -> Tensor:
@@ -135,9 +135,8 @@ class KANAttention(nn.Module):
         if inner % num_heads:
             raise UsageError(f"{inner} channels cannot be shared by num_heads={num_heads}; choose a divisor")
         layer = conv_layer or kan_layer("kagn")
-        pointwise = Conv[Conv.CONV, spatial_dims]
-        self.narrow = pointwise(channels, inner, 1) if inner_channels else nn.Identity()
-        self.widen = pointwise(inner, channels, 1) if inner_channels else nn.Identity()
+        self.narrow = pointwise_conv(spatial_dims, channels, inner) if inner_channels else nn.Identity()
+        self.widen = pointwise_conv(spatial_dims, inner, channels) if inner_channels else nn.Identity()
         self.query, self.key, self.value = (
             layer(spatial_dims, inner, inner, kernel_size, **options) for _ in range(3)
         )

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 
 from kanseg.errors import UsageError
 from kanseg.layers.families import conv_layer as kan_layer
 from kanseg.layers.kan_conv import normalise
+from kanseg.layers.pointwise import pointwise_conv
 
 
 class FocalModulation(nn.Module):
@@ -62,12 +62,15 @@ class FocalModulation(nn.Module):
                 f"{focal_window}, {focal_factor}, {focal_level}"
             )
         layer, context = conv_layer or kan_layer("kagn"), context_layer or kan_layer("kagn")
-        plain = Conv[Conv.CONV, spatial_dims]
         widths = (channels, 2 * channels + focal_level + 1)
         self.split = (channels, channels, focal_level + 1)
-        self.project_in = layer(spatial_dims, *widths, 1) if full_kan else plain(*widths, 1)
+        self.project_in = (
+            layer(spatial_dims, *widths, 1) if full_kan else pointwise_conv(spatial_dims, *widths)
+        )
         self.modulator = (
-            layer(spatial_dims, channels, channels, 1) if full_kan else plain(channels, channels, 1)
+            layer(spatial_dims, channels, channels, 1)
+            if full_kan
+            else pointwise_conv(spatial_dims, channels, channels)
         )
         self.project_out = layer(spatial_dims, channels, channels, 1)
         self.contexts = nn.ModuleList(

@@ -23,7 +23,7 @@ from kanseg.bases import Basis, create_basis
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.kernels import expanded_conv, gpu, instance_norm_act
 from kanseg.layers.kernels.expansion import Geometry
-from kanseg.layers.kernels.plain_conv import plain_conv
+from kanseg.layers.kernels.plain_conv import plain_conv, pointwise_product
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import FORMATS, channels_last
 
@@ -148,8 +148,7 @@ class ConvGeometry(nn.Module):
 
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """A grouped 1x1 convolution, no bias."""
-        once, never = (1,) * self.spatial_dims, (0,) * self.spatial_dims
-        fast = plain_conv(x, weight, Geometry(once, once, never, once, self.groups)) if lean(x) else None
+        fast = pointwise_product(x, weight) if self.groups == 1 and lean(x) else None
         return fast if fast is not None else CONVOLUTIONS[self.spatial_dims](x, weight, groups=self.groups)
 
     def extra_repr(self) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.errors import UsageError
+from kanseg.layers.pointwise import pointwise_conv
 
 
 class SpatialNorm(nn.Module):
@@ -33,9 +33,8 @@ class SpatialNorm(nn.Module):
         if num_groups < 1 or channels % num_groups:
             raise UsageError(f"channels (={channels}) must be divisible by num_groups (={num_groups})")
         self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6, affine=affine)
-        pointwise = Conv[Conv.CONV, spatial_dims]
-        self.scale = pointwise(condition_channels or channels, channels, 1)
-        self.shift = pointwise(condition_channels or channels, channels, 1)
+        self.scale = pointwise_conv(spatial_dims, condition_channels or channels, channels)
+        self.shift = pointwise_conv(spatial_dims, condition_channels or channels, channels)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         z = x if z is None else z

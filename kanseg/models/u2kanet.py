@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, network_layer
 from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import CONVOLUTIONS
+from kanseg.layers.pointwise import pointwise_conv
 from kanseg.models.model import MODELS
-from kanseg.models.u_shape import check_input, resize
+from kanseg.models.u_shape import check_input, logits, resize
 
 # Height of each stage's U (0: four layers without pooling), its inner and its outer channels in multiples of `width`.
 LARGE = ((7, 8, 16), (6, 8, 32), (5, 16, 64), (4, 32, 128), (0, 64, 128), (0, 64, 128))
@@ -146,7 +147,7 @@ class U2KANet(nn.Module):
         )
         conv = Conv[Conv.CONV, spatial_dims]
         self.heads = nn.ModuleList(conv(inputs, out_channels, 3, padding=1) for inputs in risen)
-        self.together = conv(len(risen) * out_channels, out_channels, 1)
+        self.together = pointwise_conv(spatial_dims, len(risen) * out_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(self, x)
@@ -165,7 +166,7 @@ class U2KANet(nn.Module):
             x = stage(torch.cat([resize(x, skip.shape[2:]), skip], dim=1))
             risen.insert(0, x)
         sides = [resize(head(features), size) for head, features in zip(self.heads, risen, strict=True)]
-        return [output.float() for output in (self.together(torch.cat(sides, dim=1)), *sides)]
+        return [logits(output) for output in (self.together(torch.cat(sides, dim=1)), *sides)]
 
 
 MODELS.preset(

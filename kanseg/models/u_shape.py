@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.encoders import Encoder
 from kanseg.errors import UsageError
+from kanseg.layers.pointwise import pointwise_conv
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -89,7 +89,7 @@ class UShape(nn.Module):
         heads = max(1, len(self.decoder) - 1) if deep_supervision else 1
         self.deep_supervision = heads > 1
         self.heads = nn.ModuleList(
-            Conv[Conv.CONV, self.spatial_dims](width, out_channels, 1) for width in widths[:heads]
+            pointwise_conv(self.spatial_dims, width, out_channels) for width in widths[:heads]
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -102,8 +102,13 @@ class UShape(nn.Module):
             decoded = stage(decoded, skip)
             maps.insert(0, decoded)
         if self.training and self.deep_supervision:
-            return [head(features).float() for head, features in zip(self.heads, maps, strict=False)]
-        return resize(self.heads[0](maps[0]), x.shape[2:]).float()
+            return [logits(head(features)) for head, features in zip(self.heads, maps, strict=False)]
+        return logits(resize(self.heads[0](maps[0]), x.shape[2:]))
+
+
+def logits(x: Tensor) -> Tensor:
+    """In float32 and contiguous memory, what code beyond the network expects."""
+    return x.float().contiguous()
 
 
 def check_input(model: Any, x: Tensor) -> None:

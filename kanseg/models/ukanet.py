@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.networks.layers.factories import Conv
 from torch import nn
 
 from kanseg.encoders import Encoder, ResidualBlock, create_encoder
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, network_layer, stage_layers
 from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers.pointwise import pointwise_conv
 from kanseg.models.model import MODELS
 from kanseg.models.u_shape import DecoderStage, UShape
 
@@ -26,7 +26,7 @@ def narrow_stage(
     spatial_dims: int, in_channels: int, out_channels: int, kernel_size: Any, layer: LayerFactory
 ) -> DecoderStage:
     """Narrow the coarse map by a 1x1 convolution, resize it to the skip, join both, convolve twice."""
-    narrow = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 1)
+    narrow = pointwise_conv(spatial_dims, in_channels, out_channels)
     layers = nn.Sequential(
         layer(spatial_dims, 2 * out_channels, out_channels, kernel_size),
         layer(spatial_dims, out_channels, out_channels, kernel_size),

@@ -17,13 +17,22 @@ if TYPE_CHECKING:
 
 def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """conv(x; weight), (N, C, *S) -> (N, out_channels, *S'), or None where torch's own serves better."""
-    if x.dim() not in FORMATS or torch.is_autocast_enabled(x.device.type) or not plain_eager(x):
-        return None
-    if geometry.pointwise() and x.device.type == "cpu" and x.dtype == weight.dtype and x.numel():
-        return product(channels_last(x), weight)
-    if not geometry.dense() or not winograd.serves(x, weight, geometry):
+    if geometry.pointwise():
+        return pointwise_product(x, weight)
+    if not _is_plain(x) or not geometry.dense() or not winograd.serves(x, weight, geometry):
         return None
     return _PlainConv.apply(channels_last(x), weight, geometry)
+
+
+def pointwise_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """conv(x; weight) + bias of kernel 1 and one group on a CPU by `product`, or None where that does not serve."""
+    if not _is_plain(x) or x.device.type != "cpu" or x.dtype != weight.dtype or not x.numel():
+        return None
+    return product(channels_last(x), weight, bias)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dim() in FORMATS and not torch.is_autocast_enabled(x.device.type) and plain_eager(x)
 
 
 class _PlainConv(torch.autograd.Function):

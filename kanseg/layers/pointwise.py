@@ -1,0 +1,24 @@
+"""The convolution of kernel 1 between channels: torch's, with a faster way through volumes on a CPU."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kanseg.layers.kan_conv import lean
+from kanseg.layers.kernels.plain_conv import pointwise_product
+
+
+class PointwiseConv3d(nn.Conv3d):
+    """`torch.nn.Conv3d` of kernel 1; on a CPU one product of matrices, in channels-last memory."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002: torch's name
+        fast = pointwise_product(input, self.weight, self.bias) if lean(input) else None
+        return super().forward(input) if fast is None else fast
+
+
+CLASSES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: PointwiseConv3d}
+
+
+def pointwise_conv(spatial_dims: int, in_channels: int, out_channels: int, bias: bool = True) -> nn.Module:
+    """(N, in_channels, *S) -> (N, out_channels, *S), with the parameters of `torch.nn.Conv{1,2,3}d`."""
+    return CLASSES[spatial_dims](in_channels, out_channels, 1, bias=bias)
