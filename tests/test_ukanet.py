@@ -104,10 +104,19 @@ def test_the_plain_twin_differs_in_its_layers_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "expected"), [("all", {0, 1, 2, 3}), ("deep", {1, 2, 3}), ("coarse", {2, 3}), ([0, 3], {0, 3})]
+    ("where", "stages", "expected"),
+    [
+        ("all", 4, {0, 1, 2, 3}),
+        ("deep", 4, {1, 2, 3}),
+        ("coarse", 4, {2, 3}),
+        ("coarse", 2, {1}),
+        ([0, 3], 4, {0, 3}),
+    ],
 )
-def test_kan_layers_stand_where_they_are_asked_for(where: str | list[int], expected: set[int]) -> None:
-    model = UKANet(2, 1, 2, kan_stages=where, features_per_stage=(4, 4, 8, 8))
+def test_kan_layers_stand_where_they_are_asked_for(
+    where: str | list[int], stages: int, expected: set[int]
+) -> None:
+    model = UKANet(2, 1, 2, kan_stages=where, features_per_stage=(4, 4, 8, 8)[:stages])
     first = [stage[0].layers[0].conv for stage in model.encoder.stages]
     assert {number for number, conv in enumerate(first) if conv.basis is not None} == expected
 

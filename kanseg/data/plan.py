@@ -50,7 +50,7 @@ PARALLEL |= {"features_per_stage": "strides", "kernel_sizes": "strides"}
 MODEL_OPTIONS = {
     "encoder": "reskanet10",
     "basis": "gram",
-    "kan_stages": "deep",
+    "kan_stages": "coarse",
     "bottleneck": True,
     "deep_supervision": True,
 }

@@ -58,8 +58,8 @@ def stage_layers(
 
     Args:
         basis: for all stages, or one a stage.
-        kan_stages: where KAN layers stand: "all", "deep" (from the second stage on), "coarse" (the two coarsest) or
-            stage numbers from 0; plain layers stand elsewhere.
+        kan_stages: where KAN layers stand: "all", "deep" (from the second stage on), "coarse" (the two coarsest, but
+            not the first) or stage numbers from 0; plain layers stand elsewhere.
         options: of `network_layer`.
     """
     given: list[Any] = list(basis) if isinstance(basis, list | tuple) else [basis] * stages
@@ -89,7 +89,7 @@ def _spec(norm: Any) -> Any:
 
 
 def _kan_stages(kan_stages: str | Sequence[int], stages: int) -> set[int]:
-    named = {"all": range(stages), "deep": range(1, stages), "coarse": range(max(0, stages - 2), stages)}
+    named = {"all": range(stages), "deep": range(1, stages), "coarse": range(max(1, stages - 2), stages)}
     if isinstance(kan_stages, str) and kan_stages not in named:
         raise UsageError(f"kan_stages must be 'all', 'deep', 'coarse' or stage numbers, got '{kan_stages}'")
     chosen = set(named[kan_stages] if isinstance(kan_stages, str) else kan_stages)

@@ -70,8 +70,8 @@ class UKANet(UShape):
         strides: stride of each stage, a number or one an axis; default 1, 2, 2, ...
         kernel_sizes: kernel of each stage, a number or one an axis; default 3.
         blocks_per_stage: residual blocks of each encoder stage; default by the encoder's name.
-        kan_stages: where KAN layers stand: "all", "deep" (from the second stage on), "coarse" (the two coarsest) or
-            stage numbers from 0.
+        kan_stages: where KAN layers stand: "all", "deep" (from the second stage on), "coarse" (the two coarsest, but
+            not the first) or stage numbers from 0.
         bottleneck: KAN layers in their narrow form (1x1 down, KAN convolution, 1x1 up).
         norm: MONAI norm spec.
         dropout: channel dropout of every layer.

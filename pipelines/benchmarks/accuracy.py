@@ -82,20 +82,16 @@ def dynunet(features: Sequence[int], dims: int) -> dict[str, Any]:
 KAN: dict[str, Any] = {"name": "ukanet", "options": {}}
 TWIN: dict[str, Any] = {"name": "ukanet", "options": {"basis": None}}
 PLAIN: Rows = {"plain twin": TWIN, "plain, as many parameters": {**TWIN, "match": "ukanet"}}
-# One sum of Gram polynomials for each of eight groups of channels instead of weights an edge, in all stages.
+# One sum of Gram polynomials for each of eight groups of channels instead of weights an edge.
+SHARED_LAYERS: dict[str, Any] = {"bottleneck": False, "layer_options": {"shared_by": 8, "base": False}}
 SHARED: Rows = {
-    "shared functions": {
-        "name": "ukanet",
-        "options": {
-            "kan_stages": "all",
-            "bottleneck": False,
-            "layer_options": {"shared_by": 8, "base": False},
-        },
-    }
+    f"shared functions{where}": {"name": "ukanet", "options": {"kan_stages": stages, **SHARED_LAYERS}}
+    for where, stages in {"": "all", ", coarse stages": "coarse"}.items()
 }
+DEEP: Rows = {"all but full resolution": {"name": "ukanet", "options": {"kan_stages": "deep"}}}
 PICTURES: Rows = {
     "ukanet": KAN,
-    "coarse stages": {"name": "ukanet", "options": {"kan_stages": "coarse"}},
+    **DEEP,
     **SHARED,
     **PLAIN,
     "smp unet resnet34": {"name": "smp", "options": {"network": "Unet", "encoder": "resnet34"}},
@@ -106,7 +102,7 @@ PARTS = {"patch_size": [192, 192], "batch_size": 4}
 # Where KAN layers stand, and which: what the network of "hippocampus" was chosen from.
 PLACES: Rows = {
     "all stages": {"name": "ukanet", "options": {"kan_stages": "all"}},
-    "all but full resolution": {"name": "ukanet", "options": {"kan_stages": "deep"}},
+    **DEEP,
     **SHARED,
     "coarsest alone": {"name": "ukanet", "options": {"kan_stages": [3]}},
     **{
