@@ -5,6 +5,7 @@ The interpreter must be chosen before the kernels are imported, and would then t
 
 from __future__ import annotations
 
+import math
 import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton.py"
@@ -18,6 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from kanseg.bases import Basis
+from kanseg.bases.groups import SharedFunction
+from kanseg.bases.orthogonal import Gram
+from kanseg.bases.rational import GroupRational
+from kanseg.bases.relu import ReLUBumps
 from kanseg.layers import FAMILIES, KANConv, conv_layer
 from kanseg.layers.kernels import conv_operator, gpu, instance_norm_act, norm_act, triton_conv
 from kanseg.layers.kernels.recipe import read
@@ -80,7 +86,8 @@ def assert_like_float64(make: Callable[..., nn.Module], x: Tensor, tolerance: fl
 
 
 @pytest.mark.parametrize(
-    ("family", "spatial_dims"), [*((family, 3) for family in EVERY), ("kagn", 1), ("fastkan", 1)]
+    ("family", "spatial_dims"),
+    [*((family, 3) for family in (*EVERY, "fourier", "dog")), ("kagn", 1), ("fastkan", 1)],
 )
 def test_every_family_is_its_formula(family: str, spatial_dims: int, launches: list[str]) -> None:
     x = torch.randn(2, 4, *SIZES[spatial_dims])
@@ -91,10 +98,16 @@ def test_every_family_is_its_formula(family: str, spatial_dims: int, launches: l
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("basis", ["gram", "relu"])
-def test_every_geometry_is_its_formula(basis: str, geometry: dict, launches: list[str]) -> None:
-    x = torch.randn(2, 6, 5, 7)
-    assert_like_float64(lambda **o: KANConv(2, 6, 4, basis=basis, **geometry, **o), x)
+@pytest.mark.parametrize(
+    ("basis", "shared_by"), [("gram", 0), ("relu", 0), ("fourier", 0), ("rational", 0), ("gram", 2)]
+)
+def test_every_geometry_is_its_formula(
+    basis: str, shared_by: int, geometry: dict, launches: list[str]
+) -> None:
+    x = torch.randn(2, 8, 5, 7)
+    assert_like_float64(
+        lambda **o: KANConv(2, 8, 4, basis=basis, shared_by=shared_by, **geometry, **o), x, 2e-5
+    )
     assert ("pointwise" in launches) == (geometry.get("kernel_size") == 1 and "stride" not in geometry)
 
 
@@ -111,20 +124,60 @@ def test_every_geometry_is_its_formula(basis: str, geometry: dict, launches: lis
         {"basis": "bernstein", "degree": 0},
         {"basis": "relu", "train_phases": False},
         *({"basis": "bspline", "spline_order": order} for order in (1, 2, 4)),
+        *({"basis": "fourier", "degree": degree} for degree in (0, 1, 2, 5)),
+        {"basis": "fourier", "basis_act": None},
+        {"basis": "rational", "degree": 9, "denominator_degree": 2},
+        {"basis": "rational", "degree": 4, "denominator_degree": 6, "basis_act": None, "base": False},
+        *({"basis": basis, "grid_size": 5} for basis in ("mexican_hat", "morlet", "dog")),
     ],
 )
-def test_options_of_the_basis(options: dict) -> None:
+def test_options_of_the_basis(options: dict, launches: list[str]) -> None:
     x = torch.randn(1, 5, 5, 6)
     assert_like_float64(lambda **o: KANConv(2, 5, 3, **{"basis_act": "silu", **options}, **o), x, 1e-4)
+    assert "contract" in launches
 
 
-def test_shared_phases_are_summed_over_the_channels() -> None:
-    from kanseg.bases.relu import ReLUBumps
+@pytest.mark.parametrize("basis", ["gram", "legendre", "fourier", "bernstein", "bspline", "morlet"])
+@pytest.mark.parametrize(
+    "options", [{"base": False}, {"groups": 2, "basis_act": "silu"}, {"kernel_size": 1, "groups": 2}]
+)
+def test_shared_functions_are_their_formula(basis: str, options: dict, launches: list[str]) -> None:
+    """Sets of neighbouring channels, that begin anew with each group."""
+    x = torch.randn(1, 12, 4, 5)
+    assert_like_float64(lambda **o: KANConv(2, 12, 4, basis=basis, shared_by=2, **options, **o), x, 2e-5)
+    assert "contract" in launches
 
-    assert_like_float64(lambda **o: KANConv(2, 6, 4, basis=ReLUBumps(), **o), torch.randn(1, 6, 5, 5))
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_shared_functions_of_few_terms(degree: int) -> None:
+    x = torch.randn(1, 4, 4, 5)
+    assert_like_float64(lambda **o: KANConv(2, 4, 3, basis="gram", degree=degree, shared_by=2, **o), x)
 
 
-@pytest.mark.parametrize("family", ["kagn", "fastkan"])
+@pytest.mark.parametrize("basis", [ReLUBumps, GroupRational, lambda: SharedFunction(Gram(), 4, None)])
+def test_one_set_is_summed_over_the_channels(basis: Callable[[], Basis]) -> None:
+    assert_like_float64(lambda **o: KANConv(2, 6, 4, basis=basis(), **o), torch.randn(1, 6, 5, 5))
+
+
+def test_fourier_series_take_any_number() -> None:
+    """As far as float32 knows an angle, and what is not finite."""
+    x = torch.cat([torch.linspace(-3e4, 3e4, 500), torch.tensor([1e6, -9e8])]).reshape(1, 1, 1, -1)
+    layer = KANConv(2, 1, 5, 1, basis="fourier", base_act=None)
+    exact = KANConv(2, 1, 5, 1, basis="fourier", base_act=None, recompute=False).double()
+    exact.load_state_dict({key: value.double() for key, value in layer.state_dict().items()})
+    with torch.inference_mode():
+        assert torch.allclose(layer(x).double(), exact(x.double()), atol=2e-5)
+        assert layer(torch.full((1, 1, 1, 1), 1e30)).isfinite().all()
+        assert layer(torch.tensor([math.inf, math.nan]).reshape(1, 1, 1, 2)).isnan().all()
+
+
+@pytest.mark.parametrize("options", [{"basis": "meyer"}, {"basis": "relu", "shared_by": 2}])
+def test_what_the_kernels_do_not_make_is_left_to_torch(options: dict, launches: list[str]) -> None:
+    assert_like_float64(lambda **o: KANConv(2, 4, 3, **options, **o), torch.randn(1, 4, 4, 5))
+    assert not launches
+
+
+@pytest.mark.parametrize("family", ["kagn", "fastkan", "grkan"])
 @pytest.mark.parametrize("geometry", [{}, {"groups": 2, "stride": 2}, {"kernel_size": 1, "stride": 3}])
 def test_slabs_change_nothing(family: str, geometry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_conv, "SLAB_BYTES", 3000)
@@ -157,7 +210,7 @@ def test_norm_and_activation(act: str, offset: float, affine: bool, launches: li
     assert launches == ["moments", "normalise", "sums", "lead_back"]
 
 
-@pytest.mark.parametrize("family", ["kagn", "kan", "relukan"])
+@pytest.mark.parametrize("family", ["kagn", "kan", "relukan", "fourier", "grkan", "morlet"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_bfloat16_operands(family: str, kernel_size: int) -> None:
     """Under autocast the operands of the convolution have 8 bits, nothing else: the result is within 2 %.

@@ -20,6 +20,17 @@ from kanseg.layers.kernels.rows import channels_last
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # what multiplies matrices on each architecture
+LAYERS: dict[str, dict[str, Any]] = {
+    **{
+        basis: {"basis": basis}
+        for basis in ("kagn", "kan", "fastkan", "kaln", "kacn", "kajn", "kabn", "relukan", "grkan")
+    },
+    **{basis: {"basis": basis} for basis in ("bottleneck_kagn", "fourier", "mexican_hat", "morlet", "dog")},
+    **{
+        f"shared {basis}": {"basis": basis, "shared_by": 4, "base": False}
+        for basis in ("gram", "fourier", "bspline", "morlet")
+    },
+}
 
 
 @needs_triton
@@ -85,13 +96,13 @@ class NoGPU:
 
 
 def compile_for(
-    architecture: int, family: str, dtype: torch.dtype, kernel_size: int, channels: int = 32
+    architecture: int, layer_of: dict[str, Any], dtype: torch.dtype, kernel_size: int, channels: int = 32
 ) -> None:
     """Forward and backward of a layer."""
     from triton.runtime import driver
 
     driver.set_active(NoGPU(architecture))
-    layer = conv_layer(family)(3, channels, channels, kernel_size)
+    layer = conv_layer(**layer_of)(3, channels, channels, kernel_size)
     x = channels_last(torch.randn(2, channels, 8, 8, 8)).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         y = layer(x)
@@ -101,7 +112,7 @@ def compile_for(
 @needs_triton
 @pytest.mark.parametrize("architecture", PRODUCTS)
 def test_kagn_compiles_without_spills(architecture: int, compiled: list[Compiled]) -> None:
-    compile_for(architecture, "kagn", torch.bfloat16, 3)
+    compile_for(architecture, {"basis": "kagn"}, torch.bfloat16, 3)
     around = [
         "prepare",
         "add_constant",
@@ -122,7 +133,7 @@ def test_kagn_compiles_without_spills(architecture: int, compiled: list[Compiled
 @needs_triton
 @pytest.mark.parametrize("architecture", PRODUCTS)
 def test_kernel_one_is_a_product_on_tensor_cores(architecture: int, compiled: list[Compiled]) -> None:
-    compile_for(architecture, "kagn", torch.bfloat16, 1)
+    compile_for(architecture, {"basis": "kagn"}, torch.bfloat16, 1)
     (product,) = [kernel for kernel in compiled if kernel.name == "pointwise"]
     assert PRODUCTS[architecture] in product.assembler
     assert product.stack == 0
@@ -133,14 +144,13 @@ def test_kernel_one_is_a_product_on_tensor_cores(architecture: int, compiled: li
 @pytest.mark.parametrize("architecture", PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel_size", [1, 3])
-@pytest.mark.parametrize(
-    "family", ["kan", "fastkan", "kaln", "kacn", "kajn", "kabn", "relukan", "bottleneck_kagn"]
-)
+@pytest.mark.parametrize("family", LAYERS)
 def test_every_family_compiles_with_hardly_a_spill(
     family: str, kernel_size: int, dtype: torch.dtype, architecture: int, compiled: list[Compiled]
 ) -> None:
     """The assembler itself trades a number or two for more threads at a time, from 40 registers on."""
-    compile_for(architecture, family, dtype, kernel_size)
+    compile_for(architecture, LAYERS[family], dtype, kernel_size)
+    assert "contract" in {kernel.name for kernel in compiled}
     assert all(kernel.stack <= 16 for kernel in compiled), [
         (kernel.name, kernel.stack) for kernel in compiled
     ]
@@ -169,7 +179,7 @@ def test_without_triton_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("family", ["kagn", "kan", "fastkan", "relukan", "kabn", "kacn", "bottleneck_kagn"])
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_a_gpu_gives_the_numbers_of_float64(
@@ -177,8 +187,8 @@ def test_a_gpu_gives_the_numbers_of_float64(
 ) -> None:
     assert gpu.serves(torch.zeros(1, device="cuda"))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    layer = conv_layer(family)(spatial_dims, 32, 32, kernel_size).cuda()
-    exact = conv_layer(family, recompute=False)(spatial_dims, 32, 32, kernel_size).double().cuda()
+    layer = conv_layer(**LAYERS[family])(spatial_dims, 32, 32, kernel_size).cuda()
+    exact = conv_layer(**LAYERS[family], recompute=False)(spatial_dims, 32, 32, kernel_size).double().cuda()
     exact.load_state_dict({key: value.double() for key, value in layer.state_dict().items()})
     x = torch.randn(2, 32, *[33] * spatial_dims, device="cuda")
     cotangent = torch.randn_like(x)

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kanseg.bases import Basis
 from kanseg.bases.basis import identity, tanh
 from kanseg.bases.bernstein import Bernstein
 from kanseg.bases.bspline import BSpline
+from kanseg.bases.fourier import Fourier
+from kanseg.bases.groups import SharedFunction
 from kanseg.bases.orthogonal import Gram, OrthogonalPolynomials
+from kanseg.bases.rational import GroupRational
 from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.relu import ReLUBumps
+from kanseg.bases.wavelet import WaveletShifts, dog, mexican_hat, morlet
 from kanseg.layers.kernels import gpu
 from kanseg.layers.kernels.expansion import (
     Expansion,
@@ -38,14 +41,19 @@ from kanseg.layers.kernels.triton_kernels import Taps, add_constant, contract, p
 
 SLAB_BYTES = 24 * 2**20  # of an expansion: less than the cache of a data centre's GPU
 MOST = 33  # functions at most: all are unrolled
-KINDS: dict[type[Basis], str] = {
+KINDS: dict[Any, str] = {  # by class, or by what is shifted
     OrthogonalPolynomials: "polynomial",
     Gram: "polynomial",
+    Fourier: "fourier",
     Bernstein: "bernstein",
+    ReLUBumps: "bumps",
+    GroupRational: "rational",
     BSpline: "bspline",
     GaussianRBF: "rbf",
-    ReLUBumps: "bumps",
+    **{psi: psi.__name__ for psi in (mexican_hat, morlet, dog)},
 }
+PHASED = ("bumps", "rational")  # with numbers of their own a channel: not shared
+Tables = tuple[tuple[int, int, int], ...]  # `counts`, `periods` and `shares` of each
 ACTS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.SiLU: "silu",
@@ -56,8 +64,8 @@ SQUASHES: dict[Any, str] = {identity: "identity", tanh: "tanh", torch.sigmoid: "
 
 
 @functools.lru_cache(maxsize=256)
-def described(recipe: Recipe, period: int = 1) -> Functions | None:
-    """The recipe for the kernels; None where they cannot make it."""
+def described(recipe: Recipe, tables: Tables = ()) -> Functions | None:
+    """The recipe for the kernels, with `tables` of what it learns; None where they cannot make it."""
     basis, acts = recipe.basis, (recipe.base_act, recipe.basis_act)
     if any(type(act) not in ACTS for act in acts if act is not None):
         return None
@@ -66,19 +74,36 @@ def described(recipe: Recipe, period: int = 1) -> Functions | None:
     base = "none" if recipe.base_act is None else ACTS[type(recipe.base_act)]
     act = ACTS[type(recipe.basis_act)]
     if basis is None:
-        return Functions("none", 0, 0, base, act, "identity", 0, (), 0, 1, "none", 1.0, 1, 1)
-    kind, squash = KINDS.get(type(basis)), SQUASHES.get(basis.squash)
-    order = getattr(basis, "spline_order", 1)
-    if kind is None or squash is None or order < 1 or basis.num_functions > MOST:
+        nothing = ("identity", 0, (), (), (), (), 0, "none", 1.0)
+        return Functions("none", 0, 0, 0, 0, base, act, *nothing, 1, 1)
+    shared = type(basis) is SharedFunction
+    summed: Any = basis.basis if shared else basis
+    kind, squash = KINDS.get(getattr(summed, "psi", type(summed))), SQUASHES.get(basis.squash)
+    order = getattr(summed, "spline_order", 1)
+    if kind is None or squash is None or order < 1 or summed.num_functions > MOST:
         return None
-    folds, skip = recipe.constant or "none", int(recipe.constant is not None)
-    learned = {Gram: max(basis.num_functions - 2, 0), ReLUBumps: 2 * basis.num_functions}.get(type(basis), 0)
-    first = int(base != "none")
-    how = (base, act, squash, order, _numbers(basis), learned, period, folds, recipe.one, first)
-    return Functions(kind, basis.num_functions, skip, *how, first + basis.num_functions - skip)
+    if shared and kind in PHASED:
+        return None
+    folds, skip, first = recipe.constant or "none", int(recipe.constant is not None), int(base != "none")
+    count = basis.num_functions
+    how = (count, int(shared), summed.num_functions, skip, base, act, squash, order, _numbers(summed))
+    counts, periods, shares = zip(*tables, strict=True) if tables else ((), (), ())
+    learned = (counts, periods, shares, sum(counts))
+    return Functions(kind, *how, *learned, folds, recipe.one, first, first + count - skip)
+
+
+def tables_of(basis: Any, learned: Sequence[Tensor]) -> Tables:
+    """How channels share what a basis learns, (sets, numbers) each, or (numbers,) for one set."""
+    found = []
+    for table in learned:
+        sets = len(table) if table.dim() == 2 else 1
+        period = 1 if sets == 1 else getattr(basis, "channels", None) or sets
+        found.append((table.shape[-1], period, period // sets))
+    return tuple(found)
 
 
 def _numbers(basis: Any) -> tuple[float, ...]:
+    """`Functions.numbers`."""
     if isinstance(basis, OrthogonalPolynomials):
         return tuple(float(number) for row in basis.recurrence for number in row)
     if isinstance(basis, Bernstein):
@@ -86,6 +111,10 @@ def _numbers(basis: Any) -> tuple[float, ...]:
         return tuple(float(math.comb(degree, k)) for degree in degrees for k in range(degree + 1))
     if isinstance(basis, ReLUBumps):
         return (float(basis.scale),)
+    if isinstance(basis, Fourier | GroupRational):
+        return ()
+    if isinstance(basis, WaveletShifts):
+        return (*basis.shifts, 1 / basis.width)
     numbers = (*basis.centres, 1 / basis.width)
     if isinstance(basis, GaussianRBF):
         return numbers
@@ -174,9 +203,8 @@ class _Job:
         self.made, self.x, self.own = made, inputs[0], inputs[1] if len(inputs) > 1 else None
         self.base = None if base is None else base.contiguous()
         self.basis = None if basis is None else basis.contiguous()
-        self.low, self.high = (*(t.contiguous() for t in made.learned), None, None)[:2]
-        bumps = isinstance(made.recipe.basis, ReLUBumps)
-        found = described(made.recipe, len(made.learned[0]) if bumps else 1)
+        self.learned = tuple(t.contiguous() for t in made.learned)
+        found = described(made.recipe, tables_of(made.recipe.basis, made.learned))
         assert found is not None  # or this backend would not serve
         self.functions: Functions = found
         geometry = made.geometry
@@ -241,7 +269,7 @@ class _Job:
         bf = min(max(1, 1024 // self.block_taps), 1 << (self.width - 1).bit_length())
         gpu.launch(
             prepare, (expands + fold + sums,),
-            x, own, out, self.low, self.high, rows, before, source, self.channels, groups,
+            x, own, out, self.learned, rows, before, source, self.channels, groups,
             self.base, self.basis, self.folded, self.constant, self.outputs, fold,
             grad, partial, out_rows, self.size3, self.out_size3, programs, expands,
             F=f, G=self.taps, OWN=own is not None, SUMS=sums > 0, EXPANDS=expands > 0, **self.products,
@@ -262,7 +290,7 @@ class _Job:
         grid = (gpu.ceiling(rows, 64) * gpu.ceiling(high_width, bn), self.made.geometry.groups)
         gpu.launch(
             pointwise, grid,
-            self.x, self.own, self.folded, self.constant, out, self.low, self.high,
+            self.x, self.own, self.folded, self.constant, out, self.learned,
             rows, self.channels, self.outputs, self.made.geometry.groups,
             F=f, OWN=self.own is not None, **self.products, BM=64, BN=bn, BK=32,
         )  # fmt: skip
@@ -298,7 +326,7 @@ class _Job:
         sums = None if self.sums is None else self.sums[number]
         gpu.launch(
             contract, (self.programs * self.columns,),
-            x, own, inside, to_x, to_own, sums, self.low, self.high,
+            x, own, inside, to_x, to_own, sums, self.learned,
             x.numel() // self.channels, self.channels, self.made.geometry.groups, self.programs,
             F=self.functions, OWN=own is not None, TO_X=to_x is not None, TO_OWN=to_own is not None, ADD=add,
             LEARNED=sums is not None, BM=self.tile[0], BC=self.tile[1],
@@ -312,8 +340,7 @@ class _Job:
         weights = [
             None if w is None or of_weight is None else torch.empty_like(w) for w in (self.base, self.basis)
         ]
-        learned = [torch.empty_like(x) if learns else None for x in self.made.learned]
-        low, high = (*learned, None, None)[:2]
+        learned = [torch.empty_like(x) if learns else None for x in self.learned]
         if of_weight is not None:
             of_weight = channels_last(of_weight)
         if of_weight is None and not learns:
@@ -321,10 +348,10 @@ class _Job:
         constants, sums = self.constants, self.sums
         bc = min(max(1, 1024 // self.block_taps), 1 << (self.width - 1).bit_length())
         gpu.launch(
-            unfold, (self.outputs + (f.learned if learns else 0),),
+            unfold, (self.outputs + (sum(t.numel() for t in self.learned) if learns else 0),),
             of_weight, *weights, constants, self.width, self.outputs, 0 if constants is None else len(constants),
-            sums, low, high, self.channels, 0 if sums is None else sums.shape[0] * sums.shape[1],
+            sums, tuple(learned), self.channels, 0 if sums is None else sums.shape[0] * sums.shape[1],
             F=f, TAPS=t, CONSTANT=constants is not None, LEARNED=learns, WEIGHS=of_weight is not None,
-            BT=self.block_taps, BC=bc, BP=min(64, 1 << (f.period - 1).bit_length()),
+            BT=self.block_taps, BC=bc,
         )  # fmt: skip
         return weights, learned

@@ -2,7 +2,8 @@
 
 `Functions` says which; it is a constant of the compiled code. Formulas: `kanseg.bases`; the sums over truncated powers
 of B-splines as in `bases/bspline.py`. All that is unrolled here has as many steps as there are functions. Triton 3.6
-takes the fields of a constant for constants only where it is told so: hence `tl.constexpr(F.act)`.
+takes the fields of a constant for constants only where it is told so: hence `tl.constexpr(F.act)`; nor does it know a
+tuple within a tuple for a constant, so the numbers of a table of learned numbers stand in one field each.
 """
 
 from __future__ import annotations
@@ -16,18 +17,27 @@ import triton.language as tl
 class Functions(NamedTuple):
     """[base_act(x), basis_act(phi_skip(x)), ...].
 
+    What is learned in the phi_k are tables (sets, numbers): the channels in a row that are `shares` long have one set,
+    and after `periods` channels the sets begin anew.
+
     Attributes:
-        kind: "none", "polynomial", "bernstein", "bspline", "rbf" or "bumps".
+        kind: of the phi_k, or of the terms of the one that channels share: "none", "polynomial", "fourier",
+            "bernstein", "bumps", "rational" or, of phi_k(t) = psi((t - g_k) / d), the psi: "bspline", "rbf",
+            "mexican_hat", "morlet", "dog".
         functions: how many phi_k there are.
-        skip: how many of them need no channel.
+        shared: 1 where phi_0 is a sum of terms times learned factors, which are then the first table; else 0.
+        terms: how many terms; as `functions` where it is not shared.
+        skip: how many of the phi_k need no channel.
         base: activation of the base branch; "none" for no branch.
         act: activation of the phi_k.
         squash: "identity", "tanh" or "sigmoid".
         order: of the splines.
-        numbers: polynomial: a, b, c of each degree from 1; bernstein: binomials of degree and of degree - 1; bspline:
-            centres, 1 / spacing, then the factors of the truncated powers; rbf: centres, 1 / spacing; bumps: scale.
-        learned: how many numbers a channel get a gradient: the factors of c (polynomial), low and high (bumps).
-        period: channels after which learned numbers repeat.
+        numbers: polynomial: a, b, c of each degree from 1; bernstein: binomials of degree and of degree - 1; bumps:
+            scale; shifted psi: the g_k, 1 / d, then the factors of the truncated powers (bspline).
+        counts: numbers of a set of each table: the factors of the terms; then those of c (polynomial), of low and high
+            (bumps), or the coefficients of P and Q (rational).
+        periods, shares: of each table; both 1 where all channels have one set.
+        learned: numbers a channel that get a gradient, the sum of `counts`.
         folds: "first", "sum" or "none", see `Basis.constant`.
         one: the value of a constant phi_0 after `act`.
         first: branches before those of the phi_k.
@@ -36,14 +46,18 @@ class Functions(NamedTuple):
 
     kind: str
     functions: int
+    shared: int
+    terms: int
     skip: int
     base: str
     act: str
     squash: str
     order: int
     numbers: tuple[float, ...]
+    counts: tuple[int, ...]
+    periods: tuple[int, ...]
+    shares: tuple[int, ...]
     learned: int
-    period: int
     folds: str
     one: float
     first: int
@@ -114,70 +128,174 @@ def power(x, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def factor(learned, n, F: tl.constexpr):
+def sine_and_cosine(x):
+    """x = whole turns + n pi + r, the best odd and even polynomials in r, the sign of (-1)^n; absolute error 2e-7.
+
+    Turns are taken away in float64. From 1e9 on its 2 pi has too few digits, and float32 are 64 apart: x counts as 0.
+    """
+    exact = x.to(tl.float64)
+    turns = tl.floor(exact * 0.15915494309189535 + 0.5)
+    y = tl.where(tl.abs(x) < 1e9, (exact - turns * 6.283185307179586).to(tl.float32), x * 0.0)
+    n = tl.floor(y * 0.3183098861837907 + 0.5)
+    r = (y - n * 3.140625) - n * 9.676535897932e-4
+    square = r * r
+    p = ((2.60005418e-6 * square - 1.98066149e-4) * square + 8.33301729e-3) * square - 0.166666571
+    q = (2.47618861e-5 - square * 2.60771024e-7) * square - 1.38884035e-3
+    q = (q * square + 4.16666407e-2) * square - 0.499999995
+    sign = 1.0 - 2.0 * tl.abs(n)
+    return sign * (r + r * square * p), sign * (1.0 + square * q)
+
+
+@triton.jit
+def number(learned, TABLE: tl.constexpr, k, channel, F: tl.constexpr):
+    """Number k of each channel's set in a table of what is learned; one for all where there is one set."""
+    if tl.constexpr(F.periods[TABLE]) == 1:
+        return tl.load(learned[TABLE] + k).to(tl.float32)
+    else:
+        row = channel % F.periods[TABLE] // F.shares[TABLE]
+        return tl.load(learned[TABLE] + row * F.counts[TABLE] + k).to(tl.float32)[None, :]
+
+
+@triton.jit
+def factor(n, channel, learned, F: tl.constexpr):
     """c of degree n, times what is learned of it."""
     c = F.numbers[3 * n - 1]
-    if F.learned > 0:
-        return tl.load(learned + n - 2).to(tl.float32) * c
+    if F.learned > F.shared * F.terms:
+        return number(learned, tl.constexpr(F.shared), n - 2, channel, F) * c
     else:
         return c
 
 
 @triton.jit
-def edges(low, high, channel, k, F: tl.constexpr):
-    """Where bump k of each channel begins and ends."""
-    at = (channel % F.period) * F.functions + k
-    return tl.load(low + at).to(tl.float32), tl.load(high + at).to(tl.float32)
+def horner(TABLE: tl.constexpr, t, channel, learned, F: tl.constexpr):
+    """sum of number k times t^k, and its derivative."""
+    value = t * 0.0
+    rising = t * 0.0
+    for i in tl.static_range(tl.constexpr(F.counts[TABLE])):
+        rising = rising * t + value
+        value = value * t + number(learned, TABLE, F.counts[TABLE] - 1 - i, channel, F)
+    return value, rising
 
 
 @triton.jit
-def function(k, t, channel, low, high, one, two, F: tl.constexpr):
-    """phi_k(t); t is (rows, channels), `channel` (channels,), `one` and `two` are phi_{k-1} and phi_{k-2}."""
+def mother(u, F: tl.constexpr):
+    """psi(u)."""
+    if F.kind == "bspline":
+        total = u * 0.0
+        for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
+            reach = tl.maximum(0.5 * (F.order + 1) - j - tl.abs(u), 0.0)
+            total += F.numbers[F.terms + 1 + j] * power(reach, tl.constexpr(F.order))
+        return total
+    elif F.kind == "rbf":
+        return tl.exp(-u * u)
+    elif F.kind == "mexican_hat":
+        return 0.8673250705840776 * (1.0 - u * u) * tl.exp(-0.5 * u * u)
+    elif F.kind == "morlet":
+        _, cosine = sine_and_cosine(5.0 * u)
+        return cosine * tl.exp(-0.5 * u * u)
+    else:  # dog
+        return -u * tl.exp(-0.5 * u * u)
+
+
+@triton.jit
+def mother_slope(u, F: tl.constexpr):
+    """The derivative of `mother`."""
+    if F.kind == "bspline":
+        total = u * 0.0
+        for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
+            reach = 0.5 * (F.order + 1) - j - tl.abs(u)
+            inside = tl.where(reach > 0, power(reach, tl.constexpr(F.order - 1)), 0.0)
+            total -= inside * F.numbers[F.terms + 1 + j] * F.order
+        return tl.where(u > 0, total, -total)
+    elif F.kind == "rbf":
+        return -2.0 * u * tl.exp(-u * u)
+    elif F.kind == "mexican_hat":
+        return 0.8673250705840776 * u * (u * u - 3.0) * tl.exp(-0.5 * u * u)
+    elif F.kind == "morlet":
+        sine, cosine = sine_and_cosine(5.0 * u)
+        return (-5.0 * sine - u * cosine) * tl.exp(-0.5 * u * u)
+    else:  # dog
+        return (u * u - 1.0) * tl.exp(-0.5 * u * u)
+
+
+@triton.jit
+def term(k, t, f, channel, learned, F: tl.constexpr):
+    """phi_k(t), or the term k of a shared phi_0; t is (rows, channels), `channel` (channels,), f those before."""
     if F.kind == "polynomial":
         if k == 0:
             return t * 0.0 + 1.0
         elif k == 1:
             return F.numbers[0] * t + F.numbers[1]
         else:
-            return (F.numbers[3 * k - 3] * t + F.numbers[3 * k - 2]) * one - factor(low, k, F) * two
+            step = (F.numbers[3 * k - 3] * t + F.numbers[3 * k - 2]) * f[k - 1]
+            return step - factor(k, channel, learned, F) * f[k - 2]
+    elif F.kind == "fourier":
+        sine, cosine = sine_and_cosine(t)
+        if k == 0:
+            return t * 0.0 + 1.0
+        elif k == 1:
+            return cosine
+        elif k == 2:
+            return sine
+        elif k == 4:
+            return 2.0 * cosine * sine
+        else:
+            return 2.0 * cosine * f[k - 2] - f[k - 4 if k > 4 else 0]
     elif F.kind == "bernstein":
-        return F.numbers[k] * power(t, k) * power(1.0 - t, F.functions - 1 - k)
-    elif F.kind == "bspline":
-        distance = tl.abs((t - F.numbers[k]) * F.numbers[F.functions])
-        total = t * 0.0
-        for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
-            reach = tl.maximum(0.5 * (F.order + 1) - j - distance, 0.0)
-            total += F.numbers[F.functions + 1 + j] * power(reach, tl.constexpr(F.order))
-        return total
-    elif F.kind == "rbf":
-        u = (t - F.numbers[k]) * F.numbers[F.functions]
-        return tl.exp(-u * u)
-    else:  # bumps
-        begin, end = edges(low, high, channel, k, F)
-        bump = tl.maximum(t - begin[None, :], 0.0) * tl.maximum(end[None, :] - t, 0.0) * F.numbers[0]
+        return F.numbers[k] * power(t, k) * power(1.0 - t, F.terms - 1 - k)
+    elif F.kind == "bumps":
+        begin, end = number(learned, 0, k, channel, F), number(learned, 1, k, channel, F)
+        bump = tl.maximum(t - begin, 0.0) * tl.maximum(end - t, 0.0) * F.numbers[0]
         return bump * bump
+    elif F.kind == "rational":
+        top, _ = horner(0, t, channel, learned, F)
+        bottom, _ = horner(1, t, channel, learned, F)
+        return top / (1.0 + tl.abs(t * bottom))
+    else:
+        return mother((t - F.numbers[k]) * F.numbers[F.terms], F)
+
+
+@triton.jit
+def terms(t, channel, learned, F: tl.constexpr):
+    """Every `term`."""
+    f = ()
+    for k in tl.static_range(tl.constexpr(F.terms)):
+        f = f + (term(k, t, f, channel, learned, F),)
+    return f
+
+
+@triton.jit
+def function(k, t, f, channel, learned, F: tl.constexpr):
+    """phi_k(t), see `term`."""
+    if tl.constexpr(F.shared):
+        summed = terms(t, channel, learned, F)
+        total = t * 0.0
+        for i in tl.static_range(tl.constexpr(F.terms)):
+            total += number(learned, 0, i, channel, F) * summed[i]
+        return total
+    else:
+        return term(k, t, f, channel, learned, F)
 
 
 @triton.jit
 def derivative(k, t, f, F: tl.constexpr):
-    """The derivative of phi_k at t, where its value is f; not of polynomials and bumps."""
-    if F.kind == "bernstein":
+    """The derivative of term k at t, where the terms are f; of those that do not stand in `lead_back`."""
+    if F.kind == "fourier":
+        if k == 0:
+            return t * 0.0
+        elif k % 2 == 1:
+            return -(k // 2 + 1.0) * f[k + 1]
+        else:
+            return (k // 2) * f[k - 1]
+    elif F.kind == "bernstein":
         total = t * 0.0
         if k > 0:
-            total += F.numbers[F.functions + k - 1] * power(t, k - 1) * power(1.0 - t, F.functions - 1 - k)
-        if k < F.functions - 1:
-            total -= F.numbers[F.functions + k] * power(t, k) * power(1.0 - t, F.functions - 2 - k)
-        return total * (F.functions - 1)
-    elif F.kind == "bspline":
-        v = (t - F.numbers[k]) * F.numbers[F.functions]
-        total = t * 0.0
-        for j in tl.static_range(tl.constexpr(F.order // 2 + 1)):
-            reach = 0.5 * (F.order + 1) - j - tl.abs(v)
-            inside = tl.where(reach > 0, power(reach, tl.constexpr(F.order - 1)), 0.0)
-            total -= inside * F.numbers[F.functions + 1 + j] * F.order
-        return tl.where(v > 0, total, -total) * F.numbers[F.functions]
-    else:  # rbf
-        return (F.numbers[k] - t) * f * (2.0 * F.numbers[F.functions] * F.numbers[F.functions])
+            total += F.numbers[F.terms + k - 1] * power(t, k - 1) * power(1.0 - t, F.terms - 1 - k)
+        if k < F.terms - 1:
+            total -= F.numbers[F.terms + k] * power(t, k) * power(1.0 - t, F.terms - 2 - k)
+        return total * (F.terms - 1)
+    else:
+        return mother_slope((t - F.numbers[k]) * F.numbers[F.terms], F) * F.numbers[F.terms]
 
 
 @triton.jit
@@ -191,49 +309,69 @@ def upper_gradient(k, f, above, inside, width, F: tl.constexpr):
 
 
 @triton.jit
-def lead_back(t, above, inside, width, channel, low, high, sums, F: tl.constexpr, LEARNED: tl.constexpr):
+def term_gradient(k, f, whole, above, inside, width, channel, learned, F: tl.constexpr):
+    """The gradient at the term k = f; `whole` is that at the phi_0 which is their sum, where it is."""
+    if tl.constexpr(F.shared):
+        return number(learned, 0, k, channel, F) * whole
+    else:
+        return upper_gradient(k, f, above, inside, width, F)
+
+
+@triton.jit
+def lead_back(t, above, inside, width, channel, learned, sums, F: tl.constexpr, LEARNED: tl.constexpr):
     """The gradient at t from that of the expansion at `above`, and `sums` with those at the learned numbers added.
 
     Polynomials go from the highest down: the gradient at phi_n counts what depends on it. The others stand alone.
     """
     at = t * 0.0
+    whole = at
+    f = terms(t, channel, learned, F)
+    found = ()
+    if tl.constexpr(F.shared):
+        whole = upper_gradient(0, function(0, t, f, channel, learned, F), above, inside, width, F)
+        for k in tl.static_range(tl.constexpr(F.terms if LEARNED else 0)):
+            found = found + (sums[k] + whole * f[k],)
     if F.kind == "polynomial":
-        f = (function(0, t, channel, low, high, t, t, F),)
-        for k in tl.static_range(1, tl.constexpr(F.functions)):
-            f = f + (function(k, t, channel, low, high, f[k - 1], f[k - 2 if k > 1 else 0], F),)
-        learned = ()
+        of_factors = ()
         beyond = t * 0.0
         second = t * 0.0
-        for i in tl.static_range(tl.constexpr(F.functions - 1)):
-            a = F.numbers[3 * (F.functions - 1 - i) - 3]
-            b = F.numbers[3 * (F.functions - 1 - i) - 2]
-            here = (
-                upper_gradient(F.functions - 1 - i, f[F.functions - 1 - i], above, inside, width, F) + beyond
-            )
-            at += a * f[F.functions - 2 - i] * here
-            beyond = (a * t + b) * here - second
-            if F.functions - 1 - i > 1:
-                if LEARNED:
-                    c = F.numbers[3 * (F.functions - 1 - i) - 1]
-                    learned = (sums[F.functions - 3 - i] - c * f[F.functions - 3 - i] * here,) + learned
-                second = factor(low, F.functions - 1 - i, F) * here
-        return at, learned
+        for n in tl.static_range(tl.constexpr(F.terms - 1), 0, -1):
+            here = beyond + term_gradient(n, f[n], whole, above, inside, width, channel, learned, F)
+            at += F.numbers[3 * n - 3] * f[n - 1] * here
+            beyond = (F.numbers[3 * n - 3] * t + F.numbers[3 * n - 2]) * here - second
+            if n > 1:
+                if LEARNED and F.learned > F.shared * F.terms:
+                    step = F.numbers[3 * n - 1] * f[n - 2] * here
+                    of_factors = (sums[F.shared * F.terms + n - 2] - step,) + of_factors
+                second = factor(n, channel, learned, F) * here
+        found = found + of_factors
     elif F.kind == "bumps":
         lows = ()
         highs = ()
         for k in tl.static_range(tl.constexpr(F.functions)):
-            begin, end = edges(low, high, channel, k, F)
-            a = tl.maximum(t - begin[None, :], 0.0)
-            b = tl.maximum(end[None, :] - t, 0.0)
-            f = a * b * F.numbers[0]
-            both = upper_gradient(k, f * f, above, inside, width, F) * f * (2.0 * F.numbers[0])
+            a = tl.maximum(t - number(learned, 0, k, channel, F), 0.0)
+            b = tl.maximum(number(learned, 1, k, channel, F) - t, 0.0)
+            root = a * b * F.numbers[0]
+            both = upper_gradient(k, root * root, above, inside, width, F) * root * (2.0 * F.numbers[0])
             at += both * (b - a)
             if LEARNED:
                 lows = lows + (sums[k] - both * b,)
                 highs = highs + (sums[F.functions + k] + both * a,)
-        return at, lows + highs
+        found = lows + highs
+    elif F.kind == "rational":
+        _, rising = horner(0, t, channel, learned, F)
+        bottom, bending = horner(1, t, channel, learned, F)
+        below = t * bottom
+        of_top = upper_gradient(0, f[0], above, inside, width, F) / (1.0 + tl.abs(below))
+        of_below = -f[0] * of_top * tl.where(below > 0, 1.0, tl.where(below < 0, -1.0, 0.0))
+        at = of_top * rising + of_below * (bottom + t * bending)
+        if LEARNED:
+            for k in tl.static_range(tl.constexpr(F.counts[0])):
+                found = found + (sums[k] + of_top * power(t, k),)
+            for k in tl.static_range(tl.constexpr(F.counts[1])):
+                found = found + (sums[F.counts[0] + k] + of_below * power(t, k + 1),)
     else:
-        for k in tl.static_range(tl.constexpr(F.skip), tl.constexpr(F.functions)):
-            f = function(k, t, channel, low, high, t, t, F)
-            at += upper_gradient(k, f, above, inside, width, F) * derivative(k, t, f, F)
-        return at, sums
+        for k in tl.static_range(tl.constexpr(F.skip), tl.constexpr(F.terms)):
+            here = term_gradient(k, f[k], whole, above, inside, width, channel, learned, F)
+            at += here * derivative(k, t, f, F)
+    return at, found

@@ -33,7 +33,7 @@ class Taps(NamedTuple):
 
 
 @triton.jit
-def expand_rows(pid, x, own, out, low, high, rows, before, source, channels, groups,
+def expand_rows(pid, x, own, out, learned, rows, before, source, channels, groups,
                 F: tl.constexpr, OWN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Write the branches of a block: (rows, C) -> (rows, groups, R, C / groups); zeros where there is no source row.
 
@@ -57,14 +57,11 @@ def expand_rows(pid, x, own, out, low, high, rows, before, source, channels, gro
     if OWN:
         v = tl.load(own + at, inside, 0.0).to(tl.float32)
     t = squashed(v, F)
-    one = t
-    two = t
+    f = ()
     for k in tl.static_range(tl.constexpr(F.functions)):
-        f = function(k, t, c, low, high, one, two, F)
-        two = one
-        one = f
+        f = f + (function(k, t, f, c, learned, F),)
         if k >= F.skip:
-            value = tl.where(inside, activate(f, 0.0, tl.constexpr(F.act)), 0.0)
+            value = tl.where(inside, activate(f[k], 0.0, tl.constexpr(F.act)), 0.0)
             tl.store(out + into + (F.first + k - F.skip) * width, value.to(out.dtype.element_ty), written)
 
 
@@ -132,7 +129,7 @@ def constant_sums(pid, grad, partial, rows, outputs, size, out_size, programs,
 
 
 @triton.jit
-def prepare(x, own, out, low, high, rows, before, source, channels, groups,
+def prepare(x, own, out, learned, rows, before, source, channels, groups,
             base, basis, folded, constant, outputs, folds,
             grad, partial, out_rows, size, out_size, programs, expands,
             F: tl.constexpr, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr, EXPANDS: tl.constexpr,
@@ -142,7 +139,7 @@ def prepare(x, own, out, low, high, rows, before, source, channels, groups,
     pid = tl.program_id(0)
     if pid < expands:
         if EXPANDS:
-            expand_rows(pid, x, own, out, low, high, rows, before, source, channels, groups, F, OWN, BM, BC)
+            expand_rows(pid, x, own, out, learned, rows, before, source, channels, groups, F, OWN, BM, BC)
     elif pid < expands + folds:
         fold_weight(
             pid - expands,
@@ -186,7 +183,7 @@ def add_constant(y, out, constant, rows, plane, outputs, size, out_size,
 
 
 @triton.jit
-def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, groups, programs,
+def contract(x, own, upper, at_x, at_own, partial, learned, rows, channels, groups, programs,
              F: tl.constexpr, OWN: tl.constexpr, TO_X: tl.constexpr, TO_OWN: tl.constexpr, ADD: tl.constexpr,
              LEARNED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Lead the gradient of an expansion, (rows, groups, R, C / groups), back to its inputs and what is learned.
@@ -214,7 +211,7 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
             v = tl.load(own + at, inside, 0.0).to(tl.float32)
         if F.functions > 0:
             t = squashed(v, F)
-            to_t, sums = lead_back(t, above, inside, width, c, low, high, sums, F, LEARNED)
+            to_t, sums = lead_back(t, above, inside, width, c, learned, sums, F, LEARNED)
             to_own = to_t * squash_slope(t, F)
             if not OWN:
                 to_x += to_own
@@ -234,15 +231,16 @@ def contract(x, own, upper, at_x, at_own, partial, low, high, rows, channels, gr
 
 @triton.jit
 def unfold(weight, to_base, to_basis, constants, width, outputs, sums,
-           learned, to_low, to_high, channels, programs,
+           partial, to_learned, channels, programs,
            F: tl.constexpr, TAPS: tl.constexpr, CONSTANT: tl.constexpr, LEARNED: tl.constexpr, WEIGHS: tl.constexpr,
-           BT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+           BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """The first `outputs` programs undo `fold_weight` on a gradient (and add up those of the constant); the others add
-    up those of the learned numbers.
+    up those of the learned numbers, one each.
 
     Args:
         constants: (sums, taps, outputs) of `constant_sums`.
-        learned: (programs, F.learned, channels) of `contract`.
+        partial: (programs, F.learned, channels) of `contract`.
+        to_learned: for the gradient of each table of learned numbers.
     """
     o = tl.program_id(0)
     tap = tl.arange(0, BT)
@@ -272,26 +270,34 @@ def unfold(weight, to_base, to_basis, constants, width, outputs, sums,
                         tl.store(into, zeroth.to(to_basis.dtype.element_ty), here)
     else:
         if LEARNED:
-            number = o - outputs
-            for start in range(0, F.period, BP):
-                c = start + tl.arange(0, BP)
-                total = tl.zeros((BP,), tl.float32)
-                for p in range(programs):
-                    for repeat in range(0, channels, F.period):
-                        at = learned + (p * F.learned + number) * channels + repeat + c
-                        total += tl.load(at, (c < F.period) & (repeat + c < channels), 0.0)
-                if F.kind == "polynomial":
-                    tl.store(to_low + number + c, total.to(to_low.dtype.element_ty), c < F.period)
-                elif number < F.functions:
-                    at = to_low + c * F.functions + number
-                    tl.store(at, total.to(to_low.dtype.element_ty), c < F.period)
-                else:
-                    at = to_high + c * F.functions + number - F.functions
-                    tl.store(at, total.to(to_high.dtype.element_ty), c < F.period)
+            i = o - outputs
+            row = 0
+            for table in tl.static_range(len(F.counts)):
+                add_up(table, i, row, partial, to_learned, channels, programs, F, 512)
+                i -= F.periods[table] // F.shares[table] * F.counts[table]
+                row += F.counts[table]
 
 
 @triton.jit
-def pointwise(x, own, weight, constant, out, low, high, rows, channels, outputs, groups,
+def add_up(TABLE: tl.constexpr, i, row, partial, to_learned, channels, programs,
+           F: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Add up the gradient of number i of a table; `row` are the numbers a channel in the tables before it."""
+    sets = F.periods[TABLE] // F.shares[TABLE]
+    if (i >= 0) & (i < sets * F.counts[TABLE]):
+        first = i // F.counts[TABLE] * F.shares[TABLE]
+        each = channels // sets
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, programs * each, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            c = j % each // F.shares[TABLE] * F.periods[TABLE] + first + j % each % F.shares[TABLE]
+            at = partial + (j // each * F.learned + row + i % F.counts[TABLE]) * channels + c
+            total += tl.load(at, j < programs * each, 0.0)
+        into = to_learned[TABLE] + i
+        tl.store(into, tl.sum(total).to(into.dtype.element_ty))
+
+
+@triton.jit
+def pointwise(x, own, weight, constant, out, learned, rows, channels, outputs, groups,
               F: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """A convolution of kernel 1 whose expansion is made on the way into the product and never in memory.
@@ -327,15 +333,12 @@ def pointwise(x, own, weight, constant, out, low, high, rows, channels, outputs,
         if OWN:
             v = tl.load(own + at, inside, 0.0).to(tl.float32)
         t = squashed(v, F)
-        one = t
-        two = t
+        f = ()
         for k in tl.static_range(tl.constexpr(F.functions)):
-            f = function(k, t, group * width + c, low, high, one, two, F)
-            two = one
-            one = f
+            f = f + (function(k, t, f, group * width + c, learned, F),)
             if k >= F.skip:
                 w = tl.load(beside + (F.first + k - F.skip) * width, known, 0.0)
-                total = product(activate(f, 0.0, tl.constexpr(F.act)), w, total, kind, PRECISION, UP)
+                total = product(activate(f[k], 0.0, tl.constexpr(F.act)), w, total, kind, PRECISION, UP)
     into = out + row[:, None] * outputs + (group * high_width + o)[None, :]
     tl.store(into, total.to(out.dtype.element_ty), (row < rows)[:, None] & (o < high_width)[None, :])
 
