@@ -287,12 +287,13 @@ class _Job:
         rows, f = out.numel() // self.outputs, self.functions
         high_width = self.outputs // self.made.geometry.groups
         bn = min(128, max(16, 1 << (high_width - 1).bit_length()))
+        bk = 16 if f.shared else 32  # all terms of a sum are in registers at a time
         grid = (gpu.ceiling(rows, 64) * gpu.ceiling(high_width, bn), self.made.geometry.groups)
         gpu.launch(
             pointwise, grid,
             self.x, self.own, self.folded, self.constant, out, self.learned,
             rows, self.channels, self.outputs, self.made.geometry.groups,
-            F=f, OWN=self.own is not None, **self.products, BM=64, BN=bn, BK=32,
+            F=f, OWN=self.own is not None, **self.products, BM=64, BN=bn, BK=bk,
         )  # fmt: skip
 
     def add_constant(self, part: Tensor, into: Tensor, slab: Slab) -> None:

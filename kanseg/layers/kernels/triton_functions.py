@@ -128,22 +128,32 @@ def power(x, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def sine_and_cosine(x):
-    """x = whole turns + n pi + r, the best odd and even polynomials in r, the sign of (-1)^n; absolute error 2e-7.
-
-    Turns are taken away in float64. From 1e9 on its 2 pi has too few digits, and float32 are 64 apart: x counts as 0.
-    """
-    exact = x.to(tl.float64)
-    turns = tl.floor(exact * 0.15915494309189535 + 0.5)
-    y = tl.where(tl.abs(x) < 1e9, (exact - turns * 6.283185307179586).to(tl.float32), x * 0.0)
-    n = tl.floor(y * 0.3183098861837907 + 0.5)
-    r = (y - n * 3.140625) - n * 9.676535897932e-4
+def tame_sine_and_cosine(x):
+    """Of |x| up to 1000: x = n pi + r, the best polynomials in r, the sign of (-1)^n; absolute error 2e-7."""
+    n = tl.floor(x * 0.3183098861837907 + 0.5)
+    r = (x - n * 3.140625) - n * 9.676535897932e-4
     square = r * r
     p = ((2.60005418e-6 * square - 1.98066149e-4) * square + 8.33301729e-3) * square - 0.166666571
     q = (2.47618861e-5 - square * 2.60771024e-7) * square - 1.38884035e-3
     q = (q * square + 4.16666407e-2) * square - 0.499999995
-    sign = 1.0 - 2.0 * tl.abs(n)
+    sign = 1.0 - 2.0 * (n - 2.0 * tl.floor(0.5 * n))
     return sign * (r + r * square * p), sign * (1.0 + square * q)
+
+
+@triton.jit
+def sine_and_cosine(x):
+    """Of any x: whole turns are taken away in float64. From 1e9 on its 2 pi has too few digits, and x counts as 0."""
+    exact = x.to(tl.float64)
+    turns = tl.floor(exact * 0.15915494309189535 + 0.5)
+    rest = (exact - turns * 6.283185307179586).to(tl.float32)
+    return tame_sine_and_cosine(tl.where(tl.abs(x) < 1e9, rest, x * 0.0))
+
+
+@triton.jit
+def morlet(u):
+    """sin(5 u) and cos(5 u), and the Gaussian beside them, which is 0 from 14 on."""
+    sine, cosine = tame_sine_and_cosine(tl.where(tl.abs(u) < 14.0, 5.0 * u, u * 0.0))
+    return sine, cosine, tl.exp(-0.5 * u * u)
 
 
 @triton.jit
@@ -191,8 +201,8 @@ def mother(u, F: tl.constexpr):
     elif F.kind == "mexican_hat":
         return 0.8673250705840776 * (1.0 - u * u) * tl.exp(-0.5 * u * u)
     elif F.kind == "morlet":
-        _, cosine = sine_and_cosine(5.0 * u)
-        return cosine * tl.exp(-0.5 * u * u)
+        _, cosine, gauss = morlet(u)
+        return cosine * gauss
     else:  # dog
         return -u * tl.exp(-0.5 * u * u)
 
@@ -212,8 +222,8 @@ def mother_slope(u, F: tl.constexpr):
     elif F.kind == "mexican_hat":
         return 0.8673250705840776 * u * (u * u - 3.0) * tl.exp(-0.5 * u * u)
     elif F.kind == "morlet":
-        sine, cosine = sine_and_cosine(5.0 * u)
-        return (-5.0 * sine - u * cosine) * tl.exp(-0.5 * u * u)
+        sine, cosine, gauss = morlet(u)
+        return (-5.0 * sine - u * cosine) * gauss
     else:  # dog
         return (u * u - 1.0) * tl.exp(-0.5 * u * u)
 
@@ -268,10 +278,10 @@ def terms(t, channel, learned, F: tl.constexpr):
 def function(k, t, f, channel, learned, F: tl.constexpr):
     """phi_k(t), see `term`."""
     if tl.constexpr(F.shared):
-        summed = terms(t, channel, learned, F)
         total = t * 0.0
         for i in tl.static_range(tl.constexpr(F.terms)):
-            total += number(learned, 0, i, channel, F) * summed[i]
+            f = f + (term(i, t, f, channel, learned, F),)
+            total += number(learned, 0, i, channel, F) * f[i]
         return total
     else:
         return term(k, t, f, channel, learned, F)
@@ -328,7 +338,7 @@ def lead_back(t, above, inside, width, channel, learned, sums, F: tl.constexpr, 
     f = terms(t, channel, learned, F)
     found = ()
     if tl.constexpr(F.shared):
-        whole = upper_gradient(0, function(0, t, f, channel, learned, F), above, inside, width, F)
+        whole = upper_gradient(0, function(0, t, (), channel, learned, F), above, inside, width, F)
         for k in tl.static_range(tl.constexpr(F.terms if LEARNED else 0)):
             found = found + (sums[k] + whole * f[k],)
     if F.kind == "polynomial":
