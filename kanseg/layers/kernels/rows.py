@@ -28,7 +28,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution of kernel 1, (N, C, *S) -> (N, out_channels, *S), both in channels-last memory, as one product of
-    matrices. Torch's own goes through channels-first memory on a CPU, for two to three times the time.
+    matrices. In 3D on a CPU torch's own goes through channels-first memory, for two to three times the time.
     """
     rows, matrix = as_rows(x).flatten(0, 1), weight.flatten(1).T
     made = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
