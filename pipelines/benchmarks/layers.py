@@ -76,9 +76,8 @@ REFERENCES = {  # families and names of layers there
     "relukan": "ReLUKANConv",
     "wavkan": "WavKANConv",
 }
-SHARED = {
-    "shared gram": {"basis": "gram", "shared_by": 8, "base": False}
-}  # one function for each of eight groups of channels
+# One function for each of eight groups of channels.
+SHARED = {"shared gram": {"basis": "gram", "shared_by": 8, "base": False}}
 FAMILIES = (*REFERENCES, "grkan", "fourier", *SHARED, "bottleneck_kagn", "bottleneck_relukan")
 INFERENCE = """
 import torch
