@@ -107,6 +107,10 @@ class TrainingConfig(Section):
         default="auto", description="bf16, fp16 only on CUDA"
     )
     compile: bool = Field(default=False, description="by torch.compile")
+    cuda_graph: bool = Field(
+        default=False,
+        description="record the network's passes once and replay them: less time where patches are small; CUDA only",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="compute each stage again in the backward pass: less memory, more time"
     )

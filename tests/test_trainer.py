@@ -185,12 +185,27 @@ def test_a_rate_of_nothing_changes_nothing(fit_balls, tmp_path):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "frozen"), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_without_a_gpu_is_refused(fit_balls, precision):
+@pytest.mark.parametrize("option", ["precision=bf16", "precision=fp16", "cuda_graph=true"])
+def test_what_needs_a_gpu_is_refused_without_one(fit_balls, option):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(UsageError, match=precision):
-        fit_balls(f"training.precision={precision}")
+    with pytest.raises(UsageError, match=f"training.{option}"):
+        fit_balls(f"training.{option}")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_recorded_passes_take_nearly_the_same_steps(fit_balls, precision, tmp_path):
+    options = ["training.max_epochs=1", f"training.precision={precision}"]
+    fit_balls(*options)
+    fit_balls(*options, "training.cuda_graph=true", run=tmp_path / "recorded")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "recorded"), rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_passes_are_not_recorded_where_that_would_be_wrong(fit_balls):
+    with pytest.raises(UsageError, match="accumulate=1"):
+        fit_balls("training.cuda_graph=true", "training.accumulate=2")
 
 
 def test_override_goes_on_with_other_options_and_without_it_they_are_named(fit_balls, tmp_path):

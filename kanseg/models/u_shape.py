@@ -11,16 +11,24 @@ from torch.nn import functional as F
 
 from kanseg.encoders import Encoder
 from kanseg.errors import UsageError
+from kanseg.layers.kernels.rows import FORMATS
 from kanseg.layers.pointwise import pointwise_conv
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """Linear interpolation to a spatial size, so that any input size passes through the network."""
+    """Linear interpolation to a spatial size, so that any input size passes through the network.
+
+    Computed in float32 under autocast and given in the type of `x`, or all that follows would be wide too.
+    """
     if x.shape[2:] == tuple(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode=LINEAR[x.dim() - 2], align_corners=align_corners)
+    y = F.interpolate(x, size=tuple(size), mode=LINEAR[x.dim() - 2], align_corners=align_corners)
+    layout = FORMATS.get(x.dim())  # which the GPU's interpolation does not keep
+    if layout is None or not x.is_contiguous(memory_format=layout):
+        return y.to(x.dtype)
+    return y.to(x.dtype, memory_format=layout)
 
 
 def concatenate(x: Tensor, skip: Tensor) -> Tensor:

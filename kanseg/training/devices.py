@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kanseg.config import TrainingConfig
@@ -21,11 +21,37 @@ def make_accelerator(options: TrainingConfig) -> Accelerator:
     cuda = options.device == "auto" and torch.cuda.is_available()
     if options.precision in ("bf16", "fp16") and not cuda:
         raise UsageError(f"training.precision={options.precision} needs a CUDA device; leave it at auto.")
-    if not cuda:
+    if cuda:
+        torch.backends.cudnn.benchmark = True  # patches have one size
+    else:
         keep_freed_memory()
     best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "no"
     precision = {"auto": best, "float32": "no"}.get(options.precision, options.precision)
-    return Accelerator(cpu=not cuda, mixed_precision=precision)
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=precision)
+    alone = cuda and accelerator.num_processes == 1
+    if options.cuda_graph and not (alone and options.accumulate == 1 and not options.compile):
+        raise UsageError(
+            "training.cuda_graph=true is for one process on a CUDA device, with compile=false and accumulate=1."
+        )
+    return accelerator
+
+
+def record_passes(network: nn.Module, image: Tensor) -> None:
+    """Record a network's forward and backward pass in training on a GPU, and replay them from now on.
+
+    A replay is one launch instead of some hundreds, which take longer than the work itself where patches are small.
+    Every later image must have the shape of `image`; weights may change in place only. Evaluation stays as it is.
+    """
+    if any(hasattr(module, "balance_loss") for module in network.modules()):
+        raise UsageError("training.cuda_graph=true does not work with mixtures of experts.")
+    kept = [buffer.clone() for buffer in network.buffers()]  # the passes before the recording change them
+    try:
+        torch.cuda.make_graphed_callables(network, (image.clone(),), allow_unused_input=True)
+    except RuntimeError as error:
+        words = f"This network cannot be recorded ({str(error).splitlines()[0]})."
+        raise UsageError(f"{words} Train with training.cuda_graph=false.") from error
+    for buffer, value in zip(network.buffers(), kept, strict=True):
+        buffer.copy_(value)
 
 
 def checkpoint_stages(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kanseg.config import TrainingConfig
 from kanseg.errors import UsageError, UserError, refused_options
@@ -125,8 +126,11 @@ def create_optimizer(model: nn.Module, options: TrainingConfig) -> torch.optim.O
 def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
     """One step of the exponential moving average of the weights, in place; young averages forget faster."""
     decay = min(decay, (1 + step) / (10 + step))
+    averages, values = [], []
     for name, value in model.state_dict().items():
         if value.is_floating_point():
-            average[name].lerp_(value.to(average[name].dtype), 1 - decay)
+            averages.append(average[name])
+            values.append(value.to(average[name].dtype))
         else:
             average[name].copy_(value)
+    get_ema_multi_avg_fn(decay)(averages, values, None)  # all of them in a few launches

@@ -23,7 +23,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.layers.mixture import take_balance_loss
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import BEST, LAST, load_weights, named, part
-from kanseg.training.devices import checkpoint_stages
+from kanseg.training.devices import checkpoint_stages, record_passes
 from kanseg.training.files import make_folder, write_json
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.optimizers import create_optimizer, lr_factor, update_average
@@ -75,6 +75,7 @@ class Trainer:
         weights = self.model.state_dict() if options.ema_decay else {}
         self.average = {name: value.detach().clone() for name, value in weights.items()}
         self._saved = 0.0  # seconds of training at the last checkpoint
+        self._recorded: torch.Size | None = None  # shape of the images of a CUDA graph
 
     def train(self) -> None:
         """Run epochs until the budget is spent; validate, log and save after each."""
@@ -187,19 +188,32 @@ class Trainer:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
+                if self.options.cuda_graph:
+                    self._record(batch["image"])
                 output = whole_batch(self.network(batch["image"]), self.accelerator)
                 targets = {key: value for key, value in batch.items() if key != "image"}
                 loss = self.task.loss(output, whole_batch(targets, self.accelerator))
                 loss = (loss + take_balance_loss(self.model)) / len(batches)
-                self._check_finite("loss", loss.item())
                 self.accelerator.backward(loss)
             total += loss.detach()
+        found = {"loss": total}
         if not isinstance(
             self.optimizer.optimizer, torch.optim.LBFGS
         ):  # its line search needs true gradients
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
-            self._check_finite("gradient", float(full(norm)))
+            found["gradient"] = full(norm).to(total)
+        for what, value in zip(found, torch.stack(list(found.values())).tolist(), strict=True):  # one wait
+            self._check_finite(what, value)
         return total
+
+    def _record(self, image: Tensor) -> None:
+        """Record the network's passes when the first batch is there."""
+        if self._recorded is None:
+            record_passes(self.network, image)
+            self._recorded = image.shape
+        if image.shape != self._recorded:
+            shapes = f"got {tuple(image.shape)} after {tuple(self._recorded)}"
+            raise UsageError(f"training.cuda_graph=true needs batches of one shape, {shapes}.")
 
     def _on_device(self, batch: Batch) -> Batch:
         device = self.accelerator.device

@@ -205,7 +205,7 @@ def measure(
 
     dims, kernel = case.dims, case.kernel_size
     memory = torch.channels_last if dims == 2 else torch.channels_last_3d
-    x = torch.randn(case.batch, case.in_channels, *case.size).contiguous(memory_format=memory)
+    x = torch.randn(case.batch, case.in_channels, *case.size, device=device).contiguous(memory_format=memory)
     channels, how = (
         (case.in_channels, case.out_channels, kernel),
         {"stride": case.stride, "padding": kernel // 2},
@@ -224,7 +224,6 @@ def measure(
         if hasattr(layers["kanseg"].conv, "recipe"):
             layers["folded"], inputs["folded"] = _folded(layers["kanseg"], plain, x)
         layers = {name: layer.to(device) for name, layer in layers.items()}
-        inputs = {name: x.to(device) for name, x in inputs.items()}
     calls = {
         key: {name: turn(layer, inputs[name], device, dtype) for name, layer in layers.items()}
         for key, turn in (("forward", _forward), ("training", _training))
@@ -274,7 +273,8 @@ def _folded(layer: Any, plain: Any, x: Any) -> tuple[Any, Any]:
     folded = type(plain)(weight.shape[1], len(weight), 3, padding=1, bias=False)
     memory = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     size = (len(x), weight.shape[1], *x.shape[2:])
-    return folded.to(memory_format=memory), torch.randn(size).contiguous(memory_format=memory)
+    wide = torch.randn(size, device=x.device).contiguous(memory_format=memory)
+    return folded.to(memory_format=memory), wide
 
 
 def take_turns(
@@ -298,9 +298,9 @@ def _forward(layer: Any, x: Any, device: str, dtype: str) -> Callable[[], Any]:
     import torch
 
     def call() -> None:
-        with torch.inference_mode(), _cast(device, dtype):
+        with torch.inference_mode(), cast(device, dtype):
             layer(x)
-        _finish(device)
+        finish(device)
 
     return call
 
@@ -312,21 +312,22 @@ def _training(layer: Any, x: Any, device: str, dtype: str) -> Callable[[], Any]:
         leaf.grad = None
         for parameter in layer.parameters():
             parameter.grad = None
-        with _cast(device, dtype):
+        with cast(device, dtype):
             y = layer(leaf)
         y.backward(y.detach())
-        _finish(device)
+        finish(device)
 
     return call
 
 
-def _cast(device: str, dtype: str) -> Any:
+def cast(device: str, dtype: str) -> Any:
+    """Autocast where the type is not float32."""
     import torch
 
     return torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-def _finish(device: str) -> None:
+def finish(device: str) -> None:
     """Wait for the GPU."""
     import torch
 

@@ -11,6 +11,7 @@ plain network (`basis=None`) of the same widths, which has fewer parameters.
 
     python pipelines/benchmarks/networks.py -o pipelines/benchmarks/results/networks.json
     python pipelines/benchmarks/networks.py --dims 3 --rounds 3 --volume 96 --networks kagn
+    python pipelines/benchmarks/networks.py --device cuda --dtype bfloat16 --dims 3 --features 32 --patch 128 --batch 2
     python pipelines/benchmarks/networks.py --dims 3 --to-dice ../data/Task04_Hippocampus --minutes 30
 
 With `-o FILE.json` the tables are also written as FILE.md. The last command trains each network on the first fold of a
@@ -30,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layers import machine, ratio, take_turns
+from layers import cast, finish, machine, ratio, take_turns
 
 UKANETS = {
     "kagn": {"basis": "kagn"},
@@ -60,10 +61,13 @@ def main() -> None:
     )
     parser.add_argument("--features", type=int, default=16, help="of the first stage of UKANet-KAGN in 3D")
     parser.add_argument("--patch", type=int, help="voxels an axis; default 64 in 3D, 192 in 2D")
+    parser.add_argument("--batch", type=int, help="patches a step; default 1 in 3D, 2 in 2D")
     parser.add_argument("--volume", type=int, default=192, help="voxels an axis of the whole image")
     parser.add_argument("--overlap", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="by autocast")
     parser.add_argument(
         "--to-dice", type=Path, metavar="DATA", help="seconds to a Dice of .85 on this data set"
     )
@@ -76,18 +80,31 @@ def main() -> None:
     from kanseg.training.devices import keep_freed_memory
 
     torch.set_num_threads(given.threads)
+    torch.backends.cudnn.benchmark = True
     keep_freed_memory()
     if given.alone:
         print(json.dumps(peak(given, **json.loads(given.alone))))
         return
-    results: dict[str, Any] = {**machine(), "patch": PATCH, "volume": given.volume, "overlap": given.overlap}
-    results["rounds"] = given.rounds
+    patches = {dims: given.patch or PATCH[dims] for dims in given.dims}
+    results: dict[str, Any] = {
+        **machine(),
+        "patch": patches,
+        "volume": given.volume,
+        "overlap": given.overlap,
+    }
+    results |= {
+        "rounds": given.rounds,
+        "dtype": given.dtype,
+        "batch": given.batch or BATCH,
+        "device": given.device,
+    }
+    if given.device == "cuda":
+        results["device"] = torch.cuda.get_device_name()
     print(json.dumps(results))
     for dims in given.dims:
-        patch = given.patch or PATCH[dims]
         specs = matched(dims, given.features, given.networks)
         for key, found in (
-            ("networks", measured(given, dims, patch, specs)),
+            ("networks", measured(given, dims, specs)),
             ("to dice", raced(given, specs) if given.to_dice and dims == 3 else []),
         ):
             results.setdefault(key, []).extend(found)
@@ -201,48 +218,55 @@ def fits(name: str, dims: int, wanted: int, step: int) -> Iterator[Spec]:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def training(network: Any, dims: int, patch: int) -> Callable[[], Any]:
+def training(given: argparse.Namespace, network: Any, dims: int) -> Callable[[], Any]:
     """A training step on noise."""
     import torch
 
-    x = torch.randn(BATCH[dims], 1, *[patch] * dims)
-    label = torch.randint(CLASSES, (BATCH[dims], *[patch] * dims))
+    size = (given.batch or BATCH[dims], *[given.patch or PATCH[dims]] * dims)
+    x = torch.randn(size, device=given.device)[:, None]
+    label = torch.randint(CLASSES, size, device=given.device)
+    network.to(given.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
 
     def step() -> None:
         network.train()
-        torch.nn.functional.cross_entropy(network(x), label).backward()
+        with cast(given.device, given.dtype):
+            y = network(x)
+        torch.nn.functional.cross_entropy(y.float(), label).backward()
         optimizer.step()
         optimizer.zero_grad()
+        finish(given.device)
 
     return step
 
 
-def inference(network: Any, dims: int, patch: int, volume: int, overlap: float) -> Callable[[], Any]:
+def inference(given: argparse.Namespace, network: Any, dims: int) -> Callable[[], Any]:
     """A sliding window over a volume of noise; in 2D over all its slices."""
     import torch
     from monai.inferers import sliding_window_inference
 
-    x = torch.randn(1, 1, *[volume] * 3) if dims == 3 else torch.randn(volume, 1, volume, volume)
+    size = [given.volume] * 3
+    x = torch.randn(1, 1, *size) if dims == 3 else torch.randn(size)[:, None]
+    x, patch = x.to(given.device), [given.patch or PATCH[dims]] * dims
+    network.to(given.device)
 
     def call() -> None:
         network.eval()
-        with torch.inference_mode():
-            sliding_window_inference(x, [patch] * dims, WINDOWS, network, overlap=overlap, mode="gaussian")
+        with torch.inference_mode(), cast(given.device, given.dtype):
+            sliding_window_inference(x, patch, WINDOWS, network, overlap=given.overlap, mode="gaussian")
+        finish(given.device)
 
     return call
 
 
-def measured(
-    given: argparse.Namespace, dims: int, patch: int, specs: dict[str, Spec]
-) -> list[dict[str, Any]]:
+def measured(given: argparse.Namespace, dims: int, specs: dict[str, Spec]) -> list[dict[str, Any]]:
     """A row a network, with ratios to all others; prints them."""
     networks = {name: make(described) for name, described in specs.items()}
-    steps = {name: training(network, dims, patch) for name, network in networks.items()}
+    steps = {name: training(given, network, dims) for name, network in networks.items()}
     times = {"training": take_turns(steps, given.rounds)}
-    whole = (dims, patch, given.volume, given.overlap)
-    windows = {name: inference(network, *whole) for name, network in networks.items()}
-    times["inference"] = take_turns(windows, max(1, given.rounds // 3), uncounted=0)
+    windows = {name: inference(given, network, dims) for name, network in networks.items()}
+    uncounted = int(given.device == "cuda")  # what is compiled at the first call
+    times["inference"] = take_turns(windows, max(1, given.rounds // 3), uncounted)
     sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     del networks, steps, windows
     rows = []
@@ -254,7 +278,7 @@ def measured(
             "spec": described,
         }
         for job, taken in times.items():
-            about = {"dims": dims, "patch": patch, "job": job, "described": described}
+            about = {"dims": dims, "job": job, "described": described}
             row[job] = {"seconds": statistics.median(taken[name]), "mb": alone(given, about)}
         rows.append(row)
     for row in rows:
@@ -297,29 +321,34 @@ def show(dims: int, rows: list[dict[str, Any]]) -> None:
 
 
 def alone(given: argparse.Namespace, about: dict[str, Any]) -> float:
-    """`peak` in a fresh process."""
-    how = ["--volume", str(given.volume), "--overlap", str(given.overlap), "--threads", str(given.threads)]
-    command = [sys.executable, __file__, *how, "--alone", json.dumps(about)]
+    """`peak` in a fresh process; a GPU's memory is counted in this one."""
+    if given.device == "cuda":
+        return peak(given, **about)
+    command = [sys.executable, *sys.argv, "--alone", json.dumps(about)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def peak(given: argparse.Namespace, dims: int, patch: int, job: str, described: Spec) -> float:
-    """MB that two steps, or one volume, take in this process above what it has now and the libraries of MONAI."""
+def peak(given: argparse.Namespace, dims: int, job: str, described: Spec) -> float:
+    """MB that two steps, or one volume, take in this process above what it has now and the libraries of MONAI.
+
+    Of the GPU's memory where the network is there, all of them.
+    """
     import monai.inferers  # noqa: F401  # takes memory too
+    import torch
 
     from kanseg.memory import taken
 
     make(spec(PLAIN, dims, [2, 2]))  # what a first network loads
-    before = taken("VmRSS")
-    network = make(described)
-    if job == "training":
-        step = training(network, dims, patch)
+    cuda = given.device == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else taken("VmRSS")
+    step = {"training": training, "inference": inference}[job](given, make(described), dims)
+    if cuda or job == "training":
         step()
-    else:
-        step = inference(network, dims, patch, given.volume, given.overlap)
+    if cuda:  # the first call tries algorithms
+        torch.cuda.reset_peak_memory_stats()
     step()
-    after = taken("VmHWM")
+    after = torch.cuda.max_memory_allocated() if cuda else taken("VmHWM")
     if before is None or after is None:
         raise SystemExit("This system does not tell what memory a process takes.")
     return (after - before) / 2**20

@@ -29,6 +29,8 @@ from kanseg.layers.kernels.rows import as_rows, blocks, channels_last, empty_cha
 LEFT_TO_TORCH = 20480
 LEAST_VOXELS = 128  # of that volume; the loop does well below
 SLAB_BYTES = 32 * 2**20  # of an expansion; a smaller one starves the gradient of the weight
+SLAB_OF_GPU = 1 / 512  # of its memory
+LEAST_OF_GPU = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def forward(
             return out.to(expansion.dtype)
         multiplied = geometry.pointwise() and first.device.type == "cpu"
         bias = None if constant is None or not multiplied else constant.flatten().to(dtype)
-        for slab in slabs(first.shape, weight.shape[1] * geometry.groups, dtype, geometry, SLAB_BYTES):
+        for slab in slabs(first, weight.shape[1] * geometry.groups, dtype, geometry):
             buffer = _expansion(slab, inputs, expansion, kernel)
             part = product(buffer, kernel, bias) if multiplied else convolve(buffer, kernel, slab, geometry)
             del buffer  # before the next is made
@@ -203,7 +205,7 @@ def _slab_gradients(
     geometry, expands = expansion.geometry, any(t is not None for t in totals)
     total: Tensor | None = None
     width = kernel.shape[1] * geometry.groups
-    for slab in slabs(inputs[0].shape, width, kernel.dtype, geometry, SLAB_BYTES):
+    for slab in slabs(inputs[0], width, kernel.dtype, geometry):
         buffer = _expansion(slab, inputs, expansion, kernel)
         through, part = convolution_gradients(
             outputs(grad, slab), buffer, kernel, slab, geometry, expands, weighs
@@ -305,13 +307,23 @@ class Slab:
         return geometry.padding if self.whole else (0, *geometry.padding[1:])
 
 
-def slabs(
-    shape: Sequence[int], channels: int, dtype: torch.dtype, geometry: Geometry, most: int
-) -> Iterator[Slab]:
-    """Cut the batch where its expansion has more than `most` bytes."""
-    samples, _, planes, *rest = shape
+def slab_bytes(device: torch.device) -> int:
+    """Of an expansion, at most.
+
+    On a CPU it fits into the caches. On a GPU its way through the memory takes a tenth of the convolution's time, but
+    two planes more on either side of each slab, and a launch for each kernel, are dear.
+    """
+    if device.type != "cuda":
+        return SLAB_BYTES
+    return max(LEAST_OF_GPU, int(SLAB_OF_GPU * torch.cuda.get_device_properties(device).total_memory))
+
+
+def slabs(x: Tensor, channels: int, dtype: torch.dtype, geometry: Geometry) -> Iterator[Slab]:
+    """Cut the batch `x` where its expansion to so many channels has more than `slab_bytes`."""
+    samples, _, planes, *rest = x.shape
+    most = slab_bytes(x.device)
     plane_bytes = channels * dtype.itemsize * torch.Size(rest).numel()
-    outputs = geometry.out_size(shape[2:])[0]
+    outputs = geometry.out_size(x.shape[2:])[0]
     every = slice(0, samples)
     if samples * planes * plane_bytes <= most:
         yield Slab(True, every, slice(0, outputs), slice(0, planes))

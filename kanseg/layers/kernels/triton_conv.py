@@ -1,7 +1,7 @@
 """The convolution over an expansion on a GPU: Triton expands and leads gradients back, cuDNN convolves.
 
-As `expansion` does, slab by slab, so that an expansion is read from the cache that it was written to. A convolution of
-kernel 1 is one product whose operand is expanded on the way.
+As `expansion` does, slab by slab, so that an expansion never takes much memory. A convolution of kernel 1 is one
+product whose operand is expanded on the way.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from kanseg.layers.kernels.rows import channels_last, empty_channels_last
 from kanseg.layers.kernels.triton_functions import Functions
 from kanseg.layers.kernels.triton_kernels import Taps, add_constant, contract, pointwise, prepare, unfold
 
-SLAB_BYTES = 24 * 2**20  # of an expansion: less than the cache of a data centre's GPU
 MOST = 33  # functions at most: all are unrolled
 KINDS: dict[Any, str] = {  # by class, or by what is shifted
     OrthogonalPolynomials: "polynomial",
@@ -239,8 +238,8 @@ class _Job:
 
     def slabs(self) -> list[Slab]:
         """See `expansion.slabs`."""
-        width, geometry = self.functions.branches * self.channels, self.made.geometry
-        return list(slabs(self.x.shape, width, self.made.dtype, geometry, SLAB_BYTES))
+        width = self.functions.branches * self.channels
+        return list(slabs(self.x, width, self.made.dtype, self.made.geometry))
 
     def prepare(self, slab: Slab | None, *, folds: bool = True, grad: Tensor | None = None) -> Any:
         """Expand a slab, fold the weight, and sum the gradient of the constant, in one launch."""

@@ -128,7 +128,7 @@ def constant_sums(pid, grad, partial, rows, outputs, size, out_size, programs,
     tl.store(into, total, (tap < G.taps)[:, None] & (c < outputs)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "before", "source", "folds", "out_rows", "programs", "expands"])
 def prepare(x, own, out, learned, rows, before, source, channels, groups,
             base, basis, folded, constant, outputs, folds,
             grad, partial, out_rows, size, out_size, programs, expands,
@@ -160,7 +160,7 @@ def prepare(x, own, out, learned, rows, before, source, channels, groups,
                           G, PRECISION, UP, BT, 64, BS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "plane"])
 def add_constant(y, out, constant, rows, plane, outputs, size, out_size,
                  G: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
                  BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
@@ -182,7 +182,7 @@ def add_constant(y, out, constant, rows, plane, outputs, size, out_size,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def contract(x, own, upper, at_x, at_own, partial, learned, rows, channels, groups, programs,
              F: tl.constexpr, OWN: tl.constexpr, TO_X: tl.constexpr, TO_OWN: tl.constexpr, ADD: tl.constexpr,
              LEARNED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
@@ -229,7 +229,7 @@ def contract(x, own, upper, at_x, at_own, partial, learned, rows, channels, grou
             tl.store(into, tl.sum(sums[i], 0), c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sums", "programs"])
 def unfold(weight, to_base, to_basis, constants, width, outputs, sums,
            partial, to_learned, channels, programs,
            F: tl.constexpr, TAPS: tl.constexpr, CONSTANT: tl.constexpr, LEARNED: tl.constexpr, WEIGHS: tl.constexpr,
@@ -248,8 +248,10 @@ def unfold(weight, to_base, to_basis, constants, width, outputs, sums,
         if WEIGHS:
             fixed = tl.zeros((BT,), tl.float32)
             if CONSTANT:
-                for p in range(sums):
-                    fixed += tl.load(constants + (p * TAPS + tap) * outputs + o, tap < TAPS, 0.0)
+                for first in range(0, sums, 32):
+                    p = first + tl.arange(0, 32)
+                    at = constants + (p[:, None] * TAPS + tap[None, :]) * outputs + o
+                    fixed += tl.sum(tl.load(at, (p < sums)[:, None] & (tap < TAPS)[None, :], 0.0), 0)
             for start in range(0, width, BC):
                 c = start + tl.arange(0, BC)
                 here = (c < width)[:, None] & (tap < TAPS)[None, :]
@@ -296,7 +298,7 @@ def add_up(TABLE: tl.constexpr, i, row, partial, to_learned, channels, programs,
         tl.store(into, tl.sum(total).to(into.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def pointwise(x, own, weight, constant, out, learned, rows, channels, outputs, groups,
               F: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip

@@ -88,7 +88,7 @@ class _Plan:
         return torch.empty(size, dtype=torch.float32, device=self.y.device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def moments(y, means, squares, rows, channels, programs, BM: tl.constexpr, BC: tl.constexpr):
     """Mean and sum of squares about it of the rows of each program, (N, programs, C)."""
     blocks = tl.cdiv(channels, BC)
@@ -141,7 +141,7 @@ def each(numbers, c, channels, other):
         return tl.load(numbers + c, c < channels, 0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def normalise(y, out, means, squares, weight, bias, below, mean_out, inverse_out, eps, rows, channels, programs,
               ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
     """out = act((y - mean) / deviation * weight + bias); mean and 1 / deviation are kept, (N, C)."""
@@ -176,7 +176,7 @@ def before(y, grad, at, inside, mean, inverse, gain, shift, slopes, ACT: tl.cons
     return upper * slope(z, slopes[None, :], ACT), normal, upper * tl.minimum(z, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def sums(y, grad, weight, bias, below, mean, inverse, plain, weighted, negative, rows, channels, programs,
          ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Sums of the gradient at z, of that times the normalised value, and for the slopes, (N, programs, C)."""
@@ -215,7 +215,7 @@ def total(parts, sample, c, channels, programs, BP: tl.constexpr):
     return tl.sum(tl.load(parts + at, (part < programs)[:, None] & (c < channels)[None, :], 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "rows", "programs"])
 def lead_back(y, grad, weight, bias, below, mean, inverse, plain, weighted, negative,
               out, of_weight, of_bias, of_below, samples, rows, channels, programs,
               ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
