@@ -147,10 +147,15 @@ def main() -> None:
                     f"{case!s:34}{family:19}{row['rival']:12}{shown[0]:>10}{shown[1]:>10}{saved:>8}{peak:>9}"
                 )
                 print(line, flush=True)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
-        given.out.with_suffix(".md").write_text(markdown(results))
+            if given.out:  # now, so that a run that is cut off has left something
+                write(given.out, results)
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """The numbers as JSON and as a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(results))
 
 
 def markdown(results: dict[str, Any]) -> str:
