@@ -225,9 +225,11 @@ class Trainer:
     def _check_finite(self, what: str, value: float) -> None:
         if math.isfinite(value) or (what == "gradient" and self.accelerator.scaler is not None):
             return  # the scaler of fp16 skips such a step and goes on with a smaller scale
-        grads = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
-        broken = next((name for name, grad in grads if not full(grad).isfinite().all()), None)
-        where = f" (first in {broken})" if broken else ""
+        where = ""
+        if what == "gradient":
+            grads = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+            broken = next((name for name, grad in grads if not full(grad).isfinite().all()), None)
+            where = f" (first in {broken})" if broken else ""
         raise UserError(
             f"The {what} became {value}{where} in epoch {self.state.epoch}, step {self.state.step}. "
             f"Lower training.lr (now {self.options.lr}) or training.gradient_clip; "

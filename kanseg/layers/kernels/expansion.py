@@ -310,8 +310,8 @@ class Slab:
 def slab_bytes(device: torch.device) -> int:
     """Of an expansion, at most.
 
-    On a CPU it fits into the caches. On a GPU its way through the memory takes a tenth of the convolution's time, but
-    two planes more on either side of each slab, and a launch for each kernel, are dear.
+    On a CPU it fits into the caches. On a GPU its way through the memory takes a tenth of the convolution's time, while
+    each slab costs a launch of every kernel and the planes that its neighbours make too.
     """
     if device.type != "cuda":
         return SLAB_BYTES
