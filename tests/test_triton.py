@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kanseg import UKANet
 from kanseg.layers import conv_layer
-from kanseg.layers.kernels import expansion, gpu
+from kanseg.layers.kernels import conv_operator, expansion, gpu, norm_act
 from kanseg.layers.kernels.rows import channels_last
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -154,6 +156,47 @@ def test_every_family_compiles_with_hardly_a_spill(
     assert all(kernel.stack <= 16 for kernel in compiled), [
         (kernel.name, kernel.stack) for kernel in compiled
     ]
+
+
+class Waits(TorchDispatchMode):
+    """Notes what waits for the GPU or comes from the memory of the CPU, and cannot be recorded."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if func.overloadpacket.__name__ in self.OPERATIONS:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_triton
+@pytest.mark.parametrize("family", LAYERS)
+def test_passes_of_a_network_can_be_recorded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation of a training step waits for the GPU: here on the CPU, with kernels that do nothing."""
+    launched = []
+    monkeypatch.setattr(gpu, "serves", lambda *tensors: True)
+    monkeypatch.setattr(gpu, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *arguments, **constants: launched.append(kernel))
+    for module in (conv_operator, norm_act):
+        monkeypatch.setattr(module, "plain_eager", lambda x: True)  # as without a mode that watches
+    options = {"basis": LAYERS[family]["basis"].removeprefix("bottleneck_")}
+    options |= {"bottleneck": options["basis"] != LAYERS[family]["basis"]}
+    learned = {key: value for key, value in LAYERS[family].items() if key != "basis"}
+    network = UKANet(3, 1, 2, features_per_stage=(4, 8), layer_options=learned, **options)
+    x = torch.zeros(1, 1, 8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x)  # some numbers are found once
+        with Waits() as watch:
+            network(x).sum().backward()
+    assert launched
+    assert watch.seen > 50
+    assert not watch.found
 
 
 def test_triton_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
