@@ -56,9 +56,13 @@ def test_options_of_a_loss_reach_it_and_unknown_ones_are_refused():
         load_config(overrides=["training.loss=tversky", "training.loss_options.alhpa=0.3"])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_every_optimizer_learns_and_goes_on_to_the_bit(fit_balls, tmp_path, monkeypatch, name):
-    options = [f"training={name}", "training.max_epochs=2", "training.gradient_clip=1000"]
+@pytest.mark.parametrize(
+    "named",
+    [[f"training={name}"] for name in OPTIMIZERS.names()]
+    + [["training=adamw", "training.optimizer_options={fused: true}"]],
+)
+def test_every_optimizer_learns_and_goes_on_to_the_bit(fit_balls, tmp_path, monkeypatch, named):
+    options = [*named, "training.max_epochs=2", "training.gradient_clip=1000"]
     fit_balls(*options)
     step = Trainer._train_step
 

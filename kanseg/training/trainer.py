@@ -58,7 +58,8 @@ class Trainer:
         self.accelerator, self.stop, self.description = accelerator, stop, description
         self.state = State()
         self.rng: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # for before the next step
-        self.evaluated = copy.deepcopy(model).to(accelerator.device).eval()  # whole, plain, best or average
+        model.to(accelerator.device)
+        self.evaluated = copy.deepcopy(model).eval()  # whole, plain, best or average
         freeze(model, options.freeze)
         if options.gradient_checkpointing:
             checkpoint_stages(model)
