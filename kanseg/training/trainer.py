@@ -34,6 +34,7 @@ from kanseg.training.state import State, mean_score
 from kanseg.training.stop import StopRequest
 from kanseg.training.task import Batch, Task
 
+SMALL = 1_000_000  # numbers of a batch whose passes take less time on a GPU than their launches
 # What the state of an optimizer belongs to; where one was changed (--override), the optimizer starts afresh.
 OPTIMIZED = ("optimizer", "freeze", "lr_scale", "layer_decay")
 
@@ -76,7 +77,7 @@ class Trainer:
         weights = self.model.state_dict() if options.ema_decay else {}
         self.average = {name: value.detach().clone() for name, value in weights.items()}
         self._saved = 0.0  # seconds of training at the last checkpoint
-        self._recorded: torch.Size | None = None  # shape of the images of a CUDA graph
+        self._first: torch.Size | None = None  # shape of the first batch
 
     def train(self) -> None:
         """Run epochs until the budget is spent; validate, log and save after each."""
@@ -189,8 +190,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
-                if self.options.cuda_graph:
-                    self._record(batch["image"])
+                self._record(batch["image"])
                 output = whole_batch(self.network(batch["image"]), self.accelerator)
                 targets = {key: value for key, value in batch.items() if key != "image"}
                 loss = self.task.loss(output, whole_batch(targets, self.accelerator))
@@ -208,12 +208,17 @@ class Trainer:
         return total
 
     def _record(self, image: Tensor) -> None:
-        """Record the network's passes when the first batch is there."""
-        if self._recorded is None:
-            record_passes(self.network, image)
-            self._recorded = image.shape
-        if image.shape != self._recorded:
-            shapes = f"got {tuple(image.shape)} after {tuple(self._recorded)}"
+        """Record the network's passes at the first batch where that is asked for, or say where it would be worth it."""
+        if self._first is None:
+            self._first = image.shape
+            if self.options.cuda_graph:
+                record_passes(self.network, image)
+            elif image.is_cuda and image.numel() <= SMALL and self.accelerator.num_processes == 1:
+                self.monitor.say(
+                    "Patches are small for a GPU: training.cuda_graph=true may be several times faster."
+                )
+        if self.options.cuda_graph and image.shape != self._first:
+            shapes = f"got {tuple(image.shape)} after {tuple(self._first)}"
             raise UsageError(f"training.cuda_graph=true needs batches of one shape, {shapes}.")
 
     def _on_device(self, batch: Batch) -> Batch:
