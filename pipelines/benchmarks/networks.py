@@ -9,7 +9,7 @@ Every network has the parameters of the first UKANet (3D) or of smp's Unet with 
 scaled until they do, in steps of 16 channels where that is fine enough, else of 8, 4, 2, 1. A UKANet's "twin" is the
 plain network (`basis=None`) of the same widths, which has fewer parameters.
 
-    python pipelines/benchmarks/networks.py -o pipelines/benchmarks/results/networks.json
+    python pipelines/benchmarks/networks.py --dims 3 -o pipelines/benchmarks/results/networks_3d.json
     python pipelines/benchmarks/networks.py --dims 3 --rounds 3 --volume 96 --networks kagn
     python pipelines/benchmarks/networks.py --device cuda --dtype bfloat16 --dims 3 --features 32 --patch 128 --batch 2
     python pipelines/benchmarks/networks.py --dims 3 --to-dice ../data/Task04_Hippocampus --minutes 30
