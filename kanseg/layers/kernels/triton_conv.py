@@ -286,7 +286,7 @@ class _Job:
         rows, f = out.numel() // self.outputs, self.functions
         high_width = self.outputs // self.made.geometry.groups
         bn = min(128, max(16, 1 << (high_width - 1).bit_length()))
-        bk = 16 if f.shared else 32  # all terms of a sum are in registers at a time
+        bk = 16 if f.shared or f.kind == "morlet" else 32  # many numbers are in registers at a time
         grid = (gpu.ceiling(rows, 64) * gpu.ceiling(high_width, bn), self.made.geometry.groups)
         gpu.launch(
             pointwise, grid,
