@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,14 +69,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[C
         stack = int(usage.partition("STACK:")[2].split()[0])
         found.append(Compiled(kernel.fn.__name__, made.asm["ptx"], stack))
 
-    monkeypatch.setattr(gpu, "launch", launch)
-    monkeypatch.setattr(gpu, "serves", lambda *tensors: True)
-    monkeypatch.setattr(gpu, "_multiprocessors", lambda device: 132)
+    pretend(monkeypatch, launch)
     from triton.runtime import driver
 
     before = driver._active  # where there is no GPU this is None, which `set_active` does not take
     yield found
     driver._active = before
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None]) -> None:
+    """Let the kernels serve the tensors of the CPU, by another `launch`."""
+    monkeypatch.setattr(gpu, "launch", launch)
+    monkeypatch.setattr(gpu, "serves", lambda *tensors: True)
+    monkeypatch.setattr(gpu, "_multiprocessors", lambda device: 132)
 
 
 class NoGPU:
@@ -180,15 +185,11 @@ class Waits(TorchDispatchMode):
 def test_passes_of_a_network_can_be_recorded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No operation of a training step waits for the GPU: here on the CPU, with kernels that do nothing."""
     launched = []
-    monkeypatch.setattr(gpu, "serves", lambda *tensors: True)
-    monkeypatch.setattr(gpu, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(gpu, "launch", lambda kernel, *arguments, **constants: launched.append(kernel))
+    pretend(monkeypatch, lambda kernel, *arguments, **constants: launched.append(kernel))
     for module in (conv_operator, norm_act):
         monkeypatch.setattr(module, "plain_eager", lambda x: True)  # as without a mode that watches
-    options = {"basis": LAYERS[family]["basis"].removeprefix("bottleneck_")}
-    options |= {"bottleneck": options["basis"] != LAYERS[family]["basis"]}
-    learned = {key: value for key, value in LAYERS[family].items() if key != "basis"}
-    network = UKANet(3, 1, 2, features_per_stage=(4, 8), layer_options=learned, **options)
+    options = dict(LAYERS[family])
+    network = UKANet(3, 1, 2, basis=options.pop("basis"), features_per_stage=(4, 8), layer_options=options)
     x = torch.zeros(1, 1, 8, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         network(x)  # some numbers are found once

@@ -25,7 +25,7 @@ from kanseg.layers.kernels import expanded_conv, gpu, instance_norm_act
 from kanseg.layers.kernels.expansion import Geometry
 from kanseg.layers.kernels.plain_conv import plain_conv, pointwise_product
 from kanseg.layers.kernels.recipe import Recipe
-from kanseg.layers.kernels.rows import FORMATS, channels_last
+from kanseg.layers.kernels.rows import FORMATS, channels_last, is_channels_last
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 OPERANDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -173,7 +173,7 @@ def lean(x: Tensor) -> bool:
         return False
     if x.device.type == "cpu" or gpu.serves(x):
         return True
-    return x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()])
+    return is_channels_last(x)
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:

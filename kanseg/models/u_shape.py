@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kanseg.encoders import Encoder
 from kanseg.errors import UsageError
-from kanseg.layers.kernels.rows import FORMATS
+from kanseg.layers.kernels.rows import FORMATS, is_channels_last
 from kanseg.layers.pointwise import pointwise_conv
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -25,10 +25,9 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tenso
     if x.shape[2:] == tuple(size):
         return x
     y = F.interpolate(x, size=tuple(size), mode=LINEAR[x.dim() - 2], align_corners=align_corners)
-    layout = FORMATS.get(x.dim())  # which the GPU's interpolation does not keep
-    if layout is None or not x.is_contiguous(memory_format=layout):
-        return y.to(x.dtype)
-    return y.to(x.dtype, memory_format=layout)
+    if is_channels_last(x):  # which the GPU's interpolation does not keep
+        return y.to(x.dtype, memory_format=FORMATS[x.dim()])
+    return y.to(x.dtype)
 
 
 def concatenate(x: Tensor, skip: Tensor) -> Tensor:

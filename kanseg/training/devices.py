@@ -28,12 +28,17 @@ def make_accelerator(options: TrainingConfig) -> Accelerator:
     best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "no"
     precision = {"auto": best, "float32": "no"}.get(options.precision, options.precision)
     accelerator = Accelerator(cpu=not cuda, mixed_precision=precision)
-    alone = cuda and accelerator.num_processes == 1
-    if options.cuda_graph and not (alone and options.accumulate == 1 and not options.compile):
+    if options.cuda_graph and not may_record(options, accelerator):
         raise UsageError(
             "training.cuda_graph=true is for one process on a CUDA device, with compile=false and accumulate=1."
         )
     return accelerator
+
+
+def may_record(options: TrainingConfig, accelerator: Accelerator) -> bool:
+    """Whether `record_passes` is for such a training."""
+    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return alone and options.accumulate == 1 and not options.compile
 
 
 def record_passes(network: nn.Module, image: Tensor) -> None:

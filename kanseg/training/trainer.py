@@ -23,7 +23,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.layers.mixture import take_balance_loss
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import BEST, LAST, load_weights, named, part
-from kanseg.training.devices import checkpoint_stages, record_passes
+from kanseg.training.devices import checkpoint_stages, may_record, record_passes
 from kanseg.training.files import make_folder, write_json
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.optimizers import create_optimizer, lr_factor, update_average
@@ -213,7 +213,7 @@ class Trainer:
             self._first = image.shape
             if self.options.cuda_graph:
                 record_passes(self.network, image)
-            elif image.is_cuda and image.numel() <= SMALL and self.accelerator.num_processes == 1:
+            elif image.numel() <= SMALL and may_record(self.options, self.accelerator):
                 self.monitor.say(
                     "Patches are small for a GPU: training.cuda_graph=true may be several times faster."
                 )

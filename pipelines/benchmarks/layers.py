@@ -148,14 +148,14 @@ def main() -> None:
                 )
                 print(line, flush=True)
             if given.out:  # now, so that a run that is cut off has left something
-                write(given.out, results)
+                write(given.out, results, markdown(results))
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """The numbers as JSON and as a table."""
+def write(path: Path, results: dict[str, Any], table: str) -> None:
+    """The numbers as JSON and, beside it, their table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
+    path.with_suffix(".md").write_text(table)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layers import cast, finish, machine, ratio, take_turns
+from layers import cast, finish, machine, ratio, take_turns, write
 
 UKANETS = {
     "kagn": {"basis": "kagn"},
@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="of each training at most")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one network, in a process of its own
     given = parser.parse_args()
+    given.patch = {dims: given.patch or size for dims, size in PATCH.items()}
+    given.batch = {dims: given.batch or size for dims, size in BATCH.items()}
 
     import torch
 
@@ -85,21 +87,16 @@ def main() -> None:
     if given.alone:
         print(json.dumps(peak(given, **json.loads(given.alone))))
         return
-    patches = {dims: given.patch or PATCH[dims] for dims in given.dims}
     results: dict[str, Any] = {
         **machine(),
-        "patch": patches,
+        "patch": {dims: given.patch[dims] for dims in given.dims},
         "volume": given.volume,
         "overlap": given.overlap,
-    }
-    results |= {
         "rounds": given.rounds,
         "dtype": given.dtype,
-        "batch": given.batch or BATCH,
-        "device": given.device,
+        "batch": {dims: given.batch[dims] for dims in given.dims},
+        "device": torch.cuda.get_device_name() if given.device == "cuda" else given.device,
     }
-    if given.device == "cuda":
-        results["device"] = torch.cuda.get_device_name()
     print(json.dumps(results))
     for dims in given.dims:
         specs = matched(dims, given.features, given.networks)
@@ -109,9 +106,7 @@ def main() -> None:
         ):
             results.setdefault(key, []).extend(found)
         if given.out:
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.write_text(json.dumps(results, indent=1) + "\n")
-            given.out.with_suffix(".md").write_text(markdown(results))
+            write(given.out, results, markdown(results))
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -222,7 +217,7 @@ def training(given: argparse.Namespace, network: Any, dims: int) -> Callable[[],
     """A training step on noise."""
     import torch
 
-    size = (given.batch or BATCH[dims], *[given.patch or PATCH[dims]] * dims)
+    size = (given.batch[dims], *[given.patch[dims]] * dims)
     x = torch.randn(size, device=given.device)[:, None]
     label = torch.randint(CLASSES, size, device=given.device)
     network.to(given.device)
@@ -247,7 +242,7 @@ def inference(given: argparse.Namespace, network: Any, dims: int) -> Callable[[]
 
     size = [given.volume] * 3
     x = torch.randn(1, 1, *size) if dims == 3 else torch.randn(size)[:, None]
-    x, patch = x.to(given.device), [given.patch or PATCH[dims]] * dims
+    x, patch = x.to(given.device), [given.patch[dims]] * dims
     network.to(given.device)
 
     def call() -> None:

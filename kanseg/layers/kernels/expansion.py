@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kanseg.layers.kernels import native, winograd
+from kanseg.layers.kernels import gpu, native, winograd
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import as_rows, blocks, channels_last, empty_channels_last, product
 
@@ -315,7 +315,7 @@ def slab_bytes(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return SLAB_BYTES
-    return max(LEAST_OF_GPU, int(SLAB_OF_GPU * torch.cuda.get_device_properties(device).total_memory))
+    return max(LEAST_OF_GPU, int(SLAB_OF_GPU * gpu.memory(device)))
 
 
 def slabs(x: Tensor, channels: int, dtype: torch.dtype, geometry: Geometry) -> Iterator[Slab]:

@@ -16,6 +16,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=FORMATS[x.dim()])
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `channels_last` is there for such a tensor and need not copy it."""
+    return x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()])
+
+
 def empty_channels_last(size: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (N, C, *S) in channels-last memory."""
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=FORMATS[len(size)])
