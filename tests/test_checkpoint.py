@@ -25,6 +25,7 @@ from kanseg.training.checkpoint import (
     named,
     pack,
     part,
+    read_info,
     restore_rng,
     rng_state,
     save_checkpoint,
@@ -53,6 +54,38 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
     weight = torch.ones(3)
     path = save_checkpoint(tmp_path / "x.safetensors", {"model.a": weight, "model.b": weight}, {})
     assert load_checkpoint(path)[0].keys() == {"model.a", "model.b"}
+
+
+REPLACE = """
+import itertools, os, sys
+target, part, *kinds = sys.argv[1:]
+print("begun", flush=True)
+for kind in itertools.cycle(kinds):
+    os.link(kind, part)
+    os.replace(part, target)
+"""
+
+
+def test_a_checkpoint_that_a_training_replaces_meanwhile_is_read_whole(tmp_path):
+    """Either the old or the new one: what opens the file twice meets both, and fails or mixes them."""
+    path, kinds = tmp_path / "last.safetensors", []
+    for k in (1, 40):  # names and sizes differ, so that the header of one file does not fit the other
+        tensors = {f"model.{'x' * k}.{i}": torch.full((8 * k,), k) for i in range(k)}
+        kinds.append(save_checkpoint(tmp_path / str(k), tensors, {"k": k}))
+    command = [sys.executable, "-c", REPLACE, path, tmp_path / "part", *kinds]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as training:
+        try:
+            assert training.stdout is not None
+            assert training.stdout.readline() == "begun\n"
+            while not path.exists():
+                assert training.poll() is None
+            for _ in range(2000):
+                tensors, info = load_checkpoint(path)
+                assert len(tensors) == info["k"]
+                assert all((tensor == info["k"]).all() for tensor in tensors.values())
+                assert read_info(path)["k"] in (1, 40)
+        finally:
+            training.kill()
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])

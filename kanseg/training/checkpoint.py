@@ -12,13 +12,14 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kanseg import __version__
@@ -34,6 +35,7 @@ KEY = "kanseg"
 PARTS = ("model", "average", "optimizer", "rng")
 SIZES = ("features_per_stage", "strides", "kernel_sizes")  # of a network, where a plan decides them
 WEIGHTS = Path(__file__).parents[1] / "weights"  # that come with the package, see `kanseg.weights`
+LONGEST_HEADER = 100_000_000  # bytes; more than that safetensors itself refuses
 BEST, LAST, EXPORTED = "best.safetensors", "last.safetensors", "model.safetensors"
 
 
@@ -60,11 +62,13 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
             f"There is no checkpoint {path}. Give one that `kanseg train` wrote, or its run folder."
         )
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
-            tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
+        data = (
+            path.read_bytes()
+        )  # at once: a training may put a newer checkpoint under this name at any moment
+        # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
+        tensors = {name: tensor.clone() for name, tensor in load(data).items()}
+        tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
+        metadata = _header(BytesIO(data))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is no complete checkpoint ({error}): cut short, damaged, or no safetensors file. "
@@ -96,10 +100,24 @@ def is_checkpoint(path: Path) -> bool:
 def _metadata(path: Path | str) -> dict[str, str]:
     """That of a safetensors file; empty where there is none, or no such file."""
     try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
+        with Path(path).open("rb") as file:
+            return _header(file)
+    except (OSError, ValueError):
         return {}
+
+
+def _header(file: BinaryIO) -> dict[str, str]:
+    """Metadata of a safetensors file: eight bytes of length, then JSON (format of safetensors).
+
+    Raises:
+        ValueError: another file.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > LONGEST_HEADER:
+        raise ValueError("no header of safetensors")
+    header = json.loads(file.read(length))
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
