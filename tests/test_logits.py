@@ -71,7 +71,10 @@ def test_windows_are_blended_as_monai_does(plan: Plan, blending: str) -> None:
 
 @pytest.mark.parametrize("kind", ["volume", "thin", "slices"])
 @pytest.mark.parametrize("tta", [False, True])
-def test_the_disk_holds_what_memory_would(plan: Plan, blobs: Path, kind: str, tta: bool) -> None:
+@pytest.mark.parametrize("hold", [False, True])
+def test_the_disk_holds_what_memory_would(
+    plan: Plan, blobs: Path, kind: str, tta: bool, hold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = torch.randn(1, 1, 21, 25, 11 if kind == "thin" else 18)
     if kind == "slices":
         image = image[..., :5]
@@ -79,8 +82,12 @@ def test_the_disk_holds_what_memory_would(plan: Plan, blobs: Path, kind: str, tt
         plan = replace(flat, patch_size=[16, 16])
     model = network(plan.spatial_dims, plan.in_channels)
     seen: list[tuple[int, int]] = []
-    kept = whole_logits(model, image, plan, tta=tta, memory=2**10, watch=lambda *at: seen.append(at))
+    room = 4 * len(plan.label_names) * image.numel() - 1 if hold else 2**10  # for some planes, or for none
+    monkeypatch.setattr("kanseg.inference.logits.fits", lambda size, memory: size <= memory)
+    kept = whole_logits(model, image, plan, tta=tta, memory=room, watch=lambda *at: seen.append(at))
+    monkeypatch.undo()
     assert isinstance(kept, OnDisk)
+    assert (kept.held is not None) == hold
     assert seen[-1][0] == seen[-1][1]
     wanted = predict_logits(model, image, plan, tta=tta)[0]
     torch.testing.assert_close(torch.stack(list(kept)), wanted, atol=1e-4, rtol=1e-4)

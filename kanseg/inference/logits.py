@@ -77,15 +77,24 @@ class InMemory(Logits):
 
 
 class OnDisk(Logits):
-    """A file without a name; only the class that is read or written is in memory.
+    """A file without a name; in memory are the class that is read and the planes that windows are in.
+
+    Windows come plane by plane along the first axis (of slices across an axis, image by image), so those that lie in
+    the same planes are added up in memory, and each class is written in one piece when other planes begin.
+
+    Args:
+        hold: whether all classes of these planes fit into memory; else each window goes to the file by itself.
 
     Raises:
         UserError: the disk has no room.
     """
 
-    def __init__(self, shape: Sequence[int], slice_axis: int | None) -> None:
+    def __init__(self, shape: Sequence[int], slice_axis: int | None, *, hold: bool = True) -> None:
         super().__init__(shape, slice_axis)
         self.bytes = prod(self.shape[1:]) * FLOAT.itemsize  # of a class
+        self.axis = 0 if self.shape[1] > 1 else 1  # of (N, *S), along which planes are cut
+        self.planes = slice(0, 0)
+        self.held: Tensor | None = torch.zeros(len(self), 0) if hold else None
         folder, needed = tempfile.gettempdir(), len(self) * self.bytes
         free = shutil.disk_usage(folder).free
         if free < needed:
@@ -97,15 +106,45 @@ class OnDisk(Logits):
         self.file.truncate(needed)
 
     def read(self, number: int) -> Tensor:
+        self._write_planes()
         self.file.seek(number * self.bytes)
         found = np.fromfile(self.file, FLOAT, prod(self.shape[1:]))
         return torch.from_numpy(found.reshape(self.shape[1:]))
 
     def add(self, place: Place, values: Tensor, share: Tensor) -> None:
-        for number, found in enumerate(values):
-            mapped = np.memmap(self.file, FLOAT, "r+", number * self.bytes, self.shape[1:])
-            mapped[place] += (found * share).cpu().numpy()
-            del mapped  # or its pages would count as memory of this process
+        if self.held is None:
+            for number, found in enumerate(values):
+                mapped = np.memmap(self.file, FLOAT, "r+", number * self.bytes, self.shape[1:])
+                mapped[place] += (found * share).cpu().numpy()
+                del mapped  # or its pages would count as memory of this process
+            return
+        planes, inside = place[self.axis], list(place)
+        inside[self.axis] = slice(None)
+        if planes != self.planes:
+            self._write_planes()
+            lines = list(self.shape)
+            lines[1 + self.axis] = planes.stop - planes.start
+            self.planes, self.held = planes, torch.zeros(lines)
+        self.held[(slice(None), *inside)] += (values * share).cpu()[:, None]
+
+    def _write_planes(self) -> None:
+        """Add what is held of each class to the file, and hold nothing."""
+        if self.held is None or not self.held.numel():
+            return
+        plane = self.bytes // self.shape[1 + self.axis]
+        for number, values in enumerate(self.held.numpy()):
+            start = number * self.bytes + self.planes.start * plane
+            self.file.seek(start)
+            before = np.frombuffer(self.file.read(values.nbytes), FLOAT)
+            self.file.seek(start)
+            try:
+                self.file.write((values.ravel() + before).tobytes())
+                self.file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"The logits do not fit onto {tempfile.gettempdir()}: {error.strerror}."
+                ) from error
+        self.planes, self.held = slice(0, 0), torch.zeros(len(self), 0)
 
 
 @torch.inference_mode()
@@ -154,7 +193,8 @@ def whole_logits(
     elif fits(size, memory):
         logits = InMemory(shape, plan.slice_axis, torch.device("cpu"))
     else:
-        logits = OnDisk(shape, plan.slice_axis)
+        deep = plan.patch_size[0] / batch.shape[2] if len(batch) == 1 else 1 / len(batch)
+        logits = OnDisk(shape, plan.slice_axis, hold=fits(round(min(deep, 1) * size), memory))
     _slide(model, batch, plan, logits, **how)
     return logits
 
