@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, lean, recomputed
 from kanseg.layers.kernels.recipe import Recipe
+from kanseg.layers.kernels.rows import channels_last
 
 
 class NoiseInjection(nn.Module):
@@ -96,7 +97,10 @@ class BottleneckKANConv(ConvGeometry):
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         x = self.noise(x)
+        if self.recompute and self.spatial_dims > 1 and lean(x):
+            x = channels_last(x)  # once for both branches
         if not self.recompute:
             return self._convolve(x)
         if (self.base_recipe is None or not lean(x)) and not self.mixed:

@@ -118,13 +118,14 @@ class ConvLayer(nn.Module):
         self.fused_act = FUSED.get(type(self.act))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x if self.kept is None else x[self.kept])
+        y = self.conv(x if self.kept is None or x.dim() != len(self.kept) else x[self.kept])
         if not self.recompute:
             return self.dropout(self._norm_act(y))
         if self.fused_act is not None and fused_norm_serves(self.norm, y):
             norm, y = self.norm, channels_last(y)
+            alone = not self.conv._forward_hooks  # or one of them may keep y
             below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
-            y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, self.fused_act, below, over=True)
+            y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, self.fused_act, below, over=alone)
             return self.dropout(y)
         contexts = partial(_first_and_second_run, self.norm)
         y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
@@ -142,7 +143,7 @@ def _kept_positions(conv: nn.Module) -> tuple[Any, ...] | None:
     parts: list[Any] = [part for part in conv.modules() if isinstance(part, ConvGeometry)]
     local = all(getattr(part, "basis", None) is None or part.basis.pointwise for part in parts)
     normed = any(getattr(part, "input_norm", None) is not None for part in parts)
-    if normed or not local or not parts or any({*p.kernel_size, *p.padding} != {0, 1} for p in parts):
+    if normed or not local or not parts or any({*p.kernel_size} != {1} or any(p.padding) for p in parts):
         return None
     stride = parts[0].stride
     if set(stride) == {1}:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.kernels import expanded_conv, gpu, instance_norm_act
 from kanseg.layers.kernels.expansion import Geometry
 from kanseg.layers.kernels.plain_conv import plain_conv, pointwise_product
-from kanseg.layers.kernels.recipe import Recipe
+from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
 from kanseg.layers.kernels.rows import FORMATS, channels_last, is_channels_last
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+DROPOUTS = ("input", "basis_input", "basis")  # where a KAN convolution can have its dropout
 OPERANDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ActSpec = str | tuple[str, dict[str, Any]] | None
 
@@ -44,7 +46,10 @@ def activation(act: ActSpec) -> nn.Module:
     """An activation by MONAI's name ("silu" is "swish" there), identity for None."""
     if act is None:
         return nn.Identity()
-    return nn.SiLU() if act == "silu" else get_act_layer(act)
+    made = nn.SiLU() if act == "silu" else get_act_layer(act)
+    if getattr(made, "inplace", False):
+        made.inplace = False  # others read its input too
+    return made
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
 class ConvGeometry(nn.Module):
     """What every convolution here shares: channels, groups, kernel, stride, padding, dilation; checked once.
 
-    `padding=None` keeps the size at stride 1: dilation * (kernel_size - 1) // 2 on each side.
+    `padding=None` keeps the size of odd kernels at stride 1: dilation * (kernel_size - 1) // 2 on each side.
     """
 
     def __init__(
@@ -96,30 +101,53 @@ class ConvGeometry(nn.Module):
         self.kernel_size = per_axis(kernel_size, spatial_dims, "kernel_size")
         self.stride = per_axis(stride, spatial_dims, "stride")
         self.dilation = per_axis(dilation, spatial_dims, "dilation")
+        for name in ("kernel_size", "stride", "dilation"):
+            if min(getattr(self, name)) < 1:
+                raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
         self.padding = (
             tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
             if padding is None
             else per_axis(padding, spatial_dims, "padding")
         )
+        if min(self.padding) < 0:
+            raise UsageError(f"padding must not be negative, got {self.padding}")
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what the kernels, which read by address, would misread.
+
+        Raises:
+            UsageError: not a batch of `in_channels` channels and `spatial_dims` axes, or smaller than the kernel.
+        """
+        if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
+            axes = ", ".join("DHW"[-self.spatial_dims :])
+            raise UsageError(
+                f"expected an input of shape (N, {self.in_channels}, {axes}), got {tuple(x.shape)}"
+            )
+        if torch.compiler.is_compiling():  # sizes may be unknown there
+            return
+        if x.numel() and min(self.geometry().out_size(x.shape[2:])) < 1:
+            raise UsageError(
+                f"a map of {tuple(x.shape[2:])} is smaller than the kernel {self.kernel_size} (dilation "
+                f"{self.dilation}, padding {self.padding})"
+            )
 
     def new_weight(self, out_channels: int, in_channels: int, kernel_size: Sequence[int]) -> nn.Parameter:
         """A convolution weight with unit-gain Kaiming uniform values, fan-in counted over all its inputs."""
         bound = math.sqrt(3 / (in_channels * math.prod(kernel_size)))
         return nn.Parameter(torch.empty(out_channels, in_channels, *kernel_size).uniform_(-bound, bound))
 
-    def convolve(self, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
-        """The convolution with this geometry and no bias."""
+    def convolve(self, x: Tensor, weight: Tensor, groups: int | None = None, padding: Any = None) -> Tensor:
+        """The convolution with this geometry (or other groups or padding) and no bias."""
         result = result_type(x, weight)
         if self.spatial_dims == 3 and self.geometry().misread(x, result):
             with torch.autocast("cpu", enabled=False):
-                return self.wide(x.float(), weight.float(), groups).to(result)
-        return self.wide(x, weight, groups)
+                return self.wide(x.float(), weight.float(), groups, padding).to(result)
+        return self.wide(x, weight, groups, padding)
 
-    def wide(self, x: Tensor, weight: Tensor, groups: int | None) -> Tensor:
+    def wide(self, x: Tensor, weight: Tensor, groups: int | None, padding: Any) -> Tensor:
         """`convolve` in the type that the operands have."""
-        return CONVOLUTIONS[self.spatial_dims](
-            x, weight, None, self.stride, self.padding, self.dilation, groups or self.groups
-        )
+        how = (self.stride, self.padding if padding is None else padding, self.dilation)
+        return CONVOLUTIONS[self.spatial_dims](x, weight, None, *how, groups or self.groups)
 
     def geometry(self) -> Geometry:
         """Kernel, stride, padding, dilation and groups."""
@@ -169,16 +197,23 @@ def lean(x: Tensor) -> bool:
     """Whether the kernels that work on rows serve here; elsewhere torch's own steps do better."""
     if torch.compiler.is_compiling():  # the operators choose who computes when they run
         return x.device.type in ("cpu", "cuda")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transformed():
         return False
     if x.device.type == "cpu" or gpu.serves(x):
         return True
     return is_channels_last(x)
 
 
+def transformed() -> bool:
+    """Whether a transformation of `torch.func` is at work, which takes plain steps of torch alone."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
-    """`function(*inputs)`, keeping only `inputs` for the backward pass. Under torch.compile the compiler decides."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """`function(*inputs)`, keeping only `inputs` for the backward pass. Under torch.compile the compiler decides, and
+    transformations of `torch.func` keep what they need.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, **options)
 
@@ -194,8 +229,8 @@ class KANConv(ConvGeometry):
         base_act: activation of the base branch; None convolves x itself.
         basis_act: activation applied to the expanded basis, in [Drokin] SiLU for Gram polynomials.
         input_norm: MONAI norm spec for the input of the basis branch (FastKAN).
-        dropout: channel dropout probability; `dropout_at` says where: "input" (both branches), "basis_input",
-            "basis" or "output" (handled by `ConvLayer`).
+        dropout: channel dropout probability; `dropout_at` says where: "input" (both branches), "basis_input" or
+            "basis"; a plain convolution has its input alone. "output" is for `ConvLayer`.
         recompute: compute the expansion again in backward instead of keeping it.
         operands: "bfloat16" rounds the expansion and the weight before they are multiplied, where that is faster, and
             nothing else; for processors with such products (without them it is slow), relative error about 3e-3.
@@ -235,6 +270,8 @@ class KANConv(ConvGeometry):
     ) -> None:
         if operands is not None and operands not in OPERANDS:
             raise UsageError(f"Unknown operands '{operands}'.{did_you_mean(operands, OPERANDS)}")
+        if dropout_at not in DROPOUTS:
+            raise UsageError(f"Unknown dropout_at '{dropout_at}'.{did_you_mean(dropout_at, DROPOUTS)}")
         geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
         channels = in_channels // self.groups
@@ -251,22 +288,26 @@ class KANConv(ConvGeometry):
         )
         self.input_norm = get_norm_layer(input_norm, spatial_dims, in_channels) if input_norm else None
         self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else None
-        self.dropout_at = dropout_at
+        self.dropout_at = dropout_at if self.basis is not None else "input"
         self.recompute = recompute
         self.operands = None if operands is None else OPERANDS[operands]
         self.recipe = self._recipe() if self.basis is not None and self.folds else None
+        self.learned = names_of_tensors(self.basis) if self.recipe is not None else []
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         if self.basis is None:
             x = self._drop("input", x)
             fast = plain_conv(x, self.base_weight, self.geometry()) if self.recompute and lean(x) else None
             return self.convolve(x, self.base_weight) if fast is None else fast
+        if self.input_norm is not None and self.recompute and self.spatial_dims > 1 and lean(x):
+            x = channels_last(x)  # once for both inputs
         # The norm stays outside: run twice, it would count its statistics twice.
         inputs = (x,) if self.input_norm is None else (x, self._normed(self._drop("basis_input", x)))
         if not self.recompute:
             return self.expand_and_convolve(*inputs)
         if self.recipe is not None and not self._drops() and lean(x):
-            learned = [*self.basis.parameters(), *self.basis.buffers()]
+            learned = [attrgetter(name)(self.basis) for name in self.learned]
             weights = (self.base_weight, self.basis_weight)
             return self.convolve_expanded(inputs, self.recipe, *weights, learned, self.operands)
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)
@@ -274,7 +315,7 @@ class KANConv(ConvGeometry):
     def _normed(self, x: Tensor) -> Tensor:
         norm: Any = self.input_norm
         if self.recompute and fused_norm_serves(norm, x):
-            return instance_norm_act(channels_last(x), norm.weight, norm.bias, norm.eps, "identity")
+            return instance_norm_act(x, norm.weight, norm.bias, norm.eps, "identity")
         return normalise(norm, x)
 
     def expand_and_convolve(self, x: Tensor, normed: Tensor | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,14 +9,18 @@ from typing import Any
 import torch
 from monai.networks.layers.factories import Dropout
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
-from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation, lean
+from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation, lean, transformed
 from kanseg.layers.kernels import wavelet
+from kanseg.layers.kernels.expansion import Slab, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first, plain_eager
 from kanseg.layers.kernels.recipe import Recipe
+from kanseg.layers.kernels.rows import channels_last
 
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
+STEPS = 3  # maps of as many edges that a wavelet's steps hold at once
 
 
 class WaveletConv(ConvGeometry):
@@ -61,7 +64,9 @@ class WaveletConv(ConvGeometry):
         self.step = max(1, EDGES_AT_ONCE // in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         if self.base_recipe is not None and self._compiled(x):
+            x = channels_last(x)  # once for both terms
             edges = (x, self.scale, self.translation, self.wavelet_weight, self.mix_weight)
             waves = wavelet.wavelet_sum(*edges, self.psi, self.geometry())
             return waves.add_(self.convolve_expanded([x], self.base_recipe, self.base_weight))
@@ -74,20 +79,28 @@ class WaveletConv(ConvGeometry):
             self.mix_weight,
             self.base_weight,
         )
-        terms: list[Callable[..., Tensor]] = [
-            self._base_term,
-            *(partial(self._edge_term, first) for first in range(0, self._edges(), self.step)),
-        ]
-        if self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        whole = not self.recompute or torch.compiler.is_compiling() or transformed()
+        terms: list[Term] = [(None, self._base_term)]
+        for first in range(0, self._edges(), self.step):
+            for slab in [None] if whole else self._slabs(x):
+                terms.append((slab, partial(self._edge_term, first, slab)))
+        if torch.is_grad_enabled() and not whole:
             return SumOfTerms.apply(terms, *tensors)
-        return functools.reduce(torch.add, (term(*tensors) for term in terms))
+        return summed(terms, tensors)
+
+    def _slabs(self, x: Tensor) -> list[Slab | None]:
+        """What of x is expanded at once; None for all of it."""
+        width = STEPS * self.in_channels * min(self.step, self._edges())
+        cut = list(slabs(x, width, torch.promote_types(x.dtype, torch.float32), self.geometry()))
+        return [None] if cut[0].whole else [*cut]
 
     def _compiled(self, x: Tensor) -> bool:
         """Whether the compiled kernels serve."""
         dropped = self.training and not isinstance(self.dropout, nn.Identity)
         if not self.recompute or dropped or self.base_recipe is None or not lean(x) or not plain_eager(x):
             return False
-        return wavelet.serves(x, self.wavelet_weight, self.psi, self.geometry())
+        edges = (x, self.scale, self.translation, self.wavelet_weight, self.mix_weight)
+        return wavelet.serves(edges, self.psi, self.geometry())
 
     def _edges(self) -> int:
         return self.out_channels // self.groups
@@ -98,6 +111,7 @@ class WaveletConv(ConvGeometry):
     def _edge_term(
         self,
         first: int,
+        slab: Slab | None,
         x: Tensor,
         dropped: Tensor,
         scale: Tensor,
@@ -106,46 +120,69 @@ class WaveletConv(ConvGeometry):
         mix: Tensor,
         base: Tensor,
     ) -> Tensor:
-        """What output channels first ... first + step of the wavelets, of every group, add to y."""
-        outputs = slice(first, first + self.step)
+        """What output channels first ... first + step of the wavelets, of every group, add to (a slab of) y."""
+        some = slice(first, first + self.step)
 
         def chosen(t: Tensor) -> Tensor:
-            return t.unflatten(0, (self.groups, -1))[:, outputs]
+            return t.unflatten(0, (self.groups, -1))[:, some]
 
         with torch.autocast(x.device.type, enabled=False):
-            z = dropped.float() if dropped.dtype.itemsize < 4 else dropped
+            z = dropped if slab is None else planes_of(dropped, slab)
+            z = z.float() if z.dtype.itemsize < 4 else z
             z = z.unflatten(1, (self.groups, 1, -1))
             shape = (1, self.groups, -1, z.shape[3], *[1] * self.spatial_dims)
             expanded = self.psi((z - chosen(translation).reshape(shape)) / chosen(scale).reshape(shape))
         weight = chosen(weight).flatten(0, 1)
-        u = self.convolve(expanded.flatten(1, 3), weight, groups=len(weight))
-        return self.pointwise(u, mix[:, outputs])
+        expanded = expanded.flatten(1, 3).to(weight.dtype)
+        padding = self.padding
+        if slab is not None:
+            padding = slab.padding(self.geometry())
+            expanded = F.pad(expanded, [0, 0] * (self.spatial_dims - 1) + [slab.before, slab.after])
+        u = self.convolve(expanded, weight, groups=len(weight), padding=padding)
+        return self.pointwise(u, mix[:, some])
+
+
+Term = tuple[Slab | None, Callable[..., Tensor]]  # and the part of the sum to which it adds
+
+
+def summed(terms: Sequence[Term], tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of term(*tensors); the first one is whole."""
+    total = terms[0][1](*tensors)
+    for slab, term in terms[1:]:
+        if slab is None:
+            total = total + term(*tensors)
+        else:
+            outputs(total, slab).add_(term(*tensors))
+    return total
 
 
 class SumOfTerms(torch.autograd.Function):
     """y = sum of term(*tensors), keeping the tensors alone; backward evaluates one term at a time again."""
 
     @staticmethod
-    def forward(ctx: Any, terms: list[Callable[..., Tensor]], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, terms: list[Term], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.terms = terms
         device = tensors[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        return functools.reduce(Tensor.add_, (term(*tensors) for term in terms))
+        return summed(terms, tensors)
 
     @staticmethod
     @only_first
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         total: list[Any] = [None] * len(wanted)
-        for term in ctx.terms:
+        for slab, term in ctx.terms:
             leaves = [
                 t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)
             ]
             with torch.enable_grad(), torch.autocast(ctx.autocast[0], ctx.autocast[1], ctx.autocast[2]):
                 y = term(*leaves)
+            if not y.requires_grad:  # what this term is made of is frozen
+                continue
             sought = [i for i, want in enumerate(wanted) if want]
-            grads = torch.autograd.grad(y, [leaves[i] for i in sought], grad, allow_unused=True)
+            upper = grad if slab is None else outputs(grad, slab)
+            grads = torch.autograd.grad(y, [leaves[i] for i in sought], upper, allow_unused=True)
             for i, g in zip(sought, grads, strict=True):
                 if g is not None:
                     total[i] = g if total[i] is None else total[i] + g

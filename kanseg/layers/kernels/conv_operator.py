@@ -89,11 +89,12 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients that `needs` asks for, of x, own, base, basis and what is learned, in this order."""
-    inputs = [x] if own is None else [x, own]
+    # Hooks on saved tensors may have brought them back in other memory.
+    inputs = [channels_last(t) for t in (x, own) if t is not None]
     made = Expansion(read(recipe), learned, Geometry.of(geometry), dtype, needs[4:])
     sought = [*needs[: len(inputs)], *needs[2:]]
     found = _backend(made, inputs).backward(made, channels_last(grad), inputs, base, basis, sought)
-    return [t for t in found if t is not None]
+    return [t for t, need in zip(found, sought, strict=True) if need]
 
 
 def _backend(made: Expansion, inputs: Sequence[Tensor]) -> ModuleType:

@@ -369,7 +369,11 @@ def _expansion(slab: Slab, inputs: Sequence[Tensor], made: Expansion, weight: Te
     rows = [as_rows(x) for x in sources]
     if made.parts is not None:
         for at in _halves(inside):
-            part = inside[at] if inside.dtype == torch.float32 else torch.empty(inside[at].shape)
+            part = (
+                inside[at]
+                if inside.dtype == torch.float32
+                else torch.empty(inside[at].shape, **native.FLOATS)
+            )
             native.expand(made.parts, [x[at] for x in rows], part, channels // groups)
             if part.dtype != inside.dtype:
                 inside[at] = part

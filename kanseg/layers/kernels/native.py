@@ -41,6 +41,8 @@ PHASED = (BUMPS, RATIONAL)  # with numbers of their own a channel, `low` and `hi
 WAVES: dict[Any, int] = {mexican_hat: 0, morlet: 1, dog: 2}
 MOST = 33  # functions at most
 FEW = 1 << 15  # numbers for which one thread is enough
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+SWITCHED_OFF = ("0", "false", "off", "no")  # values of KANSEG_NATIVE
 
 
 Numbers = tuple[tuple[Tensor, ...], dict[str, Any], Any]  # of `_numbers`
@@ -79,16 +81,16 @@ class Part:
 @functools.cache
 def library() -> Any:
     """The loaded kernels of the best instruction set here, as attributes; None where they are not."""
-    files = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not files or os.environ.get("KANSEG_NATIVE") == "0":
+    if os.environ.get("KANSEG_NATIVE", "").lower() in SWITCHED_OFF:
         return None
-    try:
-        loaded = ctypes.CDLL(str(files[0]))
-        if loaded.kanseg_interface() != INTERFACE:
-            return None
-        return Kernels(loaded, INSTRUCTION_SETS[loaded.kanseg_instruction_set()])
-    except (OSError, AttributeError, IndexError):  # built for another machine, or by another version
-        return None
+    for file in sorted(Path(__file__).parent.glob("_native*.so")):
+        try:
+            loaded = ctypes.CDLL(str(file))
+            if loaded.kanseg_interface() == INTERFACE:
+                return Kernels(loaded, INSTRUCTION_SETS[loaded.kanseg_instruction_set()])
+        except (OSError, AttributeError, IndexError):  # built for another machine, or by another version
+            continue
+    return None
 
 
 def available() -> str | None:
@@ -138,6 +140,11 @@ def _share_threads(loaded: ctypes.CDLL) -> None:
         loaded.kanseg_use_threads.argtypes = [c_void_p] * 3
         loaded.kanseg_use_threads(*pointers)
         return
+
+
+def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers that the kernels read or write by address, in main memory."""
+    return torch.zeros(size, dtype=dtype, device="cpu")
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -214,7 +221,7 @@ def _order(basis: Basis) -> int | None:
 def _numbers(basis: Basis, channels: int) -> Numbers:
     """Tensors with what the kernels need to know of a basis, pointers to them, and `Part.spread`."""
     if isinstance(basis, ReLUBumps):
-        scale = torch.tensor([float(basis.scale)])
+        scale = torch.tensor([float(basis.scale)], **FLOATS)
         scaled = (scale,), {"numbers": scale.data_ptr()}, None
         return _by_channel([basis.phase_low, basis.phase_high], None, channels, scaled)
     if isinstance(basis, GroupRational):
@@ -224,7 +231,7 @@ def _numbers(basis: Basis, channels: int) -> Numbers:
         return _by_channel([basis.coefficients], basis.channels, channels, known, inner)
     spread = None
     if isinstance(basis, OrthogonalPolynomials):
-        rows = torch.tensor(basis.recurrence or [(0.0, 0.0, 0.0)], dtype=torch.float32)
+        rows = torch.tensor(basis.recurrence or [(0.0, 0.0, 0.0)], **FLOATS)
         if isinstance(basis, Gram) and basis.degree > 1:
             factors = rows[1:, 2].clone()
             rows[1:, 2] *= basis.beta.detach()
@@ -235,14 +242,14 @@ def _numbers(basis: Basis, channels: int) -> Numbers:
             spread = of_beta if basis.beta.requires_grad else None
         numbers = rows.flatten()
     elif isinstance(basis, Bernstein):
-        numbers = torch.tensor([float(math.comb(basis.degree, k)) for k in range(basis.degree + 1)])
+        numbers = torch.tensor([float(math.comb(basis.degree, k)) for k in range(basis.degree + 1)], **FLOATS)
     elif isinstance(basis, Fourier):
-        numbers = torch.zeros(1)
+        numbers = zeros(1)
     elif isinstance(basis, WaveletShifts):
-        numbers = torch.tensor([*basis.shifts, 1 / basis.width], dtype=torch.float32)
+        numbers = torch.tensor([*basis.shifts, 1 / basis.width], **FLOATS)
     else:
         assert isinstance(basis, BSpline | GaussianRBF)
-        numbers = torch.tensor([*basis.centres, 1 / basis.width], dtype=torch.float32)
+        numbers = torch.tensor([*basis.centres, 1 / basis.width], **FLOATS)
     return (numbers,), {"numbers": numbers.data_ptr()}, spread
 
 
@@ -258,7 +265,7 @@ def _by_channel(
     """
     order, sets = max(part.shape[1] for part in own), len(own[0])
     period = period or sets
-    wide = torch.zeros(2, order, channels)  # the shorter one filled up with zeros
+    wide = zeros(2, order, channels)  # the shorter one filled up with zeros
     for into, part in zip(wide, own, strict=False):
         into[: part.shape[1]] = of_channels(part.detach().float(), period).repeat(channels // period, 1).T
     kept, pointers, inner_spread = known
@@ -295,9 +302,9 @@ class Learned:
         e = part.expansion
         phased = self.spread is not None and (e.kind in PHASED or e.shared)
         size = (threads, 2, e.order if e.kind == RATIONAL else e.functions, e.channels)
-        self.inner = torch.zeros(threads, MOST, dtype=torch.float64) if self.spread else None
-        self.phases = torch.zeros(size) if phased else None
-        self.phases_total = torch.zeros(size, dtype=torch.float64) if phased else None
+        self.inner = zeros(threads, MOST, dtype=torch.float64) if self.spread else None
+        self.phases = zeros(*size) if phased else None
+        self.phases_total = zeros(*size, dtype=torch.float64) if phased else None
 
     def pointers(self) -> tuple[int | None, ...]:
         """Where the kernels find them."""
@@ -307,7 +314,7 @@ class Learned:
         """Add what was summed to the totals of the learned parameters."""
         if self.spread is None or self.inner is None:
             return
-        phases = torch.zeros(()) if self.phases_total is None else self.phases_total.sum(0)
+        phases = zeros() if self.phases_total is None else self.phases_total.sum(0)
         for total, part in zip(self.totals, self.spread(self.inner.sum(0), phases), strict=True):
             if total is not None:
                 total += part.to(total.dtype)
@@ -340,10 +347,10 @@ def norm_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of (voxels, C), contiguous, each (C,), summed in float64."""
     count, channels = rows.shape
     threads = threads_for(rows.numel())
-    centre = torch.zeros(channels)
+    centre = zeros(channels)
     moments = []
     for power in (1, 2):
-        sums = torch.zeros(threads, channels, dtype=torch.float64)
+        sums = zeros(threads, channels, dtype=torch.float64)
         library().moments(
             rows.data_ptr(), centre.data_ptr(), sums.data_ptr(), power, count, channels, threads
         )
@@ -385,7 +392,7 @@ def norm_forward(rows: Tensor, out: Tensor, to: Affine) -> None:
 def norm_sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
     """Sums over the rows of g, of g (rows - mean), and of what `below` gets, (3, C); g is the gradient at z."""
     sizes = _sizes(rows, to)
-    sums = torch.zeros(sizes[-1], 3, rows.shape[1], dtype=torch.float64)
+    sums = zeros(sizes[-1], 3, rows.shape[1], dtype=torch.float64)
     about = (*to.pointers(), mean.data_ptr(), sums.data_ptr())
     library().norm_reduce(rows.data_ptr(), grad.data_ptr(), *about, *sizes)
     return sums.sum(0).float()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from kanseg.layers.kernels import gpu, native
@@ -38,7 +39,8 @@ def instance_norm_act(
     given = (y, weight, bias, below)
     if not plain_eager(y):
         return _norm(*given, eps, act)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if differentiated or forward_ad._current_level >= 0:  # the latter is refused by torch, in its words
         return _Direct.apply(*given, eps, act)
     return forward(*given, eps, act, out=y if over else None)[0]
 
@@ -123,6 +125,7 @@ def _affine(
     act: str,
 ) -> Iterator[Affine]:
     """What takes y to the normalised value, a sample at a time."""
+    weight, bias, below = (None if t is None else t.to(mean.dtype) for t in (weight, bias, below))
     scale = inverse if weight is None else inverse * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     slopes = torch.zeros_like(scale[0]) if below is None else below.contiguous()
@@ -141,7 +144,7 @@ def backward(
     act: str,
 ) -> tuple[Tensor, ...]:
     """The gradients at y, weight, bias and below, whether there are such or not."""
-    grad = channels_last(grad)
+    y, grad = channels_last(y), channels_last(grad)
     if not y.numel():
         return torch.empty_like(y), *(channel_like(mean, t).zero_() for t in (weight, bias, below))
     if gpu.serves(y, grad):

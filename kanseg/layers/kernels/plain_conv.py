@@ -51,6 +51,7 @@ class _PlainConv(torch.autograd.Function):
     @only_first
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        x = channels_last(x)  # hooks on saved tensors may have brought it back in other memory
         grad, geometry = channels_last(grad), ctx.geometry
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:

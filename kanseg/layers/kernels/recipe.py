@@ -21,6 +21,10 @@ from kanseg.bases.basis import SQUASHES
 from kanseg.bases.wavelet import WAVELETS
 from kanseg.layers.kernels import native
 
+NAMED: dict[
+    str, type[nn.Module]
+] = {}  # classes that were written here; a later one of the same name is another
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that are no settings
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {**SQUASHES, **WAVELETS}  # that settings may name
 
 
@@ -140,29 +144,49 @@ def read(text: str) -> Recipe:
 
 
 def _state(module: nn.Module, learns: bool) -> dict[str, Any]:
-    name = type(module).__name__
-    learned = [part for part, _ in (*module.named_parameters(), *module.named_buffers())]
-    if _classes()[name] is not type(module) or (learned and not learns):
-        raise LookupError(name)
-    settings = {key: _written(v) for key, v in vars(module).items() if key[0] != "_" and key != "training"}
+    learned = names_of_tensors(module)
+    if learned and not learns:
+        raise LookupError(type(module).__name__)
+    settings = {key: _written(v) for key, v in vars(module).items() if key not in OF_EVERY_MODULE}
     modules = {part: _state(inner, learns) for part, inner in module.named_children()}
-    return {"class": name, "settings": settings, "modules": modules, "learned": learned}
+    return {"class": _name_of(type(module)), "settings": settings, "modules": modules, "learned": learned}
+
+
+def names_of_tensors(module: nn.Module) -> list[str]:
+    """Names of all that a module and those in it learn or hold, in the order of recipes."""
+    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
 
 
 def _written(value: Any) -> Any:
-    if not callable(value):
-        return value  # what JSON cannot hold raises TypeError
-    return {"function": {function: name for name, function in FUNCTIONS.items()}[value]}
+    if callable(value):
+        return {"function": {function: name for name, function in FUNCTIONS.items()}[value]}
+    if isinstance(value, tuple):
+        return {"tuple": [_written(part) for part in value]}
+    if isinstance(value, list):
+        return [_written(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(type(value).__name__)
+
+
+def _read(written: Any) -> Any:
+    if isinstance(written, list):
+        return [_read(part) for part in written]
+    if not isinstance(written, dict):
+        return written
+    if "tuple" in written:
+        return tuple(_read(part) for part in written["tuple"])
+    return FUNCTIONS[written["function"]]
 
 
 def _module(state: dict[str, Any] | None) -> Any:
     if state is None:
         return None
-    kind = _classes()[state["class"]]
+    kind = NAMED.get(state["class"]) or _classes()[state["class"]]
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     for key, value in state["settings"].items():
-        setattr(module, key, FUNCTIONS[value["function"]] if isinstance(value, dict) else value)
+        setattr(module, key, _read(value))
     for name, inner in state["modules"].items():
         module.add_module(name, _module(inner))
     return module
@@ -179,6 +203,17 @@ def _without_tensors(module: Any) -> Any:
 def _classes() -> dict[str, type[nn.Module]]:
     """Activations of torch and every class of bases, by name."""
     return {**vars(nn), **{kind.__name__: kind for kind in _below(Basis)}}
+
+
+def _name_of(kind: type[nn.Module]) -> str:
+    """A name that no other class has here: a notebook may define one anew."""
+    if kind not in (_classes().get(kind.__name__), *NAMED.values()):
+        raise LookupError(kind.__name__)
+    name, count = kind.__name__, 1
+    while NAMED.setdefault(name, kind) is not kind:
+        count += 1
+        name = f"{kind.__name__} {count}"
+    return name
 
 
 def _below(kind: type[Basis]) -> Iterator[type[Basis]]:

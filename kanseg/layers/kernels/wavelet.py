@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_int, c_void_p
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,13 @@ class Waves(ctypes.Structure):
     )
 
 
-def serves(x: Tensor, weight: Tensor, psi: Callable[[Tensor], Tensor], geometry: Geometry) -> bool:
-    """Whether the compiled kernels sum these wavelets."""
+def serves(edges: Sequence[Tensor], psi: Callable[[Tensor], Tensor], geometry: Geometry) -> bool:
+    """Whether the compiled kernels sum these wavelets; `edges` are the tensors of `wavelet_sum`."""
+    x, weight = edges[0], edges[3]
     return (
         psi in KINDS
         and x.dim() in FORMATS
-        and native.serves(x, weight)
+        and native.serves(*edges)
         and not torch.is_autocast_enabled(x.device.type)
         and geometry.dense()
         and len(weight) % 16 == 0
@@ -87,7 +88,7 @@ class _Call:
         self.each = native.library().wavelet_scratch(byref(self.waves))
 
     def run(self, function: str, *tensors: Tensor) -> None:
-        scratch = torch.zeros(self.threads, self.each)
+        scratch = native.zeros(self.threads, self.each)
         pointers = [t.data_ptr() for t in (*tensors, scratch)]
         getattr(native.library(), function)(byref(self.waves), self.deep, *pointers, self.each, self.threads)
 
@@ -125,6 +126,7 @@ class _WaveletSum(torch.autograd.Function):
     @only_first
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, translation, weight, mix = ctx.saved_tensors
+        x = channels_last(x)  # hooks on saved tensors may have brought it back in other memory
         call = _Call(x, scale, translation, weight, ctx.kind, ctx.geometry)
         grad = channels_last(grad)
         of_mix = None
@@ -134,7 +136,7 @@ class _WaveletSum(torch.autograd.Function):
         torch.mm(_rows(grad), mix.flatten(1), out=_rows(upper))
         planes = F.pad(upper.movedim(1, -1), (0, 0, *([BORDER] * 2 * (x.dim() - 2))))
         at_x = torch.zeros_like(x)
-        sums = [torch.zeros(t.shape, dtype=torch.float64) for t in call.kept]
+        sums = [native.zeros(*t.shape, dtype=torch.float64) for t in call.kept]
         call.run("wavelet_back", x, planes, at_x, *sums)
         of_inverse, of_translation, of_weight = sums
         of_scale = -of_inverse.t() / scale.square()

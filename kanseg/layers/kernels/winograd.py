@@ -91,7 +91,7 @@ class Border:
 
     def described(self) -> _Border:
         """As the kernels read it; it points to memory of this object."""
-        axes = [torch.zeros(1, dtype=torch.int32), *self.classes][-3:]
+        axes = [native.zeros(1, dtype=torch.int32), *self.classes][-3:]
         self.classes = axes  # kept
         return _Border(*(axis.data_ptr() for axis in axes), self.table.data_ptr(), *self.table.shape[-3:-1])
 
@@ -221,7 +221,7 @@ class _Call:
         self.threads = native.threads_for(y.numel())
         self.about = (byref(self.volume), deep, parts[0].expansion.branches if parts else 0)
         scratch = getattr(native.library(), f"{self.name}_scratch")
-        self.scratch = torch.empty(scratch(*self.about, self.threads, job))
+        self.scratch = torch.empty(scratch(*self.about, self.threads, job), **native.FLOATS)
 
     def run(self, job: str, source: _Source, kernel: _Kernel, *others: Any) -> None:
         given = (*self.about, byref(source), byref(kernel), *others)

@@ -1,0 +1,233 @@
+"""Layers under what users do around a call: freezing, hooks, other defaults, tracing, wrong input, own bases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kanseg.bases import Basis
+from kanseg.errors import UsageError
+from kanseg.layers import FAMILIES, KANConv, conv_layer
+
+ALL = [*sorted(FAMILIES), None]
+IDS = {"ids": str}
+INSTANCE = ("instance", {"affine": True})
+
+
+def made(family: str | None, dims: int = 2, channels: int = 8, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return conv_layer(family, **options)(dims, channels, 16)
+
+
+def image(dims: int = 2, channels: int = 8, size: int = 17) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, channels, *[size] * dims)
+
+
+def gradients(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(torch.arange(y.numel(), dtype=torch.float32).cos().view_as(y).to(y.dtype))
+    return {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_frozen_parts_leave_the_other_gradients_as_they_are(family: str | None) -> None:
+    layer, x = made(family), image()
+    whole = gradients(layer, x)
+    for frozen in whole:
+        layer.get_parameter(frozen).requires_grad_(False)
+        found = gradients(layer, x)
+        assert found.keys() == whole.keys() - {frozen}
+        for name, grad in found.items():
+            torch.testing.assert_close(
+                grad, whole[name], rtol=1e-4, atol=1e-4 * float(whole[name].abs().max())
+            )
+        layer.get_parameter(frozen).requires_grad_(True)
+
+
+def test_a_frozen_base_does_not_lend_its_gradient_to_a_basis_of_one_function() -> None:
+    layer = KANConv(2, 8, 8, basis="legendre", degree=0)
+    whole = gradients(layer, image())
+    layer.base_weight.requires_grad_(False)
+    torch.testing.assert_close(gradients(layer, image())["basis_weight"], whole["basis_weight"])
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_the_default_type_of_torch_is_not_the_layers(family: str | None, default_dtype: torch.dtype) -> None:
+    torch.set_default_dtype(torch.float32)
+    layer, x = made(family), image()
+    wanted, grads = layer(x), gradients(layer, x)
+    torch.set_default_dtype(default_dtype)
+    torch.testing.assert_close(layer(x), wanted)
+    for name, grad in gradients(layer, x).items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+@pytest.mark.parametrize("shape", [(1, 7, 32, 32), (1, 16, 32, 32), (8, 32, 32), (1, 8, 32), (1, 8, 9, 9, 9)])
+def test_another_shape_than_the_layers_is_refused(family: str | None, shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match=r"expected an input of shape \(N, 8, H, W\), got \("):
+        made(family)(torch.zeros(shape))
+
+
+def test_a_map_smaller_than_the_kernel_is_refused_and_so_are_numbers_that_make_none() -> None:
+    with pytest.raises(UsageError, match="smaller than the kernel"):
+        KANConv(3, 16, 16, padding=0)(torch.zeros(1, 16, 2, 300, 300))
+    for wrong in ({"kernel_size": 0}, {"stride": 0}, {"dilation": 0}, {"padding": -1}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            KANConv(2, 4, 4, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_saved_tensors_may_come_back_in_other_memory(family: str | None) -> None:
+    layer, x = made(family), image(size=32)
+    wanted = gradients(layer, x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy):
+        found = gradients(layer, x)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layers_of_half_precision_run(family: str | None, dtype: torch.dtype) -> None:
+    layer, x = made(family), image(size=8)
+    wanted = layer(x)
+    found = layer.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_kernel_1_with_padding_on_some_axes_has_the_shape_of_torch(dims: int) -> None:
+    padding = [0, 1, 0][-dims:] if dims > 1 else [1]
+    torchs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, 4, 1, stride=2, padding=padding)
+    x = torch.zeros(1, 3, *[8] * dims)
+    assert conv_layer("kagn")(dims, 3, 4, 1, stride=2, padding=padding)(x).shape == torchs(x).shape
+
+
+@pytest.mark.parametrize("family", ["kagn", "kan", None], **IDS)
+def test_tangents_are_right_or_refused(family: str | None) -> None:
+    layer, x = made(family).requires_grad_(False), image()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward AD|jvp"):
+            layer(dual)
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_a_traced_layer_gives_the_same(family: str | None) -> None:
+    layer, x = made(family).eval(), image()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        torch.testing.assert_close(traced(x.flip(0)), layer(x.flip(0)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_gradients_by_torch_func_are_those_of_autograd(family: str | None) -> None:
+    layer, x = made(family, norm=INSTANCE), image(size=6)
+    parameters = dict(layer.named_parameters())
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        y = torch.func.functional_call(layer, given, (x,))
+        return (y * torch.arange(y.numel(), dtype=torch.float32).cos().view_as(y)).sum()
+
+    wanted = gradients(layer, x)
+    for name, grad in torch.func.grad(loss)(parameters).items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-3 * float(wanted[name].abs().max()))
+
+
+def test_dropout_acts_or_its_place_is_refused() -> None:
+    with pytest.raises(UsageError, match="Unknown dropout_at 'inputs'. Did you mean 'input'"):
+        conv_layer("kagn", dropout=0.5, dropout_at="inputs")(2, 4, 4)
+    with pytest.raises(UsageError, match="Unknown dropout_at 'output'"):
+        KANConv(2, 4, 4, dropout=0.5, dropout_at="output")
+    layer, x = KANConv(2, 8, 8, basis=None, dropout=0.9), image()
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("family", ["kagn", "wavkan", None], **IDS)
+def test_parts_in_another_precision_give_the_same(family: str | None) -> None:
+    layer, x = made(family, norm=INSTANCE, act="prelu"), image()
+    wanted = layer(x)
+    layer.norm.double()
+    layer.act.double()
+    if family == "wavkan":
+        layer.conv.scale.data = layer.conv.scale.double()
+    torch.testing.assert_close(layer(x).float(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_hook_keeps_of_the_convolution_is_not_overwritten() -> None:
+    layer, x, kept = made("kagn"), image(), []
+    wanted = layer.conv(x).detach()
+    layer.conv.register_forward_hook(lambda module, given, y: kept.append(y))
+    with torch.no_grad():
+        layer(x)
+    assert torch.equal(kept[0], wanted)
+
+
+def test_activations_in_place_leave_the_input_to_the_basis() -> None:
+    options = {"base_act": ("leakyrelu", {"inplace": True, "negative_slope": 0.1})}
+    layer, x = made("kan", norm=None, act=None, **options), image()
+    before = x.clone()
+    layer(x.requires_grad_()).sum().backward()
+    assert torch.equal(x, before)
+    conv = layer.conv
+    expanded = torch.cat([nn.functional.leaky_relu(x, 0.1).unsqueeze(2), conv.basis(x)], 2).flatten(1, 2)
+    torch.testing.assert_close(layer(x), conv.convolve(expanded, conv.weight()), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- bases of one's own
+
+
+def basis_class(power: int, settings: Any = (1.0, 0.5)) -> type[Basis]:
+    """A class of the same name each time: x^power times numbers that its settings hold."""
+
+    class Mine(Basis):
+        def __init__(self) -> None:
+            super().__init__(num_functions=2)
+            self.settings, self._power = settings, power
+            self.gain = nn.Parameter(torch.ones(1))
+
+        def functions(self, z: Tensor) -> list[Tensor]:
+            assert isinstance(self.settings, tuple)
+            return [self.gain * number * z**self._power for number in self.settings]
+
+    return Mine
+
+
+def test_a_class_that_is_defined_anew_is_another() -> None:
+    x = image()
+    layers = [KANConv(2, 8, 8, basis=basis_class(power)(), base=False) for power in (1, 2)]
+    for layer in layers:
+        torch.testing.assert_close(layer(x), layer.expand_and_convolve(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(layers[0].basis(x), layers[1].basis(x))
+
+
+def test_parametrisations_of_a_basis_count() -> None:
+    class Twice(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return 2 * value
+
+    layer, x = KANConv(2, 8, 8, basis="gram"), image()
+    with torch.no_grad():
+        layer.basis.beta.copy_(torch.tensor(np.linspace(0.1, 0.5, layer.basis.beta.numel())))
+    before = layer(x)
+    parametrize.register_parametrization(layer.basis, "beta", Twice())
+    torch.testing.assert_close(layer(x), layer.expand_and_convolve(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(layer(x), before, atol=1e-3)
