@@ -216,6 +216,7 @@ def check_names(config: Config) -> None:
     from kanseg.encoders import check_encoder_name
     from kanseg.layers.families import family_name
     from kanseg.models import table_of
+    from kanseg.models.model import check_model_name
     from kanseg.training.classification import class_loss
     from kanseg.training.losses import create_loss
     from kanseg.training.optimizers import OPTIMIZERS, lr_factor
@@ -228,6 +229,7 @@ def check_names(config: Config) -> None:
     lr_factor(1.0, 0.0, config.training.schedule, **config.training.schedule_options)
     check_encoder = check_encoder_name
     if config.model.name is not None:
+        check_model_name(config.model.name)
         model = table_of(config.model.name).get(config.model.name)
         check_encoder = getattr(model, "check_encoder", check_encoder_name)
     names = PLANNED if config.model.name is None else (config.model.name,)

@@ -17,13 +17,14 @@ class UsageError(UserError):
 
 @contextmanager
 def refused_options(what: str) -> Iterator[None]:
-    """Say which options a library refused: its TypeError or ValueError becomes a `UsageError` about `what`."""
+    """Say which options a constructor refused: what Python raises for wrong ones becomes a `UsageError` about `what`."""
     try:
         yield
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{what} cannot be made with these options: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"{what} cannot be made with these options: {said}") from error
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

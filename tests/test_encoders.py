@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,15 @@ def test_classifiers_train_and_their_encoders_move_into_segmenters() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_weights_of_another_norm_are_warned_about() -> None:
+    source = Classifier(2, 1, 3, encoder="reskanet10", norm="batch")
+    with pytest.warns(UserWarning, match="running statistics of batch norms"):
+        load_encoder(UKANet(2, 1, 2, encoder="reskanet10"), source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_encoder(UKANet(2, 1, 2, encoder="reskanet10", norm="batch"), source)
+
+
 def test_encoder_weights_come_from_files(tmp_path: Path) -> None:
     options: dict[str, Any] = {"encoder": "vggkan11", "norm": "batch", "encoder_options": {"width": 0.25}}
     source = Classifier(2, 1, 3, **options)
@@ -189,6 +199,20 @@ def test_encoders_of_other_libraries_train_in_ukanet(name: str) -> None:
     logits.square().mean().backward()
     assert all(p.grad is not None for p in model.decoder.parameters())
     assert {m.shape[1] for m in model.eval().encoder(x)} == set(model.encoder.out_channels)
+
+
+@pytest.mark.parametrize("size", [(70, 50), (33, 17)])
+@pytest.mark.parametrize(
+    "name", ["timm/hrnet_w18_small", "timm/pvt_v2_b0", "timm/densenet121", "smp/mit_b0", "smp/vgg11"]
+)
+def test_encoders_of_other_libraries_take_any_size(name: str, size: tuple[int, int]) -> None:
+    model = UKANet(2, 3, 2, encoder=name, basis=None).eval()
+    with torch.no_grad():
+        x = torch.rand(1, 3, *size)
+        assert model(x).shape == (1, 2, *size)
+        steps = torch.tensor(model.encoder.strides).cumprod(0).tolist()
+        for made, step in zip(model.encoder(x), steps, strict=True):
+            assert list(made.shape[2:]) == [-(-n // d) for n, d in zip(size, step, strict=True)]
 
 
 def test_transformers_take_any_size() -> None:

@@ -324,3 +324,34 @@ def test_flops_are_those_of_the_convolutions_as_they_are_written(family: str | N
     # Two for each weight and output voxel; the Gram basis starts with a constant, which needs no channel.
     made = count_flops(lambda: conv_layer(family)(3, 4, 8, 3, stride=2), (2, 4, 10, 9, 8))
     assert made == 2 * (8 * 4 * functions * 27) * (2 * 5 * 5 * 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strides": 2},
+        {"kan_stages": 2},
+        {"encoder": None},
+        {"dropout": 1.5},
+        {"norm": "batchh"},
+        {"features_per_stage": 32},
+        {"layer_options": "abc"},
+        {"basis": "wavkan", "layer_options": {"foo": 2}},
+        {"layer_options": {"groups": 5}},
+    ],
+    ids=str,
+)
+def test_wrong_values_of_options_are_refused_in_one_line(options: dict) -> None:
+    with pytest.raises(UsageError) as caught:
+        create_model("ukanet", 2, 1, 2, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_classifier_is_found_too() -> None:
+    with pytest.raises(UsageError, match="Unknown model 'classifierr'. Did you mean 'classifier'"):
+        create_model("classifierr", 2, 1, 2)
+
+
+def test_our_encoders_are_known_to_smp_networks_by_name() -> None:
+    model = create_model("smp", 2, 1, 2, network="FPN", encoder="kanseg-plainkanet4-gram").eval()
+    assert model(torch.zeros(1, 1, 40, 50)).shape == (1, 2, 40, 50)

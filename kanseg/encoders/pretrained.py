@@ -21,7 +21,8 @@ class ForeignEncoder(Encoder):
 
     Attributes:
         body: the other library's network; its own names for its weights are below.
-        multiple: the image is filled up with zeros to a multiple of it (transformers take no other sizes).
+        multiple: the image is filled up with zeros at its far ends to a multiple of it, for many of these networks take
+            no other sizes; what the maps show of that is cut off.
     """
 
     def __init__(
@@ -32,18 +33,22 @@ class ForeignEncoder(Encoder):
         out_channels: Sequence[int],
         reductions: Sequence[int],
         channels_last: bool = False,
-        fill_up: bool = False,
     ) -> None:
         strides = [now // before for before, now in zip((1, *reductions), reductions, strict=False)]
         super().__init__(2, in_channels, out_channels, strides)
         self.body, self.kept, self.channels_last = body, tuple(kept), channels_last
-        self.multiple = reductions[-1] if fill_up else 1
+        self.reductions, self.multiple = tuple(reductions), reductions[-1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         height, width = (-size % self.multiple for size in x.shape[2:])
         maps = self.body(F.pad(x, (0, width, 0, height)) if height or width else x)
         maps = [maps[index] for index in self.kept]
-        return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
+        if self.channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        if not (height or width):
+            return maps
+        sizes = ([-(-size // step) for size in x.shape[2:]] for step in self.reductions)
+        return [m[:, :, :rows, :columns] for m, (rows, columns) in zip(maps, sizes, strict=True)]
 
 
 @LIBRARIES.register("timm")
@@ -82,9 +87,7 @@ def timm_encoder(
     last = _last_of_each(info.reduction())
     channels, reductions = ([values[i] for i in last] for values in (info.channels(), info.reduction()))
     formats = str(getattr(body, "output_fmt", "NCHW"))
-    return ForeignEncoder(
-        in_channels, body, last, channels, reductions, channels_last="NHWC" in formats, fill_up=bool(any_size)
-    )
+    return ForeignEncoder(in_channels, body, last, channels, reductions, channels_last="NHWC" in formats)
 
 
 @LIBRARIES.register("smp")
@@ -124,6 +127,10 @@ def check_smp_encoder(name: str | None) -> None:
     """Raise `UsageError` with the nearest name where smp has no such encoder; None is the default."""
     from segmentation_models_pytorch.encoders import encoders
 
+    from kanseg.encoders.smp_bridge import PREFIX, register_smp
+
+    if name is not None and name.startswith(PREFIX):
+        register_smp()
     if name is not None and name not in encoders and not name.startswith("tu-"):
         raise UsageError(f"smp has no encoder '{name}'.{did_you_mean(name, _near(name, encoders))}")
 

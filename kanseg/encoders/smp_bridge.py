@@ -17,6 +17,7 @@ from kanseg.layers.kan_conv import ConvGeometry
 
 # smp wants five maps of strides 2 to 32; encoders that are sized by their options get these.
 SIZED = {"features_per_stage": (32, 64, 128, 256, 256), "strides": (2,) * 5}
+PREFIX = "kanseg-"  # of our names there
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -105,7 +106,7 @@ def register_smp() -> list[str]:
     names = []
     for encoder in ENCODERS:
         for basis in sorted({*BASES, *FAMILIES}):
-            name = f"kanseg-{encoder}-{basis}"
+            name = f"{PREFIX}{encoder}-{basis}"
             params: dict[str, Any] = {"encoder": encoder, "basis": None if basis == "plain" else basis}
             encoders[name] = {"encoder": SMPEncoder, "params": params, "pretrained_settings": {}}
             names.append(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ WRAPPERS = (
     "network_weights",
     "network",
 )  # around a state_dict in a file
+STATISTICS = (".running.mean", ".running.var")  # as `_plain` spells them
 PREFIXES = ("average.encoder.", "model.encoder.", "encoder.", "")
 
 
@@ -32,6 +34,9 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
         target: an encoder, a `Classifier`, a `UKANet`, ...
         source: the same, or a file (.safetensors, or a state_dict that torch saved): a checkpoint of ours, the folder
             of a saved model, or weights of timm or smp for their encoders.
+
+    A target of another norm than batch norm, on weights with the statistics of batch norms, is warned about: it takes
+    the weights, but is not the function that was trained.
 
     Raises:
         UserError: the weights do not fit; the first keys that do not are named, and nothing is changed.
@@ -52,6 +57,13 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
         raise UserError(
             f"The weights of {name} do not fit this {type(encoder).__name__}: missing {missing[:3] or 'none'}, of "
             f"another shape {first[:3] or 'none'}. Give both the same encoder, basis and options."
+        )
+    if any(name not in places and name.endswith(STATISTICS) for name in stored):
+        warnings.warn(
+            f"the weights come with the running statistics of batch norms, for which this {type(encoder).__name__} has "
+            "no place: it starts from their weights, but computes something else. Make it with norm='batch' "
+            "(model.options.norm=batch) to keep what they compute.",
+            stacklevel=2,
         )
     encoder.load_state_dict({**own, **found})
     return target

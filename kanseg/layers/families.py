@@ -93,7 +93,10 @@ def conv_layer(
         kept = {key: value for key, value in row.items() if key in ("basis", "basis_act", "base_act", "act")}
         row = {**kept, "conv": BottleneckKANConv}
     elif bottleneck and row.get("conv") is WaveletConv:
-        raise UsageError("basis 'wavkan' has no bottleneck form; choose another basis or bottleneck=False")
+        raise UsageError(
+            "basis 'wavkan' has no bottleneck form; choose another basis or bottleneck=False "
+            "(model.options.bottleneck=false)"
+        )
     row = {**row, **options}
     if num_experts:
         chosen = row.pop("mixture", None) or {}

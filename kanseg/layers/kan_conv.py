@@ -92,9 +92,11 @@ class ConvGeometry(nn.Module):
         if min(in_channels, out_channels) < 1:
             raise UsageError(f"channels must be positive, got {in_channels} in and {out_channels} out")
         if groups < 1 or in_channels % groups or out_channels % groups:
+            common = math.gcd(in_channels, out_channels)
+            fitting = ", ".join(str(n) for n in range(1, common + 1) if not common % n)
             raise UsageError(
                 f"in_channels (={in_channels}) and out_channels (={out_channels}) must be divisible by "
-                f"groups (={groups}), which must be positive"
+                f"groups (={groups}): take {fitting}"
             )
         self.spatial_dims, self.groups = spatial_dims, groups
         self.in_channels, self.out_channels = in_channels, out_channels

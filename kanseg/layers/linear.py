@@ -210,7 +210,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "grkan": {"basis": "rational", "base": False},
     "wavkan": {"linear": WaveletLinear, "norm": "batch", "act": None},
     "bottleneck_kagn": {"linear": BottleneckKANLinear, "basis": "gram", "basis_act": "silu"},
+    "bottleneck_relukan": {"linear": BottleneckKANLinear, "basis": "relu"},
 }
+FAMILIES["kagn_v2"] = FAMILIES["kagn"]  # which differs in its convolution alone
 
 
 def linear_layer(basis: str | None = "gram", **options: Any) -> partial[LinearLayer]:

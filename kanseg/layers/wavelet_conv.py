@@ -106,6 +106,8 @@ class WaveletConv(ConvGeometry):
         return self.out_channels // self.groups
 
     def _base_term(self, x: Tensor, *others: Tensor) -> Tensor:
+        if self.recompute and self.base_recipe is not None and lean(x):
+            return self.convolve_expanded([x], self.base_recipe, others[-1])
         return self.convolve(self.base_act(x), others[-1])
 
     def _edge_term(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from kanseg.errors import UsageError, did_you_mean
+from kanseg.errors import UsageError, did_you_mean, refused_options
 from kanseg.registry import Registry
 
 MODELS = Registry("model")
@@ -30,6 +30,12 @@ def table_of(name: str) -> Registry:
     return CLASSIFIERS if name in CLASSIFIERS else MODELS
 
 
+def check_model_name(name: str) -> None:
+    """Raise `UsageError` with the nearest name of a network, classifiers among them, for an unknown one."""
+    if name not in MODELS and name not in CLASSIFIERS:
+        raise UsageError(f"Unknown model '{name}'.{did_you_mean(name, [*MODELS, *CLASSIFIERS])}")
+
+
 def describe_model(name: str) -> str:
     """The first line of the model's documentation."""
     return MODELS.describe(name)
@@ -45,12 +51,14 @@ def create_model(
     Raises:
         UsageError: unknown name or option (the nearest one is named), or values that do not fit together.
     """
+    check_model_name(name)
     table = table_of(name)
     known = [option for option in table.parameters(name) if option not in ("self", "kwargs")]
     for option in options:
         if option not in known:
             raise UsageError(f"Model '{name}' has no option '{option}'.{did_you_mean(option, known)}")
-    return table.create(name, spatial_dims, in_channels, out_channels, **options)
+    with refused_options(f"Model '{name}'"):
+        return table.create(name, spatial_dims, in_channels, out_channels, **options)
 
 
 def check_patch(model: nn.Module, patch_size: Sequence[int]) -> None:
@@ -62,6 +70,6 @@ def check_patch(model: nn.Module, patch_size: Sequence[int]) -> None:
     if any(size < stride for size, stride in zip(patch_size, total, strict=True)):
         raise UsageError(
             f"{type(model).__name__} halves too often for the patch: its coarsest map has stride {total}, the patch "
-            f"has {list(patch_size)}. Take fewer stages (depth, strides or encoder in model.options), another model, "
-            "or a larger patch_size in plan.json."
+            f"has {list(patch_size)}. Take fewer stages (model.options has depth, features, strides or encoder for "
+            "that, by model), another model, or a larger patch_size in plan.json."
         )

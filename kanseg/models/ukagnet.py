@@ -79,8 +79,9 @@ class UKAGNet(UShape):
         kernel_sizes = (3,) * depth if kernel_sizes is None else tuple(kernel_sizes)
         if depth < 2 or layers < 1 or depth > min(len(strides), len(kernel_sizes)):
             raise UsageError(
-                f"UKAGNet needs depth >= 2, layers >= 1 and at most as many stages as strides and kernel_sizes have "
-                f"({len(strides)} and {len(kernel_sizes)}), got depth={depth}, layers={layers}"
+                f"UKAGNet needs depth >= 2, layers >= 1 and at most as many stages as strides and kernel_sizes have, "
+                f"which a plan makes for its patch ({len(strides)} and {len(kernel_sizes)}); got depth={depth}, "
+                f"layers={layers}"
             )
         widths = [int(16 * width) * 2**stage for stage in range(depth)]
         options = {"norm": norm, "dropout": dropout, **(layer_options or {})}
