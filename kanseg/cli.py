@@ -35,6 +35,21 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kanseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """What the command takes before its verb; the help is that of `app`."""
+
+
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
@@ -119,9 +134,7 @@ def train(
     folder = out or run
     planned = (folder / "plan.json").exists()
     if not planned and out is None:
-        raise UsageError(
-            f"{run} has no plan.json. Run: kanseg plan DATA -o {run}, or give -o RUN after DATA."
-        )
+        _no_plan(run)
     from kanseg.data.plans import Plan, dataset_of, load_plan
     from kanseg.evaluation.report import score_table
     from kanseg.training.cross_validation import cross_validate
@@ -203,8 +216,10 @@ def predict(
         result = predict_with(model, images, out, console=_console(True), version=__version__, **how)
     _emit(result, json_)
     if failed := result["failed"]:
+        from kanseg.data.formats import few
+
         count = f"{len(failed)} of {result['predicted'] + len(failed)} cases"
-        raise UserError(f"{count} failed: {', '.join(list(failed)[:5])}.")
+        raise UserError(f"{count} failed: {few(list(failed))}.")
 
 
 @app.command()
@@ -241,6 +256,8 @@ def evaluate(
     summary = evaluate_folders(prediction, reference, out, labels=names, ignore=ignore, tolerance=tolerance)
     console = _console(json_)
     console.print(score_table(summary["metrics"], f"{summary['cases']} cases, mean [95 % interval]"))
+    for name in summary["absent"]:
+        console.print(f"{name} is in no reference and no prediction; the mean leaves it out", highlight=False)
     for name in summary["predictions_without_reference"]:
         console.print(f"{name} has no reference and is not scored", highlight=False)
     _emit(summary, json_)
@@ -331,6 +348,17 @@ def info(json_: Json = False) -> None:
     _emit(found, json_)
 
 
+def _no_plan(run: Path) -> None:
+    """Say what to give `kanseg train` instead."""
+    if not run.exists():
+        raise UsageError(f"There is no {run}. Give a run folder with plan.json, or a data set and -o RUN.")
+    if trainings := [str(path.parent) for path in sorted(run.glob("*/plan.json"))]:
+        raise UsageError(
+            f"{run} has no plan.json; its trainings are {', '.join(trainings)}. Give one of them."
+        )
+    raise UsageError(f"{run} has no plan.json. If it is a data set: kanseg train {run} -o RUN.")
+
+
 def _make_plan(
     data: Path,
     out: Path,
@@ -362,7 +390,7 @@ def _make_plan(
     made = plan_run(dataset, out, regions=regions, measure=measure_step if trial else None, **how)
     for reason in made.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
-    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False)
+    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
     return made
 
 
@@ -378,7 +406,7 @@ def _make_class_plan(data: Path, out: Path, console: Any, id_pattern: str | None
     made = plan_classes(dataset, out)
     for reason in made.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
-    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False)
+    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
     return made
 
 

@@ -17,7 +17,7 @@ class UsageError(UserError):
 
 @contextmanager
 def refused_options(what: str) -> Iterator[None]:
-    """Say which options a constructor refused: what Python raises for wrong ones becomes a `UsageError` about `what`."""
+    """Say which options a constructor refused: what Python raises for such becomes a `UsageError` about `what`."""
     try:
         yield
     except UserError:

@@ -59,6 +59,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "float label": (NOTE, "it is saved as whole numbers"),
     "undeclared values": (ERROR, LEFT_OUT),
     "empty label": (WARNING, None),
+    "class without a voxel": (WARNING, None),
+    "no labels": (NOTE, None),
     "nothing to learn": (ERROR, None),
     "0 and 255": (NOTE, "255 becomes 1"),
     "gaps in labels": (NOTE, "they are numbered 0, 1, 2, ..."),
@@ -314,6 +316,9 @@ def _of_labels(dataset: Dataset, findings: list[Finding]) -> None:
         findings.append(Finding("0 and 255", "", "masks have the values 0 and 255"))
     elif known != list(range(len(known))):
         findings.append(Finding("gaps in labels", "", f"label values are {few([*map(str, known)])}"))
+    if missing := [value for value in known if value not in found and found[1:]]:
+        said = f"declared, and in no label: {few([*map(str, missing)])}"
+        findings.append(Finding("class without a voxel", "", said))
 
 
 def _hopeless(findings: Sequence[Finding], case: str) -> bool:
@@ -435,12 +440,12 @@ def _patient_of(folder: Path) -> str:
 
 
 def _images_alone(path: Path, why: str, findings: list[Finding]) -> Diagnosis:
-    """No layout was recognised: say why, and whether the images that are there can be read."""
-    findings.append(Finding("layout", "", why))
+    """No layout with labels was recognised: say so, and whether the images that are there can be read."""
     try:
         cases = find_images(path)
     except UserError:
         cases = []
+    findings.append(Finding("no labels" if cases else "layout", "", why))
     for case in progress(cases, "Examining"):
         try:
             image = load_image(case.images)

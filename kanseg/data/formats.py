@@ -256,7 +256,8 @@ def _read_described(root: Path, described: Any, problem: Problem) -> Dataset:
             f"dataset.json says numTraining {described['numTraining']}; {len(cases)} cases are there"
         )
     if groups:
-        notes.append(f"{len(set(groups.values()))} subjects from dataset.json keep their images together")
+        present = {groups[case.id] for case in cases if case.id in groups}
+        notes.append(f"{len(present)} subjects from dataset.json keep their images together")
     name = str(described.get("name", root.name))
     return replace(_dataset(name, root, layout, cases, tests, channels, notes), **labels)
 

@@ -252,7 +252,7 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
             row["metric"],
             f"[bold]{mean_a}[/bold]" if row["better"] == "a" else mean_a,
             f"[bold]{mean_b}[/bold]" if row["better"] == "b" else mean_b,
-            f"{row['difference']:+.4f} [[{low:+.4f}, {high:+.4f}]",
+            f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]",
             f"{row['p_holm']:.3g}",
             f"{row['wins']} / {row['losses']}",
         )

@@ -241,6 +241,7 @@ def evaluate_folders(
         "failed": failures,
         "predictions_without_reference": surplus,
         "labels": dict(names),
+        "absent": absent_labels(rows),
         "nsd_tolerance_mm": tolerance,
         "interval": f"95 % bootstrap interval of the mean over cases, {RESAMPLES} resamples, seed {seed}",
         "metrics": summarize_rows(rows, seed),
@@ -276,7 +277,8 @@ def _found_labels(paths: Sequence[Path]) -> dict[str, Label]:
 def summarize_rows(
     rows: Sequence[Mapping[str, Any]], seed: int = 0, groups: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first.
+    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first, without
+    those that are nowhere (`absent_labels`).
 
     Args:
         groups: patient of each case; the intervals then draw whole patients, else cases.
@@ -285,7 +287,8 @@ def summarize_rows(
     labels = list(dict.fromkeys(row["label"] for row in rows))
     by_key = {(row["case"], row["label"]): row for row in rows}
     columns = {name: [[by_key[case, name][m] for m in METRICS] for case in cases] for name in labels}
-    columns["mean"] = np.mean([columns[name] for name in labels], axis=0).tolist()
+    counted = [name for name in labels if name not in absent_labels(rows)] or labels
+    columns["mean"] = np.mean([columns[name] for name in counted], axis=0).tolist()
     _, index = np.unique([(groups or {}).get(case, case) for case in cases], return_inverse=True)
     sizes = np.bincount(index)
     drawn = np.random.default_rng(seed).integers(0, len(sizes), (RESAMPLES, len(sizes)))
@@ -306,6 +309,12 @@ def summarize_rows(
             for i, metric in enumerate(METRICS)
         }
     return summary
+
+
+def absent_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels that are in no reference and no prediction: each case is right about them, which says nothing."""
+    present = {row["label"] for row in rows if row["volume_ml"] or row["reference_volume_ml"]}
+    return [name for name in dict.fromkeys(row["label"] for row in rows) if name not in present]
 
 
 def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:

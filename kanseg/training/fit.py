@@ -9,7 +9,6 @@ it, on the CPU to the last bit.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from kanseg.data.plans import AnyPlan
 from kanseg.models import check_patch
 from kanseg.training.checkpoint import LAST, build_model, describe, load_checkpoint, model_spec
 from kanseg.training.devices import make_accelerator
-from kanseg.training.files import locked
+from kanseg.training.files import locked, make_folder, read_json
 from kanseg.training.finetune import read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
@@ -75,19 +74,20 @@ def fit(
     set_seed(config.data.seed)
     spec, model, started = _model(config, plan, folder)  # before anything is written: options may not fit
     check_patch(model, plan.patch_size)
-    if accelerator.is_main_process:
-        prepare_run(config, plan, splits, run, fold)
-    accelerator.wait_for_everyone()
-    with locked(folder, accelerator.is_main_process), StopRequest() as stop:
+    main = accelerator.is_main_process
+    with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
+        if main:  # only now: a folder in use is another training's
+            prepare_run(config, plan, splits, run, fold)
+        accelerator.wait_for_everyone()
         task = create_task(config, plan, dataset, training, validation, accelerator)
         trainer = Trainer(config, task, model, accelerator, folder, stop, describe(config, plan, spec, fold))
         trainer.load()
         quiet = not accelerator.is_main_process
         with Monitor(folder, config, task.metric, console, trainer.state.epoch, quiet) as trainer.monitor:
             trainer.monitor.watch = watch
-            if trainer.at_end() and (folder / SUMMARY).exists():
+            if trainer.at_end() and (done := read_json(folder / SUMMARY)) is not None:
                 trainer.monitor.say(f"{folder} is trained to its end already.")
-                return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+                return done
             if started:
                 trainer.monitor.say(started)
             manifest = None

@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 
 from kanseg.config import Config, load_config, make_config
+from kanseg.data.digests import signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
-from kanseg.data.formats import Case, Dataset, read_dataset
+from kanseg.data.formats import Case, Dataset, few, read_dataset
 from kanseg.data.images import write_label
 from kanseg.data.plan import Plan, plan_run
 from kanseg.errors import UsageError, UserError, did_you_mean
@@ -40,6 +41,7 @@ from kanseg.training.validate import inference_options, kept_prediction
 
 CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
 ENSEMBLE, MODEL, REPAIRED = "ensemble", "model", "data"
+PLANNED = ("memory", "size", "mirror", "regions")  # options that only a new plan could follow
 FINALS = ("folds", "all")
 SHOWN = 20  # findings of the doctor; all of them are in doctor.json
 MARGIN = 1e-9  # of the Dice: of equals the simpler is taken
@@ -166,9 +168,10 @@ def _fitting(wanted: Sequence[str], dataset: Dataset) -> list[str]:
 def _check_asked(run: Path, asked: Mapping[str, Any], override: bool) -> None:
     before = read_json(run / SETTINGS) or asked
     changed = [key for key in asked if before.get(key) != asked[key]]
-    if changed and (not override or "data" in changed):
-        told = ", ".join(f"{key}={before.get(key)!r}, not {asked[key]!r}" for key in changed)
-        way = "Choose another folder" if "data" in changed else "Give the same, or say --override"
+    fixed = [key for key in changed if key == "data" or (key in PLANNED and any(run.glob(f"*/{PLAN}")))]
+    if changed and (not override or fixed):
+        told = ", ".join(f"{key}={before.get(key)!r}, not {asked[key]!r}" for key in fixed or changed)
+        way = "Choose another folder" if fixed else "Give the same, or say --override"
         raise UsageError(f"{run} was begun with {told}. {way}.")
 
 
@@ -196,7 +199,15 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         UserError: an error that cannot be repaired.
     """
     done = read_json(run / DOCTOR)
+    files = _files(data)
     if done is not None:
+        before = done.get("files", files)
+        changed = sorted(name for name in {*files, *before} if files.get(name) != before.get(name))
+        if changed and (run / REPAIRED).exists():  # other data are looked at when their plan is
+            raise UserError(
+                f"{data} changed since {run} was begun with a repaired copy of it: {few(changed)}. Start anew in "
+                "another folder."
+            )
         return Path(done["trained_on"]), {int(k): v for k, v in done.get("label_values", {}).items()}
     found = diagnose(data, id_pattern=id_pattern)
     console.print(
@@ -207,14 +218,20 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
     values: dict[str, int] = {}
     if found.errors:
-        console.print(
-            f"{len(found.errors)} errors: training on a repaired copy, {run / REPAIRED}", soft_wrap=True
-        )
         shutil.rmtree(run / REPAIRED, ignore_errors=True)
         values = found.fix(run / REPAIRED)["label_values"]
+        count = f"{len(found.errors)} error{'s' * (len(found.errors) > 1)}"
+        console.print(f"{count}: training on a repaired copy, {run / REPAIRED}", soft_wrap=True)
     trained_on = (run / REPAIRED if found.errors else data).resolve()
-    write_json(run / DOCTOR, {**found.to_dict(), "trained_on": str(trained_on), "label_values": values})
+    kept = {"trained_on": str(trained_on), "label_values": values, "files": files}
+    write_json(run / DOCTOR, {**found.to_dict(), **kept})
     return trained_on, {int(k): v for k, v in values.items()}
+
+
+def _files(data: Path) -> dict[str, Any]:
+    """Size and time of change of every file of a data set, by its path in it."""
+    files = sorted(data.rglob("*")) if data.is_dir() else [data]
+    return {str(file.relative_to(data.parent)): signature(file) for file in files if file.is_file()}
 
 
 def _plan(job: Pipeline, **how: Any) -> None:

@@ -71,7 +71,9 @@ def ensemble(
     result: dict[str, Any] = predict_with(members, images, out, console=talk, version=__version__, tta=tta)
     emit(result, json_)
     if result["failed"]:
-        raise UserError(f"{len(result['failed'])} cases failed: {', '.join(list(result['failed'])[:5])}.")
+        from kanseg.data.formats import few
+
+        raise UserError(f"{len(result['failed'])} cases failed: {few(list(result['failed']))}.")
 
 
 @app.command()
