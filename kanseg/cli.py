@@ -134,7 +134,9 @@ def train(
     folder = out or run
     planned = (folder / "plan.json").exists()
     if not planned and out is None:
-        _no_plan(run)
+        from kanseg.training.run_folder import require_plan
+
+        require_plan(run, f"If it is a data set: kanseg train {run} -o RUN.")
     from kanseg.data.plans import Plan, dataset_of, load_plan
     from kanseg.evaluation.report import score_table
     from kanseg.training.cross_validation import cross_validate
@@ -346,17 +348,6 @@ def info(json_: Json = False) -> None:
     for name, value in found.items():
         console.print(f"{name:16} {value}", highlight=False)
     _emit(found, json_)
-
-
-def _no_plan(run: Path) -> None:
-    """Say what to give `kanseg train` instead."""
-    if not run.exists():
-        raise UsageError(f"There is no {run}. Give a run folder with plan.json, or a data set and -o RUN.")
-    if trainings := [str(path.parent) for path in sorted(run.glob("*/plan.json"))]:
-        raise UsageError(
-            f"{run} has no plan.json; its trainings are {', '.join(trainings)}. Give one of them."
-        )
-    raise UsageError(f"{run} has no plan.json. If it is a data set: kanseg train {run} -o RUN.")
 
 
 def _make_plan(

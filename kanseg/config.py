@@ -233,7 +233,7 @@ def check_names(config: Config) -> None:
         model = table_of(config.model.name).get(config.model.name)
         check_encoder = getattr(model, "check_encoder", check_encoder_name)
     names = PLANNED if config.model.name is None else (config.model.name,)
-    known = [option for name in names for option in model_options(name)]
+    known = list(dict.fromkeys(option for name in names for option in model_options(name)))
     for option in config.model.options:
         if option not in known:
             raise UsageError(f"Unknown config key 'model.options.{option}'.{did_you_mean(option, known)}")
@@ -336,11 +336,19 @@ def _as_hydra_override(override: str, folder: Path) -> str:
     return f"++{override}"
 
 
+def _sections(section: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
+    """Groups of options by name."""
+    kinds = ((name, field.annotation) for name, field in section.model_fields.items())
+    return [(name, kind) for name, kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
 def _check_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> None:
     fields = section.model_fields
     for key, value in values.items():
         if key not in fields:
-            raise UsageError(f"Unknown config key '{prefix}{key}'.{did_you_mean(key, fields)}")
+            inside = [f"{group}.{key}" for group, inner in _sections(section) if key in inner.model_fields]
+            hint = f" Did you mean '{inside[0]}'?" if inside else ""
+            raise UsageError(f"Unknown config key '{prefix}{key}'.{hint or did_you_mean(key, fields)}")
         inner = fields[key].annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, Mapping):

@@ -214,7 +214,7 @@ def test_models_and_info_print_json() -> None:
             2,
             ["Unknown config key 'training.epochs'", "Did you mean 'max_epochs'"],
         ),
-        (["train", "run"], 2, ["has no plan.json"]),
+        (["train", "run"], 2, ["There is no run"]),
         (["predict", "-m", "run", "-i", "{data}/imagesTr", "-o", "out"], 1, ["run does not exist"]),
         (["predict", "-i", "{data}", "-o", "out"], 2, ["--model"]),
         (["evaluate", "nowhere", "{data}/labelsTr"], 1, ["There is no nowhere"]),

@@ -252,8 +252,17 @@ def test_a_second_training_in_the_folder_is_refused(balls, tmp_path):
         train(balls, run, "training.max_epochs=1")
     with pytest.raises(UsageError, match="other options"):
         train(balls, run, "training.max_epochs=1", "training.lr=0.5", fold=1)
+    before = {path: path.read_bytes() for path in run.glob("*.json")}
     with files.locked(run / "fold_0"), pytest.raises(UserError, match="runs in"):
-        train(balls, run, "training.max_epochs=2", resume=True)
+        train(balls, run, "training.max_epochs=2", "training.lr=0.5", resume=True, override=True)
+    assert {path: path.read_bytes() for path in run.glob("*.json")} == before  # nor does the first one change
+
+
+def test_a_summary_that_was_damaged_is_made_again(balls, tmp_path):
+    run = tmp_path / "run"
+    summary = train(balls, run, "training.max_epochs=1")
+    (run / "fold_0" / "summary.json").write_text('{"a":')
+    assert train(balls, run, "training.max_epochs=1", resume=True) == summary
 
 
 def test_a_finished_training_goes_on_when_it_gets_more_time(balls, tmp_path):

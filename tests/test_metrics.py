@@ -117,6 +117,15 @@ def test_what_both_lack_is_right_and_what_one_lacks_is_worst() -> None:
         evaluate_case(some, none[:5], SPACING, [1])
 
 
+def test_a_class_that_is_nowhere_lifts_no_mean(folders: tuple[Path, Path]) -> None:
+    summary = evaluate_folders(*folders, labels={"one": 1, "never": 9})
+    assert summary["absent"] == ["never"]
+    assert summary["metrics"]["mean"] == summary["metrics"]["one"]
+    alone = evaluate_folders(*folders, labels={"never": 9})
+    assert alone["absent"] == ["never"]
+    assert alone["metrics"]["mean"]["dice"]["mean"] == 1
+
+
 def test_folders_give_a_row_a_case_and_class_and_a_summary(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

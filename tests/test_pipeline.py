@@ -24,10 +24,13 @@ from kanseg.data.formats import read_rows
 from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.compare import load_scores
+from kanseg.evaluation.metrics import parse_labels
 from kanseg.inference.ensemble import Loaded
 from kanseg.segmenter import Segmenter
 from kanseg.training.checkpoint import load_checkpoint
-from kanseg.training.pipeline import run_pipeline
+from kanseg.training.pipeline import _examined, run_pipeline
+from kanseg.training.run_folder import require_plan
 from kanseg.training.run_report import write_report
 
 QUICK = ["training.steps_per_epoch=4", "training.max_epochs=1", "data.workers=0", "data.folds=3"]
@@ -188,6 +191,9 @@ def test_data_with_errors_are_repaired_and_trained_on_without_a_word_of_the_user
     assert {finding["case"] for finding in told["findings"] if finding["severity"] == "error"} == {"image3"}
     assert "6 unseen cases" in (tmp_path / "run/report.md").read_text()
     assert found["choice"] == "3d"
+    nib.save(image, tmp_path / "data/image3.nii.gz")
+    with pytest.raises(UserError, match=r"changed since .*image3\.nii\.gz"):
+        run((replace(dataset, source=tmp_path / "data/cases.csv"), plan), tmp_path / "run")
 
 
 def test_a_single_patient_is_trained_on_without_validation(balls, tmp_path):
@@ -211,6 +217,36 @@ def test_both_dimensions_and_their_ensemble_compete_on_volumes(blobs, tmp_path):
     assert splits[0] == splits[1]
     assert len(list((tmp_path / "ensemble/validation").iterdir())) == 6
     assert len(Loaded([tmp_path]).files) == (4 if found["choice"] == "ensemble" else 2)
+
+
+def test_a_repaired_copy_does_not_hide_that_the_data_changed(blobs, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(blobs, data)
+    image = nib.load(data / "imagesTr" / "case_0.nii.gz")
+    spoilt = np.asarray(image.dataobj, np.float32)
+    spoilt[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(spoilt, image.affine), data / "imagesTr" / "case_0.nii.gz")
+    console = Console(quiet=True)
+    first = _examined(data, tmp_path / "run", None, console)
+    assert first == _examined(data, tmp_path / "run", None, console)
+    nib.save(image, data / "imagesTr" / "case_0.nii.gz")
+    with pytest.raises(UserError, match=r"changed since .*case_0\.nii\.gz"):
+        _examined(data, tmp_path / "run", None, console)
+
+
+def test_options_of_a_plan_that_is_made_are_not_ignored(balls, done):
+    folder, _ = done
+    for option in ({"size": "large"}, {"memory": 2**30}, {"mirror": [0]}):
+        with pytest.raises(UsageError, match="Choose another folder"):
+            run(balls, folder, override=True, **option)
+
+
+def test_the_folder_stands_for_its_choice_or_names_its_trainings(done):
+    folder, found = done
+    assert load_scores(folder) == load_scores(folder / found["choice"])
+    assert parse_labels(str(folder)) == parse_labels(str(folder / "3d"))
+    with pytest.raises(UsageError, match=f"Its trainings are {folder / '3d'}"):
+        require_plan(folder, "")
 
 
 def test_regions_of_the_command_line_fit_a_repaired_copy_too(blobs, tmp_path):

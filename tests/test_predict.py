@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from torch import Tensor, nn
 
@@ -135,6 +137,38 @@ def test_a_label_map_never_replaces_an_image_or_another(plan: Plan, blobs: Path,
     with pytest.raises(UserError, match="would replace .*the label map of"):
         predict_folder(Brightness(), plan, find_images(scans), tmp_path / "out", suffix=".mha")
     assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_cannot_be_are_refused_before_anything_is_predicted(
+    plan: Plan, blobs: Path, tmp_path: Path
+) -> None:
+    cases = find_images(blobs / "imagesTr")[:1]
+    with pytest.raises(UserError, match=r"not written as \.dcm"):
+        predict_folder(Brightness(), plan, cases, tmp_path / "mask.dcm")
+    with pytest.raises(UserError, match=r"Add --format nii\.gz"):
+        predict_folder(Brightness(), plan, cases, tmp_path / "out", suffix=".png", probabilities=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "written"), [(".mhd", ".mha"), (".nhdr", ".nrrd")])
+def test_images_in_two_files_get_a_label_map_in_one(
+    plan: Plan, blobs: Path, tmp_path: Path, given: str, written: str
+) -> None:
+    sitk.WriteImage(sitk.ReadImage(str(blobs / "imagesTr" / "case_0.nii.gz")), str(tmp_path / f"scan{given}"))
+    assert predict_folder(Brightness(), plan, find_images(tmp_path / f"scan{given}"), tmp_path / "out") == {}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"scan{written}"]
+
+
+def test_off_a_terminal_long_predictions_say_how_far_they_are(
+    plan: Plan,
+    blobs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kanseg.progress.PAUSE", 0)
+    predict_folder(Brightness(), plan, find_images(blobs / "imagesTr")[:1], tmp_path / "out")
+    assert re.search(r"case_0: windows: \d+ of \d+", capsys.readouterr().err)
 
 
 def test_dicom_is_predicted_to_nifti_on_its_grid(plan: Plan, shared_data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import re
 import shutil
 import tarfile
 import urllib.error
@@ -221,9 +222,18 @@ def find_source(name: str) -> Source:
     key = {**{k.lower(): k for k in SOURCES}, **short}.get(name.lower())
     if (how := BY_HAND.get(name.lower())) is not None:
         raise UsageError(f"{name} is not fetched by kanseg. {how}")
+    names = sorted({*SOURCES, *short, *BY_HAND})
+    if key is None and (begun := [one for one in names if one.lower().startswith(_task(name))]):
+        raise UsageError(f"Unknown data set '{name}'. Did you mean '{begun[0]}'? Known: {', '.join(names)}.")
     if key is None:
-        raise UsageError(f"Unknown data set '{name}'.{did_you_mean(name, {*SOURCES, *short, *BY_HAND})}")
+        raise UsageError(f"Unknown data set '{name}'.{did_you_mean(name.lower(), names)}")
     return SOURCES[key]
+
+
+def _task(name: str) -> str:
+    """task4 -> task04_: tasks of the Decathlon have two digits."""
+    number = re.fullmatch(r"task_?(\d+)", name.lower())
+    return f"task{int(number[1]):02d}_" if number else name.lower()
 
 
 def download(source: Source, out: Path | str, console: Console | None = None) -> dict[str, Any]:

@@ -588,9 +588,10 @@ def _with_label_values(dataset: Dataset) -> Dataset:
     for case in progress(dataset.cases, "Reading labels"):
         values = _values_in(label_path(case), dataset.spatial_dims)
         if declared and not values <= accepted:
+            where = "the regions do not name" if dataset.regions else "dataset.json does not declare"
             raise UserError(
-                f"{case.label} has the values {sorted(values - accepted)[:5]}, which dataset.json does not declare "
-                f"(it has {sorted(accepted)}). Declare them, or correct the label."  # type: ignore[type-var]
+                f"{case.label} has the values {sorted(values - accepted)[:5]}, which {where} "
+                f"({sorted(accepted)} are known). Declare them, or correct the label."  # type: ignore[type-var]
             )
         cases.append(replace(case, values=tuple(sorted(values))))
     if not declared:

@@ -118,7 +118,8 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
     if len(source.array) != len(plan.channel_names):
         raise UserError(
             f"{source.path} has {len(source.array)} channels, the model expects {len(plan.channel_names)} "
-            f"({', '.join(plan.channel_names)})."
+            f"({', '.join(plan.channel_names)}). Give images like those it was trained on"
+            f"{'; convert grey pictures to colours' if len(plan.channel_names) == 3 and plan.image_dims == 2 else ''}."
         )
     affine = torch.from_numpy(source.affine)
     item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}

@@ -20,7 +20,7 @@ from scipy.stats import wilcoxon
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.errors import UserError
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, Label, evaluate_folders
-from kanseg.training.files import make_folder, write_bytes, write_json
+from kanseg.training.files import make_folder, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,6 +105,8 @@ def load_scores(
             return _from_table(Path(folder) / TABLES[0])
     if path.is_file() and path.suffix.lower() == ".csv":
         return _from_table(path)
+    if choice := read_json(path / "choice.json"):  # of kanseg run
+        path = path / str(choice.get("choice"))
     for name in TABLES:
         if (path / name).is_file():
             return _from_table(path / name)

@@ -166,7 +166,8 @@ def parse_labels(text: str) -> dict[str, Label]:
     path = Path(text)
     if not path.exists():
         raise UsageError(f"Labels '{text}' are not of the form 1,2 or name=1,name=2, nor a run folder.")
-    plan = Plan.load(path / "plan.json" if path.is_dir() else path)
+    plans = [path] if path.is_file() else [path / "plan.json", *sorted(path.glob("*/plan.json"))]
+    plan = Plan.load(next((file for file in plans if file.exists()), plans[0]))
     return {name: values if len(values) > 1 else values[0] for name, values in class_values(plan).items()}
 
 
@@ -287,7 +288,8 @@ def summarize_rows(
     labels = list(dict.fromkeys(row["label"] for row in rows))
     by_key = {(row["case"], row["label"]): row for row in rows}
     columns = {name: [[by_key[case, name][m] for m in METRICS] for case in cases] for name in labels}
-    counted = [name for name in labels if name not in absent_labels(rows)] or labels
+    absent = set(absent_labels(rows))
+    counted = [name for name in labels if name not in absent] or labels
     columns["mean"] = np.mean([columns[name] for name in counted], axis=0).tolist()
     _, index = np.unique([(groups or {}).get(case, case) for case in cases], return_inverse=True)
     sizes = np.bincount(index)
@@ -313,7 +315,8 @@ def summarize_rows(
 
 def absent_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Labels that are in no reference and no prediction: each case is right about them, which says nothing."""
-    present = {row["label"] for row in rows if row["volume_ml"] or row["reference_volume_ml"]}
+    volumes = ("volume_ml", "reference_volume_ml")
+    present = {row["label"] for row in rows if any(row.get(volume, 1) for volume in volumes)}
     return [name for name in dict.fromkeys(row["label"] for row in rows) if name not in present]
 
 

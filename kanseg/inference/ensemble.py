@@ -18,9 +18,10 @@ from kanseg.data.digests import file_digest
 from kanseg.data.formats import Case, find_images
 from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, find_probabilities, predict_folder
+from kanseg.memory import taken
 from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model
 from kanseg.training.devices import keep_freed_memory
@@ -114,6 +115,11 @@ def predict_with(
         console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
         console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
+    if memory is not None and memory <= (taken() or 0):
+        raise UsageError(
+            f"--memory {memory / 2**20:.0f}M is less than the program and the model take before the first image, "
+            f"{(taken() or 0) / 2**20:.0f}M. Give more."
+        )
     cases = find_images(images, channels=len(loaded.plan.channel_names))
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []

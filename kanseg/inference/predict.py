@@ -7,14 +7,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.markup import escape
+from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from kanseg.data.digests import signature
@@ -31,12 +32,33 @@ from kanseg.data.images import (
 )
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import Item, highest, load_case, restore, restored_labels
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
+from kanseg.progress import telling
 
 NIFTI = ".nii.gz"
-LOSSY = (".jpg", ".jpeg")
+WRITTEN_AS = {
+    ".jpg": ".png",
+    ".jpeg": ".png",
+    ".mhd": ".mha",
+    ".nhdr": ".nrrd",
+}  # that label maps are not written in
+NO_FOLDERS = (
+    ".dcm",
+    ".dicom",
+    ".img",
+    ".hdr",
+    ".mgz",
+    ".mgh",
+    ".npy",
+    ".npz",
+    ".gz",
+    ".zip",
+    ".seg",
+    ".h5",
+    ".csv",
+)
 PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
 Network = nn.Module | Sequence[nn.Module]
 Plans = Plan | Sequence[Plan]
@@ -161,6 +183,8 @@ def predict_folder(
     """
     failures: dict[str, str] = {}
     paths = _outputs(cases, out, suffix)
+    if probabilities and (flat := [path for path in paths if suffix_of(path) in SUFFIXES_2D]):
+        raise UsageError(f"{flat[0]} cannot hold probabilities, which are fractions. Add --format nii.gz.")
     console = console or Console(stderr=True)
     first = plan if isinstance(plan, Plan) else plan[0]
     if settings is not None:
@@ -177,9 +201,9 @@ def predict_folder(
                     progress.advance(task)
                     continue
 
-                def watch(done: int, total: int) -> None:
-                    progress.update(within, completed=done, total=total)
-
+                watch = (
+                    telling(f"{case.id}: windows") if progress.disable else partial(_show, progress, within)
+                )
                 predicted = predict(model, case, plan, watch=watch, **how)
                 labels = predicted.labels()
                 if rules:
@@ -192,8 +216,9 @@ def predict_folder(
                 MemoryError,
                 RuntimeError,
             ) as error:  # torch runs out of memory by RuntimeError
-                failures[case.id] = str(error)
-                console.print(f"[red]{case.id} failed:[/red] {error}", highlight=False, soft_wrap=True)
+                failures[case.id] = _cause(error)
+                words = escape(failures[case.id])
+                console.print(f"[red]{case.id} failed:[/red] {words}", highlight=False, soft_wrap=True)
             else:
                 console.print(f"{case.id} -> {path}", highlight=False, soft_wrap=True)
                 source = predicted.source
@@ -201,6 +226,17 @@ def predict_folder(
                     console.print(f"  note: {said}", highlight=False, soft_wrap=True)
             progress.advance(task)
     return failures
+
+
+def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in one line: of MONAI's errors about a transform the error in it."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) -> str:
@@ -218,6 +254,11 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
         if len(cases) != 1:
             raise UserError(f"-o {out} is one file, but {len(cases)} images are given. Give a folder.")
         paths = [out]
+    elif out.suffix.lower() in NO_FOLDERS and not out.is_dir():
+        raise UsageError(
+            f"-o {out}: label maps are not written as {out.suffix}. Give a folder, or a file such as mask.nii.gz, "
+            "mask.nrrd or mask.png."
+        )
     else:
         paths = [out / f"{case.id}{suffix or _suffix(case)}" for case in cases]
     taken = {image.resolve(): "an image to be segmented" for case in cases for image in case.images}
@@ -240,8 +281,6 @@ def probability_path(path: Path, name: str) -> Path:
 
 def _write_probabilities(path: Path, predicted: Prediction, plan: Plan) -> None:
     """Maps beside the label map; their headers tell `kanseg ensemble` what the classes are painted as."""
-    if suffix_of(path) in SUFFIXES_2D:
-        raise UserError("Probabilities need a format with floating-point numbers; add --format nii.gz")
     kind = "region" if plan.regions else "class"
     for number, (name, value) in enumerate(zip(plan.label_names, plan.label_values, strict=True)):
         remark = f"probability of {kind} {number}, painted as {value}"
@@ -266,6 +305,6 @@ def find_probabilities(path: Path) -> tuple[list[Path], list[int], bool] | None:
 
 def _suffix(case: Case) -> str:
     suffix = suffix_of(case.images[0])
-    if suffix in LOSSY:
-        return ".png"
+    if suffix in WRITTEN_AS:
+        return WRITTEN_AS[suffix]
     return suffix if suffix in (*SUFFIXES_3D, *SUFFIXES_2D) and case.images[0].is_file() else NIFTI

@@ -7,6 +7,7 @@ table, versions, and where the training stands.
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 from collections.abc import Mapping
@@ -227,7 +228,9 @@ def find_checkpoint(path: Path | str) -> Path:
         return known[str(path)]
     what = "holds no checkpoint" if path.is_dir() else "does not exist"
     names = f", or the name of weights that come with kanseg ({', '.join(known)})" if known else ""
-    raise UserError(f"{path} {what}. Give a run folder, a saved model, a .safetensors file{names}.")
+    near = difflib.get_close_matches(str(path), known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise UserError(f"{path} {what}.{hint} Give a run folder, a saved model, a .safetensors file{names}.")
 
 
 def shipped() -> dict[str, Path]:

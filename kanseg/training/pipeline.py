@@ -21,7 +21,7 @@ from kanseg.config import Config, load_config, make_config
 from kanseg.data.digests import signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
-from kanseg.data.formats import Case, Dataset, few, read_dataset
+from kanseg.data.formats import Case, Dataset, few, list_dataset, read_dataset
 from kanseg.data.images import write_label
 from kanseg.data.plan import Plan, plan_run
 from kanseg.errors import UsageError, UserError, did_you_mean
@@ -229,9 +229,13 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
 
 
 def _files(data: Path) -> dict[str, Any]:
-    """Size and time of change of every file of a data set, by its path in it."""
-    files = sorted(data.rglob("*")) if data.is_dir() else [data]
-    return {str(file.relative_to(data.parent)): signature(file) for file in files if file.is_file()}
+    """Size and time of change of every file of a data set, by its path."""
+    if data.is_dir():
+        files = [file for file in data.rglob("*") if file.is_file()]
+    else:  # a list of them, which may be anywhere
+        cases = list_dataset(data, problem=lambda *found: None).cases
+        files = [data, *(path for case in cases for path in (*case.images, case.label) if path is not None)]
+    return {str(file): signature(file) for file in sorted(files) if file.exists()}
 
 
 def _plan(job: Pipeline, **how: Any) -> None:

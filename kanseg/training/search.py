@@ -25,7 +25,7 @@ from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
 from kanseg.training.monitor import LOG, read_log
-from kanseg.training.run_folder import SPLITS
+from kanseg.training.run_folder import SPLITS, require_plan
 
 METRIC = "mean_dice"
 KINDS = {"uniform": 2, "loguniform": 2, "randint": 2, "choice": None}  # of tune: number of values
@@ -90,6 +90,7 @@ def search(
     first = load_config(
         config, [*fixed, *(f"{key}={_text(values[0])}" for key, (_, values) in space.items())]
     )
+    require_plan(run, f"Make one: kanseg plan DATA -o {run}.")
     plan = Plan.load(run / "plan.json")
     folder = make_folder(run / "search")
     asked = {"words": list(words), "fold": fold, "config": config, "trials": trials, "prune": prune}
