@@ -139,6 +139,28 @@ def test_a_label_map_never_replaces_an_image_or_another(plan: Plan, blobs: Path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("micron", 1e3), ("meter", 1e-3)])
+def test_units_of_nifti_are_read_and_kept(
+    plan: Plan, blobs: Path, tmp_path: Path, unit: str, factor: float
+) -> None:
+    image = nib.load(blobs / "imagesTr" / "case_0.nii.gz")
+    affine = np.diag([factor, factor, factor, 1]) @ image.affine
+    other = nib.Nifti1Image(np.asarray(image.dataobj), affine)
+    other.header.set_xyzt_units(unit)
+    nib.save(other, tmp_path / "case_0.nii.gz")
+    np.testing.assert_allclose(
+        read_image(tmp_path / "case_0.nii.gz").spacing, image.header.get_zooms(), rtol=1e-5
+    )
+    for folder in (tmp_path, blobs / "imagesTr"):
+        cases = [case for case in find_images(folder) if case.id == "case_0"]
+        assert predict_folder(Brightness(), plan, cases, tmp_path / folder.name) == {}
+    mask = nib.load(tmp_path / tmp_path.name / "case_0.nii.gz")
+    wanted = nib.load(tmp_path / "imagesTr" / "case_0.nii.gz")
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(wanted.dataobj))
+    np.testing.assert_allclose(mask.affine, affine)
+    assert mask.header.get_xyzt_units()[0] == unit
+
+
 def test_outputs_that_cannot_be_are_refused_before_anything_is_predicted(
     plan: Plan, blobs: Path, tmp_path: Path
 ) -> None:

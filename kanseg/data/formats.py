@@ -86,6 +86,9 @@ class Dataset:
         return self.cases
 
 
+FOLDS_ASIDE = (
+    "the folds of the list are left aside: splits are made by patient; write splits.json by hand for others"
+)
 Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
 
 
@@ -497,7 +500,9 @@ def _read_datalist(path: Path, content: Any) -> Dataset:
 def _listed_dataset(path: Path, layout: str, entries: Sequence[Any], held_out: Sequence[Any]) -> Dataset:
     cases = [_listed(path.parent, entry, {}) for entry in entries]
     tests = [*(_listed(path.parent, e, {}) for e in held_out), *(c for c in cases if c.label is None)]
-    return _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, [])
+    folds = any(isinstance(entry, Mapping) and "fold" in entry for entry in entries)
+    notes = [FOLDS_ASIDE] if folds else []
+    return _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, notes)
 
 
 def _dataset(

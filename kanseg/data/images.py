@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from kanseg.errors import UserError
 
+MILLIMETRES = {"meter": 1e3, "micron": 1e-3}  # in units that NIfTI headers may name
 SUFFIXES_NIFTI = (".nii.gz", ".nii")
 SUFFIXES_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
@@ -316,7 +317,9 @@ def _read_nifti(path: Path) -> Image:
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         array = np.asarray(file.dataobj, dtype=np.float32)
-    return _as_image(array, np.asarray(file.affine, dtype=np.float64), path)
+    affine = np.array(file.affine, dtype=np.float64)
+    affine[:3] *= MILLIMETRES.get(file.header.get_xyzt_units()[0], 1.0)
+    return _as_image(array, affine, path)
 
 
 def _as_image(array: np.ndarray, affine: np.ndarray, path: Path) -> Image:

@@ -130,7 +130,10 @@ def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([record["epoch"] for record in records], [record["loss"] for record in records], color="black")
+    marker = "." if len(records) == 1 else ""
+    left.plot([record["epoch"] for record in records], [record["loss"] for record in records], f"k{marker}-")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel="epoch", ylabel="training loss")
     validated = [record for record in records if record[metric]]
     epochs = [record["epoch"] for record in validated]

@@ -28,7 +28,7 @@ from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.evaluation.report import score_table
 from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case
-from kanseg.progress import is_main, progress
+from kanseg.progress import in_words, is_main, progress
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
@@ -124,6 +124,9 @@ def run_pipeline(
             names, final = names[:1], "all"
         share = None if minutes is None else minutes / (len(names) * folds + (final == "all"))
         if share is not None:
+            count = len(names) * folds + (final == "all")
+            told = f"{count} trainings of {in_words(60 * share)}; planning, validation and scores take time"
+            console.print(f"{told} beside", highlight=False, soft_wrap=True)
             checked = _with(checked, "training", max_minutes=share, max_epochs=None)
         checked = _with(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)

@@ -19,7 +19,8 @@ def run(
     out: Out,
     overrides: Overrides = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Of training in all; default by epochs.", min=0)
+        float | None,
+        typer.Option(help="Of training in all, without validation; default by epochs.", min=0.01),
     ] = None,
     configurations: Annotated[str, typer.Option(help="auto, 3d, 2d, or several: 3d,2d.")] = "auto",
     final: Annotated[
