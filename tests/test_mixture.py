@@ -170,3 +170,10 @@ def test_an_exported_mixture_gives_the_same_numbers() -> None:
 def test_impossible_numbers_of_experts_are_explained() -> None:
     with pytest.raises(UsageError, match="1 <= k <= num_experts, got k=5, num_experts=4"):
         conv_layer("kagn", num_experts=4, mixture={"k": 5})(2, 3, 3)
+
+
+@pytest.mark.parametrize("family", ["kagn", "bottleneck_kagn"])
+def test_options_of_the_mixture_go_to_it_by_name(family: str) -> None:
+    layer = conv_layer(family, num_experts=4, k=3, noisy=False)(2, 4, 8)
+    gates = [module for module in layer.modules() if isinstance(module, NoisyTopKGate)]
+    assert [(gate.k, gate.noise_weight) for gate in gates] == [(3, None)]

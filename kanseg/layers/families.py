@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bottleneck_kagn": {"conv": BottleneckKANConv, "basis": "gram", "basis_act": "silu"},
     "bottleneck_relukan": {"conv": BottleneckKANConv, "basis": "relu"},
 }
+MIXING = ("k", "noisy", "balance_weight", "before")  # options of mixtures of experts
 NAMES = {
     "kan": "KANConv",
     "fastkan": "FastKANConv",
@@ -85,7 +86,7 @@ def conv_layer(
         bottleneck: the narrow form (1x1 down, KAN, 1x1 up) of the family.
         num_experts: make a mixture of this many experts of it; of a bottleneck only the narrow part is mixed. 0: none.
         options: override the family's row (norm, act, dropout, basis_options, ...); for mixtures also those of
-            `MixtureOfExperts` as a dictionary `mixture`.
+            `MixtureOfExperts` (k, noisy, balance_weight, before), by themselves or as a dictionary `mixture`.
     """
     name = family_name(basis)
     row = FAMILIES.get(name, {"basis": name})
@@ -99,7 +100,7 @@ def conv_layer(
         )
     row = {**row, **options}
     if num_experts:
-        chosen = row.pop("mixture", None) or {}
+        chosen = {**(row.pop("mixture", None) or {}), **{k: row.pop(k) for k in MIXING if k in row}}
         mixture = partial(MixtureOfExperts, num_experts=num_experts, **chosen)
         if row.get("conv") is not BottleneckKANConv:
             return partial(mixture, expert_layer=partial(ConvLayer, **row))

@@ -21,9 +21,7 @@ from kanseg.bases.basis import SQUASHES
 from kanseg.bases.wavelet import WAVELETS
 from kanseg.layers.kernels import native
 
-NAMED: dict[
-    str, type[nn.Module]
-] = {}  # classes that were written here; a later one of the same name is another
+NAMED: dict[str, type[nn.Module]] = {}  # classes by the names they were written with
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that are no settings
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {**SQUASHES, **WAVELETS}  # that settings may name
 
