@@ -259,7 +259,7 @@ def evaluate(
     console = _console(json_)
     console.print(score_table(summary["metrics"], f"{summary['cases']} cases, mean [95 % interval]"))
     for name in summary["absent"]:
-        console.print(f"{name} is in no reference and no prediction; the mean leaves it out", highlight=False)
+        console.print(f"{name} is in no reference; the mean leaves it out", highlight=False)
     for name in summary["predictions_without_reference"]:
         console.print(f"{name} has no reference and is not scored", highlight=False)
     _emit(summary, json_)

@@ -16,13 +16,14 @@ class UsageError(UserError):
 
 
 @contextmanager
-def refused_options(what: str) -> Iterator[None]:
-    """Say which options a constructor refused: what Python raises for such becomes a `UsageError` about `what`."""
+def refused_options(what: str, *others: type[Exception]) -> Iterator[None]:
+    """Say which options a constructor refused: its TypeError, ValueError or one of `others` becomes a `UsageError`."""
+    kinds: tuple[type[Exception], ...] = (TypeError, ValueError, *others)
     try:
         yield
     except UserError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:
+    except kinds as error:
         said = " ".join(str(error).split())
         raise UsageError(f"{what} cannot be made with these options: {said}") from error
 

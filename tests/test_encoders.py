@@ -215,6 +215,19 @@ def test_encoders_of_other_libraries_take_any_size(name: str, size: tuple[int, i
             assert list(made.shape[2:]) == [-(-n // d) for n, d in zip(size, step, strict=True)]
 
 
+@pytest.mark.parametrize(
+    ("name", "multiple"), [("timm/resnet18", 1), ("smp/resnet18", 1), ("timm/hrnet_w18_small", 32)]
+)
+def test_images_are_filled_up_only_where_a_network_needs_it(name: str, multiple: int) -> None:
+    encoder = create_encoder(name, 2, 3).eval()
+    assert encoder.multiple == multiple
+    x = torch.rand(1, 3, 70, 50)
+    with torch.no_grad():
+        whole = encoder.body(nn.functional.pad(x, (0, -50 % multiple, 0, -70 % multiple)))
+        for made, kept in zip(encoder(x), encoder.kept, strict=True):
+            assert torch.equal(made, whole[kept][:, :, : made.shape[2], : made.shape[3]])
+
+
 def test_transformers_take_any_size() -> None:
     model = UKANet(2, 3, 2, encoder="timm/swin_tiny_patch4_window7_224", basis=None).eval()
     assert model(torch.randn(1, 3, 70, 50)).shape == (1, 2, 70, 50)

@@ -121,7 +121,7 @@ def test_kernel_1_with_padding_on_some_axes_has_the_shape_of_torch(dims: int) ->
 
 
 @pytest.mark.parametrize("family", ["kagn", "kan", None], **IDS)
-def test_tangents_are_right_or_refused(family: str | None) -> None:
+def test_tangents_are_refused_not_wrong(family: str | None) -> None:
     layer, x = made(family).requires_grad_(False), image()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
@@ -151,9 +151,13 @@ def test_gradients_by_torch_func_are_those_of_autograd(family: str | None) -> No
         torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-3 * float(wanted[name].abs().max()))
 
 
-def test_dropout_acts_or_its_place_is_refused() -> None:
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_an_unknown_place_of_dropout_is_refused(family: str | None) -> None:
     with pytest.raises(UsageError, match="Unknown dropout_at 'inputs'. Did you mean 'input'"):
-        conv_layer("kagn", dropout=0.5, dropout_at="inputs")(2, 4, 4)
+        conv_layer(family, dropout=0.5, dropout_at="inputs")(2, 4, 4)
+
+
+def test_dropout_of_a_bare_convolution_acts() -> None:
     with pytest.raises(UsageError, match="Unknown dropout_at 'output'"):
         KANConv(2, 4, 4, dropout=0.5, dropout_at="output")
     layer, x = KANConv(2, 8, 8, basis=None, dropout=0.9), image()
@@ -164,12 +168,17 @@ def test_dropout_acts_or_its_place_is_refused() -> None:
 @pytest.mark.parametrize("family", ["kagn", "wavkan", None], **IDS)
 def test_parts_in_another_precision_give_the_same(family: str | None) -> None:
     layer, x = made(family, norm=INSTANCE, act="prelu"), image()
-    wanted = layer(x)
+    wanted, grads = layer(x), {name: grad.clone() for name, grad in gradients(layer, x).items()}
     layer.norm.double()
     layer.act.double()
     if family == "wavkan":
         layer.conv.scale.data = layer.conv.scale.double()
     torch.testing.assert_close(layer(x).float(), wanted, rtol=1e-4, atol=1e-4)
+    layer.zero_grad(set_to_none=True)
+    for name, grad in gradients(layer, x).items():
+        torch.testing.assert_close(
+            grad.float(), grads[name], rtol=1e-3, atol=1e-3 * float(grads[name].abs().max())
+        )
 
 
 def test_what_a_hook_keeps_of_the_convolution_is_not_overwritten() -> None:

@@ -317,6 +317,26 @@ def test_slabs_change_nothing(
         assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp(min=1e-3)
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [{}, {"stride": 2}, {"stride": 2, "padding": 0, "groups": 2}, {"dilation": 2}, {"kernel_size": 1}],
+    ids=str,
+)
+def test_slabs_of_wavelets_change_nothing(geometry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kanseg.layers.kernels.wavelet.serves", lambda *given: False)
+    x = torch.randn(2, 6, 24, 9, 8)
+    layer = conv_layer("wavkan", norm=None)(3, 6, 8, **geometry)
+    cotangent = torch.randn(layer(x).shape)
+    assert layer.conv._slabs(x) == [None]
+    whole = gradients(layer, x, cotangent)
+    monkeypatch.setattr(expansion, "SLAB_BYTES", 300_000)
+    assert len(layer.conv._slabs(x)) >= 4
+    for one, other in zip(gradients(layer, x, cotangent), whole, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp(min=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole[0], atol=2e-5, rtol=1e-5)
+
+
 def test_dropout_keeps_to_the_formula(backend: str) -> None:
     """Dropped channels are the same in forward and backward: the gradient at a dropped input is 0."""
     layer = conv_layer("kagn", dropout=0.5, norm=None, act=None)(2, 8, 4)

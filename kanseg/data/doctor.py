@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "undeclared values": (ERROR, LEFT_OUT),
     "empty label": (WARNING, None),
     "class without a voxel": (WARNING, None),
-    "no labels": (NOTE, None),
+    "no labels": (WARNING, None),
     "nothing to learn": (ERROR, None),
     "0 and 255": (NOTE, "255 becomes 1"),
     "gaps in labels": (NOTE, "they are numbered 0, 1, 2, ..."),
@@ -445,7 +445,7 @@ def _images_alone(path: Path, why: str, findings: list[Finding]) -> Diagnosis:
         cases = find_images(path)
     except UserError:
         cases = []
-    findings.append(Finding("no labels" if cases else "layout", "", why))
+    findings.append(Finding("no labels" if cases and path.is_dir() else "layout", "", why))
     for case in progress(cases, "Examining"):
         try:
             image = load_image(case.images)

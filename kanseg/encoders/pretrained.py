@@ -16,13 +16,16 @@ from kanseg.errors import UsageError, did_you_mean
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
+ODD = (33, 17)  # a size that shows whether a network takes any
+
+
 class ForeignEncoder(Encoder):
     """A 2D encoder of another library, (N, in_channels, H, W) -> maps from fine to coarse.
 
     Attributes:
         body: the other library's network; its own names for its weights are below.
-        multiple: the image is filled up with zeros at its far ends to a multiple of it, for many of these networks take
-            no other sizes; what the maps show of that is cut off.
+        multiple: the image is filled up with zeros at its far ends to a multiple of it where the network does not take
+            any size; what the maps show of that is cut off.
     """
 
     def __init__(
@@ -37,7 +40,22 @@ class ForeignEncoder(Encoder):
         strides = [now // before for before, now in zip((1, *reductions), reductions, strict=False)]
         super().__init__(2, in_channels, out_channels, strides)
         self.body, self.kept, self.channels_last = body, tuple(kept), channels_last
-        self.reductions, self.multiple = tuple(reductions), reductions[-1]
+        self.reductions = tuple(reductions)
+        self.multiple = 1 if self._any_size() else reductions[-1]
+
+    @torch.no_grad()
+    def _any_size(self) -> bool:
+        """Whether the network takes a small, odd size as it is, to maps of the sizes that `Encoder` promises."""
+        weight, training = next(self.body.parameters()), self.body.training
+        self.body.eval()
+        try:
+            maps = self.body(torch.zeros(1, self.in_channels, *ODD, device=weight.device))
+        except (RuntimeError, ValueError, TypeError, AssertionError):
+            return False
+        finally:
+            self.body.train(training)
+        found = [maps[i].shape[1:3] if self.channels_last else maps[i].shape[2:] for i in self.kept]
+        return found == [tuple(-(-n // step) for n in ODD) for step in self.reductions]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         height, width = (-size % self.multiple for size in x.shape[2:])

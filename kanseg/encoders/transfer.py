@@ -58,7 +58,8 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
             f"The weights of {name} do not fit this {type(encoder).__name__}: missing {missing[:3] or 'none'}, of "
             f"another shape {first[:3] or 'none'}. Give both the same encoder, basis and options."
         )
-    if any(name not in places and name.endswith(STATISTICS) for name in stored):
+    kept = {name: name.rpartition(".running")[0] for name in stored if name.endswith(STATISTICS)}
+    if any(name not in places and f"{norm}.weight" in places for name, norm in kept.items()):
         warnings.warn(
             f"the weights come with the running statistics of batch norms, for which this {type(encoder).__name__} has "
             "no place: it starts from their weights, but computes something else. Make it with norm='batch' "

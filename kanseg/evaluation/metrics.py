@@ -166,8 +166,10 @@ def parse_labels(text: str) -> dict[str, Label]:
     path = Path(text)
     if not path.exists():
         raise UsageError(f"Labels '{text}' are not of the form 1,2 or name=1,name=2, nor a run folder.")
-    plans = [path] if path.is_file() else [path / "plan.json", *sorted(path.glob("*/plan.json"))]
-    plan = Plan.load(next((file for file in plans if file.exists()), plans[0]))
+    file = path if path.is_file() else path / "plan.json"
+    if (path / "run.json").is_file():  # of kanseg run: its trainings have the same classes
+        file = next(iter(sorted(path.glob("*/plan.json"))), file)
+    plan = Plan.load(file)
     return {name: values if len(values) > 1 else values[0] for name, values in class_values(plan).items()}
 
 
@@ -237,15 +239,16 @@ def evaluate_folders(
         scores = evaluate_case(guess, truth, target.spacing, list(names.values()), tolerance)
         rows += [{"case": case, "label": name, **scores[value]} for name, value in names.items()]
     surplus = sorted(set(predictions) - set(references))
+    absent = absent_labels(rows) if labels else []  # else a prediction has it, and that counts
     summary = {
         "cases": len(references),
         "failed": failures,
         "predictions_without_reference": surplus,
         "labels": dict(names),
-        "absent": absent_labels(rows),
+        "absent": absent,
         "nsd_tolerance_mm": tolerance,
         "interval": f"95 % bootstrap interval of the mean over cases, {RESAMPLES} resamples, seed {seed}",
-        "metrics": summarize_rows(rows, seed),
+        "metrics": summarize_rows(rows, seed, aside=absent),
     }
     if out is not None:
         folder = make_folder(Path(out))
@@ -276,20 +279,22 @@ def _found_labels(paths: Sequence[Path]) -> dict[str, Label]:
 
 
 def summarize_rows(
-    rows: Sequence[Mapping[str, Any]], seed: int = 0, groups: Mapping[str, str] | None = None
+    rows: Sequence[Mapping[str, Any]],
+    seed: int = 0,
+    groups: Mapping[str, str] | None = None,
+    aside: Sequence[str] = (),
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first, without
-    those that are nowhere (`absent_labels`).
+    """label -> metric -> {mean, ci95, median, n}; the label "mean" averages the classes of each case first.
 
     Args:
+        aside: labels that this mean leaves out, unless they are all.
         groups: patient of each case; the intervals then draw whole patients, else cases.
     """
     cases = sorted({row["case"] for row in rows})
     labels = list(dict.fromkeys(row["label"] for row in rows))
     by_key = {(row["case"], row["label"]): row for row in rows}
     columns = {name: [[by_key[case, name][m] for m in METRICS] for case in cases] for name in labels}
-    absent = set(absent_labels(rows))
-    counted = [name for name in labels if name not in absent] or labels
+    counted = [name for name in labels if name not in aside] or labels
     columns["mean"] = np.mean([columns[name] for name in counted], axis=0).tolist()
     _, index = np.unique([(groups or {}).get(case, case) for case in cases], return_inverse=True)
     sizes = np.bincount(index)
@@ -314,9 +319,8 @@ def summarize_rows(
 
 
 def absent_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Labels that are in no reference and no prediction: each case is right about them, which says nothing."""
-    volumes = ("volume_ml", "reference_volume_ml")
-    present = {row["label"] for row in rows if any(row.get(volume, 1) for volume in volumes)}
+    """Labels that are in no reference: where no prediction has them either each case is right, which says nothing."""
+    present = {row["label"] for row in rows if row["reference_volume_ml"]}
     return [name for name in dict.fromkeys(row["label"] for row in rows) if name not in present]
 
 

@@ -125,7 +125,10 @@ class OnDisk(Logits):
             lines = list(self.shape)
             lines[1 + self.axis] = planes.stop - planes.start
             self.planes, self.held = planes, torch.zeros(lines)
-        self.held[(slice(None), *inside)] += (values * share).cpu()[:, None]
+        for held, found in zip(
+            self.held, values, strict=True
+        ):  # all at once would be another map of all classes
+            held[tuple(inside)] += (found * share).cpu()
 
     def _write_planes(self) -> None:
         """Add what is held of each class to the file, and hold nothing."""

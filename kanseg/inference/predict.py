@@ -168,7 +168,7 @@ def predict_folder(
     Args:
         model, plan: a network and its plan, or as many of both; then their probabilities are averaged.
         out: a folder, or the file to write where there is one case and `out` has the suffix of an image.
-        suffix: format of the outputs; default that of each input (.nii.gz for DICOM, .png for JPEG).
+        suffix: format of the outputs; default that of each input (.nii.gz for DICOM, .png for JPEG, one file for two).
         probabilities: also write <id>_prob_<class><suffix>, float32, one file a class.
         rules: post-processing, see `kanseg.inference.postprocess`.
         settings: what the outputs depend on (model digests, options); where given, cases of unchanged images that
@@ -179,7 +179,8 @@ def predict_folder(
         Message of each case that failed, by its id.
 
     Raises:
-        UserError: before anything is written, where an output would replace an image or another output.
+        UserError: before anything is written, where an output would replace an image or another output, or its format
+            cannot hold it.
     """
     failures: dict[str, str] = {}
     paths = _outputs(cases, out, suffix)
@@ -236,7 +237,10 @@ def _cause(error: BaseException) -> str:
     """What went wrong, in one line: of MONAI's errors about a transform the error in it."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split())
+    return (
+        said if isinstance(error, UserError | RuntimeError | OSError) else f"{type(error).__name__}: {said}"
+    )
 
 
 def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) -> str:

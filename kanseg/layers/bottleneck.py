@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.errors import UsageError
-from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, lean, recomputed
+from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, check_dropout, lean, recomputed
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last
 
@@ -80,6 +80,7 @@ class BottleneckKANConv(ConvGeometry):
     ) -> None:
         geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
+        check_dropout(dropout_at)
         inputs, outputs = in_channels // self.groups, out_channels // self.groups
         inner = inner_width(inputs, outputs, dim_reduction, min_internal)
         ones = (1,) * spatial_dims

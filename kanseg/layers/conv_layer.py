@@ -13,6 +13,7 @@ from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _global_forward_hooks
 
 from kanseg.layers.kan_conv import (
     ActSpec,
@@ -123,7 +124,7 @@ class ConvLayer(nn.Module):
             return self.dropout(self._norm_act(y))
         if self.fused_act is not None and fused_norm_serves(self.norm, y):
             norm, y = self.norm, channels_last(y)
-            alone = not self.conv._forward_hooks  # or one of them may keep y
+            alone = not (self.conv._forward_hooks or _global_forward_hooks)  # or one of them may keep y
             below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
             y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, self.fused_act, below, over=alone)
             return self.dropout(y)

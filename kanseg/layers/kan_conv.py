@@ -42,6 +42,12 @@ def per_axis(value: int | Sequence[int], spatial_dims: int, name: str) -> tuple[
     return values
 
 
+def check_dropout(place: str) -> None:
+    """Raise `UsageError` for a place where no KAN convolution has its dropout."""
+    if place not in DROPOUTS:
+        raise UsageError(f"Unknown dropout_at '{place}'.{did_you_mean(place, DROPOUTS)}")
+
+
 def activation(act: ActSpec) -> nn.Module:
     """An activation by MONAI's name ("silu" is "swish" there), identity for None."""
     if act is None:
@@ -272,8 +278,7 @@ class KANConv(ConvGeometry):
     ) -> None:
         if operands is not None and operands not in OPERANDS:
             raise UsageError(f"Unknown operands '{operands}'.{did_you_mean(operands, OPERANDS)}")
-        if dropout_at not in DROPOUTS:
-            raise UsageError(f"Unknown dropout_at '{dropout_at}'.{did_you_mean(dropout_at, DROPOUTS)}")
+        check_dropout(dropout_at)
         geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
         channels = in_channels // self.groups

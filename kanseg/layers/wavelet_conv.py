@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
-from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation, lean, transformed
+from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation, check_dropout, lean, transformed
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import Slab, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first, plain_eager
@@ -50,6 +50,7 @@ class WaveletConv(ConvGeometry):
         **geometry: Any,
     ) -> None:
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
+        check_dropout(dropout_at)
         inputs = in_channels // self.groups
         self.psi = get_wavelet(wavelet)
         self.scale = nn.Parameter(torch.ones(out_channels, inputs))
@@ -174,10 +175,9 @@ class SumOfTerms(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         total: list[Any] = [None] * len(wanted)
+        saved = ctx.saved_tensors
         for slab, term in ctx.terms:
-            leaves = [
-                t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)
-            ]
+            leaves = [t.detach().requires_grad_(want) for t, want in zip(saved, wanted, strict=True)]
             with torch.enable_grad(), torch.autocast(ctx.autocast[0], ctx.autocast[1], ctx.autocast[2]):
                 y = term(*leaves)
             if not y.requires_grad:  # what this term is made of is frozen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def create_model(
     for option in options:
         if option not in known:
             raise UsageError(f"Model '{name}' has no option '{option}'.{did_you_mean(option, known)}")
-    with refused_options(f"Model '{name}'"):
+    with refused_options(f"Model '{name}'", AttributeError) if options else nullcontext():
         return table.create(name, spatial_dims, in_channels, out_channels, **options)
 
 

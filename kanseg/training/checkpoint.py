@@ -66,10 +66,11 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
         data = (
             path.read_bytes()
         )  # at once: a training may put a newer checkpoint under this name at any moment
+        metadata, made = _header(BytesIO(data)), load(data)
+        del data
         # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
-        tensors = {name: tensor.clone() for name, tensor in load(data).items()}
+        tensors = {name: made.pop(name).clone() for name in list(made)}
         tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
-        metadata = _header(BytesIO(data))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is no complete checkpoint ({error}): cut short, damaged, or no safetensors file. "
@@ -79,7 +80,7 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
         info = json.loads(metadata[KEY])
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} was not written by kanseg: its metadata has no '{KEY}'.") from error
-    foreign = [name for name in tensors if name.partition(".")[0] not in PARTS]
+    foreign = [name for name in sorted(tensors) if name.partition(".")[0] not in PARTS]
     if foreign or not isinstance(info, dict):
         raise UserError(f"{path} does not fit kanseg: it has foreign keys {_few(foreign)}.")
     return tensors, info

@@ -22,7 +22,7 @@ from kanseg.data.digests import signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import Case, Dataset, few, list_dataset, read_dataset
-from kanseg.data.images import write_label
+from kanseg.data.images import suffix_of, write_label
 from kanseg.data.plan import Plan, plan_run
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.evaluation.report import score_table
@@ -202,17 +202,19 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         UserError: an error that cannot be repaired.
     """
     done = read_json(run / DOCTOR)
-    files = _files(data)
     if done is not None:
-        before = done.get("files", files)
-        changed = sorted(name for name in {*files, *before} if files.get(name) != before.get(name))
-        if changed and (run / REPAIRED).exists():  # other data are looked at when their plan is
+        before = done.get("files") or {}  # of what was copied; other data are looked at when their plan is
+        files = _files(data, run) if before else {}
+        if changed := sorted(name for name in {*files, *before} if files.get(name) != before.get(name)):
             raise UserError(
                 f"{data} changed since {run} was begun with a repaired copy of it: {few(changed)}. Start anew in "
                 "another folder."
             )
         return Path(done["trained_on"]), {int(k): v for k, v in done.get("label_values", {}).items()}
+    files = _files(data, run)
     found = diagnose(data, id_pattern=id_pattern)
+    if found.dataset is None:
+        raise UserError(found.findings[0].message)
     console.print(
         f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
     )
@@ -226,15 +228,18 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         count = f"{len(found.errors)} error{'s' * (len(found.errors) > 1)}"
         console.print(f"{count}: training on a repaired copy, {run / REPAIRED}", soft_wrap=True)
     trained_on = (run / REPAIRED if found.errors else data).resolve()
-    kept = {"trained_on": str(trained_on), "label_values": values, "files": files}
+    kept = {"trained_on": str(trained_on), "label_values": values}
+    kept["files"] = files if found.errors else {}
     write_json(run / DOCTOR, {**found.to_dict(), **kept})
     return trained_on, {int(k): v for k, v in values.items()}
 
 
-def _files(data: Path) -> dict[str, Any]:
-    """Size and time of change of every file of a data set, by its path."""
+def _files(data: Path, run: Path) -> dict[str, Any]:
+    """Size and time of change of every image and list of a data set, by its path; RUN may lie among them."""
+    data, run = data.resolve(), run.resolve()
     if data.is_dir():
-        files = [file for file in data.rglob("*") if file.is_file()]
+        known = [file for file in data.rglob("*") if suffix_of(file) or file.suffix in (".json", ".csv", "")]
+        files = [f for f in known if f.is_file() and f.name[0] != "." and run not in f.parents]
     else:  # a list of them, which may be anywhere
         cases = list_dataset(data, problem=lambda *found: None).cases
         files = [data, *(path for case in cases for path in (*case.images, case.label) if path is not None)]

@@ -23,9 +23,7 @@ Splits = list[dict[str, list[str]]]
 def require_plan(run: Path, otherwise: str) -> None:
     """Raise `UsageError` where a folder has no plan, with the trainings in it where it is one of `kanseg run`."""
     if not run.exists():
-        raise UsageError(
-            f"There is no {run}. Give a folder that `kanseg plan` made, or a data set and -o RUN."
-        )
+        raise UsageError(f"There is no {run}. Give a folder that `kanseg plan` made.")
     trainings = [str(path.parent) for path in sorted(run.glob(f"*/{PLAN}"))]
     if not (run / PLAN).exists():
         hint = f"Its trainings are {', '.join(trainings)}; give one of them." if trainings else otherwise
