@@ -133,7 +133,9 @@ def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
     marker = "." if len(records) == 1 else ""
     left.plot([record["epoch"] for record in records], [record["loss"] for record in records], f"k{marker}-")
     for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if marker:
+            axes.set_xlim(records[0]["epoch"] - 0.5, records[0]["epoch"] + 0.5)
     left.set(xlabel="epoch", ylabel="training loss")
     validated = [record for record in records if record[metric]]
     epochs = [record["epoch"] for record in validated]
