@@ -15,6 +15,10 @@ class UsageError(UserError):
     """A mistake in how kanseg was called (options, names, config keys): exit code 2."""
 
 
+class ShapeError(UsageError, RuntimeError):
+    """A tensor that a layer does not take; torch's own layers raise RuntimeError for it."""
+
+
 @contextmanager
 def refused_options(what: str, *others: type[Exception]) -> Iterator[None]:
     """Say which options a constructor refused: its TypeError, ValueError or one of `others` becomes a `UsageError`."""

@@ -82,8 +82,9 @@ def test_the_disk_holds_what_memory_would(
         plan = replace(flat, patch_size=[16, 16])
     model = network(plan.spatial_dims, plan.in_channels)
     seen: list[tuple[int, int]] = []
-    room = 4 * len(plan.label_names) * image.numel() - 1 if hold else 2**10  # for some planes, or for none
-    monkeypatch.setattr("kanseg.inference.logits.fits", lambda size, memory: size <= memory)
+    room = 8 * len(plan.label_names) * image.numel() if hold else 2**10  # for some planes, or for none
+    whole = 4 * len(plan.label_names) * image.numel()
+    monkeypatch.setattr("kanseg.inference.logits.fits", lambda size, memory: size < memory and size != whole)
     kept = whole_logits(model, image, plan, tta=tta, memory=room, watch=lambda *at: seen.append(at))
     monkeypatch.undo()
     assert isinstance(kept, OnDisk)

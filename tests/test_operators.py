@@ -23,7 +23,10 @@ def numbers(model: nn.Module, call: Any, x: Tensor) -> list[Tensor]:
     leaf = x.clone().requires_grad_()
     model.zero_grad()
     y = call(leaf)
-    y.float().square().mean().backward()
+    upper = (
+        torch.arange(y.numel(), dtype=torch.float32).cos().view_as(y) / y.numel()
+    )  # a norm would cancel squares
+    y.backward(upper.to(y.dtype))
     parameters = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     return [y.detach(), leaf.grad, *parameters]
 

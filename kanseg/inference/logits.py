@@ -197,7 +197,8 @@ def whole_logits(
         logits = InMemory(shape, plan.slice_axis, torch.device("cpu"))
     else:
         deep = plan.patch_size[0] / batch.shape[2] if len(batch) == 1 else 1 / len(batch)
-        logits = OnDisk(shape, plan.slice_axis, hold=fits(round(min(deep, 1) * size), memory))
+        held = 2 * min(deep, 1) * size  # beside them what is read and written of them
+        logits = OnDisk(shape, plan.slice_axis, hold=fits(round(held), memory))
     _slide(model, batch, plan, logits, **how)
     return logits
 

@@ -21,7 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.checkpoint import checkpoint
 
 from kanseg.bases import Basis, create_basis
-from kanseg.errors import UsageError, did_you_mean
+from kanseg.errors import ShapeError, UsageError, did_you_mean
 from kanseg.layers.kernels import expanded_conv, gpu, instance_norm_act
 from kanseg.layers.kernels.expansion import Geometry
 from kanseg.layers.kernels.plain_conv import plain_conv, pointwise_product
@@ -124,19 +124,19 @@ class ConvGeometry(nn.Module):
         """Refuse what the kernels, which read by address, would misread.
 
         Raises:
-            UsageError: not a batch of `in_channels` channels and `spatial_dims` axes, or smaller than the kernel.
+            ShapeError: not a batch of `in_channels` channels and `spatial_dims` axes, or smaller than the kernel.
         """
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("DHW"[-self.spatial_dims :])
-            raise UsageError(
+            raise ShapeError(
                 f"expected an input of shape (N, {self.in_channels}, {axes}), got {tuple(x.shape)}"
             )
         if torch.compiler.is_compiling():  # sizes may be unknown there
             return
         if x.numel() and min(self.geometry().out_size(x.shape[2:])) < 1:
-            raise UsageError(
-                f"a map of {tuple(x.shape[2:])} is smaller than the kernel {self.kernel_size} (dilation "
-                f"{self.dilation}, padding {self.padding})"
+            raise ShapeError(
+                f"Kernel size can't be greater than actual input size: a map of {tuple(x.shape[2:])} is smaller than "
+                f"the kernel {self.kernel_size} (dilation {self.dilation}, padding {self.padding})"
             )
 
     def new_weight(self, out_channels: int, in_channels: int, kernel_size: Sequence[int]) -> nn.Parameter:
