@@ -216,7 +216,6 @@ def check_names(config: Config) -> None:
     from kanseg.encoders import check_encoder_name
     from kanseg.layers.families import family_name
     from kanseg.models import table_of
-    from kanseg.models.model import check_model_name
     from kanseg.training.classification import class_loss
     from kanseg.training.losses import create_loss
     from kanseg.training.optimizers import OPTIMIZERS, lr_factor
@@ -229,7 +228,6 @@ def check_names(config: Config) -> None:
     lr_factor(1.0, 0.0, config.training.schedule, **config.training.schedule_options)
     check_encoder = check_encoder_name
     if config.model.name is not None:
-        check_model_name(config.model.name)
         model = table_of(config.model.name).get(config.model.name)
         check_encoder = getattr(model, "check_encoder", check_encoder_name)
     names = PLANNED if config.model.name is None else (config.model.name,)
@@ -336,21 +334,21 @@ def _as_hydra_override(override: str, folder: Path) -> str:
     return f"++{override}"
 
 
-def _sections(section: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
+def _groups(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """Groups of options by name."""
     kinds = ((name, field.annotation) for name, field in section.model_fields.items())
-    return [(name, kind) for name, kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return {name: kind for name, kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
 def _check_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> None:
-    fields = section.model_fields
+    fields, groups = section.model_fields, _groups(section)
     for key, value in values.items():
         if key not in fields:
-            inside = [f"{group}.{key}" for group, inner in _sections(section) if key in inner.model_fields]
+            inside = [f"{group}.{key}" for group, inner in groups.items() if key in inner.model_fields]
             hint = f" Did you mean '{inside[0]}'?" if inside else ""
             raise UsageError(f"Unknown config key '{prefix}{key}'.{hint or did_you_mean(key, fields)}")
-        inner = fields[key].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if key in groups:
+            inner = groups[key]
             if not isinstance(value, Mapping):
                 raise UsageError(
                     f"Config key '{prefix}{key}' is a group; set one of: {', '.join(inner.model_fields)}"

@@ -222,11 +222,10 @@ def find_source(name: str) -> Source:
     key = {**{k.lower(): k for k in SOURCES}, **short}.get(name.lower())
     if (how := BY_HAND.get(name.lower())) is not None:
         raise UsageError(f"{name} is not fetched by kanseg. {how}")
-    names = sorted({*SOURCES, *short, *BY_HAND})
-    if key is None and (begun := [one for one in names if one.lower().startswith(_task(name))]):
-        raise UsageError(f"Unknown data set '{name}'. Did you mean '{begun[0]}'? Known: {', '.join(names)}.")
     if key is None:
-        raise UsageError(f"Unknown data set '{name}'.{did_you_mean(name.lower(), names)}")
+        names = sorted({*SOURCES, *short, *BY_HAND})
+        nearest = next((known for known in names if known.lower().startswith(_task(name))), name.lower())
+        raise UsageError(f"Unknown data set '{name}'.{did_you_mean(nearest, names)}")
     return SOURCES[key]
 
 

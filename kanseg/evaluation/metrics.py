@@ -166,18 +166,23 @@ def parse_labels(text: str) -> dict[str, Label]:
     path = Path(text)
     if not path.exists():
         raise UsageError(f"Labels '{text}' are not of the form 1,2 or name=1,name=2, nor a run folder.")
-    file = path if path.is_file() else path / "plan.json"
-    if (path / "run.json").is_file():  # of kanseg run: its trainings have the same classes
-        file = next(iter(sorted(path.glob("*/plan.json"))), file)
-    plan = Plan.load(file)
+    plan = Plan.load(_plan_file(path))
     return {name: values if len(values) > 1 else values[0] for name, values in class_values(plan).items()}
 
 
 def planned_ignore(text: str | None) -> int | None:
     """The ignore label of the run folder that `parse_labels` is given, None where it has none."""
     path = Path(text or "")
-    file = path / "plan.json" if path.is_dir() else path
+    file = _plan_file(path)
     return Plan.load(file).ignore_value if text and file.is_file() and file.suffix == ".json" else None
+
+
+def _plan_file(path: Path) -> Path:
+    """The plan that a file or a run folder stands for; of `kanseg run` the first, for all have the same classes."""
+    if not path.is_dir():
+        return path
+    plans = sorted(path.glob("*/plan.json")) if (path / "run.json").is_file() else []
+    return plans[0] if plans else path / "plan.json"
 
 
 def _label(text: str) -> Label:

@@ -125,9 +125,7 @@ class OnDisk(Logits):
             lines = list(self.shape)
             lines[1 + self.axis] = planes.stop - planes.start
             self.planes, self.held = planes, torch.zeros(lines)
-        for held, found in zip(
-            self.held, values, strict=True
-        ):  # all at once would be another map of all classes
+        for held, found in zip(self.held, values, strict=True):  # at once it would be one more map of all
             held[tuple(inside)] += (found * share).cpu()
 
     def _write_planes(self) -> None:

@@ -22,8 +22,10 @@ from kanseg.data.digests import signature
 from kanseg.data.fingerprint import unlike_training
 from kanseg.data.formats import Case
 from kanseg.data.images import (
+    LOSSY,
     SUFFIXES_2D,
     SUFFIXES_3D,
+    TWO_FILES,
     Image,
     read_description,
     suffix_of,
@@ -38,27 +40,10 @@ from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.progress import telling
 
 NIFTI = ".nii.gz"
-WRITTEN_AS = {
-    ".jpg": ".png",
-    ".jpeg": ".png",
-    ".mhd": ".mha",
-    ".nhdr": ".nrrd",
-}  # that label maps are not written in
-NO_FOLDERS = (
-    ".dcm",
-    ".dicom",
-    ".img",
-    ".hdr",
-    ".mgz",
-    ".mgh",
-    ".npy",
-    ".npz",
-    ".gz",
-    ".zip",
-    ".seg",
-    ".h5",
-    ".csv",
-)
+WRITTEN_AS = TWO_FILES | dict.fromkeys(
+    LOSSY, ".png"
+)  # where label maps cannot have the format of their image
+NO_FOLDERS = tuple(".dcm .dicom .img .hdr .mgz .mgh .npy .npz .gz .zip .seg .h5 .csv".split())
 PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
 Network = nn.Module | Sequence[nn.Module]
 Plans = Plan | Sequence[Plan]

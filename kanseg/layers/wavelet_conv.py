@@ -21,6 +21,7 @@ from kanseg.layers.kernels.rows import channels_last
 
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
 STEPS = 3  # maps of as many edges that a wavelet's steps hold at once
+WHOLE = Slab(True, slice(None), slice(None), slice(None))
 
 
 class WaveletConv(ConvGeometry):
@@ -81,19 +82,18 @@ class WaveletConv(ConvGeometry):
             self.base_weight,
         )
         whole = not self.recompute or torch.compiler.is_compiling() or transformed()
-        terms: list[Term] = [(None, self._base_term)]
+        cut = [WHOLE] if whole else self._slabs(x)
+        terms: list[Term] = [(WHOLE, self._base_term)]
         for first in range(0, self._edges(), self.step):
-            for slab in [None] if whole else self._slabs(x):
-                terms.append((slab, partial(self._edge_term, first, slab)))
+            terms += [(slab, partial(self._edge_term, first, slab)) for slab in cut]
         if torch.is_grad_enabled() and not whole:
             return SumOfTerms.apply(terms, *tensors)
         return summed(terms, tensors)
 
-    def _slabs(self, x: Tensor) -> list[Slab | None]:
-        """What of x is expanded at once; None for all of it."""
+    def _slabs(self, x: Tensor) -> list[Slab]:
+        """What of x is expanded at once."""
         width = STEPS * self.in_channels * min(self.step, self._edges())
-        cut = list(slabs(x, width, torch.promote_types(x.dtype, torch.float32), self.geometry()))
-        return [None] if cut[0].whole else [*cut]
+        return list(slabs(x, width, torch.promote_types(x.dtype, torch.float32), self.geometry()))
 
     def _compiled(self, x: Tensor) -> bool:
         """Whether the compiled kernels serve."""
@@ -114,7 +114,7 @@ class WaveletConv(ConvGeometry):
     def _edge_term(
         self,
         first: int,
-        slab: Slab | None,
+        slab: Slab,
         x: Tensor,
         dropped: Tensor,
         scale: Tensor,
@@ -130,29 +130,27 @@ class WaveletConv(ConvGeometry):
             return t.unflatten(0, (self.groups, -1))[:, some]
 
         with torch.autocast(x.device.type, enabled=False):
-            z = dropped if slab is None else planes_of(dropped, slab)
+            z = planes_of(dropped, slab)
             z = z.float() if z.dtype.itemsize < 4 else z
             z = z.unflatten(1, (self.groups, 1, -1))
             shape = (1, self.groups, -1, z.shape[3], *[1] * self.spatial_dims)
             expanded = self.psi((z - chosen(translation).reshape(shape)) / chosen(scale).reshape(shape))
         weight = chosen(weight).flatten(0, 1)
         expanded = expanded.flatten(1, 3).to(weight.dtype)
-        padding = self.padding
-        if slab is not None:
-            padding = slab.padding(self.geometry())
+        if slab.before or slab.after:
             expanded = F.pad(expanded, [0, 0] * (self.spatial_dims - 1) + [slab.before, slab.after])
-        u = self.convolve(expanded, weight, groups=len(weight), padding=padding)
+        u = self.convolve(expanded, weight, groups=len(weight), padding=slab.padding(self.geometry()))
         return self.pointwise(u, mix[:, some])
 
 
-Term = tuple[Slab | None, Callable[..., Tensor]]  # and the part of the sum to which it adds
+Term = tuple[Slab, Callable[..., Tensor]]  # and the part of the sum to which it adds
 
 
 def summed(terms: Sequence[Term], tensors: Sequence[Tensor]) -> Tensor:
     """The sum of term(*tensors); the first one is whole."""
     total = terms[0][1](*tensors)
     for slab, term in terms[1:]:
-        if slab is None:
+        if slab.whole:
             total = total + term(*tensors)
         else:
             outputs(total, slab).add_(term(*tensors))
@@ -183,8 +181,9 @@ class SumOfTerms(torch.autograd.Function):
             if not y.requires_grad:  # what this term is made of is frozen
                 continue
             sought = [i for i, want in enumerate(wanted) if want]
-            upper = grad if slab is None else outputs(grad, slab)
-            grads = torch.autograd.grad(y, [leaves[i] for i in sought], upper, allow_unused=True)
+            grads = torch.autograd.grad(
+                y, [leaves[i] for i in sought], outputs(grad, slab), allow_unused=True
+            )
             for i, g in zip(sought, grads, strict=True):
                 if g is not None:
                     total[i] = g if total[i] is None else total[i] + g

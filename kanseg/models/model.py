@@ -27,14 +27,10 @@ def list_models() -> list[str]:
 
 
 def table_of(name: str) -> Registry:
-    """The table that has a model of this name; that of segmentation for an unknown one."""
-    return CLASSIFIERS if name in CLASSIFIERS else MODELS
-
-
-def check_model_name(name: str) -> None:
-    """Raise `UsageError` with the nearest name of a network, classifiers among them, for an unknown one."""
+    """The table that has a model of this name; `UsageError` with the nearest name for an unknown one."""
     if name not in MODELS and name not in CLASSIFIERS:
         raise UsageError(f"Unknown model '{name}'.{did_you_mean(name, [*MODELS, *CLASSIFIERS])}")
+    return CLASSIFIERS if name in CLASSIFIERS else MODELS
 
 
 def describe_model(name: str) -> str:
@@ -52,7 +48,6 @@ def create_model(
     Raises:
         UsageError: unknown name or option (the nearest one is named), or values that do not fit together.
     """
-    check_model_name(name)
     table = table_of(name)
     known = [option for option in table.parameters(name) if option not in ("self", "kwargs")]
     for option in options:

@@ -63,9 +63,7 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
             f"There is no checkpoint {path}. Give one that `kanseg train` wrote, or its run folder."
         )
     try:
-        data = (
-            path.read_bytes()
-        )  # at once: a training may put a newer checkpoint under this name at any moment
+        data = path.read_bytes()  # at once: a training may replace the file at any moment
         metadata, made = _header(BytesIO(data)), load(data)
         del data
         # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.

@@ -77,7 +77,7 @@ def fit(
     main = accelerator.is_main_process
     with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
         if main:  # only now: a folder in use is another training's
-            prepare_run(config, plan, splits, run, fold)
+            prepare_run(config, plan, splits, run)
         accelerator.wait_for_everyone()
         task = create_task(config, plan, dataset, training, validation, accelerator)
         trainer = Trainer(config, task, model, accelerator, folder, stop, describe(config, plan, spec, fold))

@@ -122,9 +122,9 @@ def run_pipeline(
         names = _fitting(wanted, dataset)
         if not folds:  # nobody is left to choose by
             names, final = names[:1], "all"
-        share = None if minutes is None else minutes / (len(names) * folds + (final == "all"))
+        count = len(names) * folds + (final == "all")
+        share = None if minutes is None else minutes / count
         if share is not None:
-            count = len(names) * folds + (final == "all")
             told = f"{count} trainings of {in_words(60 * share)}; planning, validation and scores take time"
             console.print(f"{told} beside", highlight=False, soft_wrap=True)
             checked = _with(checked, "training", max_minutes=share, max_epochs=None)
@@ -204,14 +204,13 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
     done = read_json(run / DOCTOR)
     if done is not None:
         before = done.get("files") or {}  # of what was copied; other data are looked at when their plan is
-        files = _files(data, run) if before else {}
-        if changed := sorted(name for name in {*files, *before} if files.get(name) != before.get(name)):
+        now = _files(data, run) if before else {}
+        if changed := sorted(name for name in {*now, *before} if now.get(name) != before.get(name)):
             raise UserError(
                 f"{data} changed since {run} was begun with a repaired copy of it: {few(changed)}. Start anew in "
                 "another folder."
             )
         return Path(done["trained_on"]), {int(k): v for k, v in done.get("label_values", {}).items()}
-    files = _files(data, run)
     found = diagnose(data, id_pattern=id_pattern)
     if found.dataset is None:
         raise UserError(found.findings[0].message)
@@ -222,14 +221,15 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         case = f"{finding.case}: " if finding.case else ""  # else it concerns all
         console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
     values: dict[str, int] = {}
+    files: dict[str, Any] = {}  # that a copy was made of
     if found.errors:
+        files = _files(data, run)
         shutil.rmtree(run / REPAIRED, ignore_errors=True)
         values = found.fix(run / REPAIRED)["label_values"]
         count = f"{len(found.errors)} error{'s' * (len(found.errors) > 1)}"
         console.print(f"{count}: training on a repaired copy, {run / REPAIRED}", soft_wrap=True)
     trained_on = (run / REPAIRED if found.errors else data).resolve()
-    kept = {"trained_on": str(trained_on), "label_values": values}
-    kept["files"] = files if found.errors else {}
+    kept = {"trained_on": str(trained_on), "label_values": values, "files": files}
     write_json(run / DOCTOR, {**found.to_dict(), **kept})
     return trained_on, {int(k): v for k, v in values.items()}
 

@@ -12,7 +12,7 @@ from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError
 from kanseg.training.checkpoint import LAST
-from kanseg.training.files import make_folder, write_json
+from kanseg.training.files import write_json
 
 CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
 PREDICTIONS = "validation"  # label maps of a fold's validation cases, by a network that never saw them
@@ -105,9 +105,8 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[
     return training, validation
 
 
-def prepare_run(config: Config, plan: AnyPlan, splits: Splits, run: Path, fold: int | str) -> None:
-    """Make the folders and write what the folds share."""
-    make_folder(run / f"fold_{fold}")
+def prepare_run(config: Config, plan: AnyPlan, splits: Splits, run: Path) -> None:
+    """Write what the folds share."""
     write_json(run / CONFIG, config.model_dump())
     if splits:
         write_json(run / SPLITS, splits)
