@@ -101,6 +101,9 @@ class TrainingConfig(Section):
     final_validation: bool = Field(
         default=True, description="all validation cases on their own grid at the end, their label maps kept"
     )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**31, description="of weights and patches; null: data.seed, that of the split"
+    )
     save_minutes: float = Field(default=10.0, gt=0, description="between two checkpoints within an epoch")
     device: Literal["auto", "cpu"] = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
@@ -139,7 +142,9 @@ class DataConfig(Section):
     """Split, randomness and loading."""
 
     folds: int = Field(default=5, ge=2)
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="of splits and intervals; without training.seed of all"
+    )
     workers: int = Field(default=1, ge=0, description="processes that prepare patches")
 
 
@@ -171,6 +176,11 @@ class Config(Section):
     data: DataConfig = DataConfig()
     inference: InferenceConfig = InferenceConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def seed(self) -> int:
+        """What a training draws by: several seeds on one split differ in `training.seed` alone."""
+        return self.data.seed if self.training.seed is None else self.training.seed
 
 
 def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:

@@ -94,6 +94,18 @@ def test_the_manifest_tells_what_the_training_was(fit_balls, balls, tmp_path):
     assert {"processor", "cores", "memory_bytes", "device"} <= told["hardware"].keys()
 
 
+def test_seeds_of_a_training_leave_the_split_alone(fit_balls, tmp_path):
+    found = {}
+    for seed in (0, 1):
+        run = tmp_path / f"seed_{seed}"
+        fit_balls("training.max_epochs=1", f"training.seed={seed}", "data.seed=3", run=run)
+        (record,) = read_log(run / "fold_0/log.jsonl")
+        found[seed] = (run / "splits.json").read_text(), record["loss"]
+        assert json.loads((run / "fold_0/manifest.json").read_text())["seed"] == seed
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+
+
 def test_a_changed_file_changes_the_digest(balls, tmp_path):
     from dataclasses import replace
 

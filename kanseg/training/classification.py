@@ -217,7 +217,7 @@ class Classification:
             self.plan,
             changes=self.classes.changes,
             epoch_size=epoch_size,
-            seed=self.config.data.seed,
+            seed=self.config.seed,
             balanced=self.options.balanced,
         )
 

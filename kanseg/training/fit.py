@@ -71,7 +71,7 @@ def fit(
     splits = run_splits(dataset, config, run, fold)
     training, validation = fold_cases(splits, dataset, fold)
     accelerator = make_accelerator(config.training)
-    set_seed(config.data.seed)
+    set_seed(config.seed)
     spec, model, started = _model(config, plan, folder)  # before anything is written: options may not fit
     check_patch(model, plan.patch_size)
     main = accelerator.is_main_process
@@ -92,7 +92,7 @@ def fit(
                 trainer.monitor.say(started)
             manifest = None
             if accelerator.is_main_process:
-                facts = {"fold": fold, "seed": config.data.seed, "config": config.model_dump()}
+                facts = {"fold": fold, "seed": config.seed, "config": config.model_dump()}
                 data = digests(dataset.sources, load_fingerprint(run))
                 manifest = Manifest(folder / MANIFEST, data, accelerator.device, **facts)
             try:

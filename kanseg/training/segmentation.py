@@ -50,7 +50,7 @@ class Segmentation:
             self.training,
             batch_size=self.options.batch_size or self.plan.batch_size,
             steps=self.options.steps_per_epoch * self.options.accumulate,
-            seed=self.config.data.seed,
+            seed=self.config.seed,
             workers=self.config.data.workers,
             rank=rank,
             ranks=ranks,
