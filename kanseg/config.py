@@ -40,6 +40,19 @@ class ModelConfig(Section):
     options: dict[str, Any] = Field(default={}, description="of the network: basis, features_per_stage, ...")
 
 
+class AdaptConfig(Section):
+    """Fine-tuning of changes beside frozen weights, see `kanseg.study.peft`."""
+
+    rank: int = Field(default=0, ge=0, description="of the changes of all weights; 0 for none")
+    functions: list[int] = Field(default=[], description="basis functions whose weights change, from 0")
+    train: list[str] = Field(default=["*head*"], description="patterns of what is trained as it is")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is asked for."""
+        return bool(self.rank or self.functions)
+
+
 class TrainingConfig(Section):
     """How long, how fast, with what loss, from what weights, and how often the validation cases are looked at."""
 
@@ -87,6 +100,7 @@ class TrainingConfig(Section):
     weights: str | None = Field(
         default=None, description="to start from: run, model, checkpoint, state_dict or MONAI bundle"
     )
+    adapt: AdaptConfig = AdaptConfig()
     freeze: list[str] = Field(default=[], description="patterns of parameters that stay: ['encoder.*']")
     lr_scale: list[Annotated[str, StringConstraints(pattern=r"^[^=]+=[0-9.eE+-]+$")]] = Field(
         default=[], description="patterns of parameters and their share of lr: ['encoder.*=0.1']"

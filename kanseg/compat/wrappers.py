@@ -124,7 +124,7 @@ CONVERTERS: dict[str, Any] = {
     "RoPESelfKANtention{n}D": partial(convert_attention_of, True),
 }
 MODULES = "is made of modules, which arguments do not describe. "
-FITTED = "Merge it into ordinary layers (fuse_layer, merge) and name their class."
+FITTED = "Merge it into ordinary layers (fuse_layer, merge) and name their class; kanseg.study.adapt does the like."
 # What has no counterpart here, and why.
 REFUSED = {
     "KANFocalModulation{n}D": "takes a class as argument. Name KAGNFocalModulation or BottleNeckKAGNFocalModulation.",

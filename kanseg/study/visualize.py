@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 def kan_convolutions(model: nn.Module) -> dict[str, KANConv]:
     """All KAN convolutions of a network by their names; plain convolutions are left out."""
     return {n: m for n, m in model.named_modules() if isinstance(m, KANConv) and m.basis is not None}
+
+
+def kan_layers(model: nn.Module) -> dict[str, Any]:
+    """All layers that weigh the functions of a basis, convolutions and fully connected ones, by their names."""
+    weigh = ((n, m, getattr(m, "basis", None)) for n, m in model.named_modules())
+    return {n: m for n, m, basis in weigh if basis is not None and isinstance(m.basis_weight, Tensor)}
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from kanseg import __version__
 from kanseg.config import Config, model_options
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.models import TABLES, create_model
+from kanseg.study.peft import PLACE, adapt, merge
 from kanseg.training.files import write_bytes
 
 if TYPE_CHECKING:
@@ -154,14 +155,23 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn
     file = find_checkpoint(path)
     tensors, info = load_checkpoint(file)
     try:
-        spec, plan = dict(info["model"]), plan_from_dict(info["plan"])
+        plan, _ = plan_from_dict(info["plan"]), dict(info["model"])["options"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not describe its model and plan ({error}). Train again.") from error
+    return restored(tensors, info, file).to(device).eval(), plan, info
+
+
+def restored(tensors: Mapping[str, Tensor], info: Mapping[str, Any], source: Path) -> nn.Module:
+    """The network that tensors and JSON of a checkpoint describe, with its averaged weights if there are any."""
+    spec, weights = dict(info["model"]), part(tensors, "average") or part(tensors, "model")
     started = {"encoder_weights": None}  # what training started from is no longer needed, nor perhaps there
     spec["options"] = {key: started.get(key, value) for key, value in spec["options"].items()}
     model = build_model(spec)
-    load_weights(model, part(tensors, "average") or part(tensors, "model"), file)
-    return model.to(device).eval(), plan, info
+    adapted = any(PLACE in name for name in weights)  # the last weights of a training under way
+    if adapted:
+        adapt(model, **info["config"]["training"]["adapt"])
+    load_weights(model, weights, source)
+    return merge(model) if adapted else model
 
 
 def build_model(spec: Mapping[str, Any]) -> nn.Module:

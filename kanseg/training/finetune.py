@@ -1,14 +1,16 @@
 """Starting from weights that exist: of a kanseg run or model, of a state_dict, or of a MONAI bundle.
 
 Channels and classes may differ: a class or channel of the same name keeps its weights, a further channel gets the mean
-of the known ones, a further class starts afresh.
+of the known ones, a further class starts afresh. Bases may differ as well (more degrees, a finer grid, another family):
+the learned functions are kept as far as the new ones can (`kanseg.study.refit`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 from kanseg.encoders.transfer import read_weights
 from kanseg.errors import UserError
 from kanseg.models import list_models
+from kanseg.study.peft import PLACE
+from kanseg.study.refit import refit
+from kanseg.study.visualize import kan_layers
 from kanseg.training.checkpoint import (
     BEST,
     EXPORTED,
@@ -26,6 +31,7 @@ from kanseg.training.checkpoint import (
     is_checkpoint,
     load_checkpoint,
     part,
+    restored,
     shipped,
 )
 
@@ -40,6 +46,7 @@ class Start:
     Attributes:
         model: {"name", "options"} of the network that they belong to, None where the file does not say it.
         classes, channels: their names, where known; else as many as the weights' network has, unnamed.
+        build: makes that network with its weights, where it is one of ours.
     """
 
     source: Path
@@ -47,6 +54,7 @@ class Start:
     model: dict[str, Any] | None = None
     classes: Sequence[str] = field(default_factory=list)
     channels: Sequence[str] = field(default_factory=list)
+    build: Callable[[], nn.Module] | None = None
 
 
 def read_start(path: Path | str) -> Start:
@@ -76,7 +84,12 @@ def _read_checkpoint(path: Path) -> Start:
     model = {"name": spec["name"], "options": spec.get("options", {})} if segments else None
     classes = list(info.get("labels", [])) or [""] * spec.get("out_channels", 0)
     channels = plan.get("channel_names") or [""] * spec.get("in_channels", 0)
-    return Start(path, part(tensors, "average") or part(tensors, "model"), model, classes, channels)
+    whole = {"spatial_dims", "in_channels", "out_channels", "options"} <= spec.keys()
+    build = partial(restored, tensors, info, path) if whole else None
+    weights = part(tensors, "average") or part(tensors, "model")
+    if build and any(PLACE in name for name in weights):
+        weights = build().state_dict()
+    return Start(path, weights, model, classes, channels, build)
 
 
 def _read_bundle(folder: Path) -> Start:
@@ -91,8 +104,8 @@ def _read_bundle(folder: Path) -> Start:
     target = str(definition.pop("_target_")).rpartition(".")[2]
     sizes = {name: definition.pop(name, None) for name in ("spatial_dims", "in_channels", "out_channels")}
     model = {"name": "monai", "options": {"network": target, "arguments": definition}}
-    names = [[""] * int(sizes[name] or 0) for name in ("out_channels", "in_channels")]
-    return Start(folder, weights, model, *names)
+    classes, channels = ([""] * int(sizes[name] or 0) for name in ("out_channels", "in_channels"))
+    return Start(folder, weights, model, classes, channels)
 
 
 def _without(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,7 +159,11 @@ def transfer(model: nn.Module, start: Start, classes: Sequence[str], channels: S
             f"{', '.join(list(own)[:3])}. Choose the network that they belong to (model.name, model.options)."
         )
     model.load_state_dict(own)
-    parts = {"taken": taken, "adapted": adapted, "new": fresh}
+    refitted = refit(start.build(), model) if start.build and kan_layers(model) else {}
+    model.load_state_dict(refitted, strict=False)
+    bases = tuple(name.removesuffix("_weight") for name in refitted)
+    taken, fresh = ([name for name in names if not name.startswith(bases)] for names in (taken, fresh))
+    parts = {"taken": taken, "adapted": adapted, "moved to other bases": list(refitted), "new": fresh}
     shown = (f"{len(names)} {what}{_shown(names, what)}" for what, names in parts.items() if names)
     return f"Weights of {start.source}: {', '.join(shown)}."
 

@@ -22,6 +22,7 @@ from kanseg.config import Config, check_names
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.formats import Dataset
 from kanseg.data.plans import AnyPlan
+from kanseg.errors import UsageError
 from kanseg.models import check_patch
 from kanseg.training.checkpoint import LAST, build_model, describe, load_checkpoint, model_spec
 from kanseg.training.devices import make_accelerator
@@ -29,6 +30,7 @@ from kanseg.training.files import locked, make_folder, read_json
 from kanseg.training.finetune import read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
+from kanseg.training.parameters import trained_share
 from kanseg.training.run_folder import SUMMARY, check_data, fold_cases, prepare_run, run_config, run_splits
 from kanseg.training.stop import StopRequest
 from kanseg.training.tasks import create_task
@@ -90,6 +92,8 @@ def fit(
                 return done
             if started:
                 trainer.monitor.say(started)
+            if config.training.adapt.wanted:
+                trainer.monitor.say(f"{trained_share(trainer.model)} are trained.")
             manifest = None
             if accelerator.is_main_process:
                 facts = {"fold": fold, "seed": config.seed, "config": config.model_dump()}
@@ -115,6 +119,10 @@ def fit(
 def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any], nn.Module, str]:
     """The description of the network, the network, and what was said about the weights it starts from."""
     if config.training.weights is None:
+        if config.training.adapt.wanted:
+            raise UsageError(
+                "training.adapt changes weights that exist: give them by training.weights=RUN, a model or a file."
+            )
         spec = model_spec(config, plan)
         return spec, build_model(spec), ""
     if (folder / LAST).exists():  # the weights have done their part, and may be gone

@@ -63,6 +63,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise UsageError(f"training.freeze={list(patterns)} leaves no parameter to train.")
 
 
+def trained_share(model: nn.Module) -> str:
+    """How much of a network is trained, in words: "41,234 of 1,820,460 numbers"."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return f"{sum(n for n, wanted in counts if wanted):,} of {sum(n for n, _ in counts):,} numbers"
+
+
 def rest_frozen(model: nn.Module) -> None:
     """Put norms whose parameters are all frozen into `eval()`: their running statistics stay as well."""
     for module in model.modules():

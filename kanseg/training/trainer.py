@@ -21,6 +21,7 @@ from kanseg.config import Config
 from kanseg.data.plans import plan_from_dict
 from kanseg.errors import UsageError, UserError
 from kanseg.layers.mixture import take_balance_loss
+from kanseg.study.peft import adapt, merged
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import BEST, LAST, load_weights, named, part
 from kanseg.training.devices import checkpoint_stages, may_record, record_passes
@@ -36,7 +37,7 @@ from kanseg.training.task import Batch, Task
 
 SMALL = 1_000_000  # numbers of a batch whose passes take less time on a GPU than their launches
 # What the state of an optimizer belongs to; where one was changed (--override), the optimizer starts afresh.
-OPTIMIZED = ("optimizer", "freeze", "lr_scale", "layer_decay")
+OPTIMIZED = ("optimizer", "adapt", "freeze", "lr_scale", "layer_decay")
 
 
 class Trainer:
@@ -61,6 +62,8 @@ class Trainer:
         self.rng: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # for before the next step
         model.to(accelerator.device)
         self.evaluated = copy.deepcopy(model).eval()  # whole, plain, best or average
+        if options.adapt.wanted:
+            adapt(model, **options.adapt.model_dump())
         freeze(model, options.freeze)
         if options.gradient_checkpointing:
             checkpoint_stages(model)
@@ -127,11 +130,14 @@ class Trainer:
         tensors, info = checkpoint.load_checkpoint(path)
         if plan_from_dict(info.get("plan") or {}).to_dict() != self.description["plan"]:
             raise UsageError(f"plan.json is not the one of {path}. Put it back, or start a new run folder.")
-        load_weights(self.evaluated, part(tensors, "model"), path)  # checks that they fit
         try:
+            load_weights(
+                self.evaluated, merged(self.model, part(tensors, "model")), path
+            )  # checks that they fit
             self._put(self.model.state_dict(), part(tensors, "model"))
             self._put(self.average, part(tensors, "average") or part(tensors, "model"))
-            if not any(info["config"]["training"][key] != getattr(self.options, key) for key in OPTIMIZED):
+            before, now = info["config"]["training"], self.options.model_dump()
+            if not any(before.get(key, now[key]) != now[key] for key in OPTIMIZED):
                 self._load_optimizer(part(tensors, "optimizer"), info["optimizer"])
             if self.accelerator.scaler is not None and info["scaler"]:
                 self.accelerator.scaler.load_state_dict(info["scaler"])
@@ -140,7 +146,7 @@ class Trainer:
             rank = str(self.accelerator.process_index)
             if rank in info["rng"]:  # else it is a further process, with a fresh generator
                 self.rng = part(tensors, f"rng.{rank}"), info["rng"][rank]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} cannot be resumed ({error}); it is no whole last checkpoint.") from error
 
     def _train_epoch(self, batches: Iterator[Batch]) -> None:
@@ -323,7 +329,8 @@ class Trainer:
     def _take_average(self) -> None:
         """Let `evaluated` have the averaged weights, or the model's where no average is kept."""
         weights = self.average or self.model.state_dict()
-        self.evaluated.load_state_dict({name: full(value) for name, value in weights.items()})
+        whole = {name: full(value) for name, value in weights.items()}
+        self.evaluated.load_state_dict(merged(self.model, whole))
 
     @staticmethod
     def _put(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,135 @@
+"""Fine-tuning of few numbers: what is learnt lies beside frozen weights, and is added to them in the end.
+
+Low rank: W + up down, with `rank` rows in between (LoRA: Hu et al., arXiv 2106.09685); the weight of a convolution is a
+matrix of outputs by everything else. Chosen functions: the weights of some functions of a basis alone change, of a
+polynomial those of its highest degrees, say (the scheme of torch-conv-kan's adapters). Both begin at the function that
+the network computes, and `merge` leaves a network of the same layers as before. Higher degrees and finer grids are no
+matter of training: see `kanseg.study.refit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kanseg.errors import UsageError
+from kanseg.study.visualize import kan_layers
+
+HEADS = "*head*"  # what gives the classes, in every network here
+PLACE = ".parametrizations."  # torch's name for where a change lies
+
+
+class LowRank(nn.Module):
+    """W -> W + up down, W of any shape (rows, ...). `up` begins at zero."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        rows, columns = weight.flatten(1).shape
+        self.up = nn.Parameter(weight.new_zeros(rows, rank))
+        self.down = nn.Parameter(torch.randn_like(weight.new_empty(rank, columns)) / columns**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+class SomeFunctions(nn.Module):
+    """W (outputs, channels * count, ...) -> W + change at the chosen ones of the `count` functions of each channel."""
+
+    chosen: Tensor
+
+    def __init__(self, weight: Tensor, count: int, chosen: Sequence[int]) -> None:
+        super().__init__()
+        self.count = count
+        self.register_buffer("chosen", torch.tensor(chosen, device=weight.device), persistent=False)
+        by_channel = weight.unflatten(1, (-1, count))
+        self.change = nn.Parameter(torch.zeros_like(by_channel[:, :, list(chosen)]))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        by_channel = weight.unflatten(1, (-1, self.count))
+        return by_channel.index_add(2, self.chosen, self.change).flatten(1, 2)
+
+
+def adapt(
+    model: nn.Module, *, rank: int = 0, functions: Sequence[int] = (), train: Sequence[str] = (HEADS,)
+) -> nn.Module:
+    """Freeze a network but for changes beside its weights, in place. Norms, biases and learned numbers of bases go on.
+
+    Args:
+        rank: of the changes of all weights; 0 for none.
+        functions: numbers of basis functions, counted from 0, whose weights change in KAN layers; `rank` is then for
+            the other weights.
+        train: shell patterns of parameters that are trained as they are, the heads by default.
+
+    Raises:
+        UsageError: neither is asked for, no KAN layer has such functions, or a network that is adapted already.
+    """
+    if rank < 0 or not (rank or functions):
+        raise UsageError(
+            f"adapt needs rank of 1 or more, or functions; got rank={rank}, functions={list(functions)}"
+        )
+    if any(parametrize.is_parametrized(module) for module in model.modules()):
+        raise UsageError("The network is adapted already; merge it first.")
+    layers = kan_layers(model)
+    _check_functions(layers, functions)
+    model.requires_grad_(False)
+    for name, module, key, parameter in list(_parameters(model)):
+        whole = f"{name}.{key}" if name else key
+        if parameter.dim() < 2 or any(fnmatchcase(whole, pattern) for pattern in train):
+            parameter.requires_grad_()
+        elif functions and name in layers and key == "basis_weight":
+            _beside(module, key, SomeFunctions(parameter, module.basis.num_functions, functions))
+        elif rank and key.endswith("weight"):
+            _beside(module, key, LowRank(parameter, rank))
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Add the changes to the weights, in place; every parameter is trained again."""
+    for module in list(model.modules()):
+        for key in list(getattr(module, "parametrizations", {})):
+            parametrize.remove_parametrizations(module, key, leave_parametrized=True)
+    return model.requires_grad_()
+
+
+def merged(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict of an adapted network as that of the network before; others as they are."""
+    plain = {name: value for name, value in weights.items() if PLACE not in name}
+    for name, module in model.named_modules():
+        for key, change in getattr(module, "parametrizations", {}).items():
+            place = f"{name}{PLACE}{key}." if name else f"{PLACE[1:]}{key}."
+            own = {n.removeprefix(place): value for n, value in weights.items() if n.startswith(place)}
+            whole = f"{name}.{key}" if name else key
+            plain[whole] = torch.func.functional_call(change, own, (), strict=False).detach()
+    return plain
+
+
+def _check_functions(layers: Mapping[str, Any], functions: Sequence[int]) -> None:
+    if not functions:
+        return
+    if not layers:
+        raise UsageError("functions are those of KAN layers, and the network has none. Give a rank.")
+    fewest = min(layer.basis.num_functions for layer in layers.values())
+    if not 0 <= min(functions) <= max(functions) < fewest or len(set(functions)) < len(functions):
+        raise UsageError(
+            f"functions must be different numbers of 0 to {fewest - 1}, for the bases have {fewest} functions; "
+            f"got {list(functions)}"
+        )
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Any, str, nn.Parameter]]:
+    """Name of the module, module, name in it, parameter; once where modules share one."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, module, key, parameter
+
+
+def _beside(module: nn.Module, key: str, change: nn.Module) -> None:
+    parametrize.register_parametrization(module, key, change)
