@@ -12,6 +12,7 @@ import pytest
 from PIL import Image as Picture
 
 from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.splits import split
 from kanseg.errors import UserError
 
 
@@ -99,6 +100,36 @@ def test_csv_with_groups_and_datalist(tmp_path: Path) -> None:
     entries = [{"image": f"scans/{n}.nii.gz", "label": f"truth/{n}.nii.gz"} for n in "ab"]
     (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
     assert len(read_dataset(tmp_path / "list.json").cases) == 2
+
+
+def listed(root: Path, entries: list, **lists: list) -> Path:
+    volumes(root / "scans", list("abcd"))
+    volumes(root / "truth", list("abcd"), (1,))
+    paths = {n: {"image": f"scans/{n}.nii.gz", "label": f"truth/{n}.nii.gz"} for n in "abcd"}
+    content = {"training": entries, **lists}
+    content = {name: [paths[n] | rest for n, rest in some] for name, some in content.items()}
+    (root / "list.json").write_text(json.dumps(content))
+    return root / "list.json"
+
+
+def test_the_folds_of_a_datalist_are_used(tmp_path: Path) -> None:
+    dataset = read_dataset(listed(tmp_path, [(n, {"fold": i % 2}) for i, n in enumerate("abcd")]))
+    folds = [{"train": ["b", "d"], "val": ["a", "c"]}, {"train": ["a", "c"], "val": ["b", "d"]}]
+    assert split(dataset, folds=5) == folds
+    assert "2 folds" in dataset.notes[-1]
+
+
+def test_the_validation_list_of_a_datalist_is_its_fold(tmp_path: Path) -> None:
+    dataset = read_dataset(listed(tmp_path, [("a", {}), ("c", {})], validation=[("b", {}), ("d", {})]))
+    assert split(dataset) == [{"train": ["a", "c"], "val": ["b", "d"]}]
+
+
+def test_folds_of_a_list_that_share_a_patient_or_miss_cases_are_refused(tmp_path: Path) -> None:
+    shared = [(n, {"fold": i % 2, "patient": "p" if n in "ab" else n}) for i, n in enumerate("abcd")]
+    with pytest.raises(UserError, match="belong to one patient"):
+        split(read_dataset(listed(tmp_path, shared)))
+    with pytest.raises(UserError, match="gives the folds none, 0, 1"):
+        read_dataset(listed(tmp_path, [("a", {"fold": 0}), ("b", {"fold": 1}), ("c", {})]))
 
 
 def test_pictures_with_0_and_255(tmp_path: Path) -> None:

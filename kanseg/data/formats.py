@@ -86,9 +86,6 @@ class Dataset:
         return self.cases
 
 
-FOLDS_ASIDE = (
-    "the folds of the list are left aside: splits are made by patient; write splits.json by hand for others"
-)
 Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
 
 
@@ -493,16 +490,41 @@ def _read_datalist(path: Path, content: Any) -> Dataset:
     if not isinstance(content, dict) or "training" not in content:
         raise UserError(f"{path} is no datalist: it has no 'training' list. Expected: {LAYOUTS}.")
     held_out = _entries(path, content, "test") or _entries(path, content, "testing")
-    entries = [*_entries(path, content, "training"), *_entries(path, content, "validation")]
-    return _listed_dataset(path, "MONAI datalist (JSON)", entries, held_out)
+    training, validation = (_entries(path, content, name) for name in ("training", "validation"))
+    dataset = _listed_dataset(path, "MONAI datalist (JSON)", [*training, *validation], held_out)
+    if dataset.splits or not validation:
+        return dataset
+    val = {_listed(path.parent, entry, {}).id for entry in validation}
+    parts = {"train": [c.id for c in dataset.cases if c.id not in val]}
+    parts["val"] = [case.id for case in dataset.cases if case.id in val]
+    note = f"one fold, which validates on the {len(parts['val'])} cases of the list 'validation'"
+    return replace(dataset, splits=(parts,), notes=(*dataset.notes, note)) if all(parts.values()) else dataset
 
 
 def _listed_dataset(path: Path, layout: str, entries: Sequence[Any], held_out: Sequence[Any]) -> Dataset:
     cases = [_listed(path.parent, entry, {}) for entry in entries]
     tests = [*(_listed(path.parent, e, {}) for e in held_out), *(c for c in cases if c.label is None)]
-    folds = any(isinstance(entry, Mapping) and "fold" in entry for entry in entries)
-    notes = [FOLDS_ASIDE] if folds else []
-    return _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, notes)
+    fold_of = {
+        case.id: str(entry.get("fold", "")) if isinstance(entry, Mapping) else ""
+        for case, entry in zip(cases, entries, strict=True)
+        if case.label
+    }
+    dataset = _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, [])
+    if not any(fold_of.values()):
+        return dataset
+    names = sorted(set(fold_of.values()))
+    if names != [str(number) for number in range(len(names))] or len(names) < 2:
+        raise UserError(
+            f"{path} gives the folds {', '.join(name or 'none' for name in names[:6])}. Number them 0, 1, ... in every "
+            "entry that has a label, or leave them out: kanseg then makes folds by patient."
+        )
+    splits = [
+        {part: [c for c in fold_of if (fold_of[c] == name) == (part == "val")] for part in ("train", "val")}
+        for name in names
+    ]
+    return replace(
+        dataset, splits=tuple(splits), notes=(*dataset.notes, f"{len(names)} folds, those of the list")
+    )
 
 
 def _dataset(

@@ -22,16 +22,18 @@ def split(dataset: Dataset, *, folds: int = 5, seed: int = 0, same: Pairs = ()) 
     others, to the fold that lacks that class most (Sechidis et al., ECML PKDD 2011), so folds are alike in classes and
     differ by few cases.
 
-    A data set that comes with its splits keeps them.
+    A data set that comes with its splits keeps them, if they part no patient.
 
     Args:
         same: pairs of ids whose images are one (see `kanseg.data.digests`); they stay together too.
 
     Raises:
-        UserError: fewer groups (patients) than folds.
+        UserError: fewer groups (patients) than folds, or splits of the data set's own that share one.
     """
     if dataset.splits:
-        return [{part: list(ids) for part, ids in fold.items()} for fold in dataset.splits]
+        own = [{part: list(ids) for part, ids in fold.items()} for fold in dataset.splits]
+        check_leaks(own, dataset, same)
+        return own
     groups: dict[str, list[str]] = {}
     for case, group in joined({case.id: case.group for case in dataset.cases}, same).items():
         groups.setdefault(group, []).append(case)
@@ -85,5 +87,5 @@ def check_leaks(splits: Sequence[Split], dataset: Dataset, same: Pairs = ()) -> 
                 )
                 raise UserError(
                     f"Fold {number} trains on '{other}' and validates on '{case}', which {shared}; its scores would be "
-                    "too good. Move one of them, or delete splits.json to split anew."
+                    "too good. Move one of them, or delete splits.json (in a list its folds) to split anew."
                 )
