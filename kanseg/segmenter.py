@@ -117,28 +117,40 @@ class Segmenter:
 
     def save(self, folder: Path | str) -> Path:
         """Write the model (weights, plan, labels, config: all that prediction needs) to `folder`."""
-        from kanseg.training.checkpoint import EXPORTED, named, save_checkpoint
+        from kanseg.inference.ensemble import Ensemble
+        from kanseg.training.checkpoint import member_name, named, save_checkpoint
         from kanseg.training.files import make_folder
 
         network, _ = self._trained()
         kept = {key: value for key, value in (self.info or {}).items() if key not in ("rng", "state")}
-        return save_checkpoint(
-            make_folder(Path(folder)) / EXPORTED, named("model", network.state_dict()), kept
-        )
+        made = make_folder(Path(folder))
+        networks = network.members if isinstance(network, Ensemble) else [network]
+        files = [
+            save_checkpoint(made / member_name(number), named("model", member.state_dict()), kept)
+            for number, member in enumerate(networks, start=1)
+        ]
+        return files[0]
 
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> Segmenter:
-        """A trained segmenter from a run folder, a fold folder, a saved model or a checkpoint."""
+        """A trained segmenter from a run folder (its first fold), a fold folder, a saved model, a checkpoint or a name.
+
+        A model of several networks, as `hippocampus` is, predicts by all of them.
+        """
         return cls()._take(Path(path), device)
 
     def _take(self, path: Path, device: str = "cpu") -> Segmenter:
-        from kanseg.training.checkpoint import load_model
+        from kanseg.inference.ensemble import Ensemble
+        from kanseg.training.checkpoint import find_checkpoint, load_model, members
 
-        network, plan, info = load_model(path, device)
+        file = find_checkpoint(path)
+        network, plan, info = load_model(file, device)
         if plan.task != "segmentation":
             raise UsageError(
                 f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes."
             )
+        if others := [load_model(other, device)[0] for other in members(file)[1:] if not path.is_file()]:
+            network = Ensemble([network, *others], bool(plan.regions)).eval()
         self.network, self.plan, self.info = network, plan, info
         spec = self.info["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--fold", default="0", help="number, or final for every case")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     parser.add_argument("--pack", action="store_true", help="write kanseg/weights/hippocampus")
+    parser.add_argument("--number", type=int, default=1, help="which network of the model it is, with --pack")
     parser.add_argument("--dice", help="what the model card says of unseen subjects, with --pack")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. training.max_minutes=10")
     given = parser.parse_intermixed_args()
@@ -57,7 +58,8 @@ def main() -> None:
     if given.pack:
         from kanseg.weights import pack
 
-        print(pack(folder / "best.safetensors", "hippocampus", {**CARD, "dice": given.dice}))
+        card = {**CARD, "dice": given.dice}
+        print(pack(folder / "best.safetensors", "hippocampus", card, number=given.number))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from kanseg import Segmenter, weights
 from kanseg.cli import app
 from kanseg.errors import UserError
 from kanseg.evaluation.metrics import dice
+from kanseg.inference.ensemble import find_members
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import (
     EXPORTED,
@@ -22,6 +23,7 @@ from kanseg.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_model,
+    members,
     shipped,
 )
 from kanseg.training.finetune import read_start
@@ -33,15 +35,18 @@ HIPPOCAMPUS = Path("../shared/data/hippocampus")
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_file_is_small_loads_and_has_a_model_card_without_the_paths_of_a_machine(name: str) -> None:
-    file = WEIGHTS / name / EXPORTED
+    for file in members(WEIGHTS / name / EXPORTED):
+        check_file(file, (WEIGHTS / name / "README.md").read_text(encoding="utf-8"))
+
+
+def check_file(file: Path, card: str) -> None:
     assert file.stat().st_size <= LARGEST
-    network, plan, info = load_model(Path(name))
+    network, plan, info = load_model(file)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert all(torch.isfinite(p).all() for p in network.parameters())
     written = json.dumps(info)
     assert "/home" not in written
     assert "/work" not in written
-    card = (WEIGHTS / name / "README.md").read_text(encoding="utf-8")
     assert info["card"]["licence"].partition(" (")[0] in card
     assert info["card"]["dice"].partition(": ")[2] in card
     assert all(label in card.lower() for label in (label.lower() for label in plan.label_names[1:]))
@@ -93,6 +98,31 @@ def test_a_packed_checkpoint_predicts_in_half_the_bytes_what_the_whole_one_does(
     assert table_of_weights()[0]["title"] == "a ball"
     best.rename(tmp_path / "ball/best.safetensors")  # but a model goes before
     assert find_checkpoint("ball") == Path("ball/best.safetensors")
+
+
+def test_networks_of_one_model_predict_together(fit_balls, balls, tmp_path, monkeypatch):
+    for number in (1, 2):
+        run = tmp_path / f"run_{number}"
+        fit_balls("training.max_epochs=2", f"training.seed={number}", run=run)
+        pack(run / "fold_0/best.safetensors", "ball", CARD, tmp_path / "weights", number=number)
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    assert [file.name for file in find_members("ball")] == ["model.safetensors", "model_2.safetensors"]
+    assert table_of_weights()[0]["networks"] == 2
+    both, x = Segmenter.load("ball").network, torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        each = [load_model(file)[0](x).softmax(1) for file in find_members("ball")]
+        assert torch.allclose(both(x).softmax(1), sum(each) / 2, atol=1e-5)
+    saved = Segmenter.load("ball").save(tmp_path / "saved")
+    image = balls[0].cases[0].images[0]
+    made = [Segmenter.load(path).predict(image) for path in ("ball", tmp_path / "saved", saved)]
+    assert np.array_equal(made[0], made[1])
+    assert len(find_members(saved)) == 1  # a file is itself alone
+    done = CliRunner().invoke(
+        app, ["predict", "-m", "ball", "-i", str(image), "-o", str(tmp_path / "mask.nii.gz")]
+    )
+    assert done.exit_code == 0, done.output
+    assert np.array_equal(np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj), made[0])
 
 
 def test_what_is_too_large_or_says_too_little_is_not_packed(fit_balls, tmp_path, monkeypatch):

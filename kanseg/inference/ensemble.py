@@ -23,7 +23,7 @@ from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, find_probabilities, predict_folder
 from kanseg.memory import taken
 from kanseg.progress import progress
-from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model
+from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model, members
 from kanseg.training.devices import keep_freed_memory
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
@@ -61,17 +61,17 @@ class Loaded:
         self.files = [file for path in paths for file in find_members(path)]
         self.digests = [file_digest(file) for file in self.files]
         self.rules: list[Rule] = _rules(Path(paths[0]))
-        members: dict[str, list[tuple[nn.Module, Plan]]] = {}
+        alike: dict[str, list[tuple[nn.Module, Plan]]] = {}
         for file in self.files:
             network, plan, info = load_model(file, device)
             self.rules = self.rules or info.get("postprocessing") or []
-            members.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
-        self.plans = [group[0][1] for group in members.values()]
+            alike.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
+        self.plans = [group[0][1] for group in alike.values()]
         self.networks: list[nn.Module] = [
             group[0][0]
             if len(group) == 1
             else Ensemble([n for n, _ in group], bool(group[0][1].regions)).eval()
-            for group in members.values()
+            for group in alike.values()
         ]
         for rule in self.rules:
             check_rule(rule)
@@ -143,12 +143,14 @@ def predict_with(
 
 
 def find_members(path: Path | str) -> list[Path]:
-    """Checkpoints that a file, model, fold or run folder stands for: of a run all folds, or its final one."""
+    """Checkpoints that a file, model, fold, run folder or name stands for: of a run all folds, or its final one."""
     path = Path(path)
     if (path / FINAL_MODEL).is_dir():
         path = path / FINAL_MODEL
-    if path.is_file() or not path.is_dir() or any((path / name).is_file() for name in (EXPORTED, BEST, LAST)):
-        return [find_checkpoint(path)]
+    if path.is_file():
+        return [path]
+    if not path.is_dir() or any((path / name).is_file() for name in (EXPORTED, BEST, LAST)):
+        return members(find_checkpoint(path))
     folds = sorted(
         f for f in path.glob("fold_*") if any((f / name).is_file() for name in (EXPORTED, BEST, LAST))
     )

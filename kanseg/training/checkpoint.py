@@ -242,6 +242,16 @@ def find_checkpoint(path: Path | str) -> Path:
     raise UserError(f"{path} {what}.{hint} Give a run folder, a saved model, a .safetensors file{names}.")
 
 
+def members(file: Path) -> list[Path]:
+    """A checkpoint and those that stand beside it as further networks of one model, model_2.safetensors and so on."""
+    return [file, *sorted(file.parent.glob("model_*.safetensors"))] if file.name == EXPORTED else [file]
+
+
+def member_name(number: int) -> str:
+    """File of the network `number` of a model, from 1."""
+    return EXPORTED if number == 1 else f"model_{number}.safetensors"
+
+
 def shipped() -> dict[str, Path]:
     """Checkpoints that come with the package, by name."""
     return {file.parent.name: file for file in sorted(WEIGHTS.glob(f"*/{EXPORTED}"))}

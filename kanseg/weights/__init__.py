@@ -1,8 +1,9 @@
 """Trained weights that come with kanseg, by name: `kanseg predict -m hippocampus -i scan.nii.gz -o mask.nii.gz`.
 
 Each is a folder NAME with model.safetensors (weights in half precision, plan, labels, and under "card" the facts of its
-model card) and README.md, the model card itself. A name stands wherever a run, a model or a checkpoint does: in
-prediction, as `training.weights` to start from, in `Segmenter.load`. A path that holds a checkpoint goes before a name.
+model card), model_2.safetensors and so on where several networks predict together, and README.md, the model card
+itself. A name stands wherever a run, a model or a checkpoint does: in prediction, as `training.weights` to start from
+(the first network), in `Segmenter.load`. A path that holds a checkpoint goes before a name.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 
 from kanseg.errors import UserError
 from kanseg.training.checkpoint import (
-    EXPORTED,
     WEIGHTS,
     load_checkpoint,
+    member_name,
+    members,
     named,
     part,
     read_info,
@@ -35,19 +37,23 @@ def table_of_weights() -> list[dict[str, Any]]:
     """Name, size, labels and the facts of the card of all that there are."""
     rows = []
     for name, file in shipped().items():
-        info = read_info(file)
-        facts = {"parameters": info["card"]["parameters"], "labels": info["labels"], **info["card"]}
-        rows.append({"name": name, "megabytes": round(file.stat().st_size / 1e6, 1), **facts})
+        info, files = read_info(file), members(file)
+        facts = {"networks": len(files), "labels": info["labels"], **info["card"]}
+        size = sum(part.stat().st_size for part in files)
+        rows.append({"name": name, "megabytes": round(size / 1e6, 1), **facts})
     return rows
 
 
-def pack(checkpoint: Path, name: str, card: Mapping[str, Any], folder: Path = WEIGHTS) -> Path:
-    """Write the weights of a checkpoint in half precision as `folder`/NAME/model.safetensors.
+def pack(
+    checkpoint: Path, name: str, card: Mapping[str, Any], folder: Path = WEIGHTS, *, number: int = 1
+) -> Path:
+    """Write the weights of a checkpoint in half precision to `folder`/NAME.
 
     What tells of the machine it was trained on (paths, command) is left out.
 
     Args:
         card: facts for `kanseg models --weights`, at least `FACTS`.
+        number: which of the networks of a model it is; the first is the one to start trainings from.
 
     Raises:
         UserError: facts are missing, or the file would be larger than 8 MiB.
@@ -70,4 +76,4 @@ def pack(checkpoint: Path, name: str, card: Mapping[str, Any], folder: Path = WE
         kept["config"] = {**kept["config"], "training": {**kept["config"]["training"], "weights": None}}
     count = sum(tensor.numel() for tensor in weights.values())
     kept["card"] = {**json.loads(json.dumps(dict(card))), "parameters": count}
-    return save_checkpoint(make_folder(folder / name) / EXPORTED, named("model", half), kept)
+    return save_checkpoint(make_folder(folder / name) / member_name(number), named("model", half), kept)
