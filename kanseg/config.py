@@ -53,6 +53,21 @@ class AdaptConfig(Section):
         return bool(self.rank or self.functions)
 
 
+class PenaltyConfig(Section):
+    """What is added to the loss, see `kanseg.training.regularization`."""
+
+    l1: float = Field(default=0.0, ge=0, description="times the sum of |w| of the weights of KAN layers")
+    activation_l1: float = Field(
+        default=0.0, ge=0, description="times the mean |y| of what each KAN layer gives"
+    )
+    activation_l2: float = Field(default=0.0, ge=0, description="times the mean of y^2")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is asked for."""
+        return self.l1 + self.activation_l1 + self.activation_l2 > 0
+
+
 class TrainingConfig(Section):
     """How long, how fast, with what loss, from what weights, and how often the validation cases are looked at."""
 
@@ -93,6 +108,7 @@ class TrainingConfig(Section):
     gradient_clip: float = Field(default=12.0, gt=0, description="largest norm of the gradient")
     loss: str = "dice_ce"
     loss_options: dict[str, Any] = Field(default={}, description="of the loss: alpha, lambda_ce, weight, ...")
+    penalty: PenaltyConfig = PenaltyConfig()
     deep_supervision: bool | None = Field(default=None, description="null for the plan's")
     ema_decay: float | None = Field(
         default=0.999, gt=0, lt=1, description="average of weights; null for none"

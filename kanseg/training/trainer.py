@@ -30,6 +30,7 @@ from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.optimizers import create_optimizer, lr_factor, update_average
 from kanseg.training.parallel import full, gathered, like, shard, whole_batch
 from kanseg.training.parameters import freeze, rest_frozen
+from kanseg.training.regularization import Penalties
 from kanseg.training.run_folder import PREDICTIONS, SUMMARY
 from kanseg.training.state import State, mean_score
 from kanseg.training.stop import StopRequest
@@ -65,6 +66,7 @@ class Trainer:
         if options.adapt.wanted:
             adapt(model, **options.adapt.model_dump())
         freeze(model, options.freeze)
+        self.penalties = Penalties(model, options)
         if options.gradient_checkpointing:
             checkpoint_stages(model)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -200,7 +202,7 @@ class Trainer:
                 output = whole_batch(self.network(batch["image"]), self.accelerator)
                 targets = {key: value for key, value in batch.items() if key != "image"}
                 loss = self.task.loss(output, whole_batch(targets, self.accelerator))
-                loss = (loss + take_balance_loss(self.model)) / len(batches)
+                loss = (loss + take_balance_loss(self.model) + self.penalties.take()) / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
         found = {"loss": total}
