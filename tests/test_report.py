@@ -153,3 +153,17 @@ def test_curves_of_one_epoch_and_without_validation_are_drawn(tmp_path: Path) ->
     long = [{"epoch": e, "loss": 1 / (e + 1), "mean_dice": e / 50} for e in range(50)]
     shown = pixels(draw_curves({"fold 0": once, "fold 1": long}, tmp_path / "a.png"))
     assert (shown < 200).any(axis=-1).mean() > 0.005
+
+
+@pytest.mark.parametrize(("width", "lines"), [(80, 6), (140, 3)])
+def test_intervals_stay_whole_in_narrow_terminals(width, lines):
+    scores = {
+        metric: {"mean": mean, "ci95": [mean - 0.05, mean + 0.05], "n": 9}
+        for metric, mean in {"dice": 0.8, "iou": 0.7, "hd95": 12.5, "nsd": 0.9}.items()
+    }
+    console = Console(width=width, file=io.StringIO())
+    console.print(score_table({"left [1]": scores, "right": scores, "mean": scores}))
+    shown = console.file.getvalue()
+    assert shown.count("[0.750, 0.850]") == shown.count("[12.45, 12.55]") == 3
+    assert len([line for line in shown.splitlines() if line.startswith("│")]) == lines
+    assert "left [1]" in shown

@@ -20,6 +20,7 @@ from scipy.stats import wilcoxon
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.errors import UserError
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, Label, evaluate_folders
+from kanseg.evaluation.report import Whole
 from kanseg.training.files import make_folder, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -240,23 +241,25 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """For the terminal: a row a class and metric; the better side is marked where the test says so."""
+    from rich.markup import escape
     from rich.table import Table
 
-    title = f"A = {result['a']}, B = {result['b']}: {result['cases']} cases of {result['patients']} patients"
+    counts = f"{result['cases']} cases of {result['patients']} patients, 95 % intervals"
+    title = escape(f"A = {result['a']}, B = {result['b']}\n{counts}")
     table = Table("class", "metric", title=title, title_justify="left")
-    for heading in ("A", "B", "A - B [95 % interval]", "p (Holm)", "A better / worse"):
-        table.add_column(heading, justify="right")
+    for heading in ("A", "B", "A - B", "p (Holm)", "A wins"):
+        table.add_column(heading, justify="right", no_wrap=heading.startswith("A - B"))
     for row in result["rows"]:
         low, high = row["ci95"]
         mean_a, mean_b = f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}"
         table.add_row(
-            row["class"],
+            escape(row["class"]),
             row["metric"],
             f"[bold]{mean_a}[/bold]" if row["better"] == "a" else mean_a,
             f"[bold]{mean_b}[/bold]" if row["better"] == "b" else mean_b,
-            f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]",
+            Whole(f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"),
             f"{row['p_holm']:.3g}",
-            f"{row['wins']} / {row['losses']}",
+            f"{row['wins']}:{row['losses']}",
         )
     return table
 

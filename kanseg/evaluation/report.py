@@ -14,6 +14,8 @@ from kanseg.training.files import make_folder, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
     from rich.table import Table
 
 Colour = tuple[float, float, float, float]
@@ -21,6 +23,7 @@ OPACITY = 0.45
 WIDTH, SHAPES = 3.1, (0.35, 1.6)  # inches of a column; least and greatest height by width
 NAMES_A_ROW, MOST_NAMES = 4, 40  # of a legend
 MOST_CLASSES, FEW_NAMES, FEW_LETTERS, FEW_POINTS = 40, 6, 12, 30
+WIDE = 110  # letters in a line of a terminal that has room for intervals beside means
 PLANES = ("sagittal", "coronal", "axial")
 
 
@@ -216,7 +219,11 @@ def score_rows(
     """
     columns = {"dice": "Dice", "iou": "IoU", "hd95": f"HD95 ({unit})", "nsd": "NSD"}
     shown = {label: scores for label, scores in metrics.items() if label != "mean" or len(metrics) != 2}
-    rows = [[label, *(interval(scores[metric]) for metric in columns)] for label, scores in shown.items()]
+    digits = {"hd95": 2}
+    rows = [
+        [label, *(interval(scores[metric], digits.get(metric, 3)) for metric in columns)]
+        for label, scores in shown.items()
+    ]
     return ["class", *columns.values()], rows
 
 
@@ -224,6 +231,7 @@ def score_table(
     metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str = "", unit: str = "mm"
 ) -> Table:
     """The same for the terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
     heading, rows = score_rows(metrics, unit)
@@ -231,11 +239,30 @@ def score_table(
     for number, name in enumerate(heading):
         table.add_column(name, justify="right" if number else "left")
     for label, *cells in rows:
-        table.add_row(label, *cells, style="bold" if label == "mean" else None)
+        table.add_row(escape(label), *map(Whole, cells), style="bold" if label == "mean" else None)
     return table
 
 
-def interval(score: Mapping[str, Any]) -> str:
+class Whole:
+    """Text of "mean [interval]": in a narrow terminal the interval is a line of its own, unbroken."""
+
+    def __init__(self, text: str) -> None:
+        self.text, (self.mean, _, self.interval) = text, text.partition(" ")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        fits = len(self.text) <= options.max_width
+        yield Text(self.text if fits else f"{self.mean}\n{self.interval}")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        short = max(len(self.mean), len(self.interval))
+        return Measurement(short, short if console.width < WIDE else len(self.text))
+
+
+def interval(score: Mapping[str, Any], digits: int = 3) -> str:
     """Mean [interval]; one case has no interval."""
-    mean = f"{score['mean']:.3f}"
-    return mean if score["n"] == 1 else f"{mean} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"
+    mean, low, high = (f"{value:.{digits}f}" for value in (score["mean"], *score["ci95"]))
+    return mean if score["n"] == 1 else f"{mean} [{low}, {high}]"
