@@ -25,8 +25,9 @@ class Segmenter:
 
     Attributes:
         plan: how images are prepared and the network is sized; None before `fit` or `load`.
-        network: the trained network in `eval()`; None before.
-        info: the rest of the checkpoint (labels, config, versions, where it stands); None before.
+        network: the trained network in `eval()`, several of one plan as one; None before.
+        info: the rest of the checkpoint (labels, config, versions, where it stands), of several the first; None before.
+        rules: post-processing that was chosen for it, see `kanseg.inference.postprocess`.
 
     Args:
         model: name in `kanseg.list_models()`.
@@ -46,6 +47,8 @@ class Segmenter:
         self.plan: Plan | None = None
         self.network: nn.Module | None = None
         self.info: dict[str, Any] | None = None
+        self.rules: list[dict[str, Any]] = []
+        self._others: list[tuple[nn.Module, Plan]] = []  # networks of other plans that predict along
 
     def fit(
         self,
@@ -64,7 +67,7 @@ class Segmenter:
         Args:
             data: data set in any layout that `kanseg.data.formats.read_dataset` knows.
             run: run folder; see `kanseg.training.fit`.
-            fold: number of the fold that validates; "all" for each in turn (the first one's weights are held then,
+            fold: number of the fold that validates; "all" for each in turn (their networks then predict together,
                 `summary` tells of all); "final" for a training on every case.
             resume, override: see `kanseg.training.fit`.
             overrides: config keys, e.g. ["training.max_minutes=10"].
@@ -87,22 +90,34 @@ class Segmenter:
         return self._take(run / f"fold_{fold}")
 
     def predict(
-        self, image: Path | str | np.ndarray, out: Path | str | None = None, **options: Any
+        self,
+        image: Path | str | np.ndarray,
+        out: Path | str | None = None,
+        *,
+        postprocess: bool = True,
+        **options: Any,
     ) -> np.ndarray:
         """Label map of one image, in the label values of the training data, on the image's own grid.
+
+        It is what `kanseg predict` gives for the same run, model or name.
 
         Args:
             image: a file, a DICOM folder, or an array (*S) or (C, *S), taken to have the plan's spacing.
             out: file to write the labels to; its suffix decides the format.
+            postprocess: apply the rules that a cross-validation chose.
             options: overlap, tta; see `kanseg.inference.predict.predict_case`.
         """
         from kanseg.data.images import write_label
+        from kanseg.inference.postprocess import apply_postprocessing
         from kanseg.inference.predict import predict_case
 
         network, plan = self._trained()
+        networks, plans = zip((network, plan), *self._others, strict=True)
         with tempfile.TemporaryDirectory() as folder:
             case = _as_case(image, plan, Path(folder))
-            labels, source = predict_case(network, case, plan, **options)
+            labels, source = predict_case(networks, case, plans, **options)
+            if postprocess and self.rules:
+                labels = apply_postprocessing(labels, self.rules, source.spacing)
             if out is not None:
                 write_label(Path(out), labels, source, dtype=plan.label_dtype)
         return labels
@@ -122,7 +137,12 @@ class Segmenter:
         from kanseg.training.files import make_folder
 
         network, _ = self._trained()
+        if self._others:
+            raise UsageError(
+                "Networks of several plans make no one model: save each of them, or keep their run."
+            )
         kept = {key: value for key, value in (self.info or {}).items() if key not in ("rng", "state")}
+        kept["postprocessing"] = self.rules
         made = make_folder(Path(folder))
         networks = network.members if isinstance(network, Ensemble) else [network]
         files = [
@@ -133,26 +153,21 @@ class Segmenter:
 
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> Segmenter:
-        """A trained segmenter from a run folder (its first fold), a fold folder, a saved model, a checkpoint or a name.
-
-        A model of several networks, as `hippocampus` is, predicts by all of them.
-        """
+        """A trained segmenter from a run folder (all its folds), a fold folder, a saved model, a checkpoint, a name."""
         return cls()._take(Path(path), device)
 
     def _take(self, path: Path, device: str = "cpu") -> Segmenter:
-        from kanseg.inference.ensemble import Ensemble
-        from kanseg.training.checkpoint import find_checkpoint, load_model, members
+        from kanseg.inference.ensemble import Loaded, find_members
+        from kanseg.training.checkpoint import load_model
 
-        file = find_checkpoint(path)
-        network, plan, info = load_model(file, device)
+        _, plan, info = load_model(find_members(path)[0], device)
         if plan.task != "segmentation":
             raise UsageError(
                 f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes."
             )
-        if others := [load_model(other, device)[0] for other in members(file)[1:] if not path.is_file()]:
-            network = Ensemble([network, *others], bool(plan.regions)).eval()
-        self.network, self.plan, self.info = network, plan, info
-        spec = self.info["model"]
+        loaded = Loaded([path], device)
+        (self.network, self.plan), *self._others = zip(loaded.networks, loaded.plans, strict=True)
+        self.info, self.rules, spec = info, loaded.rules, info["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
         return self
 

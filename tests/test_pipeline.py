@@ -19,7 +19,9 @@ import pytest
 import torch
 from PIL import Image as Picture
 from rich.console import Console
+from typer.testing import CliRunner
 
+from kanseg.cli import app
 from kanseg.data.formats import read_rows
 from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
@@ -67,7 +69,14 @@ def test_the_folder_holds_a_model_that_predicts_and_a_report(balls, done, tmp_pa
     moved = Loaded([tmp_path / "moved"])
     rules = json.loads((folder / "postprocessing.json").read_text())["rules"]
     assert moved.rules == rules == Loaded([folder]).rules
-    assert Segmenter.load(folder).predict(dataset.cases[0].images[0]).shape == (14, 14, 14)
+    image = dataset.cases[0].images[0]
+    told = CliRunner().invoke(
+        app, ["predict", "-m", str(folder), "-i", str(image), "-o", str(tmp_path / "mask.nii.gz")]
+    )
+    assert told.exit_code == 0, told.output
+    loaded = Segmenter.load(folder)
+    assert np.array_equal(read_label(tmp_path / "mask.nii.gz"), loaded.predict(image))
+    assert (len(loaded.network.members), loaded.rules) == (3, rules)
     report = (folder / "report.md").read_text()
     assert f"{found['dice']:.3f}" in report
     assert "6 unseen cases" in report

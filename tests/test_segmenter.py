@@ -8,9 +8,13 @@ import pytest
 import torch
 from PIL import Image as Picture
 from rich.console import Console
+from typer.testing import CliRunner
 
 from kanseg import Segmenter
+from kanseg.cli import app
 from kanseg.errors import UsageError, UserError
+from kanseg.training.checkpoint import load_checkpoint, save_checkpoint
+from kanseg.training.files import make_folder
 
 SMALL = {"basis": "legendre", "features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [3, 3]}
 OVERRIDES = [
@@ -77,6 +81,24 @@ def test_save_and_load_keep_the_prediction(trained, volumes, tmp_path):
         assert (loaded.model, loaded.spatial_dims) == ("ukanet", 3)
         assert loaded.options["basis"] == "legendre"
         assert list(loaded.info["labels"].values()) == [0, 3]
+
+
+def test_networks_of_several_plans_predict_together_and_are_no_one_model(trained, volumes, tmp_path):
+    _, run = trained
+    tensors, info = load_checkpoint(run / "fold_0/best.safetensors")
+    for number, patch in enumerate([info["plan"]["patch_size"], [8, 8, 8]]):
+        fold = make_folder(tmp_path / f"two/fold_{number}")
+        save_checkpoint(
+            fold / "best.safetensors", tensors, {**info, "plan": {**info["plan"], "patch_size": patch}}
+        )
+    two, path = Segmenter.load(tmp_path / "two"), volumes / "images" / "case1.nii.gz"
+    told = CliRunner().invoke(
+        app, ["predict", "-m", str(tmp_path / "two"), "-i", str(path), "-o", str(tmp_path / "mask.nii.gz")]
+    )
+    assert told.exit_code == 0, told.output
+    assert np.array_equal(np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj), two.predict(path))
+    with pytest.raises(UsageError, match="several plans"):
+        two.save(tmp_path / "model")
 
 
 def test_an_array_is_predicted_like_an_image_without_geometry(trained):
