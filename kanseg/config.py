@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -25,6 +26,9 @@ CHANGEABLE = {f"training.{key}" for key in ("max_epochs", "max_minutes", "patien
 CHANGEABLE |= {f"training.{key}" for key in ("device", "save_minutes", "compile", "gradient_checkpointing")}
 CHANGEABLE |= {f"logging.{key}" for key in ("tensorboard", "wandb", "mlflow", "project")}
 CHANGEABLE |= {"data.workers", *(f"inference.{key}" for key in ("overlap", "blending", "tta"))}
+
+
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -56,11 +60,9 @@ class AdaptConfig(Section):
 class PenaltyConfig(Section):
     """What is added to the loss, see `kanseg.training.regularization`."""
 
-    l1: float = Field(default=0.0, ge=0, description="times the sum of |w| of the weights of KAN layers")
-    activation_l1: float = Field(
-        default=0.0, ge=0, description="times the mean |y| of what each KAN layer gives"
-    )
-    activation_l2: float = Field(default=0.0, ge=0, description="times the mean of y^2")
+    l1: Share = Field(default=0.0, description="times the sum of |w| of the weights of KAN layers")
+    activation_l1: Share = Field(default=0.0, description="times the mean |y| of what each KAN layer gives")
+    activation_l2: Share = Field(default=0.0, description="times the mean of y^2")
 
     @property
     def wanted(self) -> bool:
@@ -247,6 +249,11 @@ def make_config(values: Mapping[str, Any]) -> Config:
         key = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"Option {key}={first['input']!r} does not fit: {first['msg']}.") from error
     check_names(config)
+    recorded = config.training.compile or config.training.cuda_graph
+    if recorded and (config.training.penalty.activation_l1 or config.training.penalty.activation_l2):
+        raise UsageError(
+            "Penalties of activations need training.compile=false and training.cuda_graph=false."
+        )
     return config
 
 
@@ -332,10 +339,15 @@ def resumed_config(path: Path, given: Config, override: bool = False) -> Config:
             f"A resumed run keeps its options: {path} has {shown}. "
             "Leave that away, say --override to go on with the new, or start a new run folder."
         )
+    if adapted := [key for key in changed if key.startswith("training.adapt.")]:
+        raise UsageError(
+            f"{', '.join(adapted)} cannot change in a training that has begun. Start a new run from its weights "
+            "(training.weights)."
+        )
     values = stored.model_dump()
     for key in changed:
-        section, _, name = key.partition(".")
-        values[section][name] = flat(given)[key]
+        *sections, name = key.split(".")
+        reduce(lambda inner, section: inner[section], sections, values)[name] = flat(given)[key]
     return make_config(values)
 
 
@@ -351,10 +363,15 @@ def unlike(stored: Config, given: Config) -> list[str]:
     return [key for key in new if new[key] != old[key] and key not in CHANGEABLE]
 
 
-def flat(config: Config) -> dict[str, Any]:
+def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     """ "section.key" -> value."""
-    sections = config.model_dump().items()
-    return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+    found: dict[str, Any] = {}
+    for name, value in section:
+        inside = (
+            flat(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": value}
+        )
+        found |= inside
+    return found
 
 
 def _as_hydra_override(override: str, folder: Path) -> str:
@@ -384,7 +401,9 @@ def _check_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str
     fields, groups = section.model_fields, _groups(section)
     for key, value in values.items():
         if key not in fields:
-            inside = [f"{group}.{key}" for group, inner in groups.items() if key in inner.model_fields]
+            inside = [
+                f"{prefix}{group}.{key}" for group, inner in groups.items() if key in inner.model_fields
+            ]
             hint = f" Did you mean '{inside[0]}'?" if inside else ""
             raise UsageError(f"Unknown config key '{prefix}{key}'.{hint or did_you_mean(key, fields)}")
         if key in groups:

@@ -48,6 +48,7 @@ class Segmenter:
         self.network: nn.Module | None = None
         self.info: dict[str, Any] | None = None
         self.rules: list[dict[str, Any]] = []
+        self._infos: list[dict[str, Any]] = []  # of each network
         self._others: list[tuple[nn.Module, Plan]] = []  # networks of other plans that predict along
 
     def fit(
@@ -133,7 +134,7 @@ class Segmenter:
     def save(self, folder: Path | str) -> Path:
         """Write the model (weights, plan, labels, config: all that prediction needs) to `folder`."""
         from kanseg.inference.ensemble import Ensemble
-        from kanseg.training.checkpoint import member_name, named, save_checkpoint
+        from kanseg.training.checkpoint import member_name, members, named, save_checkpoint
         from kanseg.training.files import make_folder
 
         network, _ = self._trained()
@@ -141,15 +142,15 @@ class Segmenter:
             raise UsageError(
                 "Networks of several plans make no one model: save each of them, or keep their run."
             )
-        kept = {key: value for key, value in (self.info or {}).items() if key not in ("rng", "state")}
-        kept["postprocessing"] = self.rules
         made = make_folder(Path(folder))
         networks = network.members if isinstance(network, Ensemble) else [network]
-        files = [
-            save_checkpoint(made / member_name(number), named("model", member.state_dict()), kept)
-            for number, member in enumerate(networks, start=1)
-        ]
-        return files[0]
+        for number, (member, info) in enumerate(zip(networks, self._infos, strict=True), start=1):
+            kept = {key: value for key, value in info.items() if key not in ("rng", "state")}
+            weights = named("model", member.state_dict())
+            save_checkpoint(made / member_name(number), weights, {**kept, "postprocessing": self.rules})
+        for file in members(made / member_name(1))[len(networks) :]:  # of a larger model that was there
+            file.unlink()
+        return made / member_name(1)
 
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> Segmenter:
@@ -157,17 +158,16 @@ class Segmenter:
         return cls()._take(Path(path), device)
 
     def _take(self, path: Path, device: str = "cpu") -> Segmenter:
-        from kanseg.inference.ensemble import Loaded, find_members
-        from kanseg.training.checkpoint import load_model
+        from kanseg.inference.ensemble import Loaded
 
-        _, plan, info = load_model(find_members(path)[0], device)
-        if plan.task != "segmentation":
-            raise UsageError(
-                f"{path} is for {plan.task}. Predict by kanseg.inference.classify.predict_classes."
-            )
         loaded = Loaded([path], device)
+        if loaded.plan.task != "segmentation":
+            raise UsageError(
+                f"{path} is for {loaded.plan.task}. Predict by kanseg.inference.classify.predict_classes."
+            )
         (self.network, self.plan), *self._others = zip(loaded.networks, loaded.plans, strict=True)
-        self.info, self.rules, spec = info, loaded.rules, info["model"]
+        self.rules, self._infos, self.info = loaded.rules, loaded.infos, loaded.infos[0]
+        spec = self.info["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
         return self
 

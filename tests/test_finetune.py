@@ -43,7 +43,8 @@ def test_a_run_goes_on_from_another_one_with_its_network(fit_balls, tmp_path):
 def test_classes_of_the_same_name_keep_their_weights():
     old, new = net(classes=3), net(classes=4)
     fresh = new.heads[0].weight.clone()
-    told = started(old, new, ["background", "a", "b"], ["T1"], ["background", "b", "c", "a"], ["T1"])
+    told, afresh = started(old, new, ["background", "a", "b"], ["T1"], ["background", "b", "c", "a"], ["T1"])
+    assert afresh == ["heads.0.weight", "heads.0.bias"]
     rows = new.heads[0].weight
     assert torch.equal(rows[[0, 1, 3]], old.heads[0].weight[[0, 2, 1]])
     assert torch.equal(rows[2], fresh[2])
@@ -164,7 +165,7 @@ def test_a_classifier_lends_its_encoder_to_a_segmenter(tmp_path):
     start = read_start(path)
     assert start.model is None
     fresh = create_model("ukanet", 2, 1, 3, encoder="reskanet18", features_per_stage=(4, 8))
-    told = transfer(fresh, start, ["b", "x", "y"], ["T1"])
+    told, _ = transfer(fresh, start, ["b", "x", "y"], ["T1"])
     assert "new" in told
     for name, value in fresh.encoder.state_dict().items():
         assert torch.equal(value, segmenter.encoder.state_dict()[name])

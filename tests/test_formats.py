@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
+from kanseg.data.convert import convert
 from kanseg.data.formats import find_images, read_dataset
 from kanseg.data.splits import split
 from kanseg.errors import UserError
@@ -124,12 +125,30 @@ def test_the_validation_list_of_a_datalist_is_its_fold(tmp_path: Path) -> None:
     assert split(dataset) == [{"train": ["a", "c"], "val": ["b", "d"]}]
 
 
-def test_folds_of_a_list_that_share_a_patient_or_miss_cases_are_refused(tmp_path: Path) -> None:
+def test_folds_of_a_list_that_share_a_patient_are_refused(tmp_path: Path) -> None:
     shared = [(n, {"fold": i % 2, "patient": "p" if n in "ab" else n}) for i, n in enumerate("abcd")]
     with pytest.raises(UserError, match="belong to one patient"):
         split(read_dataset(listed(tmp_path, shared)))
-    with pytest.raises(UserError, match="gives the folds none, 0, 1"):
-        read_dataset(listed(tmp_path, [("a", {"fold": 0}), ("b", {"fold": 1}), ("c", {})]))
+
+
+@pytest.mark.parametrize("names", [(1, 2, 9, 10), ("1", "2", "9.0", " 10"), (1.0, 2, 9, 10)])
+def test_folds_of_a_list_are_numbers_of_any_kind_in_their_order(tmp_path: Path, names: tuple) -> None:
+    dataset = read_dataset(listed(tmp_path, [(n, {"fold": f}) for n, f in zip("dcba", names, strict=True)]))
+    assert [fold["val"] for fold in split(dataset)] == [["d"], ["c"], ["b"], ["a"]]
+
+
+@pytest.mark.parametrize("names", [(0, 0, 0, 0), ("train", "train", "val", "val"), (0, 1, None, 1)])
+def test_folds_of_a_list_that_are_none_are_left_aside_aloud(tmp_path: Path, names: tuple) -> None:
+    dataset = read_dataset(listed(tmp_path, [(n, {"fold": f}) for n, f in zip("abcd", names, strict=True)]))
+    assert not dataset.splits
+    assert "left aside" in dataset.notes[-1]
+
+
+def test_a_copy_keeps_the_folds_of_a_list(tmp_path: Path) -> None:
+    file = listed(tmp_path, [(n, {"fold": i % 2}) for i, n in enumerate("abcd")])
+    for to in ("msd", "nnunet"):
+        convert(read_dataset(file), tmp_path / to, to)
+        assert split(read_dataset(tmp_path / to)) == split(read_dataset(file))
 
 
 def test_pictures_with_0_and_255(tmp_path: Path) -> None:

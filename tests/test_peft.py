@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SHORT
+from rich.console import Console
 
+from kanseg.config import load_config
 from kanseg.errors import UsageError
 from kanseg.layers.families import FAMILIES, conv_layer
 from kanseg.models import create_model
 from kanseg.study import adapt, merge, refit
 from kanseg.study.peft import PLACE, merged
 from kanseg.training.checkpoint import load_checkpoint, load_model, part
+from kanseg.training.fit import fit
 
 SMALL = {"features_per_stage": (8, 16), "strides": (1, 2), "kernel_sizes": (3, 3)}
 WAYS = [{"rank": 2}, {"functions": [2, 3]}, {"rank": 2, "functions": [3]}]
@@ -85,7 +90,37 @@ def test_every_family_can_be_adapted(family):
     assert torch.allclose(layer(x), before, atol=1e-6)
     step(layer, x)
     found = layer.eval()(x)
+    assert not torch.allclose(found, before, atol=1e-4)
     assert torch.allclose(merge(layer)(x), found, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"shared_by": 4, "base": False}, {}], ids=str)
+def test_functions_that_channels_share_are_no_weights_to_adapt(options):
+    model, x = net(layer_options=options), torch.randn(2, 1, 16, 16)
+    before = model(x).detach()
+    assert torch.equal(adapt(model, rank=1)(x), before)
+    step(model, x)
+    assert refit(merge(model), net(layer_options=options)) == {}
+
+
+def test_layers_that_share_a_weight_and_patterns_that_fit_nothing_are_refused():
+    model = net()
+    with pytest.raises(UsageError, match="No parameter fits the pattern 'hed"):
+        adapt(model, rank=1, train=["hed*"])
+    first, second = (layer.conv for layer in model.decoder[0].layers)
+    second.basis_weight = first.basis_weight
+    if second.basis_weight is first.basis_weight:
+        with pytest.raises(UsageError, match="share a weight"):
+            adapt(model, rank=1)
+
+
+def test_what_was_frozen_before_stays_frozen_after():
+    model = net()
+    model.encoder.requires_grad_(False)
+    merge(adapt(model, rank=1))
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    assert all(p.requires_grad for p in model.heads.parameters())
+    assert all(p.requires_grad for p in model.decoder.parameters())
 
 
 @pytest.mark.parametrize(
@@ -104,7 +139,7 @@ def test_what_cannot_be(how, says):
 def test_plain_networks_and_adapted_ones_are_refused():
     with pytest.raises(UsageError, match="has none"):
         adapt(net(None), functions=[1])
-    with pytest.raises(UsageError, match="merge it"):
+    with pytest.raises(UsageError, match="merge them"):
         adapt(adapt(net(), rank=1), rank=1)
 
 
@@ -132,6 +167,33 @@ def test_more_functions_compute_the_same(basis, options, more, close):
     assert set(fitted) == {name for name in new.state_dict() if name.endswith("basis_weight")}
     new.load_state_dict(fitted, strict=False)
     assert (new(x) - old(x)).norm() / old(x).norm() < close
+
+
+@pytest.mark.parametrize(
+    ("basis", "options"),
+    [
+        ("bspline", {"grid_size": 8, "grid_range": [-5, 5]}),  # functions that are zero wherever one looks
+        ("relu", {"grid_size": 5}),
+        ("rational", {}),
+        ("fourier", {}),
+        ("rbf", {}),
+    ],
+)
+def test_the_same_basis_keeps_its_weights(basis, options):
+    old, new = (net(basis, layer_options=options) for _ in range(2))
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter.mul_(1.01)
+    new.load_state_dict(old.state_dict())
+    assert refit(old, new) == {}
+
+
+def test_a_finer_grid_of_learned_places_is_finer():
+    old, new = net("relu", layer_options={"grid_size": 4}), net("relu", layer_options={"grid_size": 8})
+    fresh = {name: value.clone() for name, value in new.state_dict().items() if "phase" in name}
+    refit(old, new)
+    assert fresh
+    assert all(torch.equal(new.state_dict()[name], value) for name, value in fresh.items())
 
 
 def test_another_family_comes_near_and_the_same_one_stays():
@@ -181,6 +243,51 @@ def test_it_resumes_to_the_same_weights(fit_balls, tmp_path):
     ends = [load_checkpoint(run / "fold_0/last.safetensors")[0] for run in (whole, parts)]
     for name, value in part(ends[0], "model").items():
         assert torch.equal(value, part(ends[1], "model")[name]), name
+
+
+def test_what_begins_afresh_is_trained_as_it_is(balls, tmp_path):
+    """The last layer of U2KANet, from classes to classes, has no head in its name."""
+    dataset, plan = balls
+    plan = replace(plan, patch_size=[32, 32, 32])
+    deep = ["model.name=u2kanet_small", "training.max_epochs=1", "training.steps_per_epoch=2"]
+    more = {"label_names": (*plan.label_names, "more"), "label_values": (*plan.label_values, 9)}
+    grown, wider = (
+        replace(plan, **{key: list(value) for key, value in more.items()}),
+        replace(dataset, **more),
+    )
+    old = tmp_path / "old"
+    fit(load_config(overrides=[*SHORT, *deep]), plan, dataset, old, console=Console(quiet=True))
+    ends = []
+    for lr in ("1e-12", "0.01"):
+        changes = [f"training.weights={old}", "training.adapt.functions=[2]", f"training.lr={lr}"]
+        run = tmp_path / lr
+        fit(load_config(overrides=[*SHORT, *deep, *changes]), grown, wider, run, console=Console(quiet=True))
+        tensors, info = load_checkpoint(run / "fold_0/last.safetensors")
+        assert "together.weight" in info["fresh"]
+        ends.append(tensors["model.together.weight"])
+        assert load_model(run)[0].together.weight.shape == ends[0].shape
+    assert (ends[0] - ends[1]).abs().max() > 1e-3
+
+
+def test_a_run_cannot_become_an_adapted_one_or_another(fit_balls, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    fit_balls("training.max_epochs=1", run=old)
+    fit_balls("training.max_epochs=1", f"training.weights={old}", "training.adapt.rank=2", run=new)
+    for run, change in ((new, "rank=3"), (new, "functions=[1]"), (old, "rank=2")):
+        before = (run / "config.json").read_text()
+        with pytest.raises(UsageError, match="cannot change in a training that has begun"):
+            fit_balls(f"training.adapt.{change}", run=run, resume=True, override=True)
+        assert (run / "config.json").read_text() == before
+        fit_balls("training.max_epochs=1", run=run, resume=True)
+
+
+@pytest.mark.parametrize("wrong", ["training.adapt.functions=[9]", "training.adapt.train=[hed*]"])
+def test_what_cannot_be_adapted_leaves_no_run(fit_balls, tmp_path, wrong):
+    old, new = tmp_path / "old", tmp_path / "new"
+    fit_balls("training.max_epochs=1", run=old)
+    with pytest.raises(UsageError):
+        fit_balls(f"training.weights={old}", "training.adapt.rank=1", wrong, run=new)
+    assert not new.exists()
 
 
 def test_it_needs_weights(fit_balls):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kanseg.config import TrainingConfig
+from kanseg.config import PenaltyConfig, load_config
 from kanseg.errors import UsageError
 from kanseg.layers import ConvLayer, KANConv
 from kanseg.models import create_model
+from kanseg.study import adapt
 from kanseg.training.checkpoint import load_checkpoint, load_model, part
 from kanseg.training.devices import checkpoint_stages
 from kanseg.training.regularization import Penalties
 
 
 def penalties(model, **penalty):
-    return Penalties(model, TrainingConfig(penalty=penalty))
+    return Penalties(model, PenaltyConfig(**penalty))
 
 
 def net(basis="gram", **options):
@@ -24,15 +25,24 @@ def net(basis="gram", **options):
     return create_model("ukanet", 2, 1, 2, basis=basis, **small)
 
 
-def test_l1_of_weights_has_the_sign_as_gradient():
-    model = net()
+@pytest.mark.parametrize("basis", ["gram", "relu", "rational"])
+def test_l1_of_weights_has_the_sign_as_gradient(basis):
+    model = net(basis)
     found = penalties(model, l1=0.5).take()
     found.backward()
     kan = [m for m in model.modules() if isinstance(m, KANConv) and m.basis is not None]
-    weights = [p for m in kan for p in m.parameters() if p.dim() > 1]
+    weights = [w for m in kan for w in (m.base_weight, m.basis_weight) if w is not None]
+    others = [p for m in kan for p in m.basis.parameters()]
+    assert not any(p.grad is not None for p in others)
     assert found.item() == pytest.approx(0.5 * sum(p.abs().sum().item() for p in weights), rel=1e-5)
     assert all(torch.equal(p.grad, 0.5 * p.sign()) for p in weights)
     assert model.heads[0].weight.grad is None
+
+
+def test_l1_of_an_adapted_network_is_that_of_its_weights():
+    model = net()
+    before = penalties(model, l1=1.0).take().item()
+    assert penalties(adapt(model, rank=1), l1=1.0).take().item() == pytest.approx(before)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -60,7 +70,25 @@ def test_nothing_is_added_unasked_and_plain_networks_are_refused():
     with pytest.raises(UsageError, match="the network has none"):
         penalties(net(None), l1=1.0)
     with pytest.raises(UsageError, match="compile=false"):
-        Penalties(net(), TrainingConfig(penalty={"activation_l1": 1.0}, compile=True))
+        load_config(overrides=["training.penalty.activation_l1=1", "training.compile=true"])
+    for wrong in ("inf", "-1"):
+        with pytest.raises(UsageError, match=r"penalty\.l1"):
+            load_config(overrides=[f"training.penalty.l1={wrong}"])
+
+
+def test_a_penalty_that_cannot_be_leaves_no_run_and_others_of_its_group_alone(fit_balls, tmp_path):
+    with pytest.raises(UsageError, match="the network has none"):
+        fit_balls("model.options.basis=null", "training.penalty.l1=1", run=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    run = tmp_path / "run"
+    fit_balls("training.max_epochs=1", "training.penalty.l1=0.25", run=run)
+    how = {"run": run, "resume": True, "override": True}
+    fit_balls("training.max_epochs=2", "training.penalty.activation_l2=0.5", **how)
+    assert load_model(run)[2]["config"]["training"]["penalty"] == {
+        "l1": 0.25,
+        "activation_l1": 0,
+        "activation_l2": 0.5,
+    }
 
 
 def test_a_training_with_l1_ends_with_smaller_weights(fit_balls, tmp_path):

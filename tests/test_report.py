@@ -155,15 +155,16 @@ def test_curves_of_one_epoch_and_without_validation_are_drawn(tmp_path: Path) ->
     assert (shown < 200).any(axis=-1).mean() > 0.005
 
 
-@pytest.mark.parametrize(("width", "lines"), [(80, 6), (140, 3)])
-def test_intervals_stay_whole_in_narrow_terminals(width, lines):
+@pytest.mark.parametrize("width", [80, 140])
+def test_intervals_stay_whole_in_narrow_terminals(width):
     scores = {
         metric: {"mean": mean, "ci95": [mean - 0.05, mean + 0.05], "n": 9}
         for metric, mean in {"dice": 0.8, "iou": 0.7, "hd95": 12.5, "nsd": 0.9}.items()
     }
     console = Console(width=width, file=io.StringIO())
-    console.print(score_table({"left [1]": scores, "right": scores, "mean": scores}))
+    long = "a structure of a long name [1]"
+    console.print(score_table({long: scores, "right": scores, "mean": scores}))
     shown = console.file.getvalue()
     assert shown.count("[0.750, 0.850]") == shown.count("[12.45, 12.55]") == 3
-    assert len([line for line in shown.splitlines() if line.startswith("│")]) == lines
-    assert "left [1]" in shown
+    assert "[1]" in shown
+    assert max(map(len, shown.splitlines())) <= width

@@ -101,6 +101,19 @@ def test_networks_of_several_plans_predict_together_and_are_no_one_model(trained
         two.save(tmp_path / "model")
 
 
+def test_networks_of_unlike_bases_are_saved_as_they_are(trained, tmp_path):
+    _, run = trained
+    for number, basis in enumerate(["legendre", "jacobi"]):
+        tensors, info = load_checkpoint(run / "fold_0/best.safetensors")
+        info["model"]["options"]["basis"] = basis
+        save_checkpoint(make_folder(tmp_path / f"two/fold_{number}") / "best.safetensors", tensors, info)
+    two = Segmenter.load(tmp_path / "two")
+    two.save(tmp_path / "model")
+    again, x = Segmenter.load(tmp_path / "model"), torch.randn(1, 1, 12, 12, 12)
+    with torch.no_grad():
+        assert torch.equal(again.network(x), two.network(x))
+
+
 def test_an_array_is_predicted_like_an_image_without_geometry(trained):
     segmenter, _ = trained
     array = np.random.default_rng(1).normal(size=(9, 11, 8)).astype(np.float32)

@@ -118,6 +118,10 @@ def test_networks_of_one_model_predict_together(fit_balls, balls, tmp_path, monk
     made = [Segmenter.load(path).predict(image) for path in ("ball", tmp_path / "saved", saved)]
     assert np.array_equal(made[0], made[1])
     assert len(find_members(saved)) == 1  # a file is itself alone
+    (saved.parent / "model_backup.safetensors").write_bytes(saved.read_bytes())
+    assert len(find_members(saved.parent)) == 2
+    Segmenter.load(saved).save(saved.parent)  # a smaller model takes the place of a larger one
+    assert find_members(saved.parent) == [saved]
     done = CliRunner().invoke(
         app, ["predict", "-m", "ball", "-i", str(image), "-o", str(tmp_path / "mask.nii.gz")]
     )

@@ -95,6 +95,8 @@ def write_dataset(
         described = layout.describe(dataset, values, names, suffix)
         if any(cases != [group] for group, cases in groups.items()):
             described["subjects"] = {group: sorted(cases) for group, cases in sorted(groups.items())}
+        if dataset.splits:
+            described["splits"] = [dict(fold) for fold in dataset.splits]
         write_json(folder / "dataset.json", described)
     counts = {"training": len(names["Tr"]), "test": len(names["Ts"])}
     return {"out": str(out), "layout": to, **counts, "label_values": {str(k): v for k, v in values.items()}}

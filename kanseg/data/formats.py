@@ -86,6 +86,10 @@ class Dataset:
         return self.cases
 
 
+FOLDS_ASIDE = (
+    "the folds of the list are left aside, for not every labelled case has a whole number, or all have the same; "
+    "splits are made by patient"
+)
 Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
 
 
@@ -259,7 +263,22 @@ def _read_described(root: Path, described: Any, problem: Problem) -> Dataset:
         present = {groups[case.id] for case in cases if case.id in groups}
         notes.append(f"{len(present)} subjects from dataset.json keep their images together")
     name = str(described.get("name", root.name))
-    return replace(_dataset(name, root, layout, cases, tests, channels, notes), **labels)
+    splits = _described_splits(file, described.get("splits") or [], {case.id for case in cases})
+    return replace(_dataset(name, root, layout, cases, tests, channels, notes), splits=splits, **labels)
+
+
+def _described_splits(file: Path, content: Any, cases: set[str]) -> tuple[dict[str, list[str]], ...]:
+    """The folds that `kanseg.data.convert` wrote down of a list."""
+    try:
+        found = [
+            {part: [str(c) for c in fold[part] if c in cases] for part in ("train", "val")}
+            for fold in content
+        ]
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{file}: 'splits' is not a list of folds with 'train' and 'val'. Correct or delete it."
+        ) from error
+    return tuple(fold for fold in found if all(fold.values()))
 
 
 def _require_channels(cases: Sequence[Case], names: tuple[str, ...] | None, problem: Problem) -> None:
@@ -504,20 +523,13 @@ def _read_datalist(path: Path, content: Any) -> Dataset:
 def _listed_dataset(path: Path, layout: str, entries: Sequence[Any], held_out: Sequence[Any]) -> Dataset:
     cases = [_listed(path.parent, entry, {}) for entry in entries]
     tests = [*(_listed(path.parent, e, {}) for e in held_out), *(c for c in cases if c.label is None)]
-    fold_of = {
-        case.id: str(entry.get("fold", "")) if isinstance(entry, Mapping) else ""
-        for case, entry in zip(cases, entries, strict=True)
-        if case.label
-    }
     dataset = _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, [])
-    if not any(fold_of.values()):
-        return dataset
-    names = sorted(set(fold_of.values()))
-    if names != [str(number) for number in range(len(names))] or len(names) < 2:
-        raise UserError(
-            f"{path} gives the folds {', '.join(name or 'none' for name in names[:6])}. Number them 0, 1, ... in every "
-            "entry that has a label, or leave them out: kanseg then makes folds by patient."
-        )
+    told = [entry.get("fold") if isinstance(entry, Mapping) else None for entry in entries]
+    fold_of = {case.id: _whole(fold) for case, fold in zip(cases, told, strict=True) if case.label}
+    names = sorted({fold for fold in fold_of.values() if fold is not None})
+    if len(names) < 2 or None in fold_of.values():
+        asked = any(fold not in (None, "") for fold in told)
+        return replace(dataset, notes=(*dataset.notes, FOLDS_ASIDE)) if asked else dataset
     splits = [
         {part: [c for c in fold_of if (fold_of[c] == name) == (part == "val")] for part in ("train", "val")}
         for name in names
@@ -525,6 +537,15 @@ def _listed_dataset(path: Path, layout: str, entries: Sequence[Any], held_out: S
     return replace(
         dataset, splits=tuple(splits), notes=(*dataset.notes, f"{len(names)} folds, those of the list")
     )
+
+
+def _whole(value: Any) -> int | None:
+    """A number of a fold; None for what is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def _dataset(

@@ -87,5 +87,5 @@ def check_leaks(splits: Sequence[Split], dataset: Dataset, same: Pairs = ()) -> 
                 )
                 raise UserError(
                     f"Fold {number} trains on '{other}' and validates on '{case}', which {shared}; its scores would be "
-                    "too good. Move one of them, or delete splits.json (in a list its folds) to split anew."
+                    "too good. Move one of them, or delete splits.json (or the folds of the list) to split anew."
                 )

@@ -237,7 +237,7 @@ def score_table(
     heading, rows = score_rows(metrics, unit)
     table = Table(title=title or None, title_justify="left")
     for number, name in enumerate(heading):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
     for label, *cells in rows:
         table.add_row(escape(label), *map(Whole, cells), style="bold" if label == "mean" else None)
     return table

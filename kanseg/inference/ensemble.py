@@ -53,7 +53,7 @@ class Loaded:
 
     Attributes:
         networks, plans: as `kanseg.inference.predict.predict_folder` takes them.
-        files: the checkpoints, and `digests` of them.
+        files: the checkpoints, `digests` of them, and `infos`, their JSON.
         rules: post-processing that was stored with the first model.
     """
 
@@ -62,8 +62,10 @@ class Loaded:
         self.digests = [file_digest(file) for file in self.files]
         self.rules: list[Rule] = _rules(Path(paths[0]))
         alike: dict[str, list[tuple[nn.Module, Plan]]] = {}
+        self.infos: list[dict[str, Any]] = []
         for file in self.files:
             network, plan, info = load_model(file, device)
+            self.infos.append(info)
             self.rules = self.rules or info.get("postprocessing") or []
             alike.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
         self.plans = [group[0][1] for group in alike.values()]

@@ -20,8 +20,9 @@ from torch.nn.utils import parametrize
 from kanseg.errors import UsageError
 from kanseg.study.visualize import kan_layers
 
-HEADS = "*head*"  # what gives the classes, in every network here
+HEADS = "*head*"  # what gives the classes, in most networks
 PLACE = ".parametrizations."  # torch's name for where a change lies
+FROZEN = "_frozen_by_adapt"  # attribute of a network: names of its parameters
 
 
 class LowRank(nn.Module):
@@ -51,13 +52,16 @@ class SomeFunctions(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         by_channel = weight.unflatten(1, (-1, self.count))
-        return by_channel.index_add(2, self.chosen, self.change).flatten(1, 2)
+        return by_channel.index_add(2, self.chosen.to(weight.device), self.change).flatten(1, 2)
 
 
 def adapt(
     model: nn.Module, *, rank: int = 0, functions: Sequence[int] = (), train: Sequence[str] = (HEADS,)
 ) -> nn.Module:
-    """Freeze a network but for changes beside its weights, in place. Norms, biases and learned numbers of bases go on.
+    """Freeze a network but for changes beside its weights, in place.
+
+    Vectors are trained as they are: norms, biases, the numbers of a recurrence. Larger ones of bases (scales of
+    wavelets, phases, coefficients of rational functions) are frozen.
 
     Args:
         rank: of the changes of all weights; 0 for none.
@@ -66,34 +70,63 @@ def adapt(
         train: shell patterns of parameters that are trained as they are, the heads by default.
 
     Raises:
-        UsageError: neither is asked for, no KAN layer has such functions, or a network that is adapted already.
+        UsageError: see `check_adapt`.
+    """
+    check_adapt(model, rank=rank, functions=functions, train=train)
+    layers, frozen = kan_layers(model), []
+    for name, module, key, parameter in list(_parameters(model)):
+        whole = f"{name}.{key}" if name else key
+        kept = parameter.dim() < 2 or any(fnmatchcase(whole, pattern) for pattern in train)
+        if kept or not parameter.requires_grad:
+            continue
+        frozen.append(whole)
+        parameter.requires_grad_(False)
+        if functions and name in layers and key == "basis_weight":
+            _beside(module, key, SomeFunctions(parameter, module.basis.num_functions, functions))
+        elif rank and key.endswith("weight"):
+            _beside(module, key, LowRank(parameter, rank))
+    model.__dict__[FROZEN] = frozen
+    return model
+
+
+def check_adapt(
+    model: nn.Module, *, rank: int = 0, functions: Sequence[int] = (), train: Sequence[str] = (HEADS,)
+) -> None:
+    """Whether a network can be adapted so.
+
+    Raises:
+        UsageError: neither rank nor functions, no KAN layer has such functions, a pattern that fits nothing, or a
+            network that is adapted already or whose layers share a weight.
     """
     if rank < 0 or not (rank or functions):
         raise UsageError(
             f"adapt needs rank of 1 or more, or functions; got rank={rank}, functions={list(functions)}"
         )
     if any(parametrize.is_parametrized(module) for module in model.modules()):
-        raise UsageError("The network is adapted already; merge it first.")
-    layers = kan_layers(model)
-    _check_functions(layers, functions)
-    model.requires_grad_(False)
-    for name, module, key, parameter in list(_parameters(model)):
-        whole = f"{name}.{key}" if name else key
-        if parameter.dim() < 2 or any(fnmatchcase(whole, pattern) for pattern in train):
-            parameter.requires_grad_()
-        elif functions and name in layers and key == "basis_weight":
-            _beside(module, key, SomeFunctions(parameter, module.basis.num_functions, functions))
-        elif rank and key.endswith("weight"):
-            _beside(module, key, LowRank(parameter, rank))
-    return model
+        raise UsageError(
+            "The network has parametrizations already (of adapt, or norms of weights); merge them first."
+        )
+    named = list(model.named_parameters(remove_duplicate=False))
+    if len(named) > len({id(parameter) for _, parameter in named}):
+        raise UsageError(
+            "Layers of the network share a weight; adapt is for networks where each has its own."
+        )
+    for pattern in train:
+        if pattern != HEADS and not any(fnmatchcase(name, pattern) for name, _ in named):
+            raise UsageError(
+                f"No parameter fits the pattern '{pattern}' of what is trained, e.g. {named[0][0]}."
+            )
+    _check_functions(kan_layers(model), functions)
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Add the changes to the weights, in place; every parameter is trained again."""
+    """Add the changes to the weights, in place; what `adapt` froze is trained again."""
     for module in list(model.modules()):
         for key in list(getattr(module, "parametrizations", {})):
             parametrize.remove_parametrizations(module, key, leave_parametrized=True)
-    return model.requires_grad_()
+    for name in model.__dict__.pop(FROZEN, []):
+        model.get_parameter(name).requires_grad_()
+    return model
 
 
 def merged(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -122,13 +155,10 @@ def _check_functions(layers: Mapping[str, Any], functions: Sequence[int]) -> Non
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Any, str, nn.Parameter]]:
-    """Name of the module, module, name in it, parameter; once where modules share one."""
-    seen: set[int] = set()
+    """Name of the module, module, name in it, parameter."""
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, module, key, parameter
+            yield name, module, key, parameter
 
 
 def _beside(module: nn.Module, key: str, change: nn.Module) -> None:

@@ -18,27 +18,28 @@ from torch import Tensor, nn
 from kanseg.study.visualize import kan_layers
 
 POINTS = 999
-NEGLIGIBLE = 1e-5  # by which a fit may differ from the weights as they are
+NEGLIGIBLE = 1e-6  # by which functions may differ that are the same
 
 
 @torch.no_grad()
 def refit(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
-    """Basis weights of `new` that come nearest to the functions of `old`, by name, where the two bases differ.
+    """Basis weights of `new` that come nearest to the functions of `old`, by name, where their functions differ.
 
-    Layers of the same name are compared; what else they have in common must be in `new` already, but for learned
-    numbers of its bases: those that both have are taken over.
+    Layers of the same name and channels are compared. What else they have in common must be in `new` already, but for
+    vectors of learned numbers of its bases: the first ones of those that both have are taken over. Base branch, norm
+    and activation are no part of it, nor is WavKAN, which has no basis.
     """
     before, fitted = kan_layers(old), {}
     for name, layer in kan_layers(new).items():
         known = before.get(name)
         if known is None or not _alike(known, layer):
             continue
-        take_common(known.basis, layer.basis)
+        _take_common(known.basis, layer.basis)
         channels = known.basis_weight.shape[1] // known.basis.num_functions
-        change = change_of_basis(known, layer, channels)
-        same = torch.eye(*change.shape[1:], dtype=change.dtype)
-        if known.basis_weight.shape == layer.basis_weight.shape and (change - same).abs().max() < NEGLIGIBLE:
+        given, own = (_values(one, channels) for one in (known, layer))
+        if given.shape == own.shape and torch.allclose(given, own, rtol=0, atol=NEGLIGIBLE):
             continue
+        change = torch.linalg.lstsq(own, given, driver="gelsd").solution  # (C, K of new, K of old)
         weight = known.basis_weight.unflatten(1, (channels, -1)).double()
         fitted[f"{name}.basis_weight"] = (
             torch.einsum("ckj,ocj...->ock...", change, weight).flatten(1, 2).float()
@@ -46,32 +47,25 @@ def refit(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     return fitted
 
 
-@torch.no_grad()
-def change_of_basis(old: Any, new: Any, channels: int) -> Tensor:
-    """(channels, K of new, K of old), float64: what each old function is in new ones.
-
-    Args:
-        old, new: layers with `basis` and `basis_act`.
-    """
+def _values(layer: Any, channels: int) -> Tensor:
+    """(channels, points, K), float64: what a layer weighs, at values of the normal distribution."""
     quantiles = torch.arange(1, POINTS + 1, dtype=torch.float64) / (POINTS + 1)
-    x = torch.special.ndtri(quantiles).expand(1, channels, -1)
-    values = [layer.basis_act(_double(layer.basis)(x))[0].mT for layer in (old, new)]  # (C, points, K)
-    return torch.linalg.lstsq(values[1], values[0], driver="gelsd").solution
+    basis = copy.deepcopy(layer.basis).double().cpu()
+    return layer.basis_act(basis(torch.special.ndtri(quantiles).expand(1, channels, -1)))[0].mT
 
 
-@torch.no_grad()
-def take_common(old: nn.Module, new: nn.Module) -> None:
-    """Copy the learned numbers that two bases have in common: the first ones of each parameter of the same name."""
+def _take_common(old: nn.Module, new: nn.Module) -> None:
+    """Copy the first numbers of vectors that two bases have in common; places on a grid, which are no vectors, stay."""
     own: Mapping[str, Tensor] = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
         given = own.get(name)
-        if given is not None and given.dim() == parameter.dim():
-            common = tuple(slice(min(a, b)) for a, b in zip(given.shape, parameter.shape, strict=True))
-            parameter[common] = given[common]
+        if given is not None and given.dim() == parameter.dim() == 1:
+            common = min(len(given), len(parameter))
+            parameter[:common] = given[:common]
 
 
 def _alike(old: Any, new: Any) -> bool:
-    """Whether two layers differ in their bases alone."""
+    """Whether two layers have the same channels and kernel."""
     shapes = (
         (
             len(layer.basis_weight),
@@ -81,7 +75,3 @@ def _alike(old: Any, new: Any) -> bool:
         for layer in (old, new)
     )
     return len(set(shapes)) == 1
-
-
-def _double(basis: nn.Module) -> nn.Module:
-    return copy.deepcopy(basis).double().cpu()

@@ -21,8 +21,10 @@ def kan_convolutions(model: nn.Module) -> dict[str, KANConv]:
 
 def kan_layers(model: nn.Module) -> dict[str, Any]:
     """All layers that weigh the functions of a basis, convolutions and fully connected ones, by their names."""
-    weigh = ((n, m, getattr(m, "basis", None)) for n, m in model.named_modules())
-    return {n: m for n, m, basis in weigh if basis is not None and isinstance(m.basis_weight, Tensor)}
+    weighed = (
+        (name, module, getattr(module, "basis_weight", None)) for name, module in model.named_modules()
+    )
+    return {name: module for name, module, weight in weighed if isinstance(weight, Tensor)}
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ table, versions, and where the training stands.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from io import BytesIO
@@ -169,9 +170,14 @@ def restored(tensors: Mapping[str, Tensor], info: Mapping[str, Any], source: Pat
     model = build_model(spec)
     adapted = any(PLACE in name for name in weights)  # the last weights of a training under way
     if adapted:
-        adapt(model, **info["config"]["training"]["adapt"])
+        adapt(model, **adaptation(info["config"]["training"]["adapt"], info.get("fresh", [])))
     load_weights(model, weights, source)
     return merge(model) if adapted else model
+
+
+def adaptation(options: Mapping[str, Any], fresh: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `adapt` from those of the config; what began afresh is trained as it is."""
+    return {**options, "train": [*options["train"], *fresh]}
 
 
 def build_model(spec: Mapping[str, Any]) -> nn.Module:
@@ -244,7 +250,10 @@ def find_checkpoint(path: Path | str) -> Path:
 
 def members(file: Path) -> list[Path]:
     """A checkpoint and those that stand beside it as further networks of one model, model_2.safetensors and so on."""
-    return [file, *sorted(file.parent.glob("model_*.safetensors"))] if file.name == EXPORTED else [file]
+    if file.name != EXPORTED:
+        return [file]
+    following = (file.with_name(member_name(number)) for number in itertools.count(2))
+    return [file, *itertools.takewhile(Path.is_file, following)]
 
 
 def member_name(number: int) -> str:

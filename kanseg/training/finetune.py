@@ -1,8 +1,9 @@
 """Starting from weights that exist: of a kanseg run or model, of a state_dict, or of a MONAI bundle.
 
 Channels and classes may differ: a class or channel of the same name keeps its weights, a further channel gets the mean
-of the known ones, a further class starts afresh. Bases may differ as well (more degrees, a finer grid, another family):
-the learned functions are kept as far as the new ones can (`kanseg.study.refit`).
+of the known ones, a further class starts afresh. Bases may differ as well (more degrees, a finer grid): the learned
+functions of the basis branch are kept as far as the new ones can (`kanseg.study.refit`), not what else another family
+changes.
 """
 
 from __future__ import annotations
@@ -132,8 +133,11 @@ def _has_code(value: Any) -> bool:
     return isinstance(value, str) and value[:1] in ("$", "@", "%")
 
 
-def transfer(model: nn.Module, start: Start, classes: Sequence[str], channels: Sequence[str]) -> str:
-    """Put the weights that fit into a model, and say which did.
+def transfer(
+    model: nn.Module, start: Start, classes: Sequence[str], channels: Sequence[str]
+) -> tuple[str, list[str]]:
+    """Put the weights that fit into a model; said is which did, and given are the names of those that begin afresh,
+    wholly or in part.
 
     Args:
         classes, channels: the new names, background first.
@@ -159,13 +163,23 @@ def transfer(model: nn.Module, start: Start, classes: Sequence[str], channels: S
             f"{', '.join(list(own)[:3])}. Choose the network that they belong to (model.name, model.options)."
         )
     model.load_state_dict(own)
-    refitted = refit(start.build(), model) if start.build and kan_layers(model) else {}
+    refitted = _refitted(model, start)
     model.load_state_dict(refitted, strict=False)
     bases = tuple(name.removesuffix("_weight") for name in refitted)
     taken, fresh = ([name for name in names if not name.startswith(bases)] for names in (taken, fresh))
     parts = {"taken": taken, "adapted": adapted, "moved to other bases": list(refitted), "new": fresh}
     shown = (f"{len(names)} {what}{_shown(names, what)}" for what, names in parts.items() if names)
-    return f"Weights of {start.source}: {', '.join(shown)}."
+    return f"Weights of {start.source}: {', '.join(shown)}.", [*adapted, *fresh]
+
+
+def _refitted(model: nn.Module, start: Start) -> dict[str, Tensor]:
+    """Weights of KAN layers whose bases are others than those of the network that was started from."""
+    if start.build is None or not kan_layers(model):
+        return {}
+    try:
+        return refit(start.build(), model)
+    except UserError:  # of another version, say: what fits by name has been taken
+        return {}
 
 
 def _shown(names: list[str], what: str) -> str:

@@ -24,13 +24,15 @@ from kanseg.data.formats import Dataset
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
 from kanseg.models import check_patch
-from kanseg.training.checkpoint import LAST, build_model, describe, load_checkpoint, model_spec
+from kanseg.study.peft import check_adapt
+from kanseg.training.checkpoint import LAST, adaptation, build_model, describe, load_checkpoint, model_spec
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked, make_folder, read_json
 from kanseg.training.finetune import read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.parameters import trained_share
+from kanseg.training.regularization import check_penalty
 from kanseg.training.run_folder import SUMMARY, check_data, fold_cases, prepare_run, run_config, run_splits
 from kanseg.training.stop import StopRequest
 from kanseg.training.tasks import create_task
@@ -74,7 +76,12 @@ def fit(
     training, validation = fold_cases(splits, dataset, fold)
     accelerator = make_accelerator(config.training)
     set_seed(config.seed)
-    spec, model, started = _model(config, plan, folder)  # before anything is written: options may not fit
+    spec, model, started, fresh = _model(
+        config, plan, folder
+    )  # before anything is written: options may not fit
+    if config.training.adapt.wanted:
+        check_adapt(model, **adaptation(config.training.adapt.model_dump(), fresh))
+    check_penalty(model, config.training.penalty)
     check_patch(model, plan.patch_size)
     main = accelerator.is_main_process
     with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
@@ -82,7 +89,8 @@ def fit(
             prepare_run(config, plan, splits, run)
         accelerator.wait_for_everyone()
         task = create_task(config, plan, dataset, training, validation, accelerator)
-        trainer = Trainer(config, task, model, accelerator, folder, stop, describe(config, plan, spec, fold))
+        description = {**describe(config, plan, spec, fold), "fresh": fresh}
+        trainer = Trainer(config, task, model, accelerator, folder, stop, description)
         trainer.load()
         quiet = not accelerator.is_main_process
         with Monitor(folder, config, task.metric, console, trainer.state.epoch, quiet) as trainer.monitor:
@@ -116,20 +124,21 @@ def fit(
                     manifest.write(peak_memory_mb=peak, minutes=round(trainer.state.seconds / 60, 2))
 
 
-def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any], nn.Module, str]:
-    """The description of the network, the network, and what was said about the weights it starts from."""
+def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any], nn.Module, str, list[str]]:
+    """Description of the network, the network, what was said of the weights it starts from, and what began afresh."""
     if config.training.weights is None:
         if config.training.adapt.wanted:
             raise UsageError(
                 "training.adapt changes weights that exist: give them by training.weights=RUN, a model or a file."
             )
         spec = model_spec(config, plan)
-        return spec, build_model(spec), ""
+        return spec, build_model(spec), "", []
     if (folder / LAST).exists():  # the weights have done their part, and may be gone
-        spec = model_spec(config, plan, load_checkpoint(folder / LAST)[1].get("model"))
-        return spec, build_model(spec), ""
+        info = load_checkpoint(folder / LAST)[1]
+        spec = model_spec(config, plan, info.get("model"))
+        return spec, build_model(spec), "", info.get("fresh", [])
     start = read_start(config.training.weights)
     spec = model_spec(config, plan, start.model)
     model = build_model(spec)
     channels = plan.channel_names * plan.slices
-    return spec, model, transfer(model, start, plan.label_names, channels)
+    return spec, model, *transfer(model, start, plan.label_names, channels)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from kanseg.errors import UsageError, did_you_mean
+from kanseg.study.peft import PLACE
 
 
 def parameter_groups(
@@ -39,7 +40,7 @@ def layer_of(name: str) -> str:
     >>> layer_of("encoder.stages.2.0.conv.weight"), layer_of("stem.weight")
     ('encoder.stages.2', 'stem')
     """
-    parts = name.split(".")
+    parts = name.partition(PLACE)[0].split(".")  # what lies beside a weight belongs to its stage
     number = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[: number + 1])
 

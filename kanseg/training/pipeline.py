@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def run_pipeline(
         source, values = once(lambda: _examined(Path(data), run, id_pattern, console))
         if regions and values:
             regions = {name: [values.get(v, v) for v in region] for name, region in regions.items()}
-        dataset = _with_splits(read_dataset(source, id_pattern=id_pattern, regions=regions), Path(data))
+        dataset = read_dataset(source, id_pattern=id_pattern, regions=regions)
         folds = _folds(checked, dataset, console)
         names = _fitting(wanted, dataset)
         if not folds:  # nobody is left to choose by
@@ -187,18 +187,6 @@ def _folds(config: Config, dataset: Dataset, console: Console) -> int:
     if folds < config.data.folds:
         console.print(f"{patients} patients: {folds or 'no'} folds", highlight=False)
     return folds
-
-
-def _with_splits(dataset: Dataset, data: Path) -> Dataset:
-    """A repaired copy with the folds of the list that it was made of."""
-    if dataset.splits or not data.is_file():
-        return dataset
-    cases = {case.id for case in dataset.cases}
-    splits = [
-        {part: [case for case in ids if case in cases] for part, ids in fold.items()}
-        for fold in list_dataset(data, problem=lambda *found: None).splits
-    ]
-    return replace(dataset, splits=tuple(splits)) if all(all(fold.values()) for fold in splits) else dataset
 
 
 def _with(config: Config, section: str, **options: Any) -> Config:

@@ -38,7 +38,7 @@ from kanseg.training.task import Batch, Task
 
 SMALL = 1_000_000  # numbers of a batch whose passes take less time on a GPU than their launches
 # What the state of an optimizer belongs to; where one was changed (--override), the optimizer starts afresh.
-OPTIMIZED = ("optimizer", "adapt", "freeze", "lr_scale", "layer_decay")
+OPTIMIZED = ("optimizer", "freeze", "lr_scale", "layer_decay")
 
 
 class Trainer:
@@ -64,9 +64,9 @@ class Trainer:
         model.to(accelerator.device)
         self.evaluated = copy.deepcopy(model).eval()  # whole, plain, best or average
         if options.adapt.wanted:
-            adapt(model, **options.adapt.model_dump())
+            adapt(model, **checkpoint.adaptation(options.adapt.model_dump(), description["fresh"]))
         freeze(model, options.freeze)
-        self.penalties = Penalties(model, options)
+        self.penalties = Penalties(model, options.penalty)
         if options.gradient_checkpointing:
             checkpoint_stages(model)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -148,7 +148,7 @@ class Trainer:
             rank = str(self.accelerator.process_index)
             if rank in info["rng"]:  # else it is a further process, with a fresh generator
                 self.rng = part(tensors, f"rng.{rank}"), info["rng"][rank]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} cannot be resumed ({error}); it is no whole last checkpoint.") from error
 
     def _train_epoch(self, batches: Iterator[Batch]) -> None:
