@@ -35,7 +35,9 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.randn_like(weight.new_empty(rank, columns)) / columns**0.5)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.up @ self.down).view_as(weight)
+        # In full precision also under autocast: it is added once for all in the end.
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight + (self.up @ self.down).view_as(weight)
 
 
 class SomeFunctions(nn.Module):
