@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SHORT
 from monai.networks.nets import SegResNet
+from rich.console import Console
 from safetensors.torch import save_file
 
-from kanseg.errors import UserError
+from kanseg.config import load_config
+from kanseg.errors import UsageError, UserError
 from kanseg.models import create_model
 from kanseg.training.checkpoint import load_checkpoint, load_model, part
 from kanseg.training.finetune import Start, read_start, transfer
+from kanseg.training.fit import fit
 
 SMALL = {"features_per_stage": (4, 8), "strides": (1, 2), "kernel_sizes": (3, 3)}
 
@@ -38,6 +43,15 @@ def test_a_run_goes_on_from_another_one_with_its_network(fit_balls, tmp_path):
     for path in (tmp_path / "run").rglob("*.safetensors"):
         path.unlink()
     assert fit_balls("training.max_epochs=2", run=other, resume=True)["epochs"] == 2  # the source may be gone
+
+
+def test_weights_of_another_dimension_are_refused(fit_balls, balls, tmp_path):
+    dataset, plan = balls
+    fit_balls("training.max_epochs=1", run=tmp_path / "old")
+    flat = replace(plan, spatial_dims=2, patch_size=[16, 16], slice_axis=2)
+    config = load_config(overrides=[*SHORT, f"training.weights={tmp_path / 'old'}"])
+    with pytest.raises(UsageError, match="a 3D network, the plan is 2D"):
+        fit(config, flat, dataset, tmp_path / "new", console=Console(quiet=True))
 
 
 def test_classes_of_the_same_name_keep_their_weights():

@@ -48,6 +48,7 @@ class Start:
         model: {"name", "options"} of the network that they belong to, None where the file does not say it.
         classes, channels: their names, where known; else as many as the weights' network has, unnamed.
         build: makes that network with its weights, where it is one of ours.
+        spatial_dims: of it, where known.
     """
 
     source: Path
@@ -56,6 +57,7 @@ class Start:
     classes: Sequence[str] = field(default_factory=list)
     channels: Sequence[str] = field(default_factory=list)
     build: Callable[[], nn.Module] | None = None
+    spatial_dims: int | None = None
 
 
 def read_start(path: Path | str) -> Start:
@@ -90,7 +92,7 @@ def _read_checkpoint(path: Path) -> Start:
     weights = part(tensors, "average") or part(tensors, "model")
     if build and any(PLACE in name for name in weights):
         weights = build().state_dict()
-    return Start(path, weights, model, classes, channels, build)
+    return Start(path, weights, model, classes, channels, build, spec.get("spatial_dims"))
 
 
 def _read_bundle(folder: Path) -> Start:

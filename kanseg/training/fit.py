@@ -138,6 +138,11 @@ def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any],
         spec = model_spec(config, plan, info.get("model"))
         return spec, build_model(spec), "", info.get("fresh", [])
     start = read_start(config.training.weights)
+    if start.spatial_dims not in (None, plan.spatial_dims):
+        raise UsageError(
+            f"{start.source} is a {start.spatial_dims}D network, the plan is {plan.spatial_dims}D. "
+            f"Start from weights of a {plan.spatial_dims}D one."
+        )
     spec = model_spec(config, plan, start.model)
     model = build_model(spec)
     channels = plan.channel_names * plan.slices
