@@ -158,13 +158,13 @@ class Segmenter:
         return cls()._take(Path(path), device)
 
     def _take(self, path: Path, device: str = "cpu") -> Segmenter:
-        from kanseg.inference.ensemble import Loaded
+        from kanseg.inference.ensemble import Loaded, find_members
+        from kanseg.training.checkpoint import read_info
 
+        plan = read_info(find_members(path)[0]).get("plan") or {}
+        if (task := plan.get("task", "segmentation")) != "segmentation":
+            raise UsageError(f"{path} is for {task}. Predict by kanseg.inference.classify.predict_classes.")
         loaded = Loaded([path], device)
-        if loaded.plan.task != "segmentation":
-            raise UsageError(
-                f"{path} is for {loaded.plan.task}. Predict by kanseg.inference.classify.predict_classes."
-            )
         (self.network, self.plan), *self._others = zip(loaded.networks, loaded.plans, strict=True)
         self.rules, self._infos, self.info = loaded.rules, loaded.infos, loaded.infos[0]
         spec = self.info["model"]
