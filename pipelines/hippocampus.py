@@ -7,9 +7,8 @@ keeps them on one side of the split.
     python pipelines/hippocampus.py DATA -o runs/hippocampus                        # a fold, and its unseen subjects
     python pipelines/hippocampus.py DATA -o runs/hippocampus --fold final --pack    # every case, and pack the weights
 
-Two trainings like the second, the later one from the weights of the earlier, made `kanseg/weights/hippocampus`; its
-README.md is the model card and has the commands. The recipe is
-configs/hippocampus.yaml. Networks are compared by pipelines/benchmarks/accuracy.py.
+Four trainings like the second made the three networks of `kanseg/weights/hippocampus`; its README.md is the model card
+and has the commands. The recipe is configs/hippocampus.yaml. Networks are compared by pipelines/benchmarks/accuracy.py.
 """
 
 from __future__ import annotations
