@@ -293,17 +293,7 @@ def models(
         known = table_of_weights()
         for row in known:
             table = Table("", "", title=f"{row['name']}: {row['title']}", show_header=False, box=None)
-            for key in (
-                "images",
-                "labels",
-                "dice",
-                "networks",
-                "parameters",
-                "data",
-                "licence",
-                "use",
-                "limits",
-            ):
+            for key in "images labels dice networks parameters data licence use limits".split():
                 if key in row:
                     said = row[key]
                     text = (

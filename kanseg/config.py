@@ -27,7 +27,6 @@ CHANGEABLE |= {f"training.{key}" for key in ("device", "save_minutes", "compile"
 CHANGEABLE |= {f"logging.{key}" for key in ("tensorboard", "wandb", "mlflow", "project")}
 CHANGEABLE |= {"data.workers", *(f"inference.{key}" for key in ("overlap", "blending", "tta"))}
 
-
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -367,10 +366,8 @@ def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     """ "section.key" -> value."""
     found: dict[str, Any] = {}
     for name, value in section:
-        inside = (
-            flat(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": value}
-        )
-        found |= inside
+        key = f"{prefix}{name}"
+        found |= flat(value, f"{key}.") if isinstance(value, BaseModel) else {key: value}
     return found
 
 

@@ -46,10 +46,14 @@ class Segmenter:
         self.model, self.spatial_dims, self.options = model, spatial_dims, options
         self.plan: Plan | None = None
         self.network: nn.Module | None = None
-        self.info: dict[str, Any] | None = None
         self.rules: list[dict[str, Any]] = []
         self._infos: list[dict[str, Any]] = []  # of each network
         self._others: list[tuple[nn.Module, Plan]] = []  # networks of other plans that predict along
+
+    @property
+    def info(self) -> dict[str, Any] | None:
+        """What the checkpoint says beside plan and weights; see the class."""
+        return self._infos[0] if self._infos else None
 
     def fit(
         self,
@@ -166,8 +170,8 @@ class Segmenter:
             raise UsageError(f"{path} is for {task}. Predict by kanseg.inference.classify.predict_classes.")
         loaded = Loaded([path], device)
         (self.network, self.plan), *self._others = zip(loaded.networks, loaded.plans, strict=True)
-        self.rules, self._infos, self.info = loaded.rules, loaded.infos, loaded.infos[0]
-        spec = self.info["model"]
+        self.rules, self._infos = loaded.rules, loaded.infos
+        spec = loaded.infos[0]["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
         return self
 

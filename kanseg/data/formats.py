@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -514,29 +514,31 @@ def _read_datalist(path: Path, content: Any) -> Dataset:
     if dataset.splits or not validation:
         return dataset
     val = {_listed(path.parent, entry, {}).id for entry in validation}
-    parts = {"train": [c.id for c in dataset.cases if c.id not in val]}
-    parts["val"] = [case.id for case in dataset.cases if case.id in val]
-    note = f"one fold, which validates on the {len(parts['val'])} cases of the list 'validation'"
-    return replace(dataset, splits=(parts,), notes=(*dataset.notes, note)) if all(parts.values()) else dataset
+    fold = _fold([case.id for case in dataset.cases], val)
+    note = f"one fold, which validates on the {len(fold['val'])} cases of the list 'validation'"
+    return replace(dataset, splits=(fold,), notes=(*dataset.notes, note)) if all(fold.values()) else dataset
 
 
 def _listed_dataset(path: Path, layout: str, entries: Sequence[Any], held_out: Sequence[Any]) -> Dataset:
     cases = [_listed(path.parent, entry, {}) for entry in entries]
     tests = [*(_listed(path.parent, e, {}) for e in held_out), *(c for c in cases if c.label is None)]
-    dataset = _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, [])
     told = [entry.get("fold") if isinstance(entry, Mapping) else None for entry in entries]
-    fold_of = {case.id: _whole(fold) for case, fold in zip(cases, told, strict=True) if case.label}
-    names = sorted({fold for fold in fold_of.values() if fold is not None})
-    if len(names) < 2 or None in fold_of.values():
-        asked = any(fold not in (None, "") for fold in told)
-        return replace(dataset, notes=(*dataset.notes, FOLDS_ASIDE)) if asked else dataset
-    splits = [
-        {part: [c for c in fold_of if (fold_of[c] == name) == (part == "val")] for part in ("train", "val")}
-        for name in names
-    ]
-    return replace(
-        dataset, splits=tuple(splits), notes=(*dataset.notes, f"{len(names)} folds, those of the list")
-    )
+    fold_of = {case.id: _whole(number) for case, number in zip(cases, told, strict=True) if case.label}
+    numbers = sorted({number for number in fold_of.values() if number is not None})
+    splits, notes = [], []
+    if len(numbers) > 1 and None not in fold_of.values():
+        splits = [
+            _fold(list(fold_of), {c for c, own in fold_of.items() if own == number}) for number in numbers
+        ]
+        notes = [f"{len(splits)} folds, those of the list"]
+    elif any(number not in (None, "") for number in told):
+        notes = [FOLDS_ASIDE]
+    dataset = _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, notes)
+    return replace(dataset, splits=tuple(splits))
+
+
+def _fold(cases: Sequence[str], held_out: Collection[str]) -> dict[str, list[str]]:
+    return {"train": [c for c in cases if c not in held_out], "val": [c for c in cases if c in held_out]}
 
 
 def _whole(value: Any) -> int | None:

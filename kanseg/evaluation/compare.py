@@ -248,7 +248,7 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
     title = escape(f"A = {result['a']}, B = {result['b']}\n{counts}")
     table = Table("class", "metric", title=title, title_justify="left")
     for heading in ("A", "B", "A - B", "p (Holm)", "A wins"):
-        table.add_column(heading, justify="right", no_wrap=heading.startswith("A - B"))
+        table.add_column(heading, justify="right", no_wrap=heading == "A - B")
     for row in result["rows"]:
         low, high = row["ci95"]
         mean_a, mean_b = f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}"

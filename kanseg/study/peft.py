@@ -9,7 +9,7 @@ matter of training: see `kanseg.study.refit`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -76,17 +76,21 @@ def adapt(
     """
     check_adapt(model, rank=rank, functions=functions, train=train)
     layers, frozen = kan_layers(model), []
-    for name, module, key, parameter in list(_parameters(model)):
-        whole = f"{name}.{key}" if name else key
-        kept = parameter.dim() < 2 or any(fnmatchcase(whole, pattern) for pattern in train)
-        if kept or not parameter.requires_grad:
-            continue
-        frozen.append(whole)
-        parameter.requires_grad_(False)
-        if functions and name in layers and key == "basis_weight":
-            _beside(module, key, SomeFunctions(parameter, module.basis.num_functions, functions))
-        elif rank and key.endswith("weight"):
-            _beside(module, key, LowRank(parameter, rank))
+    for name, module in list(model.named_modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            whole = _under(name, key)
+            kept = parameter.dim() < 2 or any(fnmatchcase(whole, pattern) for pattern in train)
+            if kept or not parameter.requires_grad:
+                continue
+            frozen.append(whole)
+            parameter.requires_grad_(False)
+            if functions and name in layers and key == "basis_weight":
+                change: nn.Module = SomeFunctions(parameter, layers[name].basis.num_functions, functions)
+            elif rank and key.endswith("weight"):
+                change = LowRank(parameter, rank)
+            else:
+                continue
+            parametrize.register_parametrization(module, key, change)
     model.__dict__[FROZEN] = frozen
     return model
 
@@ -136,10 +140,9 @@ def merged(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
     plain = {name: value for name, value in weights.items() if PLACE not in name}
     for name, module in model.named_modules():
         for key, change in getattr(module, "parametrizations", {}).items():
-            place = f"{name}{PLACE}{key}." if name else f"{PLACE[1:]}{key}."
+            place = f"{_under(name, PLACE[1:] + key)}."
             own = {n.removeprefix(place): value for n, value in weights.items() if n.startswith(place)}
-            whole = f"{name}.{key}" if name else key
-            plain[whole] = torch.func.functional_call(change, own, (), strict=False).detach()
+            plain[_under(name, key)] = torch.func.functional_call(change, own, ()).detach()
     return plain
 
 
@@ -156,12 +159,6 @@ def _check_functions(layers: Mapping[str, Any], functions: Sequence[int]) -> Non
         )
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Any, str, nn.Parameter]]:
-    """Name of the module, module, name in it, parameter."""
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            yield name, module, key, parameter
-
-
-def _beside(module: nn.Module, key: str, change: nn.Module) -> None:
-    parametrize.register_parametrization(module, key, change)
+def _under(module: str, key: str) -> str:
+    """The name of what is `key` in a module; the network itself has an empty name."""
+    return f"{module}.{key}" if module else key

@@ -32,10 +32,10 @@ def refit(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     before, fitted = kan_layers(old), {}
     for name, layer in kan_layers(new).items():
         known = before.get(name)
-        if known is None or not _alike(known, layer):
+        if known is None or _shape(known) != _shape(layer):
             continue
         _take_common(known.basis, layer.basis)
-        channels = known.basis_weight.shape[1] // known.basis.num_functions
+        channels = _shape(layer)[1]
         given, own = (_values(one, channels) for one in (known, layer))
         if given.shape == own.shape and torch.allclose(given, own, rtol=0, atol=NEGLIGIBLE):
             continue
@@ -64,14 +64,7 @@ def _take_common(old: nn.Module, new: nn.Module) -> None:
             parameter[:common] = given[:common]
 
 
-def _alike(old: Any, new: Any) -> bool:
-    """Whether two layers have the same channels and kernel."""
-    shapes = (
-        (
-            len(layer.basis_weight),
-            layer.basis_weight.shape[1] // layer.basis.num_functions,
-            *layer.basis_weight.shape[2:],
-        )
-        for layer in (old, new)
-    )
-    return len(set(shapes)) == 1
+def _shape(layer: Any) -> tuple[int, ...]:
+    """Outputs, channels and kernel of a layer, whatever its basis."""
+    outputs, columns, *kernel = layer.basis_weight.shape
+    return outputs, columns // layer.basis.num_functions, *kernel

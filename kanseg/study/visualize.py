@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def kan_convolutions(model: nn.Module) -> dict[str, KANConv]:
-    """All KAN convolutions of a network by their names; plain convolutions are left out."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, KANConv) and m.basis is not None}
-
-
 def kan_layers(model: nn.Module) -> dict[str, Any]:
     """All layers that weigh the functions of a basis, convolutions and fully connected ones, by their names."""
     weighed = (
         (name, module, getattr(module, "basis_weight", None)) for name, module in model.named_modules()
     )
     return {name: module for name, module, weight in weighed if isinstance(weight, Tensor)}
+
+
+def kan_convolutions(model: nn.Module) -> dict[str, KANConv]:
+    """The convolutions among them; plain ones are left out."""
+    return {name: layer for name, layer in kan_layers(model).items() if isinstance(layer, KANConv)}
 
 
 @torch.no_grad()

@@ -76,9 +76,8 @@ def fit(
     training, validation = fold_cases(splits, dataset, fold)
     accelerator = make_accelerator(config.training)
     set_seed(config.seed)
-    spec, model, started, fresh = _model(
-        config, plan, folder
-    )  # before anything is written: options may not fit
+    # Before anything is written: options may not fit.
+    spec, model, started, fresh = _model(config, plan, folder)
     if config.training.adapt.wanted:
         check_adapt(model, **adaptation(config.training.adapt.model_dump(), fresh))
     check_penalty(model, config.training.penalty)

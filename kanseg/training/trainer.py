@@ -133,11 +133,10 @@ class Trainer:
         if plan_from_dict(info.get("plan") or {}).to_dict() != self.description["plan"]:
             raise UsageError(f"plan.json is not the one of {path}. Put it back, or start a new run folder.")
         try:
-            load_weights(
-                self.evaluated, merged(self.model, part(tensors, "model")), path
-            )  # checks that they fit
-            self._put(self.model.state_dict(), part(tensors, "model"))
-            self._put(self.average, part(tensors, "average") or part(tensors, "model"))
+            weights = part(tensors, "model")
+            load_weights(self.evaluated, merged(self.model, weights), path)  # checks that they fit
+            self._put(self.model.state_dict(), weights)
+            self._put(self.average, part(tensors, "average") or weights)
             before, now = info["config"]["training"], self.options.model_dump()
             if not any(before.get(key, now[key]) != now[key] for key in OPTIMIZED):
                 self._load_optimizer(part(tensors, "optimizer"), info["optimizer"])

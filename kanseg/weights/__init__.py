@@ -39,7 +39,7 @@ def table_of_weights() -> list[dict[str, Any]]:
     for name, file in shipped().items():
         info, files = read_info(file), members(file)
         facts = {"networks": len(files), "labels": info["labels"], **info["card"]}
-        size = sum(part.stat().st_size for part in files)
+        size = sum(member.stat().st_size for member in files)
         rows.append({"name": name, "megabytes": round(size / 1e6, 1), **facts})
     return rows
 
