@@ -274,18 +274,27 @@ def models(
     weights: Annotated[
         bool, typer.Option("--weights", help="Trained weights that come with kanseg.")
     ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="KAN layers and bases, and their options.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """List networks and encoders with their parameters (1 channel, 3 classes) and what they are.
 
-    Networks are for `kanseg train --model NAME`, encoders for model.options.encoder=NAME, weights for
-    `kanseg predict -m NAME`, offline.
+    Networks are for `kanseg train --model NAME`, encoders for model.options.encoder=NAME, layers for
+    model.options.basis=NAME model.options.layer_options.OPTION=VALUE, weights for `kanseg predict -m NAME`, offline.
 
     Example: kanseg models
 
+    Example: kanseg models --layers
+
     Example: kanseg models --weights
     """
+    from rich.markup import escape
     from rich.table import Table
+
+    if weights and layers:
+        raise UsageError("Give --weights or --layers, not both.")
 
     if weights:
         from kanseg.weights import table_of_weights
@@ -306,8 +315,20 @@ def models(
             _console(json_).print(table)
         _emit(known, json_)
         return
-    from kanseg.models.table import table_of_models
+    from kanseg.models.table import table_of_layers, table_of_models
 
+    if layers:
+        rows = table_of_layers()
+        table = Table("layer", "weights", "what it is, and how it is made in Python", box=None)
+        table.title = "Weights: times those of a plain convolution (32 to 32 channels, kernel 3, 3D)"
+        for row in rows:
+            options = {} if row["class"] else {"basis": row["basis"]}
+            shown = ", ".join(f"{key}={value!r}" for key, value in {**options, **row["options"]}.items())
+            made = f"{row['class'] or 'KANConv'}(..., {shown})"
+            table.add_row(row["name"], f"{row['parameters']:.1f}", escape(f"{row['description']}.\n{made}"))
+        _console(json_).print(table)
+        _emit(rows, json_)
+        return
     rows = table_of_models()
     for kind in ("network", "encoder"):
         table = Table(kind, "2D", "3D", "what it is", title="Parameters in millions", box=None)

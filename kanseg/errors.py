@@ -15,6 +15,13 @@ class UsageError(UserError):
     """A mistake in how kanseg was called (options, names, config keys): exit code 2."""
 
 
+class OptionError(UsageError):
+    """An option that a basis does not have; what surrounds it may know better what was meant."""
+
+    option: str
+    known: tuple[str, ...]
+
+
 class ShapeError(UsageError, RuntimeError):
     """A tensor that a layer does not take; torch's own layers raise RuntimeError for it."""
 
@@ -30,6 +37,14 @@ def refused_options(what: str, *others: type[Exception]) -> Iterator[None]:
     except kinds as error:
         said = " ".join(str(error).split())
         raise UsageError(f"{what} cannot be made with these options: {said}") from error
+
+
+def unknown_option(owner: str, option: str, known: Iterable[str]) -> OptionError:
+    """The error that names the nearest of the known options."""
+    names = tuple(known)
+    error = OptionError(f"{owner} has no option '{option}'.{did_you_mean(option, names)}")
+    error.option, error.known = option, names
+    return error
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "pipelines" / "benchmarks"
@@ -40,3 +41,13 @@ def test_a_benchmark_writes_numbers_and_their_table(name: str, tmp_path: Path) -
         for job in ("training", "inference")
     )
     assert "kagn / twin of kagn, 3D" in table
+
+
+def test_the_stored_results_are_drawn(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "pictures.py"), "-o", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    for name in ("cost", "accuracy"):
+        drawn = plt.imread(tmp_path / f"{name}.png")
+        stored = plt.imread(FOLDER / "results" / f"{name}.png")
+        assert drawn.shape == stored.shape, "the pictures are older than the results: run pictures.py"
+        assert drawn.std() > 0.05

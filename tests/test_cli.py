@@ -197,6 +197,11 @@ def test_a_failed_case_is_reported_and_the_exit_code_is_1(run: Path, blobs: Path
 def test_models_and_info_print_json() -> None:
     listed = json.loads(kanseg("models", "--json").stdout)
     assert {"name", "parameters_3d", "description"} <= set(listed[0])
+    layers = {row["name"]: row for row in json.loads(kanseg("models", "--layers", "--json").stdout)}
+    assert layers["kagn"]["options"]["degree"] == 3
+    assert layers["fourier"]["class"] is None
+    assert "KAGNConv3d(..., degree=3" in kanseg("models", "--layers").stdout
+    refused(kanseg("models", "--layers", "--weights"), 2, "not both")
     assert "torch" in json.loads(kanseg("info", "--json").stdout)
 
 

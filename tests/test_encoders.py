@@ -14,7 +14,7 @@ from torch import nn
 from kanseg import VGGKAN, Classifier, DenseKANet, RDKANet, ResKANet, UKANet, create_model
 from kanseg.encoders import ENCODERS, PlainKANet, create_encoder, load_encoder, register_smp
 from kanseg.encoders.layers import network_layer
-from kanseg.errors import UsageError, UserError
+from kanseg.errors import ShapeError, UsageError, UserError
 from kanseg.layers import FAMILIES, KANAttention, MixtureOfExperts, take_balance_loss
 from kanseg.models.table import count_parameters
 
@@ -216,7 +216,13 @@ def test_encoders_of_other_libraries_take_any_size(name: str, size: tuple[int, i
 
 
 @pytest.mark.parametrize(
-    ("name", "multiple"), [("timm/resnet18", 1), ("smp/resnet18", 1), ("timm/hrnet_w18_small", 32)]
+    ("name", "multiple"),
+    [
+        ("timm/resnet18", 1),
+        ("smp/resnet18", 1),
+        ("timm/hrnet_w18_small", 32),
+        ("timm/maxvit_pico_rw_256", 256),
+    ],
 )
 def test_images_are_filled_up_only_where_a_network_needs_it(name: str, multiple: int) -> None:
     encoder = create_encoder(name, 2, 3).eval()
@@ -226,6 +232,39 @@ def test_images_are_filled_up_only_where_a_network_needs_it(name: str, multiple:
         whole = encoder.body(nn.functional.pad(x, (0, -50 % multiple, 0, -70 % multiple)))
         for made, kept in zip(encoder(x), encoder.kept, strict=True):
             assert torch.equal(made, whole[kept][:, :, : made.shape[2], : made.shape[3]])
+
+
+def test_an_encoder_for_one_size_says_which() -> None:
+    encoder = create_encoder("timm/coatnet_pico_rw_224", 2, 3).eval()
+    with pytest.raises(ShapeError, match="images of 224 x 224 alone, got 70 x 50"):
+        encoder(torch.zeros(1, 3, 70, 50))
+    with torch.no_grad():
+        assert [m.shape[1] for m in encoder(torch.zeros(1, 3, 224, 224))] == list(encoder.out_channels)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 3, 2), (16, 16, 16)])
+def test_dense_encoders_take_volumes_that_they_pool_to_a_voxel(size: tuple[int, int, int]) -> None:
+    options = {"blocks": (1, 1, 1, 1), "growth": 4, "features": 8}
+    encoder = create_encoder("densekanet121", 3, 1, basis=None, **options).eval()
+    x = torch.randn(1, 1, *size)
+    with torch.no_grad():
+        assert [m.shape[2:] for m in encoder(x)] == [
+            tuple(-(-n // step) for n in size) for step in (2, 4, 8, 16, 32)
+        ]
+        assert encoder.bfloat16()(x.bfloat16())[-1].dtype == torch.bfloat16
+
+
+def test_transformers_come_with_their_weights(tmp_path: Path) -> None:
+    import timm
+
+    theirs = timm.create_model("vit_tiny_patch16_224")
+    path = _written(theirs.state_dict(), tmp_path / "vit.safetensors")
+    ours = UKANet(2, 3, 2, encoder="timm/vit_tiny_patch16_224", basis=None, encoder_weights=path).encoder.body
+    found = {name.removeprefix("model."): value for name, value in ours.state_dict().items()}
+    assert all(
+        torch.equal(found[name], value) for name, value in theirs.state_dict().items() if name in found
+    )
+    assert "blocks.11.mlp.fc2.weight" in found
 
 
 def test_transformers_take_any_size() -> None:
@@ -297,7 +336,7 @@ def test_groups_and_experts_stand_where_there_is_a_kernel() -> None:
 
 def test_attention_stands_before_the_last_poolings_or_last() -> None:
     for at, stages in (("pools", [2, 3]), ("last", [4])):
-        encoder = VGGKAN(2, 1, width=0.25, attention=KANAttention, attention_at=at)
+        encoder = VGGKAN(2, 1, width=0.25, attention="kaln", attention_at=at)
         assert [i for i, stage in enumerate(encoder.stages) if isinstance(stage[-1], KANAttention)] == stages
         assert len(encoder(torch.randn(1, 1, 32, 32))) == 5
 
@@ -317,14 +356,16 @@ SMP = [
 
 
 @pytest.mark.parametrize("architecture", SMP)
-@pytest.mark.parametrize("encoder", ["kanseg-reskanet18x224p-gram", "kanseg-vggkan11-plain"])
+@pytest.mark.parametrize(
+    "encoder", ["kanseg-reskanet18x224p-gram", "kanseg-vggkan11-plain", "kanseg-rdkanet_tiny-plain"]
+)
 def test_our_encoders_train_and_predict_inside_smp(architecture: str, encoder: str) -> None:
     import segmentation_models_pytorch as smp
 
     assert encoder in register_smp()
     options = {"encoder_weights": None, "in_channels": 1, "classes": 2}
     if architecture.startswith("DeepLab") and "vgg" in encoder:
-        with pytest.raises(ValueError, match="choose a reskanet"):
+        with pytest.raises(UsageError, match="has no map of stride 32 .* choose kanseg-reskanet18-plain"):
             getattr(smp, architecture)(encoder, **options)
         return
     model = getattr(smp, architecture)(encoder, **options)

@@ -261,3 +261,16 @@ def test_a_strided_layer_of_kernel_one_is_the_strided_convolution(family: str) -
             part.stride = (2, 2)
     layer.kept = None
     torch.testing.assert_close(kept, layer(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 1)])
+def test_running_statistics_of_instance_norms_serve_in_eval(size: tuple[int, int, int]) -> None:
+    layer = ConvLayer(
+        3, 2, 4, 3, norm=("instance", {"affine": True, "track_running_stats": True}), act=None
+    ).eval()
+    layer.norm.running_mean.uniform_()
+    layer.norm.running_var.uniform_(1, 2)
+    x = torch.randn(2, 2, *size)
+    mean, std = layer.norm.running_mean, (layer.norm.running_var + layer.norm.eps).sqrt()
+    expected = (layer.conv(x) - mean.view(1, 4, 1, 1, 1)) / std.view(1, 4, 1, 1, 1)
+    torch.testing.assert_close(layer(x), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kanseg import U2KANet, UKAGNet, UKANet, create_model, list_models
+import kanseg
+from kanseg import KANConv, U2KANet, UKAGNet, UKANet, create_model, list_models
 from kanseg.bases import BASES
 from kanseg.errors import UsageError
 from kanseg.layers import FAMILIES, FocalModulation, KANAttention, conv_layer
 from kanseg.models import check_patch, describe_model
 from kanseg.models.classifier import HEADS, Classifier
-from kanseg.models.table import count_flops, table_of_models
+from kanseg.models.table import count_flops, table_of_layers, table_of_models
 from kanseg.models.u2kanet import NestedU
 
 # Options that make each network small.
@@ -130,6 +132,12 @@ U2KANETS: list[tuple[dict[str, Any], int]] = [
     ({"basis": "kacn", "shape": "small"}, 283_389),
     ({"basis": "kan", "shape": "small"}, 634_861),
     ({"basis": "fastkan", "shape": "small", "layer_options": FAST}, 424_427),
+]
+# Its plain one has biases before norms, on which nothing depends; the first layer of its small narrow one, kernel 1.
+U2KANETS += [
+    ({"basis": None}, 2_761_645 - 3600),
+    ({"basis": None, "shape": "small"}, 73_285 - 712),
+    ({"basis": "bottleneck_kagn", "shape": "small", "layer_options": {"dim_reduction": 8}}, 254_538 + 672),
 ]
 # The reference builds the second block of each level without the arguments of the call, so without learned norms:
 # 2 * 2 * (8 + 16 + 32 + 64) * 2 numbers, which ours have.
@@ -253,6 +261,18 @@ def test_the_table_has_every_network_and_encoder_with_its_size_and_a_description
     ukanet = create_model("ukanet", 2, 1, 3)
     assert rows["ukanet"]["parameters_2d"] == sum(p.numel() for p in ukanet.parameters())
     assert describe_model("ukan").startswith("U-KAN")
+
+
+@pytest.mark.parametrize("row", table_of_layers(), ids=lambda row: row["name"])
+def test_the_table_of_layers_says_how_each_is_made(row: dict[str, Any]) -> None:
+    thin = getattr(kanseg, row["class"]) if row["class"] else partial(KANConv, 3, basis=row["basis"])
+    layer, named = thin(32, 32, **row["options"]), conv_layer(row["name"])(3, 32, 32)
+    assert [w.shape for w in layer.parameters()][:1] == [w.shape for w in named.parameters()][:1]
+    plain = sum(p.numel() for p in conv_layer(None)(3, 32, 32).parameters())
+    assert sum(p.numel() for p in named.parameters()) == pytest.approx(row["parameters"] * plain)
+    options = {"basis": row["name"], "layer_options": row["options"], "features_per_stage": (4, 8)}
+    assert create_model("ukanet", 2, 1, 2, **options)(torch.zeros(1, 1, 8, 8)).isfinite().all()
+    assert len(row["description"]) > 10
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,12 @@ def test_is_made_by_name() -> None:
         ({"blocks_per_stage": (1, 1)}, "blocks_per_stage needs 3"),
         ({"bases": "gram"}, "has no option 'bases'. Did you mean 'basis'"),
         ({"basis": "wavkan", "bottleneck": True}, "no bottleneck form"),
+        ({"kernel_sizes": (3, 2, 3)}, "kernel_sizes must be odd"),
+        ({"layer_options": {"degre": 5}}, "no option 'degre'. Did you mean 'degree'"),
+        ({"encoder_options": {"blocks": 3}}, "encoder 'reskanet.*' .* Did you mean 'blocks_per_stage'"),
+        ({"norm": "btch"}, "norm='btch'.*did you mean 'BATCH'"),
+        ({"dropout": 1.5}, "dropout is a probability"),
+        ({"encoder": "vggkan11", "encoder_options": {"attention": "kgan"}}, "Unknown basis 'kgan'"),
     ],
 )
 def test_mistakes_are_explained(options: dict, message: str) -> None:

@@ -91,11 +91,5 @@ class WaveletShifts(Basis):
         return [self.psi((t - shift) / self.width) for shift in self.shifts]
 
 
-def _register(name: str) -> None:
-    @BASES.register(name)
-    def shifted(channels: int | None = None, **options: object) -> Basis:
-        return WaveletShifts(name, **options)  # type: ignore[arg-type]
-
-
 for _name in WAVELETS:
-    _register(_name)
+    BASES.preset(_name, WaveletShifts, f"`wavelet` with psi the wavelet {_name}.", wavelet=_name)

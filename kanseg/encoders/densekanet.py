@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from monai.networks.layers.factories import Norm, Pool
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
 from kanseg.encoders.layers import Layer, LayerFactory, stage_layers
 from kanseg.errors import UsageError
 from kanseg.layers.pointwise import pointwise_conv
 
+POOLING = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 BLOCKS = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32)}
 
 
@@ -128,12 +130,24 @@ class DenseKANet(Encoder):
             self.stages[-1].add_module("transition", head["transition"])
 
 
+class AveragePool(nn.Module):
+    """Means over blocks of two voxels an axis; at an odd end, and of an axis of one, over what is there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spatial_dims = x.dim() - 2
+        block = [min(2, size) for size in x.shape[2:]]  # torch refuses less than a block in 3D
+        wide = (
+            x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
+        )  # nor has it that there
+        return POOLING[spatial_dims](wide, block, [2] * spatial_dims, ceil_mode=True).to(x.dtype)
+
+
 def _transition(spatial_dims: int, channels: int) -> nn.Sequential:
     return nn.Sequential(
         Norm[Norm.BATCH, spatial_dims](channels),
         nn.SELU(),
         pointwise_conv(spatial_dims, channels, channels // 2, bias=False),
-        Pool[Pool.AVG, spatial_dims](2, 2, ceil_mode=True),
+        AveragePool(),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kanseg.encoders.transfer import load_encoder
-from kanseg.errors import UsageError, did_you_mean
+from kanseg.errors import OptionError, UsageError, did_you_mean, unknown_option
 from kanseg.layers.kan_conv import CONVOLUTIONS, per_axis
 from kanseg.registry import Registry
 
@@ -94,7 +94,16 @@ def create_encoder(
         raise UsageError(
             f"There are no weights of encoder '{name}' to download. Give a file, or a timm or smp encoder."
         )
-    encoder = ENCODERS.create(name, spatial_dims, in_channels, **kept)
+    try:
+        encoder = ENCODERS.create(name, spatial_dims, in_channels, **kept)
+    except OptionError as error:
+        own = [
+            option
+            for option in known
+            if option not in ("spatial_dims", "in_channels", "layer_options", "options")
+        ]
+        owner = f"encoder '{name}' with its layers and their basis"
+        raise unknown_option(owner, error.option, [*error.known, *own]) from error
     return encoder if weights is None else load_encoder(encoder, weights)
 
 

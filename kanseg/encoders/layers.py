@@ -69,6 +69,13 @@ def stage_layers(
     return [network_layer(given[stage] if stage in where else None, **options) for stage in range(stages)]
 
 
+def check_kernels(kernel_sizes: Sequence[int | Sequence[int]]) -> None:
+    """Raise `UsageError` for an even kernel, whose map is a voxel smaller than the one that it is joined with."""
+    flat = [size for kernel in kernel_sizes for size in ([kernel] if isinstance(kernel, int) else kernel)]
+    if any(size % 2 == 0 for size in flat):
+        raise UsageError(f"kernel_sizes must be odd, got {list(kernel_sizes)}")
+
+
 def _by_place(
     layer: LayerFactory,
     inner: LayerFactory,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from monai.networks.layers.factories import Pool
 from torch import nn
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
-from kanseg.encoders.layers import Layer, LayerFactory, stage_layers
+from kanseg.encoders.layers import Layer, LayerFactory, check_kernels, stage_layers
 from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers import KANAttention, conv_layer
 from kanseg.layers.kan_conv import per_axis
 
 DOWNSAMPLING = ("stride", "max_pool")
@@ -25,7 +27,7 @@ class PlainKANet(Encoder):
         strides: stride of each stage, a number or one an axis; default 1, 2, 2, ...
         kernel_sizes: kernel of each stage; default 3.
         downsampling: "stride" of the first layer of a stage, or "max_pool" before it.
-        attention: constructor of attention layers, (spatial_dims, channels) -> module.
+        attention: basis or family of the attention layers, or their constructor, (spatial_dims, channels) -> module.
         kan_stages, layer_options: see `kanseg.encoders.layers`.
 
     >>> PlainKANet(2, 1, stages=((4,), (8, 8))).out_channels
@@ -42,7 +44,7 @@ class PlainKANet(Encoder):
         strides: Sequence[int | Sequence[int]] | None = None,
         kernel_sizes: Sequence[int | Sequence[int]] | None = None,
         downsampling: str = "stride",
-        attention: LayerFactory | None = None,
+        attention: str | LayerFactory | None = None,
         kan_stages: str | Sequence[int] = "all",
         **layer_options: Any,
     ) -> None:
@@ -52,6 +54,7 @@ class PlainKANet(Encoder):
             raise UsageError(
                 f"strides and kernel_sizes need {len(stages)} entries, one a stage, got {strides} and {kernel_sizes}"
             )
+        check_kernels(kernel_sizes)
         if downsampling not in DOWNSAMPLING:
             raise UsageError(
                 f"Unknown downsampling '{downsampling}'.{did_you_mean(downsampling, DOWNSAMPLING)}"
@@ -62,6 +65,8 @@ class PlainKANet(Encoder):
                 f"Every stage needs at least one layer and the first starts with one, got {stages}"
             )
         super().__init__(spatial_dims, in_channels, [stage[-1] for stage in widths], strides)
+        if isinstance(attention, str):
+            attention = partial(KANAttention, conv_layer=conv_layer(attention))
         layers = stage_layers(basis, len(stages), kan_stages, **layer_options)
         self.stages = nn.ModuleList()
         channels = in_channels

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.encoders.encoder import LIBRARIES, Encoder
-from kanseg.errors import UsageError, did_you_mean
+from kanseg.errors import ShapeError, UsageError, did_you_mean
 
 # What lets timm's transformers take images of any size; the others do anyway, and know no such option.
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
 ODD = (33, 17)  # a size that shows whether a network takes any
+REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)  # of a size
 
 
 class ForeignEncoder(Encoder):
@@ -26,6 +27,7 @@ class ForeignEncoder(Encoder):
         body: the other library's network; its own names for its weights are below.
         multiple: the image is filled up with zeros at its far ends to a multiple of it where the network does not take
             any size; what the maps show of that is cut off.
+        only: the one size that the network takes, None where there is none such.
     """
 
     def __init__(
@@ -36,28 +38,42 @@ class ForeignEncoder(Encoder):
         out_channels: Sequence[int],
         reductions: Sequence[int],
         channels_last: bool = False,
+        usual: int | None = None,
     ) -> None:
         strides = [now // before for before, now in zip((1, *reductions), reductions, strict=False)]
         super().__init__(2, in_channels, out_channels, strides)
         self.body, self.kept, self.channels_last = body, tuple(kept), channels_last
         self.reductions = tuple(reductions)
-        self.multiple = 1 if self._any_size() else reductions[-1]
+        self.multiple, self.only = 1, None
+        if not self._takes(ODD):
+            multiples = [
+                reductions[-1],
+                *([usual] if usual else []),
+            ]  # windows of attention may ask for the latter
+            fitting = [m for m in multiples if self._takes((2 * m, m))]
+            self.multiple = fitting[0] if fitting else reductions[-1]
+            self.only = None if fitting or usual is None else (usual, usual)
 
     @torch.no_grad()
-    def _any_size(self) -> bool:
-        """Whether the network takes a small, odd size as it is, to maps of the sizes that `Encoder` promises."""
+    def _takes(self, size: tuple[int, int]) -> bool:
+        """Whether the network takes an image of that size, to maps of the sizes that `Encoder` promises."""
         weight, training = next(self.body.parameters()), self.body.training
         self.body.eval()
         try:
-            maps = self.body(torch.zeros(1, self.in_channels, *ODD, device=weight.device))
-        except (RuntimeError, ValueError, TypeError, AssertionError):
+            maps = self.body(torch.zeros(1, self.in_channels, *size, device=weight.device))
+        except REFUSALS:
             return False
         finally:
             self.body.train(training)
         found = [maps[i].shape[1:3] if self.channels_last else maps[i].shape[2:] for i in self.kept]
-        return found == [tuple(-(-n // step) for n in ODD) for step in self.reductions]
+        return found == [tuple(-(-n // step) for n in size) for step in self.reductions]
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        if self.only and tuple(x.shape[2:]) != self.only:
+            raise ShapeError(
+                f"this encoder takes images of {' x '.join(map(str, self.only))} alone, got "
+                f"{' x '.join(map(str, x.shape[2:]))}: plan patches of that size, or choose another encoder"
+            )
         height, width = (-size % self.multiple for size in x.shape[2:])
         maps = self.body(F.pad(x, (0, width, 0, height)) if height or width else x)
         maps = [maps[index] for index in self.kept]
@@ -105,7 +121,8 @@ def timm_encoder(
     last = _last_of_each(info.reduction())
     channels, reductions = ([values[i] for i in last] for values in (info.channels(), info.reduction()))
     formats = str(getattr(body, "output_fmt", "NCHW"))
-    return ForeignEncoder(in_channels, body, last, channels, reductions, channels_last="NHWC" in formats)
+    usual = max(timm.get_pretrained_cfg_value(name, "input_size") or [0]) or None
+    return ForeignEncoder(in_channels, body, last, channels, reductions, "NHWC" in formats, usual)
 
 
 @LIBRARIES.register("smp")

@@ -15,7 +15,7 @@ from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
-from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, network_layer, stage_layers
+from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, check_kernels, network_layer, stage_layers
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.kan_conv import per_axis
 
@@ -134,6 +134,7 @@ class ResKANet(Encoder):
                 raise UsageError(
                     f"{name} needs {count} entries, one a stage of features_per_stage, got {values}"
                 )
+        check_kernels(kernel_sizes)
         if count < 1 or min(blocks) < 1:
             raise UsageError(f"blocks_per_stage needs {count} positive numbers, one a stage, got {blocks}")
         if block not in BLOCKS:

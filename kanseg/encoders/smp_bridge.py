@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.bases import BASES
+from kanseg.encoders.densekanet import AveragePool
 from kanseg.encoders.encoder import ENCODERS, create_encoder
+from kanseg.encoders.layers import network_layer
 from kanseg.errors import UsageError
 from kanseg.layers import ConvLayer
 from kanseg.layers.families import FAMILIES
@@ -18,13 +20,13 @@ from kanseg.layers.kan_conv import ConvGeometry
 # smp wants five maps of strides 2 to 32; encoders that are sized by their options get these.
 SIZED = {"features_per_stage": (32, 64, 128, 256, 256), "strides": (2,) * 5}
 PREFIX = "kanseg-"  # of our names there
-POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+POOLS = (nn.MaxPool2d, AveragePool)
 
 
 class SMPEncoder(nn.Module):
     """One of our encoders as smp expects it: a map for each stride 1, 2, 4, ... 2^depth, the first the image itself.
 
-    Where ours has no map of a stride, the finer one is pooled.
+    Where ours has no map of a stride, the finer one is pooled; before its first one, a convolution halves the image.
 
     Args:
         encoder: name in `ENCODERS`; `basis`: of its layers.
@@ -52,10 +54,17 @@ class SMPEncoder(nn.Module):
         self.out_channels = [
             in_channels if self.levels[0] is None else self.body.out_channels[self.levels[0]]
         ]
-        for index in self.levels[1:]:
-            self.out_channels.append(
-                self.out_channels[-1] if index is None else self.body.out_channels[index]
-            )
+        self.finest = nn.ModuleList()  # before our first map
+        for level, index in enumerate(self.levels[1:], 1):
+            if index is not None:
+                self.out_channels.append(self.body.out_channels[index])
+            elif any(known is not None for known in self.levels[:level]):
+                self.out_channels.append(self.out_channels[-1])
+            else:
+                width = max(8, self.body.out_channels[0] // 2)
+                layer = network_layer(None)(2, self.out_channels[-1], width, 3, stride=2)
+                self.finest.append(layer)
+                self.out_channels.append(width)
 
     @property
     def output_stride(self) -> int:
@@ -68,11 +77,13 @@ class SMPEncoder(nn.Module):
         modules: dict[int | None, list[nn.Module]] = {
             index: list(self.body.stages[index].modules()) for _, index in late if index is not None
         }
+        lacks = [2**level for level, index in late if index is None]
         pooled = any(isinstance(m, POOLS) for stage in modules.values() for m in stage)
-        if pooled or any(index is None for _, index in late):
-            raise ValueError(
-                f"encoder kanseg-{self.name}-{self.basis or 'plain'} pools where DeepLab and PAN want dilation to "
-                f"stride {output_stride}; choose a reskanet, or another model."
+        if pooled or lacks:
+            why = f"has no map of stride {lacks[0]}" if lacks else "pools"
+            raise UsageError(
+                f"encoder kanseg-{self.name}-{self.basis or 'plain'} {why} where DeepLab and PAN want dilation to "
+                f"stride {output_stride}; choose kanseg-reskanet18-{self.basis or 'plain'}, or another model."
             )
         for level, index in late:
             rate = 2**level // output_stride
@@ -87,8 +98,13 @@ class SMPEncoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.body(x)
         features = [x if self.levels[0] is None else maps[self.levels[0]]]
-        for index in self.levels[1:]:
-            features.append(F.avg_pool2d(features[-1], 2, ceil_mode=True) if index is None else maps[index])
+        for level, index in enumerate(self.levels[1:], 1):
+            if index is not None:
+                features.append(maps[index])
+            elif level <= len(self.finest):
+                features.append(self.finest[level - 1](features[-1]))
+            else:
+                features.append(F.avg_pool2d(features[-1], 2, ceil_mode=True))
         return features
 
 

@@ -104,8 +104,11 @@ def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _plain(key: str) -> str:
-    """A name as all spell it: timm joins the parts of its feature extractors by underscores, ours keep it in `body`."""
-    return key.removeprefix("body.").replace("_", ".")
+    """A name as all spell it.
+
+    timm joins the parts of its feature extractors by underscores or keeps all in `model`, ours keep theirs in `body`.
+    """
+    return key.removeprefix("body.").removeprefix("model.").replace("_", ".")
 
 
 def _fitted(weight: Tensor, own: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class VGGKAN(PlainKANet):
     Args:
         plan: "vgg11", "vgg13", "vgg16", "vgg19", each also with "v2", "v3" or "v4".
         width: factor of all channels.
-        attention: constructor of attention layers (spatial_dims, channels) -> module; None for none.
+        attention: basis or family of attention layers, or their constructor, (spatial_dims, channels) -> module; None
+            for none.
         attention_at: "pools" (before the last two poolings) or "last" (in place of the last convolution).
         options: of `PlainKANet`.
 
@@ -41,7 +42,7 @@ class VGGKAN(PlainKANet):
         plan: str = "vgg11",
         basis: Layer | Sequence[Layer] = "gram",
         width: float = 1,
-        attention: LayerFactory | None = None,
+        attention: str | LayerFactory | None = None,
         attention_at: str = "pools",
         **options: Any,
     ) -> None:

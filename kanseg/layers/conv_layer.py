@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _global_forward_hooks
 
+from kanseg.errors import UsageError, refused_options
 from kanseg.layers.kan_conv import (
     ActSpec,
     ConvGeometry,
@@ -105,10 +106,13 @@ class ConvLayer(nn.Module):
     ) -> None:
         super().__init__()
         at_output = dropout_at == "output"
+        if not 0 <= dropout <= 1:
+            raise UsageError(f"dropout is a probability from 0 to 1, got {dropout}")
         if not at_output:
             options.update(dropout=dropout, dropout_at=dropout_at)
         self.conv = conv(spatial_dims, in_channels, out_channels, kernel_size, recompute=recompute, **options)
-        self.norm = get_norm_layer(norm, spatial_dims, out_channels) if norm else nn.Identity()
+        with refused_options(f"norm={norm!r}"):
+            self.norm = get_norm_layer(norm, spatial_dims, out_channels) if norm else nn.Identity()
         self.act = GroupPReLU(self.conv.groups) if act == "prelu" else activation(act)
         self.dropout = (
             Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout and at_output else nn.Identity()

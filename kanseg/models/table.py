@@ -1,7 +1,8 @@
-"""What there is: every network and encoder with its parameters, without making its weights."""
+"""What there is: every network, encoder and layer with its parameters, without making its weights."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,11 +12,19 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kanseg.bases import BASES
 from kanseg.encoders import ENCODERS, create_encoder
 from kanseg.errors import UsageError
+from kanseg.layers.bottleneck import BottleneckKANConv
+from kanseg.layers.families import FAMILIES, NAMES, conv_layer
+from kanseg.layers.wavelet_conv import WaveletConv
 from kanseg.models.model import MODELS, create_model
 
 CHANNELS, CLASSES = 1, 3
+KINDS: dict[Any, tuple[str, tuple[str, ...]]] = {  # of layers: what they are, options of their own
+    WaveletConv: ("One wavelet an edge, its place and width learned", ("wavelet",)),
+    BottleneckKANConv: ("1x1 down, the KAN convolution, 1x1 up", ("dim_reduction", "min_internal")),
+}
 
 
 def table_of_models() -> list[dict[str, Any]]:
@@ -26,6 +35,16 @@ def table_of_models() -> list[dict[str, Any]]:
     """
     rows = [_row(name, "network", MODELS.describe(name), _network) for name in MODELS]
     return rows + [_row(name, "encoder", ENCODERS.describe(name), _encoder) for name in ENCODERS]
+
+
+def table_of_layers() -> list[dict[str, Any]]:
+    """Families of layers, then the bases that no family is named after: name, basis, thin class, options, description.
+
+    "parameters" is that of a layer of kernel 3 with 32 to 32 channels in 3D at the defaults over the plain one's;
+    "options" are the basis's own with their defaults, given by `layer_options` or to the layer itself.
+    """
+    alone = [name for name in BASES if name not in {row.get("basis") for row in FAMILIES.values()}]
+    return [_layer(name) for name in (*FAMILIES, *alone)]
 
 
 def count_parameters(make: Callable[[], nn.Module]) -> int:
@@ -54,6 +73,32 @@ def _row(name: str, kind: str, description: str, make: Callable[[str, int], nn.M
         except UsageError:  # not for this dimension
             counts[f"parameters_{dims}d"] = None
     return {"name": name, "kind": kind, **counts, "description": description}
+
+
+def _layer(name: str) -> dict[str, Any]:
+    row = FAMILIES.get(name, {"basis": name})
+    basis, conv = row.get("basis"), row.get("conv")
+    counts = [count_parameters(partial(conv_layer(one), 3, 32, 32)) for one in (name, None)]
+    kind, own = KINDS.get(conv, ("" if basis else "The plain convolution", ()))
+    said = [BASES.describe(basis).rstrip(".")] if basis else []
+    options = {key: _default(conv, key) for key in own}
+    if basis:
+        names = [key for key, one in BASES.parameters(basis).items() if one.kind is not one.VAR_KEYWORD]
+        # All have them, a layer means others by "groups", and the name says it.
+        common = ("channels", "squash", "groups", *getattr(BASES.get(basis), "keywords", ()))
+        options = {**{key: _default(BASES.get(basis), key) for key in names if key not in common}, **options}
+    return {
+        "name": name,
+        "basis": basis,
+        "class": f"{NAMES[name]}3d" if name in NAMES else None,
+        "parameters": counts[0] / counts[1],
+        "options": options,
+        "description": ". ".join([*said, kind] if kind else said),
+    }
+
+
+def _default(entry: Any, option: str) -> Any:
+    return inspect.signature(entry).parameters[option].default
 
 
 def _network(name: str, dims: int) -> nn.Module:

@@ -100,6 +100,8 @@ PICTURES: Rows = {
     **PLAIN,
     "smp unet resnet34": {"name": "smp", "options": {"network": "Unet", "encoder": "resnet34"}},
     "ukan": {"name": "ukan", "options": {}},
+    "ukan, rational functions": {"name": "ukan", "options": {"basis": "rational"}},
+    "ukan, plain": {"name": "ukan", "options": {"basis": None}},
 }
 # What a processor can train on in minutes: hundreds of steps over parts of images, not tens over whole ones.
 PARTS = {"patch_size": [192, 192], "batch_size": 4}
