@@ -378,6 +378,11 @@ def test_the_published_architecture_is_recognised_or_explained(tmp_path: Path) -
         UserError, match=r"is no vgg_kagn_bn11_v4: .*missing \['features.0.inner_proj.0.weight'"
     ):
         convert_published(path, "vgg_kagn_bn11_v4")
+    save_file(made_up("vggkagn_bn", args), path)
+    with pytest.raises(
+        UserError, match=r"is no vgg_kagn11_v2, which has none of \['features.0.inner_proj.0.weight'"
+    ):
+        convert_published(path, "vgg_kagn11_v2")
     with pytest.raises(UsageError, match="Unknown architecture 'vgg_kagn11_v3'. Did you mean"):
         convert_published(path, "vgg_kagn11_v3")
     save_file({"a.weight": torch.zeros(1)}, path)

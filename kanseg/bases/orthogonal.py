@@ -7,7 +7,6 @@ The input is squashed into [-1, 1] by tanh, so every function stays bounded for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from kanseg.bases.basis import BASES, Basis
 from kanseg.errors import UsageError
 
 Coefficients = tuple[float, float, float]
+Squash = str | Callable[[Tensor], Tensor]
 
 
 class OrthogonalPolynomials(Basis):
@@ -33,7 +33,7 @@ class OrthogonalPolynomials(Basis):
         self,
         degree: int,
         coefficients: Callable[[int], Coefficients],
-        squash: str | Callable[[Tensor], Tensor] = "tanh",
+        squash: Squash = "tanh",
     ) -> None:
         if degree < 0:
             raise UsageError(f"degree must be 0 or more, got {degree}")
@@ -55,26 +55,26 @@ class OrthogonalPolynomials(Basis):
 
 
 @BASES.register("legendre")
-def legendre(degree: int = 3, channels: int | None = None, **options: Any) -> Basis:
+def legendre(degree: int = 3, channels: int | None = None, squash: Squash = "tanh") -> Basis:
     """Legendre polynomials, orthogonal on [-1, 1] with weight 1 (KALN)."""
-    return OrthogonalPolynomials(degree, lambda n: ((2 * n - 1) / n, 0.0, (n - 1) / n), **options)
+    return OrthogonalPolynomials(degree, lambda n: ((2 * n - 1) / n, 0.0, (n - 1) / n), squash)
 
 
 @BASES.register("chebyshev")
-def chebyshev(degree: int = 3, channels: int | None = None, **options: Any) -> Basis:
+def chebyshev(degree: int = 3, channels: int | None = None, squash: Squash = "tanh") -> Basis:
     """Chebyshev polynomials of the first kind, weight (1 - t^2)^(-1/2) (KACN)."""
-    return OrthogonalPolynomials(degree, lambda n: (1.0 if n == 1 else 2.0, 0.0, float(n > 1)), **options)
+    return OrthogonalPolynomials(degree, lambda n: (1.0 if n == 1 else 2.0, 0.0, float(n > 1)), squash)
 
 
 @BASES.register("hermite")
-def hermite(degree: int = 3, channels: int | None = None, **options: Any) -> Basis:
+def hermite(degree: int = 3, channels: int | None = None, squash: Squash = "tanh") -> Basis:
     """Monic Hermite polynomials He_n, weight exp(-t^2 / 2) on the real line."""
-    return OrthogonalPolynomials(degree, lambda n: (1.0, 0.0, n - 1.0), **options)
+    return OrthogonalPolynomials(degree, lambda n: (1.0, 0.0, n - 1.0), squash)
 
 
 @BASES.register("jacobi")
 def jacobi(
-    degree: int = 3, a: float = 1.0, b: float = 1.0, channels: int | None = None, **options: Any
+    degree: int = 3, a: float = 1.0, b: float = 1.0, channels: int | None = None, squash: Squash = "tanh"
 ) -> Basis:
     """Jacobi polynomials P^(a, b), weight (1 - t)^a (1 + t)^b, a, b > -1 (KAJN)."""
     if min(a, b) <= -1:
@@ -91,7 +91,7 @@ def jacobi(
             2 * (n + a - 1) * (n + b - 1) * s / (scale * (s - 2)),
         )
 
-    return OrthogonalPolynomials(degree, coefficients, **options)
+    return OrthogonalPolynomials(degree, coefficients, squash)
 
 
 @BASES.register("gram")
@@ -110,7 +110,7 @@ class Gram(OrthogonalPolynomials):
         self,
         degree: int = 3,
         points: int | None = None,
-        squash: str | Callable[[Tensor], Tensor] = "tanh",
+        squash: Squash = "tanh",
         channels: int | None = None,
     ) -> None:
         points = degree + 1 if points is None else points

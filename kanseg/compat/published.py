@@ -48,6 +48,9 @@ def convert_published(path: Path | str, architecture: str | None = None) -> tupl
         raise UsageError(f"Unknown architecture '{name}'.{did_you_mean(name, PUBLISHED)}")
     function, plan = PUBLISHED[name]
     args = {"vgg_type": plan, **_sizes(state)}
+    narrow = [key for key in state if ".inner_proj." in key]
+    if narrow and not function.endswith("_bn"):
+        raise UserError(f"{path} is no {name}, which has none of {narrow[:3]}: its layers are narrow ones.")
     try:
         reference: Any = from_torch_conv_kan(function, args, state).network
     except UserError as error:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _global_forward_hooks
 
-from kanseg.errors import UsageError, refused_options
+from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import (
     ActSpec,
     ConvGeometry,
@@ -111,8 +111,10 @@ class ConvLayer(nn.Module):
         if not at_output:
             options.update(dropout=dropout, dropout_at=dropout_at)
         self.conv = conv(spatial_dims, in_channels, out_channels, kernel_size, recompute=recompute, **options)
-        with refused_options(f"norm={norm!r}"):
+        try:
             self.norm = get_norm_layer(norm, spatial_dims, out_channels) if norm else nn.Identity()
+        except ValueError as error:
+            raise UsageError(f"norm={norm!r} is not known: {' '.join(str(error).split())}") from error
         self.act = GroupPReLU(self.conv.groups) if act == "prelu" else activation(act)
         self.dropout = (
             Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout and at_output else nn.Identity()
