@@ -215,6 +215,11 @@ def test_models_and_info_print_json() -> None:
         (["train", "{data}", "-o", "run", "model.name=uknet"], 2, ["Did you mean 'ukanet'"]),
         (["train", "{data}", "-o", "run", "model.options.basis=grma"], 2, ["Did you mean 'gram'"]),
         (
+            ["train", "{data}", "-o", "run", "training.loss_options.weight=[1,2]"],
+            2,
+            ["training.loss dice_ce of 3 classes", "same as the number of classes"],
+        ),
+        (
             ["train", "{data}", "-o", "run", "training.epochs=3"],
             2,
             ["Unknown config key 'training.epochs'", "Did you mean 'max_epochs'"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,18 @@ def test_label_maps_are_scored_against_their_references(blobs: Path, tmp_path: P
     assert all(row["difference"] == 0 and row["p"] == 1 for row in result["rows"])
     evaluate_folders(blobs / "labelsTr", blobs / "labelsTr", tmp_path / "scores")
     assert load_scores(tmp_path / "scores") == load_scores(blobs / "labelsTr", blobs / "labelsTr")
+
+
+def test_label_maps_that_one_side_lacks_do_not_count(blobs: Path, tmp_path: Path) -> None:
+    for name, cases in {"a": (0, 1, 2), "b": (1, 2, 3), "c": (4,)}.items():
+        (tmp_path / name).mkdir()
+        for case in cases:
+            shutil.copy(blobs / "labelsTr" / f"case_{case}.nii.gz", tmp_path / name)
+    result = compare(tmp_path / "a", tmp_path / "b", reference=blobs / "labelsTr")
+    assert (result["cases"], result["only_in_a"], result["only_in_b"]) == (2, ["case_0"], ["case_3"])
+    assert {row["n"] for row in result["rows"]} == {2}
+    with pytest.raises(UserError, match="no case in common"):
+        compare(tmp_path / "a", tmp_path / "c", reference=blobs / "labelsTr")
 
 
 def test_runs_are_compared_by_their_validation(tmp_path: Path) -> None:

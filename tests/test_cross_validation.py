@@ -79,17 +79,19 @@ def test_finished_folds_are_left_alone_and_the_others_made(balls, done):
         assert ((run / f"fold_{fold}/last.safetensors").stat().st_mtime_ns == mark) == (fold != 1)
 
 
-def test_a_fold_that_fails_does_not_stop_the_others(balls, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [UserError, ValueError, OSError])
+def test_a_fold_that_fails_does_not_stop_the_others(balls, tmp_path, monkeypatch, error):
     fit = cross_validation.fit
 
     def failing(*arguments, fold, **options):
         if fold == 0:
-            raise UserError("the loss became nan")
+            raise error("the loss became nan")
         return fit(*arguments, fold=fold, **options)
 
     monkeypatch.setattr(cross_validation, "fit", failing)
     found = validate(balls, tmp_path / "run")
-    assert found["failed"] == {0: "the loss became nan"}
+    kind = "" if error is UserError else f"{error.__name__}: "
+    assert found["failed"] == {0: f"{kind}the loss became nan"}
     assert list(found["folds"]) == [1, 2]
     assert found["cases"] == 4
     monkeypatch.setattr(cross_validation, "fit", fit)

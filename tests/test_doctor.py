@@ -101,6 +101,34 @@ def numbered(root: Path) -> None:
     (root / "dataset.json").write_text(json.dumps(named | {"subjects": described["subjects"]}))
 
 
+def unnumbered(root: Path) -> None:
+    """nnU-Net's layout, in which one image has no channel in its name."""
+    numbered(root)
+    for path in (root / "imagesTr").glob("*_0001.nii.gz"):
+        path.unlink()
+    described = json.loads((root / "dataset.json").read_text()) | {"channel_names": {"0": "T1"}}
+    (root / "dataset.json").write_text(json.dumps(described))
+    (root / "imagesTr" / "case_1_0000.nii.gz").rename(image(root))
+
+
+def two_ways(root: Path) -> None:
+    """Masks of 0 and 1 beside masks of 0 and 255."""
+    all_labels(root, lambda a: np.uint8(1) * (a > 0))
+    rewrite(label(root), lambda a: np.uint8(255) * a)
+
+
+def soft(root: Path) -> None:
+    """Masks of 0 and 255, one of which was resized."""
+    all_labels(root, lambda a: np.uint8(255) * (a > 0))
+
+    def edges(a: np.ndarray) -> np.ndarray:
+        border = np.argwhere(a > 0)[:20]
+        a[tuple(border.T)] = np.arange(10, 210, 10)
+        return a
+
+    rewrite(label(root), edges)
+
+
 def one_more(root: Path, **entry: str) -> None:
     described = json.loads((root / "dataset.json").read_text())
     described["training"].append({**described["training"][1], **entry})
@@ -117,6 +145,17 @@ DEFECTS: dict[str, Callable[[Path], object]] = {
     "missing label": lambda root: ((root / "dataset.json").unlink(), label(root).unlink()),
     "missing file": lambda root: label(root).unlink(),
     "missing channel": numbered,
+    "no channel in the name": unnumbered,
+    "label without image": lambda root: (
+        (root / "dataset.json").unlink(),
+        shutil.copy(label(root), root / "labelsTr" / "case_9.nii.gz"),
+    ),
+    "0 and 1, 0 and 255": two_ways,
+    "255 beside classes": lambda root: (
+        all_labels(root, lambda a: a),
+        rewrite(label(root), lambda a: np.uint8(255) * (a > 0)),
+    ),
+    "soft edges": soft,
     "several masks": lambda root: (
         (root / "dataset.json").unlink(),
         label(root).rename(root / "labelsTr" / "case_1_mask_1.nii.gz"),
@@ -173,6 +212,47 @@ def test_each_defect_is_found_and_repaired_in_a_copy(blobs: Path, tmp_path: Path
         assert repair is None or kind not in {finding.kind for finding in again.findings}
         assert made["training"] == 6 - {LEFT_OUT: 1, "both are left out": 2}.get(repair or "", 0)
     assert tree(root) == before
+
+
+@pytest.mark.parametrize("kind", ["not finite", "unreadable", "other channels"])
+def test_a_bad_first_image_does_not_hide_the_others(blobs: Path, tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(blobs, root)
+    DEFECTS[kind](root)
+    (root / "dataset.json").unlink()
+    for folder in ("imagesTr", "labelsTr"):  # sorts before the others
+        (root / folder / "case_1.nii.gz").rename(root / folder / "a.nii.gz")
+    found = diagnose(root)
+    assert [(f.kind, f.case) for f in found.errors] == [(kind, "a")]
+    assert found.cases == 6
+    assert found.fix(tmp_path / "out")["training"] == (6 if kind == "not finite" else 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(two_ways, "two ways to write one mask"), (soft, "resized mask")]
+)
+def test_masks_that_would_become_classes_stop_a_plan(
+    blobs: Path, tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    shutil.copytree(blobs, tmp_path / "set")
+    change(tmp_path / "set")
+    with pytest.raises(UserError, match=message):
+        read_dataset(tmp_path / "set")
+
+
+def test_a_list_that_cannot_be_read_is_one_finding(tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("img,lab\na.nii.gz,b.nii.gz\n")
+    found = diagnose(tmp_path / "bad.csv")
+    assert [f.kind for f in found.findings] == ["layout"]
+    assert found.cases == 0
+
+
+def test_links_to_nothing_are_missing_files(blobs: Path, tmp_path: Path) -> None:
+    shutil.copytree(blobs, tmp_path / "set")
+    (tmp_path / "set" / "dataset.json").unlink()
+    image(tmp_path / "set").unlink()
+    image(tmp_path / "set").symlink_to(tmp_path / "nowhere.nii.gz")
+    assert [(f.kind, f.case) for f in diagnose(tmp_path / "set").errors] == [("missing file", "case_1")]
 
 
 def test_a_sound_data_set_has_no_finding(blobs: Path, shared_data: Path) -> None:

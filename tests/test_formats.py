@@ -268,6 +268,12 @@ def test_an_unknown_folder_is_told_what_is_known(tmp_path: Path, content: dict[s
         find_images(tmp_path)
 
 
+def test_regions_of_values_that_no_label_has_are_refused(blobs: Path) -> None:
+    assert read_dataset(blobs, regions={"both": [1, 2], "far": [2]}).regions[1:] == ((1, 2), (2,))
+    with pytest.raises(UserError, match=r"regions name \[9\], values that no label"):
+        read_dataset(blobs, regions={"both": [1, 2], "far": [9]})
+
+
 def test_broken_lists_are_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no"):
         read_dataset(tmp_path / "nothing")

@@ -18,10 +18,24 @@ import SimpleITK as sitk
 
 from kanseg.data.convert import Sample, on_own_grid, write_dataset
 from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
-from kanseg.data.formats import MOST_VALUES, Case, Dataset, few, find_images, list_dataset
+from kanseg.data.formats import (
+    BESIDE,
+    FULL,
+    MOST_VALUES,
+    TWO_WAYS,
+    UNUSED,
+    Case,
+    Dataset,
+    few,
+    find_images,
+    has_soft_edges,
+    list_dataset,
+    mixed_masks,
+)
 from kanseg.data.images import (
     GRID_TOLERANCE,
     LOSSY,
+    SUFFIXES_2D,
     SUFFIXES_NIFTI,
     Image,
     grid_distance,
@@ -42,6 +56,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "missing label": (ERROR, LEFT_OUT),
     "missing file": (ERROR, LEFT_OUT),
     "missing channel": (ERROR, LEFT_OUT),
+    "no channel in the name": (ERROR, LEFT_OUT),
+    "label without image": (WARNING, "it is left out"),
     "several masks": (ERROR, "they are merged"),
     "unreadable": (ERROR, LEFT_OUT),
     "other dimension": (ERROR, LEFT_OUT),
@@ -56,6 +72,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "grids differ by rounding": (ERROR, "the label takes the grid of its image"),
     "no label map": (ERROR, LEFT_OUT),
     "lossy label": (ERROR, "it is split at the middle"),
+    "soft edges": (WARNING, "it is split at the middle"),
     "float label": (NOTE, "it is saved as whole numbers"),
     "undeclared values": (ERROR, LEFT_OUT),
     "empty label": (WARNING, None),
@@ -63,6 +80,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "no labels": (WARNING, None),
     "nothing to learn": (ERROR, None),
     "0 and 255": (NOTE, "255 becomes 1"),
+    TWO_WAYS: (ERROR, "255 becomes 1"),
+    BESIDE: (WARNING, None),
     "gaps in labels": (NOTE, "they are numbered 0, 1, 2, ..."),
     "duplicate": (ERROR, LEFT_OUT),
     "contradicting duplicates": (ERROR, "both are left out"),
@@ -104,6 +123,7 @@ class Diagnosis:
         dataset: with the cases that remain, in groups that are joined where images belong to one patient; None where
             nothing was recognised.
         masks: case -> its several label files.
+        mapped: values of labels that a repair changes.
     """
 
     source: Path
@@ -112,6 +132,7 @@ class Diagnosis:
     findings: list[Finding] = field(default_factory=list)
     dataset: Dataset | None = None
     masks: dict[str, list[Path]] = field(default_factory=dict)
+    mapped: dict[int, int] = field(default_factory=dict)
 
     @property
     def errors(self) -> list[Finding]:
@@ -144,10 +165,15 @@ class Diagnosis:
         return write_dataset(self.dataset, out, "msd", self._samples(self.dataset), consecutive=True)
 
     def _samples(self, dataset: Dataset) -> Iterator[Sample]:
+        if self.mapped:  # the files have other values than the repaired ones
+            dataset = replace(dataset, label_values=())
         for case in progress(dataset.cases, "Repairing"):
             sample = examine(case, dataset, self.masks.get(case.id, ()), [])
             if sample is None:
                 raise UserError(f"{case.images[0]} has changed since it was examined. Start again.")
+            assert sample.label is not None
+            for value, other in self.mapped.items():
+                sample.label[sample.label == value] = other
             yield sample
 
 
@@ -173,6 +199,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
     except UserError as error:
         return _images_alone(path, str(error), findings)
     found = Diagnosis(path, dataset.layout, len(dataset.cases), findings, masks=masks)
+    findings += [Finding("label without image", "", said) for said in dataset.notes if UNUSED in said]
     samples = _Seen()
     kept = []
     for case in progress(dataset.cases, "Examining"):
@@ -185,6 +212,16 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
     out = {f.case for f in findings if f.repair == LEFT_OUT} | samples.contradicting
     groups = joined({case.id: case.group for case in kept}, samples.pairs)
     cases = tuple(replace(case, group=groups[case.id]) for case in kept if case.id not in out)
+    if not dataset.label_values:
+        kind, said = mixed_masks(cases)
+        if kind:
+            findings.append(Finding(kind, "", said))
+        if kind == TWO_WAYS:
+            found.mapped = {FULL: 1}
+            cases = tuple(
+                replace(case, values=tuple(sorted({found.mapped.get(v, v) for v in case.values})))
+                for case in cases
+            )
     found.dataset = _labelled(dataset, cases)
     _of_labels(found.dataset, findings)
     return found
@@ -381,9 +418,15 @@ def _straightened(image: Image, note: Any) -> Image:
 
 
 def _is_4d_with_one(path: Path) -> bool:
-    if suffix_of(path) not in SUFFIXES_NIFTI:
+    if suffix_of(path) in SUFFIXES_NIFTI:
+        shape = nib.load(path).shape
+    elif suffix_of(path) in SUFFIXES_2D or path.is_dir():
         return False
-    shape = nib.load(path).shape
+    else:
+        header = sitk.ImageFileReader()
+        header.SetFileName(str(path))
+        header.ReadImageInformation()
+        shape = header.GetSize()
     return len(shape) > 3 and shape[-1] == 1
 
 
@@ -411,6 +454,12 @@ def _repaired_label(label: Image, images: Sequence[Image], note: Any) -> np.ndar
         note("lossy label", f"{label.path} has {len(values)} different values because JPEG changes numbers")
         return np.where(array[0] > (values.min() + values.max()) / 2, 1, 0).astype(np.int32)
     rounded = np.rint(values)
+    if suffix_of(label.path) not in LOSSY and has_soft_edges(array[0], values):
+        note(
+            "soft edges",
+            f"{label.path} has {len(values)} values, mostly {values[-1]:g}, as a resized mask has",
+        )
+        return np.where(array[0] > (values.min() + values.max()) / 2, 1, 0).astype(np.int32)
     if not np.isfinite(values).all() or np.abs(values - rounded).max() > 1e-3 or rounded.min() < 0:
         note(
             "no label map",
@@ -442,7 +491,7 @@ def _patient_of(folder: Path) -> str:
 def _images_alone(path: Path, why: str, findings: list[Finding]) -> Diagnosis:
     """No layout with labels was recognised: say so, and whether the images that are there can be read."""
     try:
-        cases = find_images(path)
+        cases = [] if path.suffix.lower() in (".csv", ".json") else find_images(path)
     except UserError:
         cases = []
     findings.append(Finding("no labels" if cases and path.is_dir() else "layout", "", why))

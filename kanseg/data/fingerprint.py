@@ -125,7 +125,8 @@ def _differences(name: str, planned: dict[str, Any], case: Case) -> list[str]:
         now = signature(path)
         same = now == {key: file[key] for key in now}
         if not same and (now["bytes"] != file["bytes"] or file_digest(path) != file["sha256"]):
-            found.append(f"{path.name} of {name} has changed")
+            what = "label" if path == paths[-1] else "image"
+            found.append(f"the {what} {path.name} of {name} has changed")
     return found
 
 

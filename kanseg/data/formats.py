@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from kanseg.data.images import LOSSY, SUFFIXES_2D, read_image, read_label, stem_of, suffix_of
+from kanseg.data.images import LOSSY, SUFFIXES_2D, load_image, read_label, stem_of, suffix_of
 from kanseg.data.labels import known_values, parse_labels_of, regions_of
 from kanseg.errors import UserError
 from kanseg.progress import progress
@@ -90,6 +90,9 @@ FOLDS_ASIDE = (
     "the folds of the list are left aside, for not every labelled case has a whole number, or all have the same; "
     "splits are made by patient"
 )
+FULL, MOST_EDGE_VALUES = 255, 16  # of a mask; one with more values was resized
+TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
+UNUSED = "labels have no image and are not used"
 Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
 
 
@@ -110,10 +113,18 @@ def read_dataset(
         UserError: nothing recognised, images without labels, values outside the declared set, no cases.
     """
     dataset = list_dataset(path, id_pattern=id_pattern)
+    declared = {*known_values(dataset)}
     if regions:
         dataset = replace(dataset, **regions_of({"background": 0, **regions}, None, "regions"))
     _require_files(dataset)
-    return _with_label_values(dataset)
+    dataset = _with_label_values(dataset)
+    named = {value for values in (regions or {}).values() for value in values}
+    foreign = named - declared - {value for case in dataset.cases for value in case.values}
+    if foreign:
+        raise UserError(
+            f"The regions name {sorted(foreign)}, values that no label of {dataset.root} has. Correct them."
+        )
+    return dataset
 
 
 def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Problem = _refuse) -> Dataset:
@@ -189,9 +200,10 @@ def _may_be_dicom(path: Path) -> bool:
 
 def image_files(folder: Path) -> list[Path]:
     """Images directly in a folder; hidden files and other things are passed over."""
+    named = (p for p in folder.iterdir() if suffix_of(p) not in ("", ".dcm") and p.name[0] != ".")
     return sorted(
-        p for p in folder.iterdir() if p.is_file() and suffix_of(p) not in ("", ".dcm") and p.name[0] != "."
-    )
+        p for p in named if p.is_file() or (p.is_symlink() and not p.exists())
+    )  # a link to nothing is missed
 
 
 def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -223,6 +235,18 @@ def _cases(files: Sequence[Path], *, join: bool = True, problem: Problem = _refu
     return [Case(stem_of(p), (p,), None, stem_of(p)) for p in files]
 
 
+def _numbered(files: Sequence[Path], problem: Problem) -> list[Path]:
+    """The files whose names have a channel, where that is most of them; what is wrong with the others is said."""
+    numbered = [file for file in files if CHANNEL.match(stem_of(file))]
+    if 2 * len(numbered) <= len(files):
+        return list(files)
+    for file in files:
+        if file not in numbered:
+            why = f"{file} has no channel in its name, such as _0000, which {len(numbered)} others have; rename it"
+            problem("no channel in the name", stem_of(file), why)
+    return numbered
+
+
 def _load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -249,7 +273,7 @@ def _read_described(root: Path, described: Any, problem: Problem) -> Dataset:
         )
         layout = "Medical Segmentation Decathlon (dataset.json with a list of files)"
     else:
-        cases = _cases(image_files(_folder(root, "imagesTr")), problem=problem)
+        cases = _cases(_numbered(image_files(_folder(root, "imagesTr")), problem), problem=problem)
         _require_channels(cases, channels, problem)
         cases, unused = _paired(cases, image_files(_folder(root, "labelsTr")), groups, problem)
         tests = _test_cases(root)
@@ -386,6 +410,7 @@ def _paired(
                 "an image is expected. Merge them into one file.",
                 [files[name] for name in names],
             )
+        unused -= set(names)
         label = files[names[0]] if names else None
         paired.append(replace(case, label=label, group=groups.get(case.id, case.group)))
     without = [case for case in paired if case.label is None]
@@ -398,7 +423,7 @@ def _paired(
             "it, or take the image away.",
         )
     shown = ", ".join(sorted(unused)[:3])
-    return paired, [f"{len(unused)} labels have no image and are not used: {shown}"] if unused else []
+    return paired, [f"{len(unused)} {UNUSED}: {shown}"] if unused else []
 
 
 def _label_names(case: str, files: Iterable[str]) -> list[str]:
@@ -562,8 +587,8 @@ def _dataset(
     flat = {suffix_of(image) in SUFFIXES_2D for case in cases for image in case.images}
     if len(flat) > 1:
         raise UserError(f"{root} mixes 2D pictures and volumes; give each a data set of its own.")
-    if channel_names is None and cases and all(image.exists() for image in cases[0].images):
-        count = len(read_image(cases[0].images).array)
+    if channel_names is None:
+        count = _channels(cases)
         colours = flat == {True} and count == 3
         channel_names = (
             COLOURS if colours else tuple(f"image {i + 1}" if i else "image" for i in range(count))
@@ -580,6 +605,19 @@ def _dataset(
         tuple(tests),
         tuple(notes),
     )
+
+
+def _channels(cases: Sequence[Case]) -> int:
+    """Channels of most of the first three cases that can be read; two that agree are enough."""
+    found: list[int] = []
+    for case in cases:
+        try:
+            found.append(len(load_image(case.images).array))
+        except UserError:
+            continue  # whoever reads it for good says what is wrong
+        if found.count(found[-1]) == 2 or len(found) == 3:
+            break
+    return max(found, key=found.count, default=1)
 
 
 def by_pattern(case: Case, pattern: str) -> Case:
@@ -617,7 +655,13 @@ def _require_files(dataset: Dataset) -> None:
 
 def _values_in(path: Path, spatial_dims: int) -> set[int]:
     """Numbers in a label file; refuse what only looks like one."""
-    values = np.unique(read_label(path, spatial_dims))
+    label = read_label(path, spatial_dims)
+    values = np.unique(label)
+    if suffix_of(path) not in LOSSY and has_soft_edges(label, values):
+        raise UserError(
+            f"{path} has {len(values)} different values, mostly 255, as a resized mask has. Write two values, or "
+            "let kanseg doctor DATA --fix OUT split them at the middle."
+        )
     if len(values) > MOST_VALUES or values.min(initial=0) < 0:
         raise UserError(
             f"{path} is no label map: it has {len(values)} different values from {values.min()} to {values.max()}. "
@@ -628,6 +672,27 @@ def _values_in(path: Path, spatial_dims: int) -> set[int]:
             f"{path} has {len(values)} different values because JPEG changes numbers. Save labels as PNG."
         )
     return {int(value) for value in values}
+
+
+def has_soft_edges(label: np.ndarray, values: np.ndarray) -> bool:
+    """Whether a label, of these values, is a mask of 0 and 255 with many numbers between them at its border."""
+    if len(values) <= MOST_EDGE_VALUES or values[0] != 0 or values[-1] != FULL:
+        return False
+    return bool(np.count_nonzero(label > FULL / 2) > np.count_nonzero(label) / 2)
+
+
+def mixed_masks(cases: Sequence[Case]) -> tuple[str, str]:
+    """Whether some labels are masks of 0 and 255 and others hold other values: `TWO_WAYS`, `BESIDE` or "", in words."""
+    full = [case.id for case in cases if set(case.values) - {0} == {FULL}]
+    others = sorted({value for case in cases if case.id not in full for value in case.values} - {0})
+    if not full or not others or FULL in others:
+        return "", ""
+    who = f"labels of {few(full, 3)} have the values 0 and 255, those of others 0 and {few([*map(str, others)])}"
+    return (
+        (TWO_WAYS, f"{who}: two ways to write one mask")
+        if others == [1]
+        else (BESIDE, f"{who}: is 255 a class of its own?")
+    )
 
 
 def _with_label_values(dataset: Dataset) -> Dataset:
@@ -645,6 +710,11 @@ def _with_label_values(dataset: Dataset) -> Dataset:
             )
         cases.append(replace(case, values=tuple(sorted(values))))
     if not declared:
+        kind, said = mixed_masks(cases)
+        if kind == TWO_WAYS:
+            raise UserError(
+                f"In {dataset.root}, {said}. Write all in one, or let kanseg doctor DATA --fix OUT do it."
+            )
         values_in_order = tuple(sorted({0}.union(*(case.values for case in cases))))
         names = ("background", *(f"label {value}" for value in values_in_order[1:]))
         dataset = replace(dataset, label_names=names, label_values=values_in_order)

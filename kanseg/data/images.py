@@ -344,6 +344,8 @@ def _require_intact(path: Path) -> None:
 
 
 def _read_itk(path: Path, image: sitk.Image) -> Image:
+    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
+        image = image[:, :, :, 0]
     array = sitk.GetArrayFromImage(image).astype(np.float32)
     colours = image.GetNumberOfComponentsPerPixel() > 1
     array = np.moveaxis(array, -1, 0) if colours else array[None]

@@ -98,12 +98,21 @@ def compare(
 def load_scores(
     path: Path | str, reference: Path | str | None = None, labels: Mapping[str, Label] | None = None
 ) -> Scores:
-    """Scores of every case: of a table, an evaluated folder, a run, or label maps with their references."""
+    """Scores of every case: of a table, an evaluated folder, a run, or label maps with their references.
+
+    A reference whose label map is missing or unreadable is no case.
+    """
     path = Path(path)
     if reference is not None:
         with tempfile.TemporaryDirectory() as folder:
-            evaluate_folders(path, reference, folder, labels=labels)
-            return _from_table(Path(folder) / TABLES[0])
+            failed = evaluate_folders(path, reference, folder, labels=labels)["failed"]
+            found = _from_table(Path(folder) / TABLES[0])
+        for by_class in (column for metric in found.values() for column in metric.values()):
+            for case in failed:  # counts as 0 in an evaluation, and tells nothing of a difference
+                by_class.pop(case, None)
+        if not _cases(found):
+            raise UserError(f"{path} has no label map of a case of {reference}.")
+        return found
     if path.is_file() and path.suffix.lower() == ".csv":
         return _from_table(path)
     if choice := read_json(path / "choice.json"):  # of kanseg run

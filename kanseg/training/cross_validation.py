@@ -80,13 +80,12 @@ def cross_validate(
                 folds[fold] = fit(config, plan, dataset, run, fold=fold, **how)
             except UsageError:
                 raise
-            except (
-                UserError,
-                RuntimeError,
-                MemoryError,
-            ) as error:  # torch's lack of memory is a RuntimeError
-                failed[fold] = str(error)
-                console.print(f"Fold {fold} failed: {error}", markup=False, highlight=False, soft_wrap=True)
+            except Exception as error:  # whatever it was, the other folds go on
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                failed[fold] = f"{kind}{error}"
+                console.print(
+                    f"Fold {fold} failed: {failed[fold]}", markup=False, highlight=False, soft_wrap=True
+                )
             give_back()
         if not folds:
             raise UserError(f"Every fold of {run} failed, the first by: {failed[0]}")

@@ -40,7 +40,11 @@ def doctor(
     talk.print(table if found.findings else f"{data}: {found.layout}, {found.cases} cases, nothing wrong")
     result: dict[str, Any] = found.to_dict()
     if fix is not None:
-        result["fixed"] = found.fix(fix)
+        try:
+            result["fixed"] = found.fix(fix)
+        except UserError:
+            emit(result, json_)
+            raise
         count = result["fixed"]["training"]
         talk.print(
             f"{count} of {found.cases} cases written to {fix}. Next: kanseg plan {fix} -o RUN",
