@@ -3,7 +3,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-slow smoke check format clean
+.PHONY: demo test test-slow smoke check format notebooks clean
 
 demo: $(STAMP)  ## train, predict and evaluate on embedded data, in at most 8 minutes on two CPU cores
 	rm -rf runs/demo
@@ -27,6 +27,11 @@ check: $(STAMP)  ## lint, format, types
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: $(STAMP)  ## run the notebooks and keep what they show, 15 minutes on two CPU cores
+	rm -rf runs/notebooks && mkdir -p runs/notebooks && cp notebooks/*.ipynb runs/notebooks
+	cd runs/notebooks && ../../$(BIN)/jupyter execute --inplace *.ipynb
+	cp runs/notebooks/*.ipynb notebooks
 
 $(STAMP): setup.cfg setup.py pyproject.toml $(wildcard kanseg/layers/kernels/cpp/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

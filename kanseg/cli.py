@@ -183,7 +183,10 @@ def predict(
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write a map a class.")] = False,
     postprocess: Annotated[bool, typer.Option(help="Apply the rules stored with the model.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Also the cases that are done.")] = False,
-    memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 4G; default what is free.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", "--max-memory", help="To stay within, e.g. 4G; default what is free."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Segment images, or tell their classes. A label map lies on its image's own grid, with its affine and header.
