@@ -247,6 +247,15 @@ def test_a_list_that_cannot_be_read_is_one_finding(tmp_path: Path) -> None:
     assert found.cases == 0
 
 
+def test_folds_of_a_list_that_part_a_patient_are_found(blobs: Path, tmp_path: Path) -> None:
+    rows_ = [f"{image(blobs, i)},{label(blobs, i)},p{i // 2},{i % 2}\n" for i in range(6)]
+    (tmp_path / "list.csv").write_text("".join(["image,label,patient,fold\n", *rows_]))
+    found = diagnose(tmp_path / "list.csv")
+    assert {f.kind for f in found.errors} == {"folds share a patient"}
+    found.fix(tmp_path / "out")
+    assert not read_dataset(tmp_path / "out").splits
+
+
 def test_links_to_nothing_are_missing_files(blobs: Path, tmp_path: Path) -> None:
     shutil.copytree(blobs, tmp_path / "set")
     (tmp_path / "set" / "dataset.json").unlink()

@@ -87,6 +87,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "contradicting duplicates": (ERROR, "both are left out"),
     "near duplicate": (WARNING, "they become one patient"),
     "same patient": (WARNING, "they become one patient"),
+    "folds share a patient": (ERROR, "the folds of the list are left aside"),
     "copied label": (WARNING, None),
     "left and right": (NOTE, None),
 }
@@ -222,6 +223,12 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
                 replace(case, values=tuple(sorted({found.mapped.get(v, v) for v in case.values})))
                 for case in cases
             )
+    for number, fold in enumerate(dataset.splits):
+        train, val = ({groups[case] for case in fold[part] if case in groups} for part in ("train", "val"))
+        if shared := sorted(train & val):
+            why = f"fold {number} of the list trains and validates on {few(shared, 3)}, one patient or copies each"
+            findings.append(Finding("folds share a patient", "", why))
+            dataset = replace(dataset, splits=())
     found.dataset = _labelled(dataset, cases)
     _of_labels(found.dataset, findings)
     return found
