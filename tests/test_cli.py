@@ -393,6 +393,20 @@ def test_data_sets_are_listed_and_unknown_ones_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_folds_predict_for_a_run_and_the_training_on_every_case_is_named(
+    run: Path, blobs: Path, tmp_path: Path
+) -> None:
+    both = shutil.copytree(run, tmp_path / "both")
+    shutil.copytree(both / "fold_0", both / "fold_final")
+    scan = blobs / "imagesTr" / "case_0.nii.gz"
+    made = kanseg("predict", "-m", both, "-i", scan, "-o", tmp_path / "a")
+    assert f"For it, -m {both / 'fold_final'}" in " ".join(made.stderr.split())
+    assert (
+        "Not among them"
+        not in kanseg("predict", "-m", both / "fold_final", "-i", scan, "-o", tmp_path / "b").stderr
+    )
+
+
 def test_predictions_are_combined_and_compared_by_command(run: Path, blobs: Path, tmp_path: Path) -> None:
     scans, references = blobs / "imagesTr", blobs / "labelsTr"
     first = kanseg("predict", "-m", run, "-i", scans, "-o", tmp_path / "a", "--blending", "constant")

@@ -25,8 +25,10 @@ from kanseg.memory import taken
 from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model, members
 from kanseg.training.devices import keep_freed_memory
+from kanseg.training.run_folder import FINAL
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
+WHOLE = f"fold_{FINAL}"  # the training on every case, in the folder of a run
 FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 
 
@@ -115,6 +117,13 @@ def predict_with(
     loaded = Loaded(models, device)
     if len(loaded.files) > 1:
         console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
+    for whole in (Path(model) / WHOLE for model in models):
+        if whole.is_dir() and not any(whole in file.parents for file in loaded.files):
+            console.print(
+                f"Not among them: the training on every case. For it, -m {whole}",
+                highlight=False,
+                soft_wrap=True,
+            )
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
         console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
     if memory is not None and memory <= (taken() or 0):
