@@ -199,11 +199,9 @@ def _may_be_dicom(path: Path) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Images directly in a folder; hidden files and other things are passed over."""
+    """Images directly in a folder, links to nothing among them; hidden files and other things are passed over."""
     named = (p for p in folder.iterdir() if suffix_of(p) not in ("", ".dcm") and p.name[0] != ".")
-    return sorted(
-        p for p in named if p.is_file() or (p.is_symlink() and not p.exists())
-    )  # a link to nothing is missed
+    return sorted(p for p in named if p.is_file() or (p.is_symlink() and not p.exists()))
 
 
 def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:

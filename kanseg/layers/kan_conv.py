@@ -62,10 +62,8 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x), also where torch refuses an instance norm: a map of one voxel, which becomes its bias, or of none."""
     if isinstance(norm, _InstanceNorm) and not x.numel():
         return x + sum(p.sum() for p in norm.parameters())  # nothing, with a gradient for each
-    own = isinstance(norm, _InstanceNorm) and (
-        norm.training or not norm.track_running_stats
-    )  # statistics of x
-    if isinstance(norm, _InstanceNorm) and own and math.prod(x.shape[2:]) == 1:
+    stored = getattr(norm, "track_running_stats", False) and not norm.training  # statistics, which serve
+    if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1 and not stored:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
     return norm(x)
 
