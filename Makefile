@@ -28,7 +28,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebooks: $(STAMP)  ## run the notebooks and keep what they show, 15 minutes on two CPU cores
+notebooks: $(STAMP)  ## run the notebooks and keep what they show, 10 minutes on two CPU cores
 	rm -rf runs/notebooks && mkdir -p runs/notebooks && cp notebooks/*.ipynb runs/notebooks
 	cd runs/notebooks && ../../$(BIN)/jupyter execute --inplace *.ipynb
 	cp runs/notebooks/*.ipynb notebooks
