@@ -207,3 +207,14 @@ def test_images_that_do_not_fit_the_model_are_refused(plan: Plan, blobs: Path, s
     four = find_images(shared_data / "bad_inputs" / "nifti" / "dmri_4d_image.nii.gz")[0]
     with pytest.raises(UserError, match="has 4 channels, the model expects 1"):
         predict_case(Brightness(), four, plan)
+
+
+def test_a_channel_that_is_missing_is_named(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    scan = blobs / "imagesTr" / "case_0.nii.gz"
+    shutil.copy(scan, tmp_path / "b_0001.nii.gz")
+    two = replace(
+        plan, channel_names=["T1", "FLAIR"], normalization=[*plan.normalization, *plan.normalization]
+    )
+    cases = find_images(tmp_path / "b_0001.nii.gz")
+    with pytest.raises(UserError, match=r"the model expects 2 \(T1, FLAIR\).* what is missing: T1 \(_0000\)"):
+        predict_case(Brightness(), cases[0], two)

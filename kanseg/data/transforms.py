@@ -37,8 +37,8 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from kanseg.data.formats import Case, label_path
-from kanseg.data.images import Image, check_pair, label_from, read_image
+from kanseg.data.formats import CHANNEL, Case, few, label_path
+from kanseg.data.images import Image, check_pair, label_from, read_image, stem_of
 from kanseg.data.labels import class_numbers, known_values
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
@@ -116,10 +116,14 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
     """
     source = read_image(case.images, plan.image_dims)
     if len(source.array) != len(plan.channel_names):
+        named = {int(match[2]) for match in map(CHANNEL.match, map(stem_of, case.images)) if match}
+        missing = [f"{name} (_{i:04d})" for i, name in enumerate(plan.channel_names) if i not in named]
+        colours = len(plan.channel_names) == 3 and plan.image_dims == 2
         raise UserError(
             f"{source.path} has {len(source.array)} channels, the model expects {len(plan.channel_names)} "
             f"({', '.join(plan.channel_names)}). Give images like those it was trained on"
-            f"{'; convert grey pictures to colours' if len(plan.channel_names) == 3 and plan.image_dims == 2 else ''}."
+            f"{f'; what is missing: {few(missing)}' if named and missing else ''}"
+            f"{'; convert grey pictures to colours' if colours else ''}."
         )
     affine = torch.from_numpy(source.affine)
     item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}
