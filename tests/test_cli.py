@@ -194,6 +194,15 @@ def test_a_failed_case_is_reported_and_the_exit_code_is_1(run: Path, blobs: Path
     assert len(list((tmp_path / "masks").iterdir())) == 5
 
 
+def test_a_loss_for_another_number_of_classes_is_refused(blobs: Path, tmp_path: Path) -> None:
+    kanseg("plan", blobs, "-o", tmp_path, "--memory", "2G", "--no-trial")
+    options = ("data.folds=2", "training.max_epochs=1", "training.loss_options.weight=[1,2]")
+    for fold in ("0", "all"):
+        result = kanseg("train", tmp_path, "-f", fold, *options)
+        refused(result, 2, "training.loss dice_ce of 3 classes", "same as the number of classes")
+    assert not list(tmp_path.glob("fold_*/*.safetensors"))
+
+
 def test_models_and_info_print_json() -> None:
     listed = json.loads(kanseg("models", "--json").stdout)
     assert {"name", "parameters_3d", "description"} <= set(listed[0])
@@ -214,11 +223,6 @@ def test_models_and_info_print_json() -> None:
         (["plan", "{data}", "-o", "run", "--slices", "3"], 2, ["slices=3 does not fit"]),
         (["train", "{data}", "-o", "run", "model.name=uknet"], 2, ["Did you mean 'ukanet'"]),
         (["train", "{data}", "-o", "run", "model.options.basis=grma"], 2, ["Did you mean 'gram'"]),
-        (
-            ["train", "{data}", "-o", "run", "training.loss_options.weight=[1,2]"],
-            2,
-            ["training.loss dice_ce of 3 classes", "same as the number of classes"],
-        ),
         (
             ["train", "{data}", "-o", "run", "training.epochs=3"],
             2,
