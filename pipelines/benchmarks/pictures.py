@@ -27,8 +27,8 @@ SETS = {
     "chase_db1": "CHASE_DB1",
 }
 KAN, PLAIN, RIVAL = "tab:blue", "0.45", "tab:orange"
-COLOURS = {KAN: "UKANet", PLAIN: "the same with plain layers", RIVAL: "DynUNet, smp's Unet, U-KAN"}
-RIVALS = ("dynunet", "smp", "ukan")  # first words of the names of rows
+COLOURS = {KAN: "with KAN layers", PLAIN: "the same networks with plain layers", RIVAL: "DynUNet, smp's Unet"}
+RIVALS = ("dynunet", "smp")  # first words of the names of rows
 WIDTH = 9.0  # inches
 
 
