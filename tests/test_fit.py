@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Picture
 from rich.console import Console
 
 from kanseg.config import load_config
@@ -24,7 +25,7 @@ from kanseg.evaluation.metrics import dice_of_values
 from kanseg.training import files
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
-from kanseg.training.monitor import Monitor, read_log
+from kanseg.training.monitor import Monitor, draw_progress, read_log
 from kanseg.training.optimizers import lr_factor, update_average
 from kanseg.training.segmentation import Segmentation
 from kanseg.training.state import State
@@ -435,3 +436,10 @@ def test_hundreds_of_classes_leave_lines_short_and_room_for_the_curves(tmp_path:
     assert "Dice 0.500 (lowest of 199: label 1 0.005, label 2 0.010, label 3 0.015)" in lines.getvalue()
     assert read_log(tmp_path / "log.jsonl")[0]["dice"] == scores
     assert (tmp_path / "progress.png").stat().st_size > 0
+
+
+def test_the_picture_of_a_training_has_a_panel_for_scores_only_where_there_are_some() -> None:
+    scored = [{"epoch": 0, "loss": 2.0, "dice": {"a": 0.5}}, {"epoch": 1, "loss": 1.0, "dice": {}}]
+    bare = [{**record, "dice": {}} for record in scored]
+    both, alone = (Picture.open(io.BytesIO(draw_progress(records))) for records in (scored, bare))
+    assert both.width > 1.5 * alone.width

@@ -125,31 +125,31 @@ class Monitor:
 
 
 def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
-    """Loss and score curves of `Monitor`'s records as PNG."""
+    """Loss and score curves of `Monitor`'s records as PNG; the loss alone where nothing is validated."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    validated = [record for record in records if record[metric]]
+    figure = Figure(figsize=(9 if validated else 5, 3.5), layout="constrained")
+    left, *more = figure.subplots(1, 1 + bool(validated), squeeze=False)[0]
     marker = "." if len(records) == 1 else ""
     left.plot([record["epoch"] for record in records], [record["loss"] for record in records], f"k{marker}-")
-    for axes in (left, right):
+    left.set(xlabel="epoch", ylabel="training loss")
+    for right in more:
+        epochs = [record["epoch"] for record in validated]
+        names = list(validated[-1][metric])
+        many = len(names) > MOST_SHOWN
+        for name in names:
+            how = {"color": "lightgray", "linewidth": 0.5} if many else {"label": name, "marker": "."}
+            right.plot(epochs, [record[metric].get(name) for record in validated], **how)
+        if many:
+            means = [record[f"mean_{metric}"] for record in validated]
+            right.plot(epochs, means, color="black", marker=".", label=f"mean of {len(names)} classes")
+        right.legend()
+        right.set(xlabel="epoch", ylabel=f"{written(metric)} of validation cases", ylim=(0, 1))
+    for axes in (left, *more):
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if marker:
             axes.set_xlim(records[0]["epoch"] - 0.5, records[0]["epoch"] + 0.5)
-    left.set(xlabel="epoch", ylabel="training loss")
-    validated = [record for record in records if record[metric]]
-    epochs = [record["epoch"] for record in validated]
-    names = list(validated[-1][metric]) if validated else []
-    many = len(names) > MOST_SHOWN
-    for name in names:
-        how = {"color": "lightgray", "linewidth": 0.5} if many else {"label": name, "marker": "."}
-        right.plot(epochs, [record[metric].get(name) for record in validated], **how)
-    if many:
-        means = [record[f"mean_{metric}"] for record in validated]
-        right.plot(epochs, means, color="black", marker=".", label=f"mean of {len(names)} classes")
-    if validated:
-        right.legend()
-    right.set(xlabel="epoch", ylabel=f"{written(metric)} of validation cases", ylim=(0, 1))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
