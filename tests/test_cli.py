@@ -200,7 +200,8 @@ def test_a_loss_for_another_number_of_classes_is_refused(blobs: Path, tmp_path: 
     for fold in ("0", "all"):
         result = kanseg("train", tmp_path, "-f", fold, *options)
         refused(result, 2, "training.loss dice_ce of 3 classes", "same as the number of classes")
-    assert not list(tmp_path.glob("fold_*/*.safetensors"))
+    assert not (tmp_path / "config.json").exists()
+    assert not list(tmp_path.glob("fold_*/*"))
 
 
 def test_models_and_info_print_json() -> None:

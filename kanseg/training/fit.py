@@ -82,12 +82,12 @@ def fit(
         check_adapt(model, **adaptation(config.training.adapt.model_dump(), fresh))
     check_penalty(model, config.training.penalty)
     check_patch(model, plan.patch_size)
+    task = create_task(config, plan, dataset, training, validation, accelerator)
     main = accelerator.is_main_process
     with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
         if main:  # only now: a folder in use is another training's
             prepare_run(config, plan, splits, run)
         accelerator.wait_for_everyone()
-        task = create_task(config, plan, dataset, training, validation, accelerator)
         description = {**describe(config, plan, spec, fold), "fresh": fresh}
         trainer = Trainer(config, task, model, accelerator, folder, stop, description)
         trainer.load()
