@@ -30,7 +30,7 @@ format: $(STAMP)
 
 notebooks: $(STAMP)  ## run the notebooks and keep what they show, 10 minutes on two CPU cores
 	rm -rf runs/notebooks && mkdir -p runs/notebooks && cp notebooks/*.ipynb runs/notebooks
-	cd runs/notebooks && ../../$(BIN)/jupyter execute --inplace *.ipynb
+	cd runs/notebooks && PYTHONWARNINGS=ignore ../../$(BIN)/jupyter execute --inplace *.ipynb
 	cp runs/notebooks/*.ipynb notebooks
 
 $(STAMP): setup.cfg setup.py pyproject.toml $(wildcard kanseg/layers/kernels/cpp/*)

@@ -16,7 +16,7 @@ class UsageError(UserError):
 
 
 class OptionError(UsageError):
-    """An option that a basis does not have; what surrounds it may know better what was meant."""
+    """An option that a basis, model or loss does not have; what surrounds a basis may know better what was meant."""
 
     option: str
     known: tuple[str, ...]

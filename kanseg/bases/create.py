@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kanseg.bases.basis import BASES, Basis
@@ -25,12 +24,18 @@ def create_basis(
     if shared_by:
         return SharedFunction(create_basis(basis, None, **options), shared_by, channels)
     entry = BASES.get(basis) if isinstance(basis, str) else basis
-    parameters = inspect.signature(entry).parameters.values()
-    known = [one.name for one in parameters if one.name != "channels" and one.kind is not one.VAR_KEYWORD]
-    for option in options:
-        if isinstance(basis, str) and option not in known:
-            raise unknown_option(f"basis '{basis}'", option, known)
+    if isinstance(basis, str):
+        _check_options(basis, options)
     try:
         return entry(channels=channels, **options)
     except TypeError as error:
         raise UsageError(f"basis '{basis}' does not take these options: {options} ({error})") from error
+
+
+def _check_options(basis: str, options: Iterable[str]) -> None:
+    """Raise `OptionError` for an option that a basis does not name; one that takes any is asked itself."""
+    parameters = BASES.parameters(basis)
+    known = [name for name in parameters if name != "channels"]
+    unknown = [option for option in options if option not in known]
+    if unknown and all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+        raise unknown_option(f"basis '{basis}'", unknown[0], known)

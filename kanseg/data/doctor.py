@@ -21,6 +21,7 @@ from kanseg.data.digests import content_digest, joined, near_duplicates, thumbna
 from kanseg.data.formats import (
     BESIDE,
     FULL,
+    LISTS,
     MOST_VALUES,
     TWO_WAYS,
     UNUSED,
@@ -124,7 +125,6 @@ class Diagnosis:
         dataset: with the cases that remain, in groups that are joined where images belong to one patient; None where
             nothing was recognised.
         masks: case -> its several label files.
-        mapped: values of labels that a repair changes.
     """
 
     source: Path
@@ -133,7 +133,11 @@ class Diagnosis:
     findings: list[Finding] = field(default_factory=list)
     dataset: Dataset | None = None
     masks: dict[str, list[Path]] = field(default_factory=dict)
-    mapped: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def mapped(self) -> dict[int, int]:
+        """Values of labels that a repair changes."""
+        return {FULL: 1} if any(finding.kind == TWO_WAYS for finding in self.findings) else {}
 
     @property
     def errors(self) -> list[Finding]:
@@ -217,12 +221,8 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
         kind, said = mixed_masks(cases)
         if kind:
             findings.append(Finding(kind, "", said))
-        if kind == TWO_WAYS:
-            found.mapped = {FULL: 1}
-            cases = tuple(
-                replace(case, values=tuple(sorted({found.mapped.get(v, v) for v in case.values})))
-                for case in cases
-            )
+        changed = found.mapped
+        cases = tuple(replace(c, values=tuple(sorted({changed.get(v, v) for v in c.values}))) for c in cases)
     for number, fold in enumerate(dataset.splits):
         train, val = ({groups[case] for case in fold[part] if case in groups} for part in ("train", "val"))
         if shared := sorted(train & val):
@@ -459,14 +459,14 @@ def _repaired_label(label: Image, images: Sequence[Image], note: Any) -> np.ndar
     values = np.unique(array[0])
     if suffix_of(label.path) in LOSSY and len(values) > 2:
         note("lossy label", f"{label.path} has {len(values)} different values because JPEG changes numbers")
-        return np.where(array[0] > (values.min() + values.max()) / 2, 1, 0).astype(np.int32)
-    rounded = np.rint(values)
-    if suffix_of(label.path) not in LOSSY and has_soft_edges(array[0], values):
+        return _split(array[0])
+    if has_soft_edges(array[0], values):
         note(
             "soft edges",
             f"{label.path} has {len(values)} values, mostly {values[-1]:g}, as a resized mask has",
         )
-        return np.where(array[0] > (values.min() + values.max()) / 2, 1, 0).astype(np.int32)
+        return _split(array[0])
+    rounded = np.rint(values)
     if not np.isfinite(values).all() or np.abs(values - rounded).max() > 1e-3 or rounded.min() < 0:
         note(
             "no label map",
@@ -480,6 +480,11 @@ def _repaired_label(label: Image, images: Sequence[Image], note: Any) -> np.ndar
     if dtype is not None and np.issubdtype(dtype, np.floating):
         note("float label", f"{label.path} is stored as {dtype}")
     return np.rint(array[0]).astype(np.int32)
+
+
+def _split(mask: np.ndarray) -> np.ndarray:
+    """1 above the middle of a mask's values, 0 below."""
+    return np.where(mask > (mask.min() + mask.max()) / 2, 1, 0).astype(np.int32)
 
 
 def _patient_of(folder: Path) -> str:
@@ -498,7 +503,7 @@ def _patient_of(folder: Path) -> str:
 def _images_alone(path: Path, why: str, findings: list[Finding]) -> Diagnosis:
     """No layout with labels was recognised: say so, and whether the images that are there can be read."""
     try:
-        cases = [] if path.suffix.lower() in (".csv", ".json") else find_images(path)
+        cases = [] if path.suffix.lower() in LISTS else find_images(path)
     except UserError:
         cases = []
     findings.append(Finding("no labels" if cases and path.is_dir() else "layout", "", why))

@@ -92,6 +92,7 @@ FOLDS_ASIDE = (
 )
 FULL, MOST_EDGE_VALUES = 255, 16  # of a mask; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
+LISTS = (".csv", ".json")  # suffixes of a data set that is a file
 UNUSED = "labels have no image and are not used"
 Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
 
@@ -113,7 +114,7 @@ def read_dataset(
         UserError: nothing recognised, images without labels, values outside the declared set, no cases.
     """
     dataset = list_dataset(path, id_pattern=id_pattern)
-    declared = {*known_values(dataset)}
+    declared = set(known_values(dataset))
     if regions:
         dataset = replace(dataset, **regions_of({"background": 0, **regions}, None, "regions"))
     _require_files(dataset)
@@ -136,7 +137,7 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
     path = Path(path)
     if not path.exists():
         raise UserError(f"There is no {path}. Expected: {LAYOUTS}.")
-    if path.is_file() and path.suffix.lower() not in (".csv", ".json"):
+    if path.is_file() and path.suffix.lower() not in LISTS:
         raise UserError(f"{path} is one file, not a data set. Expected: {LAYOUTS}.")
     if path.is_file():
         dataset = _read_csv(path) if path.suffix.lower() == ".csv" else _read_datalist(path, _load_json(path))
@@ -655,11 +656,6 @@ def _values_in(path: Path, spatial_dims: int) -> set[int]:
     """Numbers in a label file; refuse what only looks like one."""
     label = read_label(path, spatial_dims)
     values = np.unique(label)
-    if suffix_of(path) not in LOSSY and has_soft_edges(label, values):
-        raise UserError(
-            f"{path} has {len(values)} different values, mostly 255, as a resized mask has. Write two values, or "
-            "let kanseg doctor DATA --fix OUT split them at the middle."
-        )
     if len(values) > MOST_VALUES or values.min(initial=0) < 0:
         raise UserError(
             f"{path} is no label map: it has {len(values)} different values from {values.min()} to {values.max()}. "
@@ -668,6 +664,11 @@ def _values_in(path: Path, spatial_dims: int) -> set[int]:
     if suffix_of(path) in LOSSY and len(values) > 2:
         raise UserError(
             f"{path} has {len(values)} different values because JPEG changes numbers. Save labels as PNG."
+        )
+    if has_soft_edges(label, values):
+        raise UserError(
+            f"{path} has {len(values)} different values, mostly 255, as a resized mask has. Write two values, or "
+            "let kanseg doctor DATA --fix OUT split them at the middle."
         )
     return {int(value) for value in values}
 

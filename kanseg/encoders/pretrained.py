@@ -47,8 +47,8 @@ class ForeignEncoder(Encoder):
         self.multiple, self.only = 1, None
         if not self._takes(ODD):
             multiples = [reductions[-1], *([usual] if usual else [])]  # the latter for windows of attention
-            fitting = [m for m in multiples if self._takes((2 * m, m))]
-            self.multiple = fitting[0] if fitting else reductions[-1]
+            fitting = next((m for m in multiples if self._takes((2 * m, m))), None)
+            self.multiple = fitting or reductions[-1]
             self.only = None if fitting or usual is None else (usual, usual)
 
     @torch.no_grad()

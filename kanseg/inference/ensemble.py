@@ -25,10 +25,9 @@ from kanseg.memory import taken
 from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model, members
 from kanseg.training.devices import keep_freed_memory
-from kanseg.training.run_folder import FINAL
+from kanseg.training.run_folder import WHOLE
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
-WHOLE = f"fold_{FINAL}"  # the training on every case, in the folder of a run
 FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 
 

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.families import conv_layer as kan_layer
-from kanseg.layers.kan_conv import normalise
+from kanseg.layers.kan_conv import norm_layer, normalise
 from kanseg.layers.pointwise import pointwise_conv
 
 
@@ -146,7 +145,7 @@ class KANAttention(nn.Module):
             else self.new_rotary(spatial_dims, inner // num_heads, num_heads, kind=rotary, theta=theta)
         )
         self.gamma = nn.Parameter(torch.zeros(1))
-        self.norm = get_norm_layer(norm, spatial_dims, channels) if norm else nn.Identity()
+        self.norm = norm_layer(norm, spatial_dims, channels) if norm else nn.Identity()
         self.num_heads, self.scale = num_heads, scale
 
     new_rotary: type[Rotary] = Rotary

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from monai.networks.layers.factories import Dropout
-from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
@@ -22,6 +21,7 @@ from kanseg.layers.kan_conv import (
     KANConv,
     activation,
     fused_norm_serves,
+    norm_layer,
     normalise,
     recomputed,
 )
@@ -111,10 +111,7 @@ class ConvLayer(nn.Module):
         if not at_output:
             options.update(dropout=dropout, dropout_at=dropout_at)
         self.conv = conv(spatial_dims, in_channels, out_channels, kernel_size, recompute=recompute, **options)
-        try:
-            self.norm = get_norm_layer(norm, spatial_dims, out_channels) if norm else nn.Identity()
-        except ValueError as error:
-            raise UsageError(f"norm={norm!r} is not known: {' '.join(str(error).split())}") from error
+        self.norm = norm_layer(norm, spatial_dims, out_channels) if norm else nn.Identity()
         self.act = GroupPReLU(self.conv.groups) if act == "prelu" else activation(act)
         self.dropout = (
             Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout and at_output else nn.Identity()

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 
 from kanseg.errors import UsageError
 from kanseg.layers.families import conv_layer as kan_layer
-from kanseg.layers.kan_conv import normalise
+from kanseg.layers.kan_conv import norm_layer, normalise
 from kanseg.layers.pointwise import pointwise_conv
 
 
@@ -77,9 +76,7 @@ class FocalModulation(nn.Module):
             context(spatial_dims, channels, channels, focal_window + focal_factor * level, groups=channels)
             for level in range(focal_level)
         )
-        self.norm = (
-            get_norm_layer(norm, spatial_dims, channels) if norm and use_postln_in_modulation else None
-        )
+        self.norm = norm_layer(norm, spatial_dims, channels) if norm and use_postln_in_modulation else None
         self.shrink = 1 / (focal_level + 1) if normalize_modulator else 1.0
 
     def forward(self, x: Tensor) -> Tensor:

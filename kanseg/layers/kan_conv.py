@@ -58,6 +58,14 @@ def activation(act: ActSpec) -> nn.Module:
     return made
 
 
+def norm_layer(norm: str | tuple, spatial_dims: int, channels: int) -> nn.Module:
+    """A norm of MONAI's by its spec; `UsageError` with the nearest name for one that is not known."""
+    try:
+        return get_norm_layer(norm, spatial_dims, channels)
+    except ValueError as error:
+        raise UsageError(f"norm={norm!r} is not known: {' '.join(str(error).split())}") from error
+
+
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x), also where torch refuses an instance norm: a map of one voxel, which becomes its bias, or of none."""
     if isinstance(norm, _InstanceNorm) and not x.numel():
@@ -294,7 +302,7 @@ class KANConv(ConvGeometry):
             if self.basis is None
             else self.new_weight(out_channels, channels * self.basis.num_functions, self.kernel_size)
         )
-        self.input_norm = get_norm_layer(input_norm, spatial_dims, in_channels) if input_norm else None
+        self.input_norm = norm_layer(input_norm, spatial_dims, in_channels) if input_norm else None
         self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else None
         self.dropout_at = dropout_at if self.basis is not None else "input"
         self.recompute = recompute

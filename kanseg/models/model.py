@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from kanseg.errors import UsageError, did_you_mean, refused_options
+from kanseg.errors import UsageError, did_you_mean, refused_options, unknown_option
 from kanseg.registry import Registry
 
 MODELS = Registry("model")
@@ -52,7 +52,7 @@ def create_model(
     known = [option for option in table.parameters(name) if option not in ("self", "kwargs")]
     for option in options:
         if option not in known:
-            raise UsageError(f"Model '{name}' has no option '{option}'.{did_you_mean(option, known)}")
+            raise unknown_option(f"Model '{name}'", option, known)
     with refused_options(f"Model '{name}'", AttributeError) if options else nullcontext():
         return table.create(name, spatial_dims, in_channels, out_channels, **options)
 

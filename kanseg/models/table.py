@@ -44,7 +44,8 @@ def table_of_layers() -> list[dict[str, Any]]:
     "options" are the basis's own with their defaults, given by `layer_options` or to the layer itself.
     """
     alone = [name for name in BASES if name not in {row.get("basis") for row in FAMILIES.values()}]
-    return [_layer(name) for name in (*FAMILIES, *alone)]
+    plain = _count(None)
+    return [_layer(name, plain) for name in (*FAMILIES, *alone)]
 
 
 def count_parameters(make: Callable[[], nn.Module]) -> int:
@@ -75,30 +76,30 @@ def _row(name: str, kind: str, description: str, make: Callable[[str, int], nn.M
     return {"name": name, "kind": kind, **counts, "description": description}
 
 
-def _layer(name: str) -> dict[str, Any]:
+def _layer(name: str, plain: int) -> dict[str, Any]:
     row = FAMILIES.get(name, {"basis": name})
-    basis, conv = row.get("basis"), row.get("conv")
-    counts = [count_parameters(partial(conv_layer(one), 3, 32, 32)) for one in (name, None)]
+    basis: str | None = row.get("basis")
+    conv: Any = row.get("conv")
     kind, own = KINDS.get(conv, ("" if basis else "The plain convolution", ()))
-    said = [BASES.describe(basis).rstrip(".")] if basis else []
-    options = {key: _default(conv, key) for key in own}
+    said, options = [], {}
     if basis:
-        names = [key for key, one in BASES.parameters(basis).items() if one.kind is not one.VAR_KEYWORD]
+        said = [BASES.describe(basis).rstrip(".")]
         # All have them, a layer means others by "groups", and the name says it.
         common = ("channels", "squash", "groups", *getattr(BASES.get(basis), "keywords", ()))
-        options = {**{key: _default(BASES.get(basis), key) for key in names if key not in common}, **options}
+        options = {key: one.default for key, one in BASES.parameters(basis).items() if key not in common}
+    options |= {key: inspect.signature(conv).parameters[key].default for key in own}
     return {
         "name": name,
         "basis": basis,
         "class": f"{NAMES[name]}3d" if name in NAMES else None,
-        "parameters": counts[0] / counts[1],
+        "parameters": _count(name) / plain,
         "options": options,
         "description": ". ".join([*said, kind] if kind else said),
     }
 
 
-def _default(entry: Any, option: str) -> Any:
-    return inspect.signature(entry).parameters[option].default
+def _count(layer: str | None) -> int:
+    return count_parameters(partial(conv_layer(layer), 3, 32, 32))
 
 
 def _network(name: str, dims: int) -> nn.Module:

@@ -23,7 +23,7 @@ from monai.losses import (
 )
 from torch import Tensor, nn
 
-from kanseg.errors import UsageError, did_you_mean, refused_options
+from kanseg.errors import UsageError, refused_options, unknown_option
 from kanseg.registry import Registry
 from kanseg.training.annotation import Annotated
 
@@ -80,7 +80,7 @@ def _register(name: str, terms: Terms) -> None:
     def build(weights: Sequence[float] | None = None, **options: Any) -> nn.Module:
         for option in options:
             if option not in known:
-                raise UsageError(f"Loss '{name}' has no option '{option}'.{did_you_mean(option, known)}")
+                raise unknown_option(f"Loss '{name}'", option, known)
         if weights is not None and len(weights) != len(terms):
             raise UsageError(f"Loss '{name}' has {len(terms)} terms, got weights={list(weights)}.")
         if isinstance(options.get("weight"), Sequence):

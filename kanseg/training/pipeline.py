@@ -34,7 +34,7 @@ from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
-from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, Splits, run_splits
+from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, WHOLE, Splits, run_splits
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.trial import measure_step
 from kanseg.training.validate import inference_options, kept_prediction
@@ -367,7 +367,7 @@ def _final_folds(job: Pipeline, choice: str) -> list[Path]:
             plan = Plan.load(job.run / name / PLAN)
             how: dict[str, Any] = {"resume": True, "override": job.override, "console": job.console}
             fit(job.config, plan, job.dataset, job.run / name, fold=FINAL, **how)
-    pattern = f"fold_{FINAL}" if job.final == "all" else "fold_[0-9]*"
+    pattern = WHOLE if job.final == "all" else "fold_[0-9]*"
     folds = [fold for name in names for fold in sorted((job.run / name).glob(pattern))]
     return [fold for fold in folds if (fold / SUMMARY).exists()]
 

@@ -17,6 +17,7 @@ from kanseg.training.files import write_json
 CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
 PREDICTIONS = "validation"  # label maps of a fold's validation cases, by a network that never saw them
 ALL, FINAL = "all", "final"  # every fold in turn; a training on every case
+WHOLE = f"fold_{FINAL}"  # folder of the latter
 Splits = list[dict[str, list[str]]]
 
 
