@@ -443,6 +443,10 @@ def test_folds_are_trained_in_turn_and_predict_by_their_mean(tmp_path: Path) -> 
         ("classification.loss=cr", "Unknown loss of classes 'cr'"),
         ("classification.changes=[flipp]", "Did you mean 'flip'"),
         ("classification.loss_options={gama:1}", "gama"),
+        (
+            "classification.loss_options={weight:[1.0,2.0,3.0,4.0,5.0,6.0,7.0]}",
+            "classification.loss ce of . classes",
+        ),
         ("classification.label_smoothing=1.5", "label_smoothing"),
         ("classification.mixupp=1", "Did you mean 'mixup'"),
         ("model.options.hed=kan", "Unknown config key 'model.options.hed'"),

@@ -23,6 +23,7 @@ from kanseg.errors import refused_options
 from kanseg.evaluation.classification import as_truth, mean_auc, score_values, write_predictions
 from kanseg.registry import Registry
 from kanseg.training.files import make_folder
+from kanseg.training.losses import check_loss
 from kanseg.training.task import Batch
 from kanseg.training.validate import spread
 
@@ -126,6 +127,8 @@ class Classification:
         self.metric = "auc" if plan.multilabel else "accuracy"
         self.criterion = class_loss(config, plan.multilabel).to(device)
         count = len(plan.label_names)
+        example = torch.zeros(1, count, device=device)
+        check_loss(self.criterion, f"classification.loss {self.classes.loss}", example, example)
         mixers = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
         chosen = {name: getattr(self.classes, name) for name in mixers}
         self.mixers = [

@@ -73,6 +73,12 @@ def create_loss(name: str, **options: Any) -> DeepSupervisionLoss:
         return DeepSupervisionLoss(Annotated(LOSSES.create(name, **options)))
 
 
+def check_loss(loss: nn.Module, what: str, logits: Tensor, target: Tensor) -> None:
+    """Raise `UsageError` where a loss does not fit its classes, as by so many weights, on an example of them."""
+    with refused_options(f"{what} of {logits.shape[1]} classes", RuntimeError):
+        loss(logits, target)
+
+
 def _register(name: str, terms: Terms) -> None:
     known = {"weights", *(option for _, loss, _ in terms for option in _options(loss))}
 

@@ -15,10 +15,9 @@ from kanseg.config import Config
 from kanseg.data.formats import Case
 from kanseg.data.loaders import TrainLoader, val_loader
 from kanseg.data.plan import Plan
-from kanseg.errors import refused_options
 from kanseg.progress import note
 from kanseg.training.augment import BatchAugmentation
-from kanseg.training.losses import create_loss
+from kanseg.training.losses import check_loss, create_loss
 from kanseg.training.task import Batch
 from kanseg.training.validate import affordable_cases, spread, summarize, validate_batch, validate_case
 
@@ -43,12 +42,10 @@ class Segmentation:
         self.on_device = where == "device" or (where == "auto" and device.type == "cuda")
         self.changes = BatchAugmentation(plan, self.options.augmentation) if self.on_device else None
         self.criterion = create_loss(self.options.loss, **self.options.loss_options).to(device)
-        size = (2,) * plan.spatial_dims  # the options may not be for so many classes
-        with refused_options(
-            f"training.loss {self.options.loss} of {len(plan.label_names)} classes", RuntimeError
-        ):
-            logits = torch.zeros(1, len(plan.label_names), *size, device=device)
-            self.criterion(logits, torch.zeros(1, 1, *size, device=device))
+        size = (2,) * plan.spatial_dims
+        logits = torch.zeros(1, len(plan.label_names), *size, device=device)
+        label = torch.zeros(1, 1, *size, device=device)
+        check_loss(self.criterion, f"training.loss {self.options.loss}", logits, label)
 
     def batches(self, epoch: int, step: int, rank: int, ranks: int) -> Iterator[Batch]:
         """Patches; every case is read once, now."""
