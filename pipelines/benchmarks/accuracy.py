@@ -9,8 +9,9 @@ DATA is the folder of the set. Rules, the same for every row of the table:
 - Folds by patient; each case is scored once, by a network that never saw its patient. No epoch is chosen: the average
   of weights (EMA) at the end of the budget is scored, on the image's own grid, a Dice a case.
 - A budget is processor time of one thread: what a step of each network takes is measured first, all in turns in one
-  process, and each trains as many steps as fit (`--minutes`). Patches, augmentation, loss, optimizer and its schedule
-  are the same; `RECIPES` says which. `--steps` gives every row the same number of steps instead.
+  process, and each trains as many steps as fit (`--minutes`), in later folds as many as in its finished ones. Patches,
+  augmentation, loss, optimizer and its schedule are the same; `RECIPES` says which. `--steps` gives every row the same
+  number of steps instead.
 - Means with 95 % bootstrap intervals that draw patients; differences to the first row by Wilcoxon's signed-rank test
   over patients, corrected by Holm's method over the classes (`kanseg.evaluation.compare`).
 - Parameters, and operations of a forward pass over one patch by `kanseg.models.table.count_flops`.
@@ -167,10 +168,10 @@ def main() -> None:
     if given.alone:
         return bench.train(*json.loads(given.alone), given.minutes, given.steps)
     if not given.table:
-        bench.step_seconds()
-        for pair in bench.missing(
-            given.rows or list(recipe.rows), given.folds
-        ):  # each in a process of its own
+        missing = bench.missing(given.rows or list(recipe.rows), given.folds)
+        if not given.steps and not all(bench.steps_of_finished(row) for row, _ in missing):
+            bench.step_seconds()
+        for pair in missing:  # each in a process of its own
             subprocess.run([sys.executable, *sys.argv, "--alone", json.dumps(pair)], check=True)
             bench.conclude()
     bench.conclude()
@@ -255,13 +256,18 @@ class Bench:
         """Where the result of a fold is."""
         return self.results / row / f"fold_{fold}"
 
+    def steps_of_finished(self, row: str) -> int | None:
+        """Steps of the latest finished fold of a row: a budget is turned into steps once."""
+        folds = sorted((self.results / row).glob("fold_*/summary.json"))
+        return json.loads(folds[-1].read_text())["steps"] if folds else None
+
     def train(self, row: str, fold: int, minutes: float | None, steps: int | None) -> None:
         """Train one fold of a row and keep its result."""
         from kanseg.data.fingerprint import save_fingerprint
         from kanseg.training.fit import fit
 
-        seconds = self.step_seconds()[row]
-        steps = steps or max(1, round(60 * (minutes or self.recipe.minutes) / seconds))
+        steps = steps or self.steps_of_finished(row)
+        steps = steps or max(1, round(60 * (minutes or self.recipe.minutes) / self.step_seconds()[row]))
         epochs = max(1, round(steps / 100))
         length = [f"training.max_epochs={epochs}", f"training.steps_per_epoch={round(steps / epochs)}"]
         config = self.config([*self.overrides, *length], self.network(row))
@@ -269,7 +275,7 @@ class Bench:
         run.mkdir(parents=True, exist_ok=True)
         self.plan.save(run / "plan.json")
         save_fingerprint(self.seen, run)
-        print(f"{row}, fold {fold}: {steps} steps of {seconds:.2f} s", flush=True)
+        print(f"{row}, fold {fold}: {steps} steps", flush=True)
         begun = time.process_time()
         summary = fit(config, self.plan, self.dataset, run, fold=fold, resume=True)
         self.keep(self.kept(row, fold), run / f"fold_{fold}", summary, steps=steps, begun=begun)
