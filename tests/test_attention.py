@@ -142,3 +142,5 @@ def test_attention_is_scaled_unless_told_otherwise() -> None:
     q, k, v = (part(x).transpose(1, 2) for part in (layer.query, layer.key, layer.value))
     o = F.softmax(q @ k.transpose(1, 2), dim=-1) @ v
     torch.testing.assert_close(layer(x), layer.norm(x + o.transpose(1, 2)))
+    layer.gate, layer.gamma.data[:] = "skip", 0.3
+    torch.testing.assert_close(layer(x), layer.norm(0.3 * x + o.transpose(1, 2)))

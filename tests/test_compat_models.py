@@ -145,15 +145,17 @@ def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dic
     for key in list(state):
         if key.endswith("beta_weights"):
             state[key] = torch.randn(len(state[key])) * 0.01
+        if key.endswith(".gamma"):
+            state[key] = torch.randn(1)
         if key.endswith("base_conv.0.weight") and learned_norms:
-            norm = key.removesuffix("base_conv.0.weight") + "layer_norm.0."
-            channels = len(state[key])
-            state[f"{norm}weight"], state[f"{norm}bias"] = torch.rand(channels) + 0.5, torch.randn(channels)
-            if name.endswith("_bn"):
-                state[f"{norm}running_mean"], state[f"{norm}running_var"] = (
-                    torch.zeros(channels),
-                    torch.ones(channels),
-                )
+            channels, (layer, _, _) = len(state[key]), key.partition("base_conv")
+            norms = [f"{layer}layer_norm.0."]
+            norms += [layer.replace("proj_q.", "norm_layer.")] * layer.endswith("proj_q.")
+            for norm in norms:
+                state[f"{norm}weight"], state[f"{norm}bias"] = torch.rand(channels) + 0.5, torch.randn(channels)
+                if name.endswith("_bn"):
+                    state[f"{norm}running_mean"] = torch.zeros(channels)
+                    state[f"{norm}running_var"] = torch.ones(channels)
     return {key: value.contiguous().clone() for key, value in state.items()}
 
 
@@ -336,9 +338,9 @@ def test_every_public_name_of_the_reference_is_known(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_published_weights_become_an_ordinary_classifier(name: str, prefix: str, tmp_path: Path) -> None:
-    function, plan = PUBLISHED[name]
+    function, chosen = PUBLISHED[name]
     args = {
-        "vgg_type": plan,
+        **chosen,
         "num_classes": 7,
         "degree": 4,
         "expected_feature_shape": (1, 1),
@@ -385,6 +387,8 @@ def test_the_published_architecture_is_recognised_or_explained(tmp_path: Path) -
         convert_published(path, "vgg_kagn11_v2")
     with pytest.raises(UsageError, match="Unknown architecture 'vgg_kagn11_v3'. Did you mean"):
         convert_published(path, "vgg_kagn11_v3")
+    save_file(made_up("vggkagn_bn", {**args, "last_attention": True}, learned_norms=True), path)
+    assert write_published(path, tmp_path / "model")["options"]["encoder_options"]["attention_at"] == "last"
     save_file({"a.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"none of vgg_kagn11_v2.*its first keys are a.weight"):
         convert_published(path)

@@ -78,6 +78,14 @@ def test_every_family_stands_in_every_encoder(make: type, family: str | None) ->
     assert all(m.isfinite().all() for m in maps)
 
 
+# Its published narrow VGG, whose last convolution may be attention instead.
+NARROW: dict[str, Any] = {"degree": 5, "dim_reduction": 8}
+NARROW_VGG = {"basis": "bottleneck_kagn", "layer_options": NARROW}
+LAST_ATTENTION = {
+    "attention": "bottleneck_kagn",
+    "attention_at": "last",
+    "attention_options": {"gate": "skip", "scale": 1.0, "layer_options": NARROW},
+}
 # Trainable parameters of torch-conv-kan's networks (3 channels, 1000 classes). Ours have two numbers fewer in each Gram
 # layer: factors that no output depends on.
 PUBLISHED: list[tuple[str, dict[str, Any], int]] = [
@@ -106,6 +114,8 @@ PUBLISHED: list[tuple[str, dict[str, Any], int]] = [
     ("vggkan11", {"basis": "wavkan", "norm": "instance", "pool_size": 7}, 7_628_968),
     ("vggkan11v2", {"basis": "kagn", "layer_options": {"degree": 5}, "width": 2}, 24_652_420),
     ("vggkan11v4", {"basis": "kagn", "layer_options": {"degree": 5}, "width": 2}, 41_424_516),
+    ("vggkan11v4", {**NARROW_VGG, "width": 2}, 7_252_115),
+    ("vggkan11v4", {**NARROW_VGG, "width": 2, "encoder_options": LAST_ATTENTION}, 12_547_232),
     # 29,088,517 and what the reference saves by a stem that is narrow although the network is not.
     ("rdkanet_tiny", {"basis": "kagn", "head": "normed_linear"}, 29_088_517 + 5_463),
     ("rdkanet_tiny", {"basis": "bottleneck_kagn", "head": "normed_linear"}, 23_688_689),
@@ -115,9 +125,11 @@ PUBLISHED: list[tuple[str, dict[str, Any], int]] = [
 @pytest.mark.parametrize(("encoder", "options", "published"), PUBLISHED)
 def test_classifiers_have_the_published_size(encoder: str, options: dict, published: int) -> None:
     options = dict(options)
-    own = {"encoder_options": {"width": options.pop("width")}} if "width" in options else {}
+    own = dict(options.pop("encoder_options", {}))
+    if "width" in options:
+        own["width"] = options.pop("width")
     with torch.device("meta"):
-        model = Classifier(2, 3, 1000, encoder=encoder, **own, **options)
+        model = Classifier(2, 3, 1000, encoder=encoder, encoder_options=own, **options)
     unused = 2 * sum(name.endswith("beta") for name, _ in model.named_parameters())
     assert sum(p.numel() for p in model.parameters()) + unused == published
 
@@ -332,6 +344,17 @@ def test_groups_and_experts_stand_where_there_is_a_kernel() -> None:
     encoder = VGGKAN(2, 1, width=0.25, groups=2, num_experts=2, k=1)
     encoder(torch.randn(2, 1, 16, 16))
     assert take_balance_loss(encoder) >= 0
+
+
+def test_attention_layers_take_options() -> None:
+    own = {"rotary": "axial", "norm": ["batch", {"affine": False}], "layer_options": {"degree": 5}}
+    encoder = VGGKAN(2, 1, width=0.25, attention="kagn", attention_at="last", attention_options=own)
+    last = encoder.stages[-1][-1]
+    assert last.query.conv.basis.degree == 5
+    assert last.rotary is not None
+    assert isinstance(last.norm, nn.BatchNorm2d)
+    with pytest.raises(UsageError, match="Unknown gate 'skp'. Did you mean 'skip'"):
+        VGGKAN(2, 1, width=0.25, attention="kagn", attention_options={"gate": "skp"})
 
 
 def test_attention_stands_before_the_last_poolings_or_last() -> None:

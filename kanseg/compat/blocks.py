@@ -128,7 +128,7 @@ def convert_attention(
     rotary = ("mixed" if own["rope_mixed"] else "axial") if turned else None
     channels, norm = args.pop("input_dim"), norm_name(args["norm_layer"], "batch")
     normed = {"affine": args.get("affine", True)}
-    attention = legacy.SkipGatedAttention(
+    attention = legacy.SquareAttention(
         spatial_dims,
         channels,
         args.pop("kernel_size", 3),
@@ -138,6 +138,7 @@ def convert_attention(
         theta=own["rope_theta"],
         norm=norm_spec(norm, normed),
         scale=1.0,
+        gate="skip",
     )
     if norm == CHANNEL:
         attention.norm = channel_norm(spatial_dims, channels, 1, normed)

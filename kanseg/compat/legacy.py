@@ -143,13 +143,10 @@ class SquareRotary(Rotary):
         return torch.cat([tokens.new_zeros(1, 2), tokens])
 
 
-class SkipGatedAttention(KANAttention):
-    """The learned number multiplies the skip."""
+class SquareAttention(KANAttention):
+    """Its rotary positions are those of a square of pixels."""
 
     new_rotary = SquareRotary
-
-    def join(self, x: Tensor, o: Tensor) -> Tensor:
-        return self.gamma * x + o
 
 
 class GatheredFocalModulation(FocalModulation):

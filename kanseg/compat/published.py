@@ -7,7 +7,7 @@ takes that up exactly, so a converted model is an ordinary one of ours, with not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,19 @@ from kanseg.compat.legacy import multiplied_gram
 from kanseg.compat.torch_conv_kan import from_torch_conv_kan
 from kanseg.encoders.transfer import read_weights
 from kanseg.errors import UsageError, UserError, did_you_mean
-from kanseg.layers import ConvLayer
+from kanseg.layers import BottleneckKANConv, ConvLayer, KANAttention
 from kanseg.models import Classifier
 
-# Published name -> the reference's function and its `vgg_type`. Classes, degree and width are read off the weights.
-PUBLISHED = {
-    "vgg_kagn11_v2": ("vggkagn", "VGG11v2"),
-    "vgg_kagn11_v4": ("vggkagn", "VGG11v4"),
-    "vgg_kagn_bn11_v4": ("vggkagn_bn", "VGG11v4"),
+# Published name -> the reference's function and arguments. Classes, degree and width are read off the weights.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "vgg_kagn11_v2": ("vggkagn", {"vgg_type": "VGG11v2"}),
+    "vgg_kagn11_v4": ("vggkagn", {"vgg_type": "VGG11v4"}),
+    "vgg_kagn_bn11_v4": ("vggkagn_bn", {"vgg_type": "VGG11v4"}),
+    "vgg_kagn_bn11sa_v4": ("vggkagn_bn", {"vgg_type": "VGG11v4", "last_attention": True}),
 }
 FIRST, LAST = "features.0.base_conv.0.weight", "classifier.1.weight"
 PREFIXES = ("", "model.", "module.")
+KINDS = ("kagn", "bottleneck_kagn")  # of layers, ordinary and narrow
 
 
 def convert_published(path: Path | str, architecture: str | None = None) -> tuple[Classifier, dict[str, Any]]:
@@ -46,8 +48,8 @@ def convert_published(path: Path | str, architecture: str | None = None) -> tupl
     name = architecture or _guess(state, path)
     if name not in PUBLISHED:
         raise UsageError(f"Unknown architecture '{name}'.{did_you_mean(name, PUBLISHED)}")
-    function, plan = PUBLISHED[name]
-    args = {"vgg_type": plan, **_sizes(state)}
+    function, chosen = PUBLISHED[name]
+    args = {**chosen, **_sizes(state)}
     narrow = [key for key in state if ".inner_proj." in key]
     if narrow and not function.endswith("_bn"):
         raise UserError(f"{path} is no {name}, which has none of {narrow[:3]}: its layers are narrow ones.")
@@ -55,7 +57,7 @@ def convert_published(path: Path | str, architecture: str | None = None) -> tupl
         reference: Any = from_torch_conv_kan(function, args, state).network
     except UserError as error:
         raise UserError(f"{path} is no {name}: {error}") from error
-    options = _options(function, args, reference)
+    options = _options(args, reference)
     model = Classifier(2, args["input_channels"], args["num_classes"], **options)
     model.load_state_dict(reference.state_dict())
     for module in model.modules():
@@ -86,6 +88,7 @@ def _guess(state: Mapping[str, Tensor], path: Path | str) -> str:
         "vgg_kagn11_v2": not narrow and last is not None and last.shape[0] == last.shape[1] == 256,
         "vgg_kagn11_v4": not narrow and last is not None and last.shape[0] == 512,
         "vgg_kagn_bn11_v4": narrow and last is not None,
+        "vgg_kagn_bn11sa_v4": narrow and last is None,  # attention is the last
     }
     for name, fit in fits.items():
         if fit:
@@ -115,17 +118,41 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**args, "expected_feature_shape": (1, 1)}
 
 
-def _options(function: str, args: Mapping[str, Any], reference: Classifier) -> dict[str, Any]:
-    """Options of our `Classifier` for the reference's arguments, norms as they are in the converted network."""
-    narrow = function.endswith("_bn")
-    norm: Any = next(layer for layer in reference.modules() if isinstance(layer, ConvLayer)).norm
+def _options(args: Mapping[str, Any], reference: Classifier) -> dict[str, Any]:
+    """Options of our `Classifier` for the reference's arguments, norms and widths as in the converted network."""
+    modules: list[Any] = list(reference.modules())
+    layers = [layer for layer in modules if isinstance(layer, ConvLayer)]
+    narrow = isinstance(layers[0].conv, BottleneckKANConv)
+    encoder_options: dict[str, Any] = {"width": args["width_scale"]}
+    for attention in (module for module in modules if isinstance(module, KANAttention)):
+        own = [attention.query, attention.key, attention.value]
+        layers = [layer for layer in layers if layer not in own]
+        chosen = {"gate": attention.gate, "scale": attention.scale, "norm": _norm(attention)}
+        chosen["layer_options"] = {**_of_layers(own), "norm": _norm(own[0])}
+        encoder_options |= {"attention": KINDS[narrow], "attention_at": "last", "attention_options": chosen}
     return {
         "encoder": args["vgg_type"].lower().replace("vgg", "vggkan"),
-        "basis": "bottleneck_kagn" if narrow else "kagn",
+        "basis": KINDS[narrow],
         "pool_size": list(args["expected_feature_shape"]),
-        "norm": ["batch" if isinstance(norm, nn.BatchNorm2d) else "instance", {"affine": norm.affine}],
-        "layer_options": {"degree": args["degree"], **({"dim_reduction": 8} if narrow else {})},
-        "encoder_options": {"width": args["width_scale"]},
+        "norm": _norm(layers[0]),
+        "layer_options": _of_layers(layers),
+        "encoder_options": encoder_options,
+    }
+
+
+def _norm(layer: Any) -> list[Any]:
+    """MONAI's spec of the norm of a layer."""
+    return ["batch" if isinstance(layer.norm, nn.BatchNorm2d) else "instance", {"affine": layer.norm.affine}]
+
+
+def _of_layers(layers: Sequence[Any]) -> dict[str, Any]:
+    """Degree and, of narrow layers, by what their channels are divided, told by the widest."""
+    conv = layers[-1].conv
+    if not isinstance(conv, BottleneckKANConv):
+        return {"degree": conv.basis.degree}
+    return {
+        "degree": conv.inner.basis.degree,
+        "dim_reduction": max(conv.in_channels, conv.out_channels) / conv.inner.in_channels,
     }
 
 

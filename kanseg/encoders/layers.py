@@ -33,7 +33,7 @@ def network_layer(
     Args:
         basis: basis or family of the KAN layers; None for the plain twin; a constructor is taken as it is.
         bottleneck: KAN layers in their narrow form (1x1 down, KAN convolution, 1x1 up).
-        norm: MONAI norm spec; of the input where the family normalises its input (FastKAN).
+        norm: MONAI norm spec, a name or a pair; of the input where the family normalises its input (FastKAN).
         dropout: channel dropout.
         groups, num_experts: of every convolution but those of kernel 1, depthwise ones and the one on the image; with
             experts each is a `MixtureOfExperts`, of which k see a sample.
@@ -41,7 +41,7 @@ def network_layer(
     """
     if callable(basis):
         return basis
-    options = {**({} if basis is None else options), "norm": _spec(norm), "dropout": dropout}
+    options = {**({} if basis is None else options), "norm": norm, "dropout": dropout}
     if conv_layer(basis).keywords.get("input_norm"):
         options["input_norm"] = options.pop("norm")
     layer = conv_layer(basis, bottleneck=bottleneck and basis is not None, **options)
@@ -88,11 +88,6 @@ def _by_place(
     """`layer` where the network is pointwise or says the groups itself, `inner` elsewhere."""
     own = "groups" in geometry or set(per_axis(kernel_size, spatial_dims, "kernel_size")) == {1}
     return (layer if own else inner)(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
-
-
-def _spec(norm: Any) -> Any:
-    """A norm spec as MONAI wants it; JSON turns the pair into a list."""
-    return tuple(norm) if isinstance(norm, list) else norm
 
 
 def _kan_stages(kan_stages: str | Sequence[int], stages: int) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ class PlainKANet(Encoder):
         kernel_sizes: kernel of each stage; default 3.
         downsampling: "stride" of the first layer of a stage, or "max_pool" before it.
         attention: basis or family of the attention layers, or their constructor, (spatial_dims, channels) -> module.
+        attention_options: of `KANAttention`; in them `layer_options`, those of its convolutions (degree, norm, ...).
         kan_stages, layer_options: see `kanseg.encoders.layers`.
 
     >>> PlainKANet(2, 1, stages=((4,), (8, 8))).out_channels
@@ -45,6 +46,7 @@ class PlainKANet(Encoder):
         kernel_sizes: Sequence[int | Sequence[int]] | None = None,
         downsampling: str = "stride",
         attention: str | LayerFactory | None = None,
+        attention_options: Mapping[str, Any] | None = None,
         kan_stages: str | Sequence[int] = "all",
         **layer_options: Any,
     ) -> None:
@@ -66,7 +68,9 @@ class PlainKANet(Encoder):
             )
         super().__init__(spatial_dims, in_channels, [stage[-1] for stage in widths], strides)
         if isinstance(attention, str):
-            attention = partial(KANAttention, conv_layer=conv_layer(attention))
+            chosen = dict(attention_options or {})
+            layer = conv_layer(attention, **chosen.pop("layer_options", {}))
+            attention = partial(KANAttention, conv_layer=layer, **chosen)
         layers = stage_layers(basis, len(stages), kan_stages, **layer_options)
         self.stages = nn.ModuleList()
         channels = in_channels

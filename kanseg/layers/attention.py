@@ -91,11 +91,14 @@ class Rotary(nn.Module):
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
+GATES = ("attention", "skip")
+
+
 class KANAttention(nn.Module):
     """norm(x + gamma o), o_i = sum_j softmax_j(q_i . k_j / sqrt(d)) v_j over all positions, (N, C, *S) -> (N, C, *S).
 
-    gamma starts at 0: a new layer is its norm alone. Memory does not grow with the square of the positions where torch
-    has a fused kernel (CPU and CUDA).
+    gamma starts at 0: a new layer is its norm alone. With gate="skip" it multiplies x instead of o. Memory does not
+    grow with the square of the positions where torch has a fused kernel (CPU and CUDA).
 
     Args:
         channels: C.
@@ -106,6 +109,7 @@ class KANAttention(nn.Module):
         rotary: "axial", "mixed" or None, see `Rotary`; `theta` is its base.
         norm: MONAI norm spec, None for none.
         scale: factor of the products; default 1 / sqrt(channels of a head).
+        gate: what gamma multiplies: "attention", or "skip" as in torch-conv-kan and its published weights.
         options: go to `conv_layer` (groups, ...).
 
     >>> KANAttention(3, 8, rotary="axial")(torch.zeros(1, 8, 2, 3, 4)).shape
@@ -125,14 +129,17 @@ class KANAttention(nn.Module):
         num_heads: int = 1,
         rotary: str | None = None,
         theta: float = 10.0,
-        norm: str | tuple | None = ("instance", {"affine": True}),
+        norm: str | Sequence | None = ("instance", {"affine": True}),
         scale: float | None = None,
+        gate: str = "attention",
         **options: Any,
     ) -> None:
         super().__init__()
         inner = inner_channels or channels
         if inner % num_heads:
             raise UsageError(f"{inner} channels cannot be shared by num_heads={num_heads}; choose a divisor")
+        if gate not in GATES:
+            raise UsageError(f"Unknown gate '{gate}'.{did_you_mean(gate, GATES)}")
         layer = conv_layer or kan_layer("kagn")
         self.narrow = pointwise_conv(spatial_dims, channels, inner) if inner_channels else nn.Identity()
         self.widen = pointwise_conv(spatial_dims, inner, channels) if inner_channels else nn.Identity()
@@ -146,7 +153,7 @@ class KANAttention(nn.Module):
         )
         self.gamma = nn.Parameter(torch.zeros(1))
         self.norm = norm_layer(norm, spatial_dims, channels) if norm else nn.Identity()
-        self.num_heads, self.scale = num_heads, scale
+        self.num_heads, self.scale, self.gate = num_heads, scale, gate
 
     new_rotary: type[Rotary] = Rotary
 
@@ -156,12 +163,10 @@ class KANAttention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary((query, key), h.shape[2:])
         o = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        return normalise(self.norm, self.join(x, self.widen(o.transpose(2, 3).reshape(h.shape))))
+        o = self.widen(o.transpose(2, 3).reshape(h.shape))
+        joined = x + self.gamma * o if self.gate == "attention" else self.gamma * x + o
+        return normalise(self.norm, joined)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(N, C, *S) -> (N, heads, L, C / heads)."""
         return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
-
-    def join(self, x: Tensor, o: Tensor) -> Tensor:
-        """Input and attention together."""
-        return x + self.gamma * o

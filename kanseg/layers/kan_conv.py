@@ -58,7 +58,7 @@ def activation(act: ActSpec) -> nn.Module:
     return made
 
 
-def norm_layer(norm: str | tuple, spatial_dims: int, channels: int) -> nn.Module:
+def norm_layer(norm: str | Sequence, spatial_dims: int, channels: int) -> nn.Module:
     """A norm of MONAI's by its spec; `UsageError` with the nearest name for one that is not known."""
     try:
         return get_norm_layer(norm, spatial_dims, channels)
