@@ -152,7 +152,10 @@ def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dic
             norms = [f"{layer}layer_norm.0."]
             norms += [layer.replace("proj_q.", "norm_layer.")] * layer.endswith("proj_q.")
             for norm in norms:
-                state[f"{norm}weight"], state[f"{norm}bias"] = torch.rand(channels) + 0.5, torch.randn(channels)
+                state[f"{norm}weight"], state[f"{norm}bias"] = (
+                    torch.rand(channels) + 0.5,
+                    torch.randn(channels),
+                )
                 if name.endswith("_bn"):
                     state[f"{norm}running_mean"] = torch.zeros(channels)
                     state[f"{norm}running_var"] = torch.ones(channels)
