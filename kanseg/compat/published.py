@@ -127,7 +127,7 @@ def _options(args: Mapping[str, Any], reference: Classifier) -> dict[str, Any]:
     for attention in (module for module in modules if isinstance(module, KANAttention)):
         own = [attention.query, attention.key, attention.value]
         layers = [layer for layer in layers if layer not in own]
-        chosen = {"gate": attention.gate, "scale": attention.scale, "norm": _norm(attention)}
+        chosen: dict[str, Any] = {"gate": attention.gate, "scale": attention.scale, "norm": _norm(attention)}
         chosen["layer_options"] = {**_of_layers(own), "norm": _norm(own[0])}
         encoder_options |= {"attention": KINDS[narrow], "attention_at": "last", "attention_options": chosen}
     return {

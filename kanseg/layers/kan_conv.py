@@ -61,7 +61,7 @@ def activation(act: ActSpec) -> nn.Module:
 def norm_layer(norm: str | Sequence, spatial_dims: int, channels: int) -> nn.Module:
     """A norm of MONAI's by its spec; `UsageError` with the nearest name for one that is not known."""
     try:
-        return get_norm_layer(norm, spatial_dims, channels)
+        return get_norm_layer(norm if isinstance(norm, str) else tuple(norm), spatial_dims, channels)
     except ValueError as error:
         raise UsageError(f"norm={norm!r} is not known: {' '.join(str(error).split())}") from error
 
