@@ -181,6 +181,9 @@ def predict(
     blending: Annotated[str, typer.Option(help="Weights in a window: gaussian or constant.")] = "gaussian",
     tta: Annotated[bool, typer.Option("--tta", help="Average over the plan's mirror axes.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write a map a class.")] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Also a map of it, and the expected Dice in quality.csv.")
+    ] = False,
     postprocess: Annotated[bool, typer.Option(help="Apply the rules stored with the model.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Also the cases that are done.")] = False,
     memory: Annotated[
@@ -211,11 +214,14 @@ def predict(
     from kanseg.inference.ensemble import predict_with
 
     how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
-    how |= {"probabilities": probabilities, "postprocess": postprocess, "again": again}
+    how |= {"probabilities": probabilities, "uncertainty": uncertainty}
+    how |= {"postprocess": postprocess, "again": again}
     how["memory"] = _bytes(memory)
     if is_classifier(model[0]):
-        if tta or suffix:
-            raise UsageError("--tta and --format are for segmentation; a classifier writes a table.")
+        if tta or suffix or uncertainty:
+            raise UsageError(
+                "--tta, --format and --uncertainty are for segmentation; a classifier writes a table."
+            )
         result = predict_classes(model, images, out, console=_console(True))
     else:
         result = predict_with(model, images, out, console=_console(True), version=__version__, **how)

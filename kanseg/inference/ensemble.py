@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -28,6 +29,7 @@ from kanseg.training.devices import keep_freed_memory
 from kanseg.training.run_folder import WHOLE
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
+BESIDE = re.compile(r"_prob_|_uncertainty$")
 FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 
 
@@ -98,6 +100,7 @@ def predict_with(
     blending: str = "gaussian",
     tta: bool = False,
     probabilities: bool = False,
+    uncertainty: bool = False,
     postprocess: bool = True,
     again: bool = False,
     memory: int | None = None,
@@ -140,6 +143,7 @@ def predict_with(
         out,
         suffix=suffix,
         probabilities=probabilities,
+        uncertainty=uncertainty,
         rules=rules,
         settings={**how, "models": loaded.digests, "rules": rules},
         again=again,
@@ -234,8 +238,9 @@ def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | No
 
 
 def _predictions(folder: Path) -> dict[str, Case]:
-    """Label maps of a folder; the maps of probabilities beside them are none."""
-    return {case.id: case for case in find_images(folder, channels=1) if "_prob_" not in case.id}
+    """Label maps of a folder; the maps of probabilities and uncertainty beside them are none."""
+    found = {case.id: case for case in find_images(folder, channels=1)}
+    return {name: case for name, case in found.items() if not BESIDE.search(name)}
 
 
 def _mean_of(maps: Sequence[Sequence[Path]]) -> Iterator[np.ndarray]:

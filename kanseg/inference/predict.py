@@ -37,6 +37,7 @@ from kanseg.data.transforms import Item, highest, load_case, restore, restored_l
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
+from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
 from kanseg.progress import telling
 
 NIFTI = ".nii.gz"
@@ -141,6 +142,7 @@ def predict_folder(
     *,
     suffix: str | None = None,
     probabilities: bool = False,
+    uncertainty: bool = False,
     rules: Sequence[Rule] = (),
     settings: Mapping[str, Any] | None = None,
     again: bool = False,
@@ -155,6 +157,8 @@ def predict_folder(
         out: a folder, or the file to write where there is one case and `out` has the suffix of an image.
         suffix: format of the outputs; default that of each input (.nii.gz for DICOM, .png for JPEG, one file for two).
         probabilities: also write <id>_prob_<class><suffix>, float32, one file a class.
+        uncertainty: also write <id>_uncertainty<suffix>, and a row a case and class to quality.csv beside the label
+            maps; see `kanseg.inference.uncertainty`.
         rules: post-processing, see `kanseg.inference.postprocess`.
         settings: what the outputs depend on (model digests, options); where given, cases of unchanged images that
             an earlier call finished with the same settings are passed over, unless `again`.
@@ -169,12 +173,15 @@ def predict_folder(
     """
     failures: dict[str, str] = {}
     paths = _outputs(cases, out, suffix)
-    if probabilities and (flat := [path for path in paths if suffix_of(path) in SUFFIXES_2D]):
+    if (probabilities or uncertainty) and (flat := [p for p in paths if suffix_of(p) in SUFFIXES_2D]):
         raise UsageError(f"{flat[0]} cannot hold probabilities, which are fractions. Add --format nii.gz.")
+    if uncertainty:
+        read_quality(paths[0].parent / QUALITY)  # that no other table is replaced
     console = console or Console(stderr=True)
     first = plan if isinstance(plan, Plan) else plan[0]
     if settings is not None:
         settings = {**settings, "probabilities": probabilities}
+        settings |= {"uncertainty": True} if uncertainty else {}
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Predicting", total=len(cases))
         within = progress.add_task("")
@@ -196,6 +203,7 @@ def predict_folder(
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
                 if probabilities:
                     _write_probabilities(path, predicted, first)
+                unsure = _write_uncertainty(path, case.id, predicted, labels, first) if uncertainty else []
                 write_label(path, labels, predicted.source, first.label_dtype, remark)
             except (
                 UserError,
@@ -207,6 +215,8 @@ def predict_folder(
                 console.print(f"[red]{case.id} failed:[/red] {words}", highlight=False, soft_wrap=True)
             else:
                 console.print(f"{case.id} -> {path}", highlight=False, soft_wrap=True)
+                if unsure:
+                    console.print(f"  {in_words(unsure)}", highlight=False, soft_wrap=True)
                 source = predicted.source
                 if said := unlike_training(source.array.shape[1:], source.affine, first.fingerprint):
                     console.print(f"  note: {said}", highlight=False, soft_wrap=True)
@@ -263,9 +273,12 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
 
 def probability_path(path: Path, name: str) -> Path:
     """Where the probability of a class lies beside its label map, <id>_prob_<class><suffix>."""
-    suffix = suffix_of(path)
     safe = "".join(c if c.isalnum() else "_" for c in name)
-    return path.with_name(f"{path.name[: -len(suffix)]}_prob_{safe}{suffix}")
+    return _beside(path, f"_prob_{safe}{suffix_of(path)}")
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name[: -len(suffix_of(path))] + ending)
 
 
 def _write_probabilities(path: Path, predicted: Prediction, plan: Plan) -> None:
@@ -275,6 +288,19 @@ def _write_probabilities(path: Path, predicted: Prediction, plan: Plan) -> None:
         remark = f"probability of {kind} {number}, painted as {value}"
         chance = predicted.probability(number)
         write_array(probability_path(path, name), chance, predicted.source, np.dtype("float32"), remark)
+
+
+def _write_uncertainty(
+    path: Path, case: str, predicted: Prediction, labels: np.ndarray, plan: Plan
+) -> list[dict[str, Any]]:
+    """Entropy beside the label map, and the rows of the case in the table of its folder."""
+    source = predicted.source
+    chances = (predicted.probability(number) for number in range(len(plan.label_values)))
+    how: dict[str, Any] = {"regions": bool(plan.regions), "spacing": source.spacing}
+    found = doubt(chances, labels, plan.label_values, plan.label_names, **how)
+    write_array(_beside(path, f"_uncertainty{suffix_of(path)}"), found.entropy, source, np.dtype("float32"))
+    keep_quality(path.parent / QUALITY, case, found.rows)
+    return found.rows
 
 
 def find_probabilities(path: Path) -> tuple[list[Path], list[int], bool] | None:

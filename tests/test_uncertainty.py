@@ -1,0 +1,94 @@
+"""How sure a prediction is, against the formulas, and where it is written."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import entropy
+from test_predict import Brightness
+
+from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.images import read_image
+from kanseg.data.plan import Plan, make_plan
+from kanseg.errors import UserError
+from kanseg.inference.ensemble import combine_folders
+from kanseg.inference.predict import predict, predict_folder
+from kanseg.inference.uncertainty import QUALITY, doubt
+
+NAMES = ("background", "left", "right")
+
+
+@pytest.fixture(scope="module")
+def plan(blobs: Path) -> Plan:
+    return replace(make_plan(read_dataset(blobs), memory=2**31), patch_size=[16, 16, 16])
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_entropy_is_that_of_the_classes_in_parts_of_the_largest() -> None:
+    chances = np.random.default_rng(0).dirichlet(np.ones(3), (4, 5)).transpose(2, 0, 1)
+    chances[:, 0, 0], chances[:, 0, 1] = (1, 0, 0), 1 / 3
+    found = doubt(chances, chances.argmax(0), (0, 1, 2), NAMES, regions=False, spacing=(1, 1)).entropy
+    np.testing.assert_allclose(found, entropy(chances) / np.log(3), atol=1e-6)
+    assert found[0, 0] == 0
+    assert found[0, 1] == pytest.approx(1)
+
+
+def test_regions_count_each_for_itself_and_the_least_sure_tells() -> None:
+    chances = np.array([[0.0, 0.5], [0.5, 1.0], [0.25, 0.9]])  # background, two regions; two voxels
+    found = doubt(chances, np.array([1, 2]), (0, 1, 2), NAMES, regions=True, spacing=(1,))
+    binary = lambda p: entropy([p, 1 - p], base=2)  # noqa: E731
+    np.testing.assert_allclose(found.entropy, [1.0, binary(0.9)], atol=1e-6)
+    assert found.rows[0]["volume_ml"] == pytest.approx(0.001)  # 1/2 is not above it
+
+
+def test_expected_dice_is_that_of_masks_drawn_from_the_probabilities() -> None:
+    generator = np.random.default_rng(1)
+    chance = np.clip(generator.normal(0.2, 0.4, (30, 30, 30)), 0, 1)
+    labels = (chance > 0.5).astype(int)
+    row = doubt([1 - chance, chance], labels, (0, 1), NAMES[:2], regions=False, spacing=(1, 2, 3)).rows[0]
+    drawn = [generator.random(chance.shape) < chance for _ in range(50)]
+    dice = [2 * (labels * d).sum() / (labels.sum() + d.sum()) for d in drawn]
+    assert row["expected_dice"] == pytest.approx(np.mean(dice), abs=0.005)
+    assert row["volume_ml"] == pytest.approx(labels.sum() * 6 / 1000)
+
+
+def test_a_class_that_is_not_found_has_no_quality() -> None:
+    chances = np.array([[0.9, 0.8], [0.1, 0.2]])
+    rows = doubt(chances, np.zeros(2, int), (0, 7), NAMES[:2], regions=False, spacing=(1,)).rows
+    assert rows == [{"class": "left", "volume_ml": 0, "expected_dice": None, "uncertainty": None}]
+
+
+def test_predictions_carry_it_and_are_not_disturbed_by_it(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    cases, network = find_images(blobs / "imagesTr")[:2], Brightness()
+    mapped = replace(plan, label_values=[0, 7, 300], label_dtype="uint16")
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        assert predict_folder(network, mapped, cases, folder, uncertainty=True) == {}
+    rows = rows_of(folders[0] / QUALITY)
+    assert [row["case"] for row in rows] == ["case_0", "case_0", "case_1", "case_1"]
+    assert {row["class"] for row in rows} == set(plan.label_names[1:])
+    found = read_image(folders[0] / "case_0_uncertainty.nii.gz")
+    predicted = predict(network, cases[0], mapped)
+    chances = np.stack([predicted.probability(k) for k in range(3)])
+    np.testing.assert_allclose(found.array[0], entropy(chances) / np.log(3), atol=1e-5)
+    np.testing.assert_allclose(found.affine, read_image(cases[0].images[0]).affine)
+    assert combine_folders(folders, tmp_path / "both")["cases"] == 2
+    predict_folder(network, mapped, cases[:1], folders[0], uncertainty=True)
+    assert rows_of(folders[0] / QUALITY) == rows
+
+
+def test_another_table_is_not_replaced(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    path = tmp_path / QUALITY
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="is another table"):
+        predict_folder(Brightness(), plan, find_images(blobs / "imagesTr"), tmp_path, uncertainty=True)
+    assert path.read_text() == "a,b\n1,2\n"
+    assert list(tmp_path.iterdir()) == [path]
