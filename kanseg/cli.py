@@ -176,7 +176,9 @@ def predict(
     ],
     images: Annotated[Path, typer.Option("-i", "--input", help="Image, folder of images, or DICOM folder.")],
     out: Out,
-    format_: Annotated[str | None, typer.Option("--format", help="nii.gz, nrrd, mha, png, ...")] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="nii.gz, nrrd, mha, dicom-seg, png, ...")
+    ] = None,
     overlap: Annotated[float, typer.Option(help="Of neighbouring windows.", min=0, max=0.9)] = 0.5,
     blending: Annotated[str, typer.Option(help="Weights in a window: gaussian or constant.")] = "gaussian",
     tta: Annotated[bool, typer.Option("--tta", help="Average over the plan's mirror axes.")] = False,
@@ -202,12 +204,18 @@ def predict(
     Example: kanseg predict -m runs/hippocampus -i scans/ -o masks/
 
     Example: kanseg predict -m hippocampus -i scan.nii.gz -o mask.nii.gz
+
+    Example: kanseg predict -m runs/liver -i series/ -o liver.dcm --uncertainty
     """
     from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D
+    from kanseg.export.dicom_seg import DICOM_SEG
 
     suffix = None if format_ is None else f".{format_.lstrip('.')}"
-    if suffix is not None and suffix not in (*SUFFIXES_3D, *SUFFIXES_2D):
-        raise UsageError(f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, png, tif.")
+    suffix = DICOM_SEG if suffix == ".dicom-seg" else suffix
+    if suffix is not None and suffix not in (*SUFFIXES_3D, *SUFFIXES_2D, DICOM_SEG):
+        raise UsageError(
+            f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, dicom-seg, png, tif."
+        )
     if blending not in ("gaussian", "constant"):
         raise UsageError(f"--blending is gaussian or constant, got '{blending}'.")
     from kanseg.inference.classify import is_classifier, predict_classes

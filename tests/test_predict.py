@@ -165,7 +165,7 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_predicted(
     plan: Plan, blobs: Path, tmp_path: Path
 ) -> None:
     cases = find_images(blobs / "imagesTr")[:1]
-    with pytest.raises(UserError, match=r"not written as \.dcm"):
+    with pytest.raises(UserError, match=r"is no DICOM series"):
         predict_folder(Brightness(), plan, cases, tmp_path / "mask.dcm")
     with pytest.raises(UserError, match=r"Add --format nii\.gz"):
         predict_folder(Brightness(), plan, cases, tmp_path / "out", suffix=".png", probabilities=True)

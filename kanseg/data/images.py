@@ -258,6 +258,10 @@ def read_description(path: Path) -> str:
             tags.SetFileName(str(path))
             tags.ReadImageInformation()
             return tags.GetMetaData("description") if tags.HasMetaDataKey("description") else ""
+        if suffix == ".dcm":
+            import pydicom  # of the extra that writes them
+
+            return str(pydicom.dcmread(path, stop_before_pixels=True).get("ImageComments", ""))
         with Picture.open(path) as picture:
             return str(
                 getattr(picture, "text", {}).get("Description") or picture.getexif().get(TIFF_REMARK, "")
@@ -378,12 +382,7 @@ def _read_picture(path: Path) -> Image:
 def _read_dicom(folder: Path) -> Image:
     """One DICOM series of a folder; spacing along the slices comes from their positions."""
     reader = sitk.ImageSeriesReader()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    series = reader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        what = "no DICOM series" if not series else f"{len(series)} DICOM series"
-        raise UserError(f"{folder} has {what}; one is expected. Give each series a folder of its own.")
-    names = reader.GetGDCMSeriesFileNames(str(folder), series[0])
+    names = dicom_files(folder)
     try:
         _require_readable(folder, names)
         if len(names) > 1:
@@ -398,6 +397,17 @@ def _read_dicom(folder: Path) -> Image:
             f"{folder} cannot be read as DICOM ({_reason(error)}). Copy it again from its source."
         ) from error
     return _read_itk(folder, image)
+
+
+def dicom_files(folder: Path) -> list[str]:
+    """Files of the one DICOM series of a folder, in the order of the slices."""
+    reader = sitk.ImageSeriesReader()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    series = reader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        what = "no DICOM series" if not series else f"{len(series)} DICOM series"
+        raise UserError(f"{folder} has {what}; one is expected. Give each series a folder of its own.")
+    return list(reader.GetGDCMSeriesFileNames(str(folder), series[0]))
 
 
 def _require_readable(folder: Path, names: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ from kanseg.data.images import (
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import Item, highest, load_case, restore, restored_labels
 from kanseg.errors import UsageError, UserError
+from kanseg.export.dicom_seg import DICOM_SEG, is_series, write_segmentation
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
@@ -44,7 +45,7 @@ NIFTI = ".nii.gz"
 WRITTEN_AS = TWO_FILES | dict.fromkeys(
     LOSSY, ".png"
 )  # where label maps cannot have the format of their image
-NO_FOLDERS = tuple(".dcm .dicom .img .hdr .mgz .mgh .npy .npz .gz .zip .seg .h5 .csv".split())
+NO_FOLDERS = tuple(".dicom .img .hdr .mgz .mgh .npy .npz .gz .zip .seg .h5 .csv".split())
 PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
 Network = nn.Module | Sequence[nn.Module]
 Plans = Plan | Sequence[Plan]
@@ -156,6 +157,7 @@ def predict_folder(
         model, plan: a network and its plan, or as many of both; then their probabilities are averaged.
         out: a folder, or the file to write where there is one case and `out` has the suffix of an image.
         suffix: format of the outputs; default that of each input (.nii.gz for DICOM, .png for JPEG, one file for two).
+            .dcm: DICOM-SEG, of DICOM series; what lies beside it is .nii.gz.
         probabilities: also write <id>_prob_<class><suffix>, float32, one file a class.
         uncertainty: also write <id>_uncertainty<suffix>, and a row a case and class to quality.csv beside the label
             maps; see `kanseg.inference.uncertainty`.
@@ -204,7 +206,12 @@ def predict_folder(
                 if probabilities:
                     _write_probabilities(path, predicted, first)
                 unsure = _write_uncertainty(path, case.id, predicted, labels, first) if uncertainty else []
-                write_label(path, labels, predicted.source, first.label_dtype, remark)
+                if suffix_of(path) == DICOM_SEG:
+                    about = {"model": first.dataset_name, "description": remark}
+                    classes = (first.label_values, first.label_names)
+                    write_segmentation(path, labels, predicted.source, *classes, **about)
+                else:
+                    write_label(path, labels, predicted.source, first.label_dtype, remark)
             except (
                 UserError,
                 MemoryError,
@@ -249,7 +256,7 @@ def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) ->
 
 def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]:
     """Where each label map goes."""
-    if suffix_of(out) in (*SUFFIXES_3D, *SUFFIXES_2D):
+    if suffix_of(out) in (*SUFFIXES_3D, *SUFFIXES_2D, DICOM_SEG) and not out.is_dir():
         if len(cases) != 1:
             raise UserError(f"-o {out} is one file, but {len(cases)} images are given. Give a folder.")
         paths = [out]
@@ -260,6 +267,12 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
         )
     else:
         paths = [out / f"{case.id}{suffix or _suffix(case)}" for case in cases]
+    for case, path in zip(cases, paths, strict=True):
+        if suffix_of(path) == DICOM_SEG and not is_series(case.images[0]):
+            raise UsageError(
+                f"{case.images[0]} is no DICOM series, and a DICOM-SEG refers to one. Give the folder of a series, or "
+                "write another format."
+            )
     taken = {image.resolve(): "an image to be segmented" for case in cases for image in case.images}
     for case, path in zip(cases, paths, strict=True):
         if other := taken.get(path.resolve()):
@@ -278,7 +291,7 @@ def probability_path(path: Path, name: str) -> Path:
 
 
 def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name[: -len(suffix_of(path))] + ending)
+    return path.with_name(path.name[: -len(suffix_of(path))] + ending.replace(DICOM_SEG, NIFTI))
 
 
 def _write_probabilities(path: Path, predicted: Prediction, plan: Plan) -> None:

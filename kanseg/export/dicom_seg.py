@@ -1,0 +1,199 @@
+"""Label maps of a DICOM series as DICOM Segmentation objects (PS3.3 A.51), which PACS and viewers lay over the series.
+
+highdicom (Bridge et al., arXiv 2106.07806) writes them: the extra `dicom`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kanseg import __version__
+from kanseg.data.images import LPS_TO_RAS, Image, dicom_files
+from kanseg.errors import UserError
+
+DICOM_SEG = ".dcm"
+# Words in a name -> category and type of the code dictionary (SNOMED CT); other names are looked up as they are.
+ABNORMAL = "MorphologicallyAbnormalStructure"
+WORDS = {
+    **dict.fromkeys(("tumour", "tumor", "cancer", "neoplasm", "metastasis"), (ABNORMAL, "Neoplasm")),
+    **dict.fromkeys(("lesion", "lesions"), (ABNORMAL, "Lesion")),
+    **dict.fromkeys(("edema", "oedema"), (ABNORMAL, "Edema")),
+}
+ANATOMY = "AnatomicalStructure"
+MAY_BE_EMPTY = (
+    "PatientID PatientName PatientBirthDate PatientSex StudyID StudyDate StudyTime AccessionNumber "
+    "ReferringPhysicianName".split()
+)
+
+
+def write_segmentation(
+    path: Path,
+    labels: np.ndarray,
+    source: Image,
+    values: Sequence[int],
+    names: Sequence[str],
+    *,
+    model: str = "kanseg",
+    description: str = "",
+) -> Path:
+    """Write a label map (*S) of a DICOM series as segments of that series, in place or not at all.
+
+    The same labels, series and description get the same UIDs, so that sending a result twice does not double it.
+
+    Args:
+        source: the image that was read from the folder of the series.
+        values, names: of all classes, the first is the background.
+        model: name for the viewer, e.g. that of the data set.
+        description: kept as ImageComments.
+
+    Raises:
+        UserError: highdicom is not installed, or the series lacks what a segmentation has to repeat.
+    """
+    highdicom, pydicom = _libraries()
+    if not is_series(source.path):
+        raise UserError(
+            f"{source.path} is no DICOM series, and a DICOM-SEG refers to one. Write .nii.gz instead."
+        )
+    numbers = np.zeros(labels.shape, np.uint8 if len(values) <= 256 else np.uint16)
+    for number, value in enumerate(values[1:], start=1):
+        numbers[labels == value] = number
+    files = dicom_files(source.path)
+    entropy = hashlib.sha256(numbers.tobytes() + description.encode()).hexdigest()
+    try:
+        series = [_completed(pydicom.dcmread(f, stop_before_pixels=True), source.spacing[-1]) for f in files]
+        about = [series[0].SeriesInstanceUID, entropy]
+        affine = (LPS_TO_RAS @ source.affine)[:, [2, 1, 0, 3]]
+        volume = highdicom.Volume(
+            np.ascontiguousarray(numbers.transpose()),
+            affine=affine,
+            coordinate_system="PATIENT",
+            frame_of_reference_uid=series[0].FrameOfReferenceUID,
+        )
+        made = highdicom.seg.Segmentation(
+            source_images=series,
+            pixel_array=volume,
+            segmentation_type="BINARY",
+            segment_descriptions=_segments(highdicom, names[1:], model, about),
+            series_instance_uid=pydicom.uid.generate_uid(entropy_srcs=[*about, "series"]),
+            series_number=1000 + int(getattr(series[0], "SeriesNumber", 0) or 0) % 1000,
+            sop_instance_uid=pydicom.uid.generate_uid(entropy_srcs=[*about, "instance"]),
+            instance_number=1,
+            manufacturer="kanseg",
+            manufacturer_model_name=model[:64],
+            software_versions=__version__,
+            device_serial_number=entropy[:16],
+            content_description=f"Segmentation by {model}"[:64],
+            series_description=f"kanseg {model}"[:64],
+            omit_empty_frames=bool(numbers.any()),
+        )
+    except (AttributeError, ValueError, TypeError, KeyError, pydicom.errors.InvalidDicomError) as error:
+        raise UserError(
+            f"{source.path} cannot carry a DICOM-SEG: {error}. Export the series with its full headers, or write "
+            "--format nii.gz."
+        ) from error
+    made.ImageComments = description
+    return _save(path, made)
+
+
+def _completed(header: Any, spacing: float) -> Any:
+    """With what a segmentation repeats and anonymisers like to remove, the distance of the slices, texts in UTF-8."""
+    for keyword in MAY_BE_EMPTY:
+        if keyword not in header:
+            setattr(header, keyword, "")
+    header.decode()
+    header.SpecificCharacterSet = "ISO_IR 192"
+    if not header.get("FrameOfReferenceUID"):
+        from pydicom.uid import generate_uid
+
+        header.FrameOfReferenceUID = generate_uid(entropy_srcs=[header.SeriesInstanceUID, "frame"])
+    if "PerFrameFunctionalGroupsSequence" not in header:
+        header.SliceThickness = header.get("SliceThickness") or spacing
+        header.SpacingBetweenSlices = spacing  # by their positions; what headers say is often the gap between
+        return header
+    own = header.PerFrameFunctionalGroupsSequence[0]  # what all frames share may stand with each
+    for keyword in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
+        shared = header.SharedFunctionalGroupsSequence[0]
+        if keyword not in shared and keyword in own:
+            setattr(shared, keyword, getattr(own, keyword))
+    return header
+
+
+def is_series(path: Path) -> bool:
+    """Whether an image came from a folder with a DICOM series."""
+    return path.is_dir()
+
+
+def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[str]) -> list[Any]:
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
+
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name=f"kanseg {model}"[:64], family=codes.DCM.ArtificialIntelligence, version=__version__
+    )
+    found = []
+    for number, name in enumerate(names, start=1):
+        category, kind = code_of(name)
+        found.append(
+            highdicom.seg.SegmentDescription(
+                segment_number=number,
+                segment_label=name[:64],
+                segmented_property_category=getattr(codes.SCT, category),
+                segmented_property_type=getattr(codes.SCT, kind),
+                algorithm_type="AUTOMATIC",
+                algorithm_identification=algorithm,
+                tracking_id=name[:64],
+                tracking_uid=generate_uid(entropy_srcs=[*about, str(number)]),
+            )
+        )
+    return found
+
+
+def code_of(name: str) -> tuple[str, str]:
+    """Category and type of a label's name in pydicom's code dictionary; unknown names are anatomical structures.
+
+    >>> code_of("Left Kidney"), code_of("whole tumour"), code_of("label 3")
+    (('AnatomicalStructure', 'Kidney'), ('MorphologicallyAbnormalStructure', 'Neoplasm'), \
+('AnatomicalStructure', 'AnatomicalStructure'))
+    """
+    from pydicom.sr.codedict import codes
+
+    words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
+    for word in words:
+        if word in WORDS:
+            return WORDS[word]
+    known = set(codes.SCT.dir())
+    kept = [word.capitalize() for word in words if word not in ("left", "right", "the", "of", "and")]
+    for kind in ("".join(kept), *reversed(kept)):
+        if kind in known:
+            return ANATOMY, kind
+    return ANATOMY, ANATOMY
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import highdicom
+        import pydicom
+    except ImportError as error:
+        raise UserError(f"DICOM-SEG needs {error.name}: pip install 'kanseg[dicom]'.") from error
+    return highdicom, pydicom
+
+
+def _save(path: Path, made: Any) -> Path:
+    part = path.with_name(f".part-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.save_as(part)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. Free space or choose another folder."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
