@@ -206,12 +206,7 @@ def predict_folder(
                 if probabilities:
                     _write_probabilities(path, predicted, first)
                 unsure = _write_uncertainty(path, case.id, predicted, labels, first) if uncertainty else []
-                if suffix_of(path) == DICOM_SEG:
-                    about = {"model": first.dataset_name, "description": remark}
-                    classes = (first.label_values, first.label_names)
-                    write_segmentation(path, labels, predicted.source, *classes, **about)
-                else:
-                    write_label(path, labels, predicted.source, first.label_dtype, remark)
+                _write(path, labels, predicted.source, first, remark)
             except (
                 UserError,
                 MemoryError,
@@ -282,6 +277,14 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
             )
         taken[path.resolve()] = f"the label map of {case.images[0]}"
     return paths
+
+
+def _write(path: Path, labels: np.ndarray, source: Image, plan: Plan, remark: str) -> None:
+    if suffix_of(path) == DICOM_SEG:
+        values, names = plan.label_values, plan.label_names
+        write_segmentation(path, labels, source, values, names, model=plan.dataset_name, description=remark)
+    else:
+        write_label(path, labels, source, plan.label_dtype, remark)
 
 
 def probability_path(path: Path, name: str) -> Path:
