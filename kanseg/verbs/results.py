@@ -1,4 +1,4 @@
-"""Verbs around results: compare, combine."""
+"""Verbs around results and models: compare, combine, export, report."""
 
 from __future__ import annotations
 
@@ -74,6 +74,42 @@ def ensemble(
         from kanseg.data.formats import few
 
         raise UserError(f"{len(result['failed'])} cases failed: {few(list(result['failed']))}.")
+
+
+@app.command()
+def export(
+    models: Annotated[list[Path], typer.Argument(help="Runs, folds, checkpoints or names of weights.")],
+    out: Out,
+    to: Annotated[str, typer.Option(help="onnx, or torch (a program of torch.export).")] = "onnx",
+    image: Annotated[
+        Path | None, typer.Option("-i", "--input", help="An image to compare the label maps of both on.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write a network for software without kanseg: OUT/model.onnx or .pt2, and OUT/model.json with all around it.
+
+    Several models, or the folds of a run, become one network, their mean. The file is run beside the original, and the
+    difference is written down; a file that differs is not kept. ONNX needs the extra `onnx`.
+
+    Example: kanseg export runs/mine -o exported/ -i scan.nii.gz
+    """
+    from kanseg.export.network import export_network
+
+    talk = console(json_)
+    with talk.status("Exporting, a minute or so"):
+        result = export_network(models, out, to, image=image)
+    found = result["parity"]
+    talk.print(f"{result['file']} ({result['megabytes']} MB) and model.json", highlight=False, soft_wrap=True)
+    talk.print(
+        f"on {found['windows']} random windows: largest difference {found['relative_difference']:.1e} of the largest "
+        f"output, equal classes {found['equal_classes']:.2%}",
+        highlight=False,
+    )
+    if image is not None:
+        talk.print(
+            f"equal labels {found['image']['equal_labels']:.4%} on {found['image']['case']}", highlight=False
+        )
+    emit(result, json_)
 
 
 @app.command()

@@ -1,0 +1,244 @@
+"""Networks for software without kanseg: ONNX, or a program of torch.export, each with what is to be done around it.
+
+A KAN layer is written out in plain operations (basis functions, one convolution, norm, activation), so whoever runs the
+file needs neither kanseg nor its kernels. Each export is run beside the original and the difference is written down.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version as version_of
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kanseg import __version__
+from kanseg.data.formats import find_images
+from kanseg.data.plan import Plan
+from kanseg.data.transforms import load_case, restored_labels
+from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.inference.ensemble import Loaded
+from kanseg.inference.logits import predict_logits
+from kanseg.training.files import make_folder, write_json
+
+TOLERANCE = 1e-3  # of the largest logit
+WINDOWS = 3
+INPUT, OUTPUT = "image", "logits"
+Run = Callable[[np.ndarray], np.ndarray]  # (N, C, *patch) -> (N, K, *patch)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file.
+
+    Attributes:
+        file: its name.
+        needs: packages that write and run it, of the extra `onnx`.
+        write: (program, path) writes it.
+        open: path -> a function on arrays that runs it.
+    """
+
+    file: str
+    needs: tuple[str, ...]
+    write: Callable[[torch.export.ExportedProgram, Path], None]
+    open: Callable[[Path], Run]
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    found = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
+    assert found is not None
+    found.save(path)
+
+
+def _open_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda window: session.run(None, {name: window})[0]
+
+
+def _open_torch(path: Path) -> Run:
+    network = torch.export.load(path).module()
+    return lambda window: network(torch.from_numpy(window)).numpy()
+
+
+FORMATS = {
+    "onnx": Format("model.onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx),
+    "torch": Format("model.pt2", (), torch.export.save, _open_torch),
+}
+
+
+class Exported(nn.Module):
+    """A network in a file as a module, for kanseg's own prediction."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.run(np.ascontiguousarray(x.as_subclass(Tensor).numpy())))
+
+
+def export_network(
+    models: Sequence[Path], out: Path, to: str = "onnx", *, image: Path | None = None
+) -> dict[str, Any]:
+    """Write OUT/model.onnx or OUT/model.pt2, and OUT/model.json: inputs, outputs, labels, preprocessing, differences.
+
+    Args:
+        models: runs, folds, checkpoints or names of weights of one plan; several become one network, their mean.
+        to: name in `FORMATS`.
+        image: an image; then the file is also run over it by the sliding window, and the label maps are compared.
+
+    Returns:
+        What model.json says of the comparison, and the path of the file.
+
+    Raises:
+        UserError: models of several plans, or a file that does not give the numbers of the network; it is not kept.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"Unknown format '{to}'. Known: {', '.join(FORMATS)}.{did_you_mean(to, FORMATS)}")
+    kind = FORMATS[to]
+    if missing := [name for name in kind.needs if find_spec(name) is None]:
+        raise UserError(f"--to {to} needs {', '.join(missing)}: pip install 'kanseg[onnx]'.")
+    loaded = Loaded(models)
+    if len(loaded.plans) > 1:
+        raise UserError(
+            f"{', '.join(map(str, loaded.files))} have {len(loaded.plans)} different plans, and a file holds one "
+            "network. Export each by itself."
+        )
+    plan, network = loaded.plan, loaded.networks[0]
+    shape = (plan.in_channels, *plan.patch_size)
+    path = make_folder(out) / kind.file
+    part = path.with_name(f".part-{path.name}")
+    try:
+        kind.write(program_of(network, shape), part)
+        run = kind.open(part)
+        found = compare(network, run, shape)
+        if image is not None:
+            found["image"] = compare_labels(network, run, image, plan)
+        if not found["relative_difference"] <= TOLERANCE:
+            raise UserError(
+                f"The exported network differs from its original by {found['relative_difference']:.1e} of its largest "
+                f"output ({TOLERANCE:g} is allowed), so it was not kept. Report this with the output of `kanseg info`."
+            )
+        about = {**describe(plan, to, kind), "postprocessing": loaded.rules, "parity": found}
+        write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return {"file": str(path), "megabytes": round(path.stat().st_size / 2**20, 1), "parity": found}
+
+
+def program_of(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
+    """A network in operations of torch alone, for any number of windows (C, *patch) = `shape`."""
+    plain = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+    for module in plain.modules():
+        if hasattr(module, "recompute"):
+            module.recompute = False  # with it, layers are operators of kanseg
+    window = torch.zeros(2, *shape)
+    dynamic = ({0: torch.export.Dim("windows", min=1)},)
+    return torch.export.export(plain, (window,), dynamic_shapes=dynamic, strict=False)
+
+
+def compare(network: nn.Module, run: Run, shape: Sequence[int]) -> dict[str, Any]:
+    """Outputs of both for random windows of normalised values, one at a time and two together."""
+    generator = torch.Generator().manual_seed(0)
+    largest = worst = 0.0
+    equal, seconds = [], {"kanseg": 0.0, "exported": 0.0}
+    for number in range(WINDOWS):
+        window = torch.randn(1 + number % 2, *shape, generator=generator)
+        with torch.inference_mode():
+            begun = time.perf_counter()
+            expected = network(window)
+            seconds["kanseg"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        given = torch.from_numpy(run(window.numpy()))
+        seconds["exported"] = time.perf_counter() - begun
+        if given.shape != expected.shape:
+            raise UserError(
+                f"The exported network gives {tuple(given.shape)}, its original {tuple(expected.shape)}."
+            )
+        worst = max(worst, float((given - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+        equal.append((given.argmax(1) == expected.argmax(1)).float().mean().item())
+    return {
+        "windows": WINDOWS,
+        "largest_difference": worst,
+        "relative_difference": worst / max(largest, 1e-30),
+        "equal_classes": float(np.mean(equal)),
+        "seconds_a_window": {name: round(value, 4) for name, value in seconds.items()},
+    }
+
+
+def compare_labels(network: nn.Module, run: Run, image: Path, plan: Plan) -> dict[str, Any]:
+    """Label maps of one image by both, on its own grid."""
+    case = find_images(image, channels=len(plan.channel_names))[0]
+    item, _ = load_case(case, plan, with_label=False)
+    batch = item["image"].as_tensor()[None]
+    one, other = (
+        restored_labels(predict_logits(model, batch, plan)[0], item, plan)
+        for model in (network, Exported(run))
+    )
+    return {"case": case.id, "voxels": int(one.size), "equal_labels": float((one == other).mean())}
+
+
+def describe(plan: Plan, to: str, kind: Format) -> dict[str, Any]:
+    """What whoever runs the file has to do around it, in words and numbers."""
+    axes = ["rows", "columns"] if plan.image_dims == 2 else list(plan.orientation)
+    window = ["windows", plan.in_channels, *plan.patch_size]
+    classes = [
+        {"name": name, "value": value}
+        for name, value in zip(plan.label_names, plan.label_values, strict=True)
+    ]
+    return {
+        "format": to,
+        "file": kind.file,
+        "made_by": {"kanseg": __version__, **{n: version_of(n) for n in ("torch", *kind.needs)}},
+        "input": {"name": INPUT, "type": "float32", "shape": window},
+        "output": {"name": OUTPUT, "type": "float32", "shape": [window[0], len(classes), *plan.patch_size]},
+        "classes": classes,
+        "steps": steps(plan, axes),
+    }
+
+
+def steps(plan: Plan, axes: Sequence[str]) -> list[str]:
+    """The way from an image to its label map, a sentence a step; the numbers are in `plan`."""
+    found = []
+    if plan.image_dims == 3:
+        found.append(f"Turn the image so that its axes run to {', '.join(axes)} (the ends of the letters).")
+        found.append(f"Resample it to {' x '.join(f'{s:g}' for s in plan.spacing)} mm, linearly.")
+    for name, scheme in zip(plan.channel_names, plan.normalization, strict=True):
+        found.append(f"Channel {name}: {NORMALISED[scheme['scheme']].format(**scheme)}.")
+    if plan.slice_axis is not None:
+        found.append(
+            f"Cut slices across axis {axes[plan.slice_axis]}; the channels of a slice are those of {plan.slices} "
+            "neighbouring ones, the outermost repeated."
+        )
+    patch = " x ".join(map(str, plan.patch_size))
+    found.append(
+        f"Slide a window of {patch} over it by half its size and average, the middle of a window weighs most."
+    )
+    if plan.regions:
+        found.append("Sigmoid; where a region is above 1/2 paint its value, region by region in their order.")
+    else:
+        found.append("The class with the largest output is that of the voxel; write its value.")
+    if plan.image_dims == 3:
+        found.append("Bring the outputs back onto the image's own grid before the largest is sought.")
+    return found
+
+
+NORMALISED = {
+    "zscore": "subtract the mean of the image and divide by its standard deviation",
+    "zscore_nonzero": "subtract the mean of what is not 0 and divide by its standard deviation; 0 stays 0",
+    "ct": "clip to {lower:g} ... {upper:g}, subtract {mean:g}, divide by {std:g}",
+}
