@@ -375,9 +375,9 @@ def info(json_: Json = False) -> None:
         except PackageNotFoundError:
             found[package] = "not installed"
     from kanseg.layers.kernels.gpu import described
-    from kanseg.layers.kernels.native import available
+    from kanseg.layers.kernels.native import absent, available
 
-    found["compiled kernels"] = available() or "none (was there a compiler at installation?)"
+    found["compiled kernels"] = available() or f"none: {absent()}"
     found["triton kernels"] = described()
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()

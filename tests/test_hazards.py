@@ -240,3 +240,69 @@ def test_parametrisations_of_a_basis_count() -> None:
     parametrize.register_parametrization(layer.basis, "beta", Twice())
     torch.testing.assert_close(layer(x), layer.expand_and_convolve(x), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(layer(x), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_an_empty_batch_has_gradients_of_zero(family: str | None, dims: int, kernel_size: int) -> None:
+    layer = conv_layer(family)(dims, 16, 16, kernel_size)
+    dirt = [torch.full((n,), 7e30) for n in (16 * 16 * 9, 16 * 80 * 9, 16 * 64 * 27, 16 * 16 * 27) * 3]
+    del dirt  # memory that is not empty
+    x = torch.zeros(0, 16, *[24 if dims < 3 else 12] * dims, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 16, *x.shape[2:])
+    assert x.grad is not None
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("basis", ["gram", "legendre", "bernstein", "fourier", "bspline"])
+def test_branches_of_different_precision_are_joined_in_the_larger(basis: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = KANConv(2, 16, 16, basis=basis), torch.randn(1, 16, 24, 24)
+    expected = layer(x)
+    layer.basis_weight.data = layer.basis_weight.data.to(dtype)
+    found = layer(x)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_numbers_that_are_no_floats_or_elsewhere_are_refused(family: str | None) -> None:
+    layer, x = made(family), image()
+    for wrong in (x.to(torch.int64), x.to(torch.complex64), x.to("meta")):
+        with pytest.raises(
+            UsageError, match=f"floating point numbers on cpu.*got {wrong.dtype} on {wrong.device}"
+        ):
+            layer(wrong)
+    with pytest.raises(UsageError, match="expected floating point numbers on meta"):
+        layer.to("meta")(x)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_layers_without_memory_tell_their_shapes(family: str | None, dims: int) -> None:
+    layer = made(family, dims).to("meta")
+    y = layer(image(dims).to("meta").requires_grad_())
+    y.sum().backward()
+    assert (y.shape, y.device.type) == ((2, 16, *[17] * dims), "meta")
+
+
+def test_dropout_of_the_input_reaches_a_basis_whose_input_is_normalised() -> None:
+    layer, x = conv_layer("fastkan", base=False, dropout=0.5, dropout_at="input")(2, 8, 8).train(), image()
+    assert not torch.equal(layer(x), layer(x))
+    whole = conv_layer("fastkan", dropout=1.0, dropout_at="input")(2, 8, 8).train()
+    expected = whole.eval()(torch.zeros_like(image()))
+    torch.testing.assert_close(whole.train()(image()), expected)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("family", ["kagn", "wavkan", None], **IDS)
+def test_dropout_takes_whole_channels(family: str | None, dims: int) -> None:
+    dropout = made(family, dims, dropout=0.5).train().conv.dropout
+    kept = dropout(torch.ones(4, 8, *[5] * dims)).flatten(2)
+    assert torch.equal(kept.amin(2), kept.amax(2))
+    assert set(kept.unique().tolist()) == {0.0, 2.0}

@@ -144,7 +144,7 @@ def program_of(network: nn.Module, shape: Sequence[int]) -> torch.export.Exporte
     plain = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
     for module in plain.modules():
         if hasattr(module, "recompute"):
-            module.recompute = False  # with it, layers are operators of kanseg
+            module.recompute = False  # type: ignore[assignment]  # with it, layers are operators of kanseg
     window = torch.zeros(2, *shape)
     dynamic = ({0: torch.export.Dim("windows", min=1)},)
     return torch.export.export(plain, (window,), dynamic_shapes=dynamic, strict=False)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
@@ -16,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from kanseg.errors import UsageError
 from kanseg.layers.kan_conv import (
+    CHANNEL_DROPOUT,
     ActSpec,
     ConvGeometry,
     KANConv,
@@ -113,9 +113,7 @@ class ConvLayer(nn.Module):
         self.conv = conv(spatial_dims, in_channels, out_channels, kernel_size, recompute=recompute, **options)
         self.norm = norm_layer(norm, spatial_dims, out_channels) if norm else nn.Identity()
         self.act = GroupPReLU(self.conv.groups) if act == "prelu" else activation(act)
-        self.dropout = (
-            Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout and at_output else nn.Identity()
-        )
+        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout and at_output else nn.Identity()
         pointwise = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
         self.recompute = recompute and not pointwise
         self.kept = _kept_positions(self.conv)

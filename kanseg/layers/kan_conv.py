@@ -13,7 +13,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Dropout
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +27,11 @@ from kanseg.layers.kernels.plain_conv import plain_conv, pointwise_product
 from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
 from kanseg.layers.kernels.rows import FORMATS, channels_last, is_channels_last
 
+CHANNEL_DROPOUT: dict[int, type[nn.Module]] = {
+    1: nn.Dropout1d,
+    2: nn.Dropout2d,
+    3: nn.Dropout3d,
+}  # of whole channels
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 DROPOUTS = ("input", "basis_input", "basis")  # where a KAN convolution can have its dropout
 OPERANDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -134,7 +138,13 @@ class ConvGeometry(nn.Module):
 
         Raises:
             ShapeError: not a batch of `in_channels` channels and `spatial_dims` axes, or smaller than the kernel.
+            UsageError: whole or complex numbers, or on another device than the weights.
         """
+        weight = next((p for p in self._parameters.values() if p is not None), x)
+        if weight.device != x.device or not x.is_floating_point():
+            raise UsageError(
+                f"expected floating point numbers on {weight.device}, where the layer is, got {x.dtype} on {x.device}"
+            )
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("DHW"[-self.spatial_dims :])
             raise ShapeError(
@@ -180,6 +190,9 @@ class ConvGeometry(nn.Module):
         operands: torch.dtype | None = None,
     ) -> Tensor:
         """The convolution over an expansion that is not kept; see `expanded_conv`. 1D runs as 2D of height one."""
+        if base is not None and basis is not None and base.dtype != basis.dtype:
+            both = torch.promote_types(base.dtype, basis.dtype)
+            base, basis = base.to(both), basis.to(both)
         result = result_type(inputs[0], base, basis)
         dtype = operands if operands is not None and result == torch.float32 else result
         if self.spatial_dims > 1:
@@ -206,7 +219,7 @@ class ConvGeometry(nn.Module):
 def result_type(x: Tensor, *weights: Tensor | None) -> torch.dtype:
     """The type of a convolution's result here and now: that of autocast where it acts."""
     device = x.device.type
-    acts = torch.is_autocast_enabled(device) and x.dtype.itemsize <= 4
+    acts = not x.is_meta and torch.is_autocast_enabled(device) and x.dtype.itemsize <= 4
     return torch.get_autocast_dtype(device) if acts else next(w.dtype for w in weights if w is not None)
 
 
@@ -216,7 +229,7 @@ def lean(x: Tensor) -> bool:
         return x.device.type in ("cpu", "cuda")
     if transformed():
         return False
-    if x.device.type == "cpu" or gpu.serves(x):
+    if x.device.type in ("cpu", "meta") or gpu.serves(x):
         return True
     return is_channels_last(x)
 
@@ -303,7 +316,7 @@ class KANConv(ConvGeometry):
             else self.new_weight(out_channels, channels * self.basis.num_functions, self.kernel_size)
         )
         self.input_norm = norm_layer(input_norm, spatial_dims, in_channels) if input_norm else None
-        self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else None
+        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout else None
         self.dropout_at = dropout_at if self.basis is not None else "input"
         self.recompute = recompute
         self.operands = None if operands is None else OPERANDS[operands]
@@ -316,8 +329,10 @@ class KANConv(ConvGeometry):
             x = self._drop("input", x)
             fast = plain_conv(x, self.base_weight, self.geometry()) if self.recompute and lean(x) else None
             return self.convolve(x, self.base_weight) if fast is None else fast
-        if self.input_norm is not None and self.recompute and self.spatial_dims > 1 and lean(x):
-            x = channels_last(x)  # once for both inputs
+        if self.input_norm is not None:
+            x = self._drop("input", x)  # once for both inputs, as is the copy
+            if self.recompute and self.spatial_dims > 1 and lean(x):
+                x = channels_last(x)
         # The norm stays outside: run twice, it would count its statistics twice.
         inputs = (x,) if self.input_norm is None else (x, self._normed(self._drop("basis_input", x)))
         if not self.recompute:
@@ -340,8 +355,10 @@ class KANConv(ConvGeometry):
 
     def expand(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         """[act(x), Phi(x)] channel by channel: (N, C, *S) -> (N, C (K + 1), *S)."""
-        x = self._drop("input", x)
-        branches = [self._expanded_basis(self._drop("basis_input", x) if normed is None else normed)]
+        if normed is None:
+            x = self._drop("input", x)
+            normed = self._drop("basis_input", x)
+        branches = [self._expanded_basis(normed)]
         if self.base_weight is not None:
             branches.insert(0, self.base_act(x).unsqueeze(2))
         return torch.cat([branch.to(branches[-1].dtype) for branch in branches], dim=2).flatten(1, 2)
@@ -367,7 +384,7 @@ class KANConv(ConvGeometry):
 
     def _drops(self) -> bool:
         """Whether dropout acts inside the expansion now."""
-        outside = self.input_norm is not None and self.dropout_at == "basis_input"
+        outside = self.input_norm is not None and self.dropout_at != "basis"
         return self.dropout is not None and self.training and not outside
 
     def _expanded_basis(self, x: Tensor) -> Tensor:

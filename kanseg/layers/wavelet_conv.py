@@ -7,12 +7,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
-from kanseg.layers.kan_conv import ActSpec, ConvGeometry, activation, check_dropout, lean, transformed
+from kanseg.layers.kan_conv import (
+    CHANNEL_DROPOUT,
+    ActSpec,
+    ConvGeometry,
+    activation,
+    check_dropout,
+    lean,
+    transformed,
+)
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import Slab, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first, plain_eager
@@ -61,7 +68,7 @@ class WaveletConv(ConvGeometry):
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
         self.base_recipe = Recipe(None, self.base_act, nn.Identity()).written()
-        self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else nn.Identity()
+        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout else nn.Identity()
         self.recompute = recompute
         self.step = max(1, EDGES_AT_ONCE // in_channels)
 
@@ -81,7 +88,7 @@ class WaveletConv(ConvGeometry):
             self.mix_weight,
             self.base_weight,
         )
-        whole = not self.recompute or torch.compiler.is_compiling() or transformed()
+        whole = not self.recompute or torch.compiler.is_compiling() or transformed() or x.is_meta
         cut = [WHOLE] if whole else self._slabs(x)
         terms: list[Term] = [(WHOLE, self._base_term)]
         for first in range(0, self._edges(), self.step):
@@ -129,7 +136,7 @@ class WaveletConv(ConvGeometry):
         def chosen(t: Tensor) -> Tensor:
             return t.unflatten(0, (self.groups, -1))[:, some]
 
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             z = planes_of(dropped, slab)
             z = z.float() if z.dtype.itemsize < 4 else z
             z = z.unflatten(1, (self.groups, 1, -1))

@@ -222,7 +222,12 @@ def measure(
     }
     if reference and family in REFERENCES:
         module = import_module("kan_convs")
-        layers["reference"] = getattr(module, f"{REFERENCES[family]}{dims}DLayer")(*channels, **how)
+        layer = getattr(module, f"{REFERENCES[family]}{dims}DLayer")(*channels, **how)
+        try:
+            layer(x[:, :, :8, :8]).sum().backward()
+            layers["reference"] = layer
+        except RuntimeError as error:
+            print(f"{family}: the layer of torch-conv-kan does not run here ({str(error).splitlines()[0]})")
     inputs = dict.fromkeys(layers, x)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True

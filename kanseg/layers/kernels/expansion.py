@@ -255,7 +255,7 @@ def _gradients_of_product(
     upper, rows = (as_rows(channels_last(t)).flatten(0, 1) for t in (grad, x))
     at_x = at_weight = None
     if of_x:
-        at_x = (upper @ weight.flatten(1)).view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+        at_x = (upper @ weight.flatten(1)).view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
     if of_weight:
         few = rows.shape[1] < upper.shape[1]  # first, for which the product is up to 20 times faster
         at_weight = ((rows.T @ upper).T if few else upper.T @ rows).reshape(weight.shape)
@@ -366,7 +366,7 @@ def _expansion(slab: Slab, inputs: Sequence[Tensor], made: Expansion, weight: Te
     buffer[:, :, : slab.before] = 0
     buffer[:, :, slab.before + planes :] = 0
     inside = as_rows(buffer[:, :, slab.before : slab.before + planes])
-    rows = [as_rows(x) for x in sources]
+    rows = [as_rows(channels_last(x)) for x in sources]
     if made.parts is not None:
         for at in _halves(inside):
             part = (

@@ -99,6 +99,15 @@ def available() -> str | None:
     return None if found is None else found.name
 
 
+def absent() -> str:
+    """Why there are none, where there are none."""
+    if os.environ.get("KANSEG_NATIVE", "").lower() in SWITCHED_OFF:
+        return f"KANSEG_NATIVE={os.environ['KANSEG_NATIVE']} switches them off"
+    if files := sorted(Path(__file__).parent.glob("_native*.so")):
+        return f"{files[0].name} was built for another machine or version; install kanseg again"
+    return "they were not built; install a C++ compiler, then kanseg again"
+
+
 class Kernels:
     """Functions of rows.h and winograd.h for one instruction set."""
 

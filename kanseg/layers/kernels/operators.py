@@ -56,4 +56,4 @@ def operator(name: str, schema: str, compute: Callable[..., Any], fake: Callable
 def plain_eager(x: Tensor) -> bool:
     """Whether nothing watches the operators, so that they need not be called as such (a tenth of a millisecond)."""
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack()
-    return not watched and type(x) is Tensor
+    return not watched and type(x) is Tensor and not x.is_meta

@@ -35,7 +35,7 @@ def pointwise_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.dim() in FORMATS and not torch.is_autocast_enabled(x.device.type) and plain_eager(x)
+    return x.dim() in FORMATS and plain_eager(x) and not torch.is_autocast_enabled(x.device.type)
 
 
 class _PlainConv(torch.autograd.Function):

@@ -37,7 +37,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     rows, matrix = as_rows(x).flatten(0, 1), weight.flatten(1).T
     made = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-    return made.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+    return made.view(len(x), *x.shape[2:], len(weight)).movedim(-1, 1)
 
 
 def blocks(count: int, width: int) -> Iterator[slice]:

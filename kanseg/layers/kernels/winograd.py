@@ -2,7 +2,8 @@
 
 F(4, 3) along rows and columns, F(2, 3) along depth. What is convolved may be an expansion: the kernels make some planes
 of it at a time, in the cache, and lead its gradient back tile by tile, so that it never lies in memory. A number of the
-output does not depend on how that is cut.
+output does not depend on how that is cut. All numbers of a tile of 6 x 6 (4 deep) are rounded alike: beside one that is
+a thousand times larger they lose three digits, and beside one that is not finite they are none.
 """
 
 from __future__ import annotations
@@ -160,6 +161,8 @@ def convolve_weight(
     geometry: Geometry,
 ) -> Tensor:
     """Gradient at the weight (out, in, *kernel), from the gradient of the output."""
+    if not grad.numel():  # the kernels write a sum over samples and have none
+        return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     call = _Call(inputs[0], grad, geometry, weight, WEIGHT, parts)
     of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     call.run("_weight", _source(inputs, parts), _Kernel.of(of_weight), grad.data_ptr())
