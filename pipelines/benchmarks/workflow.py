@@ -11,21 +11,31 @@ and differ, so times and memory tell what a user meets, not which network is fas
 - peak_mb: highest sum over all processes of a command (proportional set size: shared pages count once), sampled twice a
   second; largest_mb: highest VmHWM of one process.
 - repeatable: two fresh starts have the same weights after the first step (CRC-32 of all parameters).
-- after SIGKILL of the whole process group at 60 % of the steps and `again` typed: lost_steps were done twice, and
-  same_weights says whether the last weights are, to the bit, those of the training that was not killed.
+- after SIGKILL of the whole process group at 60 % of the steps and `again` typed: lost_steps were done twice (below 0:
+  never done), and same_weights says whether the last weights are, to the bit, those of the whole training.
 - shared_subjects: patients on both sides of fold 0, by `subjects` in dataset.json.
 
 To be short, a training is 4 epochs of 4 steps: for kanseg two keys on the command line (and for `run` two folds of the
-3D network), for nnU-Net a trainer in a file of its own and the variable nnUNet_extTrainer; all this is left out of the
-counts. nnU-Net's checkpoints are as it makes them: checkpoint_best when the moving average of Dice rises, which in the
-first epochs is nearly always, checkpoint_latest every 50 epochs, of 250 steps each by default.
+3D network), for nnU-Net a trainer in a file of its own and the variable nnUNet_extTrainer. Auto3DSeg has no key for
+steps: 2 epochs of 8 steps of the first of five folds, by options. All this is left out of the counts, as is CMD_PREFIX,
+by which its steps are seen. nnU-Net's checkpoints are as it makes them: checkpoint_best when the moving average of Dice
+rises, which in the first epochs is nearly always, checkpoint_latest every 50 epochs, of 250 steps each by default.
 
 Auto3DSeg downloads its networks as "algorithm templates" from github.com when it runs; without a network the way ends
-there, and its row says so. What its source says of a kill (auto_runner.py of MONAI 1.6.1): the same command skips what
-is finished of analysis and trainings; the training that was killed is not among them.
+there, unless `--templates` names the folder algorithm_templates of Project-MONAI/research-contributions. It is asked
+for SegResNet alone, as DiNTS, otherwise the first to train, takes `cuda:0` by its source. The last run's template was
+not of the archive that MONAI 1.6.1 asks for (21ed8e5), but segmenter.py of commit 0122b72, hyper_parameters.yaml of
+1b8d3e8, train.py of 727faff, validate.py of f64d560 and the rest of 945c6ec. The environment was without mlflow: where
+there is one, this template logs to a folder, which mlflow 3.17 refuses, and the first training ends with that error.
+
+Killed, Auto3DSeg ends by the same command as a success and trains no step: a training that validated once counts as
+finished (`import_bundle_algo_history` of MONAI 1.6.1), by default from epoch 10 of 1250 on. Killed before that, here at
+step 5 of 16, it begins again with the first step.
 
 The last run's numbers are in results/workflow.json: 2 cores (AMD EPYC) shared with other work, load 4 to 8, so its
-seconds are upper bounds. Both planned batches of 2 and patches of 40 x 56 x 40 for these 20 cases.
+seconds are upper bounds. Auto3DSeg had only one of the cores, at load 6.6, and its templates at hand; on one core, load
+5 to 8, nnU-Net was at its first step after 233 s, `kanseg plan` and `train` after 94, `kanseg run` after 22. kanseg and
+nnU-Net planned batches of 2 and patches of 40 x 56 x 40 for these 20 cases, Auto3DSeg of 1 and 32 x 48 x 32.
 """
 
 from __future__ import annotations
@@ -40,7 +50,8 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +66,11 @@ class nnUNetTrainer_short(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = {EPOCHS}, {STEPS}, 2
 """
-# Runs a console script; every optimizer step adds "time CRC-32 of the parameters" to a file, one of them kills all.
+# Runs a script; every optimizer step adds "time CRC-32 of the parameters" to a file, one of them kills all.
 WATCHED = """
-import os, signal, sys, time, zlib
+import os, runpy, signal, sys, time, zlib
 from importlib.metadata import entry_points
-from torch.optim import optimizer
-out, kill, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-done = 0
+out, kill, done = os.environ["STEPS"], int(os.environ["KILL"]), 0
 def watch(optimizer, *_):
     global done
     now, crc, done = time.time(), 0, done + 1
@@ -72,9 +81,15 @@ def watch(optimizer, *_):
         print(now, crc, file=file)
     if done == kill:
         os.killpg(0, signal.SIGKILL)
-optimizer.register_optimizer_step_post_hook(watch)
-script, = entry_points(group="console_scripts", name=sys.argv[0])
-sys.exit(script.load()())
+if __name__ == "__main__":  # processes that it spawns import this file
+    from torch.optim import optimizer
+    optimizer.register_optimizer_step_post_hook(watch)
+    sys.argv, sys.path[0] = sys.argv[1:], os.path.dirname(sys.argv[1])
+    if sys.argv[0].endswith(".py"):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        script, = entry_points(group="console_scripts", name=sys.argv[0])
+        sys.exit(script.load()())
 """
 MEMORY = ("peak_mb", "largest_mb")
 
@@ -83,8 +98,9 @@ MEMORY = ("peak_mb", "largest_mb")
 class Tool:
     """What is typed for one tool. `{data}` and `{run}` in commands and variables become folders.
 
-    `short` is added to the training commands and `hidden` to the variables, to make the training short. nnU-Net's
-    converter wants a folder imagesTs even if it is empty; the Decathlon's archive has one.
+    `short` takes the place of `{short}` in commands and `hidden` is added to the variables, to make the training short
+    and to see its steps. nnU-Net's converter wants a folder imagesTs even if it is empty; the Decathlon's archive has
+    one.
     """
 
     package: str
@@ -99,28 +115,28 @@ class Tool:
     trainings: int = 1
 
 
-NNUNET = "nnUNetv2_train 4 3d_fullres 0 -device cpu"
+NNUNET = "nnUNetv2_train 4 3d_fullres 0 -device cpu{short}"
 KEYS = f"training.max_epochs={EPOCHS} training.steps_per_epoch={STEPS}"
 AUTO3DSEG = (
-    "python -m monai.apps.auto3dseg AutoRunner run --work_dir {run}/results --input "
-    '\'{{"modality": "mri", "datalist": "{data}/dataset.json", "dataroot": "{data}"}}\''
+    "python -m monai.apps.auto3dseg AutoRunner {short}run --work_dir {run}/results --input "
+    '\'{{"modality": "mri", "datalist": "{data}/dataset.json", "dataroot": "{data}"}}\' --algos segresnet'
 )
 TOOLS = {
     "kanseg run": Tool(
         "kanseg",
         (),
-        "kanseg run {data} -o {run}/results",
-        "kanseg run {data} -o {run}/results",
-        f"{KEYS} data.folds=2 --configurations 3d",
+        "kanseg run {data} -o {run}/results{short}",
+        "kanseg run {data} -o {run}/results{short}",
+        f" {KEYS} data.folds=2 --configurations 3d",
         splits="{run}/results/3d/splits.json",
         trainings=2,
     ),
     "kanseg plan, train": Tool(
         "kanseg",
         ("kanseg plan {data} -o {run}/results",),
-        "kanseg train {run}/results",
+        "kanseg train {run}/results{short}",
         "kanseg train {run}/results --resume",
-        KEYS,
+        f" {KEYS}",
         splits="{run}/results/splits.json",
     ),
     "nnU-Net v2": Tool(
@@ -132,7 +148,7 @@ TOOLS = {
         ),
         NNUNET,
         f"{NNUNET} --c",
-        "-tr nnUNetTrainer_short",
+        " -tr nnUNetTrainer_short",
         variables={f"nnUNet_{name}": f"{{run}}/{name}" for name in ("raw", "preprocessed", "results")},
         hidden={"nnUNet_extTrainer": "{run}/trainers"},
         splits="{run}/preprocessed/Dataset004_Hippocampus/splits_final.json",
@@ -142,6 +158,10 @@ TOOLS = {
         (),
         AUTO3DSEG,
         AUTO3DSEG,
+        "--templates_path_or_url {templates} set_num_fold 1 "
+        'set_training_params \'{{"num_epochs": 2, "quick": True}}\' ',
+        hidden={"CMD_PREFIX": "python {run}/../watched.py"},
+        splits="{run}/results/dataset.json",
     ),
 }
 
@@ -158,6 +178,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--nnunet", type=Path, help="bin folder of an environment with nnunetv2")
     parser.add_argument("--auto3dseg", type=Path, help="bin folder of an environment with monai and fire")
+    parser.add_argument(
+        "--templates", type=os.path.abspath, help="folder algorithm_templates, else downloaded"
+    )
     parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
     given = parser.parse_args()
     bins = {"kanseg": Path(sys.executable).parent, "nnunetv2": given.nnunet, "monai": given.auto3dseg}
@@ -167,7 +190,8 @@ def main() -> None:
         "tools": json.loads(given.out.read_text())["tools"] if given.out and given.out.exists() else {},
     }
     for name in given.tools:
-        tool = TOOLS[name]
+        tool = TOOLS[name]  # MONAI downloads the templates `None`
+        tool = replace(tool, short=tool.short.replace("{templates}", str(given.templates)))
         if folder := bins[tool.package]:
             with tempfile.TemporaryDirectory() as temporary:
                 results["tools"][name] = follow(tool, folder, given.data, given.cases, Path(temporary))
@@ -200,14 +224,14 @@ def follow(tool: Tool, bins: Path, data: Path, cases: int, folder: Path) -> dict
         killed_at = round(KILLED_AT * steps)
         if tool.prepare:
             shutil.copytree(way.run, folder / "second")
-        whole = way.go(f"{tool.train} {tool.short}")
+        whole = way.go(tool.train)
         row |= {"first_step_s": round(whole[0][0] - begun, 1), "finished_s": round(time.time() - begun, 1)}
         row |= way.memory
         row["shared_subjects"] = _shared(source, Path(way.place(tool.splits)))
         way.run = folder / "second"
         way.run.mkdir(exist_ok=True)
-        first = way.go(f"{tool.train} {tool.short}", killed_at)
-        second = way.go(f"{tool.again} {tool.short if '--resume' not in tool.again else ''}")
+        first = way.go(tool.train, killed_at)
+        second = way.go(tool.again)
     except CommandError as error:
         return row | way.memory | {"stopped_s": round(time.time() - begun, 1), "not_run": str(error)}
     return row | {
@@ -215,7 +239,7 @@ def follow(tool: Tool, bins: Path, data: Path, cases: int, folder: Path) -> dict
         "killed_at": len(first),
         "repeatable": first[0][1] == whole[0][1],
         "lost_steps": len(first) + len(second) - len(whole),
-        "same_weights": second[-1][1] == whole[-1][1],
+        "same_weights": (second or first)[-1][1] == whole[-1][1],
         "load_at_end": round(os.getloadavg()[0], 1),
     }
 
@@ -230,7 +254,7 @@ class Way:
 
     def place(self, text: str) -> str:
         """The text with its folders."""
-        return text.format(data=self.data, run=self.run)
+        return text.replace("{short}", self.tool.short).format(data=self.data, run=self.run)
 
     def go(self, command: str, kill: int = 0) -> list[tuple[float, str]]:
         """Run a command, until so many steps if `kill`; time and CRC-32 of each training step it took.
@@ -239,16 +263,16 @@ class Way:
             CommandError: the exit code is not that of success, respectively of the kill.
         """
         words = shlex.split(self.place(command))
-        log, steps = self.run.with_name("log.txt"), self.run.with_name("steps.txt")
+        log, steps, watched = (self.run.with_name(name) for name in ("log.txt", "steps.txt", "watched.py"))
         steps.write_text("")
+        watched.write_text(WATCHED)
         (self.run / "trainers").mkdir(exist_ok=True)
         (self.run / "trainers" / "short.py").write_text(TRAINER)
         variables = {**self.tool.variables, **self.tool.hidden}
         environment = os.environ | {key: self.place(value) for key, value in variables.items()}
-        if words[0] == "python":
-            words[0] = str(self.bins / "python")
-        elif words[0] != "mkdir":
-            words = [str(self.bins / "python"), "-c", WATCHED, str(steps), str(kill), *words]
+        environment |= {"PATH": f"{self.bins}:{os.environ['PATH']}", "STEPS": str(steps), "KILL": str(kill)}
+        if words[0] not in ("python", "mkdir"):
+            words = ["python", str(watched), *words]
         with log.open("w") as file:
             process = subprocess.Popen(
                 words, stdout=file, stderr=file, env=environment, start_new_session=True, cwd=self.run
@@ -277,7 +301,7 @@ class Way:
 
 
 def _shown(text: str) -> str:
-    return text.format(data="Task04_Hippocampus", run="RUN")
+    return text.format(data="Task04_Hippocampus", run="RUN", short="")
 
 
 def _high_water(pid: int) -> float:
@@ -289,7 +313,7 @@ def _subset(data: Path, out: Path, count: int) -> Path:
     """The first cases of an MSD folder as a folder of its own."""
     described = json.loads((data / "dataset.json").read_text())
     kept = described["training"][:count]
-    names = {Path(case["image"]).name.removesuffix(".nii.gz") for case in kept}
+    names = _names(kept)
     subjects = {case: subject for case, subject in described.get("subjects", {}).items() if case in names}
     described |= {"training": kept, "numTraining": len(kept), "test": [], "subjects": subjects}
     for path in (path for case in kept for path in case.values()):
@@ -301,8 +325,19 @@ def _subset(data: Path, out: Path, count: int) -> Path:
 
 def _shared(data: Path, splits: Path) -> int:
     subjects = json.loads((data / "dataset.json").read_text())["subjects"]
-    fold = json.loads(splits.read_text())[0]
-    return len({subjects[case] for case in fold["train"]} & {subjects[case] for case in fold["val"]})
+    train, val = _fold_0(json.loads(splits.read_text()))
+    return len({subjects[case] for case in train} & {subjects[case] for case in val})
+
+
+def _fold_0(splits: Any) -> tuple[Iterable[str], Iterable[str]]:
+    if isinstance(splits, list):
+        return splits[0]["train"], splits[0]["val"]
+    val = _names(case for case in splits["training"] if case["fold"] == 0)  # Auto3DSeg's copy of dataset.json
+    return _names(splits["training"]) - val, val
+
+
+def _names(cases: Iterable[dict[str, Any]]) -> set[str]:
+    return {Path(case["image"]).name.removesuffix(".nii.gz") for case in cases}
 
 
 def _version(package: str, bins: Path) -> str:
