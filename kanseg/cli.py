@@ -58,6 +58,8 @@ def demo(
 ) -> None:
     """Plan, train, predict and evaluate on embedded data, offline, in minutes on two CPU cores.
 
+    For weights that are there already, without training: kanseg predict -m hippocampus -i scan.nii.gz -o mask.nii.gz
+
     Example: kanseg demo -o runs/demo
     """
     from kanseg.demo import run_demo

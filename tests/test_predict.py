@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from kanseg.data.formats import find_images, read_dataset
@@ -218,3 +220,24 @@ def test_a_channel_that_is_missing_is_named(plan: Plan, blobs: Path, tmp_path: P
     cases = find_images(tmp_path / "b_0001.nii.gz")
     with pytest.raises(UserError, match=r"the model expects 2 \(T1, FLAIR\).* what is missing: T1 \(_0000\)"):
         predict_case(Brightness(), cases[0], two)
+
+
+def test_an_image_unlike_the_training_is_named_before_the_work_and_an_empty_answer_after_it(
+    plan: Plan, blobs: Path, tmp_path: Path
+) -> None:
+    class Silent(nn.Module):
+        said_before = ""
+
+        def forward(self, x: Tensor) -> Tensor:
+            Silent.said_before = Silent.said_before or stream.getvalue()
+            return torch.cat([torch.ones_like(x), torch.zeros_like(x), torch.zeros_like(x)], dim=1)
+
+    image = nib.load(blobs / "imagesTr" / "case_0.nii.gz")
+    far = image.affine @ np.diag([9.0, 9.0, 9.0, 1.0])
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), far), tmp_path / "far.nii.gz")
+    stream = io.StringIO()
+    console = Console(file=stream)
+    small = replace(plan, spacing=[s * 9 for s in plan.spacing])
+    assert predict_folder(Silent(), small, find_images(tmp_path), tmp_path / "out", console=console) == {}
+    assert "far: note: it measures" in Silent.said_before
+    assert "nothing was found in it" in stream.getvalue()

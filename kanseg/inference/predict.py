@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from pathlib import Path
@@ -103,10 +103,19 @@ def decide(chances: Iterable[np.ndarray], values: Sequence[int], regions: bool) 
     return np.asarray(values, np.int32)[numbers]
 
 
-def predict(model: Network, case: Case, plan: Plans, *, watch: Watch | None = None, **how: Any) -> Prediction:
+def predict(
+    model: Network,
+    case: Case,
+    plan: Plans,
+    *,
+    watch: Watch | None = None,
+    look: Callable[[Image], None] | None = None,
+    **how: Any,
+) -> Prediction:
     """Logits of one case, by one network or by several, each with its plan.
 
     Args:
+        look: is shown the image before anything is predicted.
         how: overlap, blending, tta, device, memory; see `kanseg.inference.logits.whole_logits`.
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
@@ -114,6 +123,8 @@ def predict(model: Network, case: Case, plan: Plans, *, watch: Watch | None = No
     parts = []
     for number, (network, own) in enumerate(zip(models, plans, strict=True)):
         item, source = load_case(case, own, with_label=False)
+        if look is not None and number == 0:
+            look(source)
         seen = None if watch is None else _shifted(watch, number, len(models))
         was_training = network.training
         network.eval()
@@ -199,7 +210,8 @@ def predict_folder(
                 watch = (
                     telling(f"{case.id}: windows") if progress.disable else partial(_show, progress, within)
                 )
-                predicted = predict(model, case, plan, watch=watch, **how)
+                look = partial(_remark_on, console, case.id, first)
+                predicted = predict(model, case, plan, watch=watch, look=look, **how)
                 labels = predicted.labels()
                 if rules:
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
@@ -219,11 +231,16 @@ def predict_folder(
                 console.print(f"{case.id} -> {path}", highlight=False, soft_wrap=True)
                 if unsure:
                     console.print(f"  {in_words(unsure)}", highlight=False, soft_wrap=True)
-                source = predicted.source
-                if said := unlike_training(source.array.shape[1:], source.affine, first.fingerprint):
-                    console.print(f"  note: {said}", highlight=False, soft_wrap=True)
+                if (labels == first.label_values[0]).all():
+                    console.print("  note: nothing was found in it", highlight=False)
             progress.advance(task)
     return failures
+
+
+def _remark_on(console: Console, case: str, plan: Plan, image: Image) -> None:
+    """Say before the work begins what looks unlike the images of the training."""
+    if said := unlike_training(image.array.shape[1:], image.affine, plan.fingerprint):
+        console.print(f"{case}: note: {said}", highlight=False, soft_wrap=True)
 
 
 def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
