@@ -281,3 +281,10 @@ def test_regions_of_the_command_line_fit_a_repaired_copy_too(blobs, tmp_path):
     scores = json.loads((tmp_path / "run/2d/cross_validation.json").read_text())["metrics"]
     assert set(scores) == {"both", "far", "mean"}
     assert "both" in (tmp_path / "run/report.html").read_text()
+
+
+def test_the_folder_of_a_single_training_is_refused(balls, tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(UsageError, match="is a run of kanseg plan and train.*Choose another folder"):
+        run_pipeline(balls[0].source, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -169,6 +169,11 @@ def _fitting(wanted: Sequence[str], dataset: Dataset) -> list[str]:
 
 
 def _check_asked(run: Path, asked: Mapping[str, Any], override: bool) -> None:
+    if (run / PLAN).exists():
+        raise UsageError(
+            f"{run} is a run of kanseg plan and train, which kanseg run would not use. Choose another folder, or go on "
+            f"there by kanseg train {run} -f all --resume."
+        )
     before = read_json(run / SETTINGS) or asked
     changed = [key for key in asked if before.get(key) != asked[key]]
     fixed = [key for key in changed if key == "data" or (key in PLANNED and any(run.glob(f"*/{PLAN}")))]
