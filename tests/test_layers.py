@@ -15,7 +15,7 @@ from kanseg.bases import BASES
 from kanseg.errors import UsageError
 from kanseg.layers import FAMILIES, ConvLayer, KANConv, conv_layer
 from kanseg.layers.families import LAYER_CLASSES
-from kanseg.layers.kan_conv import ConvGeometry
+from kanseg.layers.geometry import ConvGeometry
 from kanseg.layers.pointwise import pointwise_conv
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kanseg.compat import blocks, layers, legacy, linear
 from kanseg.compat.links import Conversion, Link, below, same_names
 from kanseg.errors import UsageError, did_you_mean
-from kanseg.layers.kan_conv import per_axis
+from kanseg.layers.geometry import per_axis
 from kanseg.layers.linear import KANMLP
 from kanseg.layers.mixture import take_balance_loss
 from kanseg.models.u2kanet import NestedU

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kanseg.encoders.transfer import load_encoder
 from kanseg.errors import OptionError, UsageError, did_you_mean, unknown_option
-from kanseg.layers.kan_conv import CONVOLUTIONS, per_axis
+from kanseg.layers.geometry import CONVOLUTIONS, per_axis
 from kanseg.registry import Registry
 
 ENCODERS = Registry("encoder")

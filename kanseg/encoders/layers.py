@@ -10,7 +10,7 @@ from torch import nn
 
 from kanseg.errors import UsageError
 from kanseg.layers import MixtureOfExperts, conv_layer
-from kanseg.layers.kan_conv import per_axis
+from kanseg.layers.geometry import per_axis
 
 LayerFactory = Callable[..., nn.Module]  # (spatial_dims, in_channels, out_channels, kernel_size, **geometry)
 Layer = str | None | LayerFactory

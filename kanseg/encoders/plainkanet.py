@@ -13,7 +13,7 @@ from kanseg.encoders.encoder import ENCODERS, Encoder
 from kanseg.encoders.layers import Layer, LayerFactory, check_kernels, stage_layers
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers import KANAttention, conv_layer
-from kanseg.layers.kan_conv import per_axis
+from kanseg.layers.geometry import per_axis
 
 DOWNSAMPLING = ("stride", "max_pool")
 

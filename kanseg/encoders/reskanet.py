@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kanseg.encoders.encoder import ENCODERS, Encoder
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, check_kernels, network_layer, stage_layers
 from kanseg.errors import UsageError, did_you_mean
-from kanseg.layers.kan_conv import per_axis
+from kanseg.layers.geometry import per_axis
 
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 DEPTHS[152] = (3, 8, 36, 3)

@@ -15,7 +15,7 @@ from kanseg.encoders.layers import network_layer
 from kanseg.errors import UsageError
 from kanseg.layers import ConvLayer
 from kanseg.layers.families import FAMILIES
-from kanseg.layers.kan_conv import ConvGeometry
+from kanseg.layers.geometry import ConvGeometry
 
 # smp wants five maps of strides 2 to 32; encoders that are sized by their options get these.
 SIZED = {"features_per_stage": (32, 64, 128, 256, 256), "strides": (2,) * 5}

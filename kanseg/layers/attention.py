@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.families import conv_layer as kan_layer
-from kanseg.layers.kan_conv import norm_layer, normalise
+from kanseg.layers.norms import norm_layer, normalise
 from kanseg.layers.pointwise import pointwise_conv
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.errors import UsageError
-from kanseg.layers.kan_conv import ActSpec, ConvGeometry, KANConv, activation, check_dropout, lean, recomputed
+from kanseg.layers.geometry import ConvGeometry, lean, recomputed
+from kanseg.layers.kan_conv import KANConv, check_dropout
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last
+from kanseg.layers.norms import ActSpec, activation
 
 
 class NoiseInjection(nn.Module):

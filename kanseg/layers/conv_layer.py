@@ -14,19 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _global_forward_hooks
 
 from kanseg.errors import UsageError
-from kanseg.layers.kan_conv import (
-    CHANNEL_DROPOUT,
-    ActSpec,
-    ConvGeometry,
-    KANConv,
-    activation,
-    fused_norm_serves,
-    norm_layer,
-    normalise,
-    recomputed,
-)
+from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, recomputed
+from kanseg.layers.kan_conv import KANConv
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.rows import channels_last
+from kanseg.layers.norms import ActSpec, activation, fused_norm_serves, norm_layer, normalise
 
 
 class GroupPReLU(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kanseg.errors import UsageError
 from kanseg.layers.families import conv_layer as kan_layer
-from kanseg.layers.kan_conv import norm_layer, normalise
+from kanseg.layers.norms import norm_layer, normalise
 from kanseg.layers.pointwise import pointwise_conv
 
 

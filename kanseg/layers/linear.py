@@ -21,7 +21,8 @@ from kanseg.bases.wavelet import get_wavelet
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.bottleneck import inner_width
 from kanseg.layers.families import family_name
-from kanseg.layers.kan_conv import ActSpec, activation, recomputed
+from kanseg.layers.geometry import recomputed
+from kanseg.layers.norms import ActSpec, activation
 
 EDGES_AT_ONCE = (
     1 << 18

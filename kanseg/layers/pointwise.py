@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kanseg.layers.kan_conv import lean
+from kanseg.layers.geometry import lean
 from kanseg.layers.kernels.plain_conv import pointwise_product
 
 

@@ -11,20 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
-from kanseg.layers.kan_conv import (
-    CHANNEL_DROPOUT,
-    ActSpec,
-    ConvGeometry,
-    activation,
-    check_dropout,
-    lean,
-    transformed,
-)
+from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, transformed
+from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import Slab, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first, plain_eager
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last
+from kanseg.layers.norms import ActSpec, activation
 
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
 STEPS = 3  # maps of as many edges that a wavelet's steps hold at once

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kanseg.encoders import Encoder, create_encoder
 from kanseg.encoders.layers import Layer
 from kanseg.errors import UsageError, did_you_mean
+from kanseg.layers.geometry import per_axis
 from kanseg.layers.heads import MatryoshkaHead
-from kanseg.layers.kan_conv import per_axis
 from kanseg.layers.linear import KANMLP
 from kanseg.models.model import CLASSIFIERS
 from kanseg.models.u_shape import check_input

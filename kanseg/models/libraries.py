@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kanseg.encoders.pretrained import check_smp_encoder
 from kanseg.errors import UsageError, did_you_mean, refused_options
-from kanseg.layers.kan_conv import per_axis
+from kanseg.layers.geometry import per_axis
 from kanseg.models.model import MODELS
 
 DIVISIBLE = 32  # what five halvings ask of a size

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, network_layer
 from kanseg.errors import UsageError
-from kanseg.layers.kan_conv import CONVOLUTIONS
+from kanseg.layers.geometry import CONVOLUTIONS
 from kanseg.layers.pointwise import pointwise_conv
 from kanseg.models.model import MODELS
 from kanseg.models.u_shape import check_input, logits, resize

@@ -1,0 +1,54 @@
+"""Norms and activations by MONAI's names, and which of them the kernels compute in one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.networks.layers.utils import get_act_layer, get_norm_layer
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from kanseg.errors import UsageError
+from kanseg.layers.geometry import lean
+from kanseg.layers.kernels import gpu
+from kanseg.layers.kernels.rows import FORMATS
+
+ActSpec = str | tuple[str, dict[str, Any]] | None
+
+
+def activation(act: ActSpec) -> nn.Module:
+    """An activation by MONAI's name ("silu" is "swish" there), identity for None."""
+    if act is None:
+        return nn.Identity()
+    made = nn.SiLU() if act == "silu" else get_act_layer(act)
+    if getattr(made, "inplace", False):
+        made.inplace = False  # others read its input too
+    return made
+
+
+def norm_layer(norm: str | Sequence, spatial_dims: int, channels: int) -> nn.Module:
+    """A norm of MONAI's by its spec; `UsageError` with the nearest name for one that is not known."""
+    try:
+        return get_norm_layer(norm if isinstance(norm, str) else tuple(norm), spatial_dims, channels)
+    except ValueError as error:
+        raise UsageError(f"norm={norm!r} is not known: {' '.join(str(error).split())}") from error
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), also where torch refuses an instance norm: a map of one voxel, which becomes its bias, or of none."""
+    if isinstance(norm, _InstanceNorm) and not x.numel():
+        return x + sum(p.sum() for p in norm.parameters())  # nothing, with a gradient for each
+    stored = getattr(norm, "track_running_stats", False) and not norm.training  # statistics, which serve
+    if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1 and not stored:
+        return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
+    return norm(x)
+
+
+def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
+    """Whether `instance_norm_act` computes this norm."""
+    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or x.dim() not in FORMATS:
+        return False
+    return (x.dtype.itemsize >= 4 or x.device.type == "cuda" or gpu.serves(x)) and lean(x)
