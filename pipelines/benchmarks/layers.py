@@ -7,6 +7,7 @@ the lowest and the highest. The plain rival is `torch.nn.Conv2d/3d` alone, chann
 otherwise. It allocates so much that a good part of its time is fresh memory: `--allocator system` leaves memory to the
 system as a plain Python program does, the default keeps what was freed as kanseg's own trainings do.
 
+    python pipelines/benchmarks/layers.py --complete runs/layers --reference ../torch-conv-kan
     python pipelines/benchmarks/layers.py -o pipelines/benchmarks/results/layers.json
     python pipelines/benchmarks/layers.py --families kagn kan --reference ../torch-conv-kan --allocator system
     python pipelines/benchmarks/layers.py --layers-of-ukanet --families kagn -o ukanet_layers.json
@@ -14,7 +15,8 @@ system as a plain Python program does, the default keeps what was freed as kanse
 
 On a GPU a third rival is the plain convolution with as many input channels as the expansion has ("folded"): the same
 operations, already expanded. With `-o FILE.json` the table is also written as FILE.md. `--layers-of-ukanet` takes
-every shape of layer that a UKANet (3D, 16 to 128 channels, a patch of 64^3) has instead.
+every shape of layer that a UKANet (3D, 16 to 128 channels, a patch of 64^3) has instead. `--complete FOLDER` makes all
+tables of a processor one after the other: these layers, those without the extension, and with `--reference` the rest.
 """
 
 from __future__ import annotations
@@ -64,6 +66,20 @@ CASES = {
     )
 }
 KEYS = ("forward", "training")
+# Tables of `--complete`: what is in the environment, and the arguments.
+WIDEST = ["--cases", "3d 32 -> 32, 48^3", "--families", "kagn", "kan"]
+TABLES: dict[str, tuple[dict[str, str], list[str]]] = {
+    "layers": ({}, []),
+    "layers_without_extension": (
+        {"KANSEG_NATIVE": "0"},
+        ["--cases", "2d 32 -> 32, 128^2", "--families", "kagn", "kan"],
+    ),
+}
+OF_REFERENCE: dict[str, tuple[dict[str, str], list[str]]] = {
+    "layers_reference": ({}, WIDEST),
+    "layers_reference_system": ({}, [*WIDEST, "--allocator", "system"]),
+    "layers_of_ukanet": ({}, ["--layers-of-ukanet", "--families", "kagn"]),
+}
 CPU_CASES = list(CASES)[:3]
 REFERENCES = {  # families and names of layers there
     "kagn": "KAGNConv",
@@ -98,6 +114,9 @@ def main() -> None:
     """Run the cases, print a table and write the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-o", "--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument(
+        "--complete", type=Path, metavar="FOLDER", help="all tables of a processor, in a folder"
+    )
     parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--cases", nargs="*", default=CPU_CASES, choices=CASES)
     parser.add_argument("--layers-of-ukanet", action="store_true", help="instead of the cases")
@@ -113,6 +132,8 @@ def main() -> None:
         help="kept: freed memory stays with the process, as in kanseg's trainings; system: as Python starts",
     )
     given = parser.parse_args()
+    if given.complete:
+        return complete(given.complete, given.rounds, given.reference)
 
     import torch
 
@@ -149,6 +170,17 @@ def main() -> None:
                 print(line, flush=True)
             if given.out:  # now, so that a run that is cut off has left something
                 write(given.out, results, markdown(results))
+
+
+def complete(folder: Path, rounds: int, reference: Path | None) -> None:
+    """Each table by a process of its own."""
+    clone = ["--reference", str(reference)] if reference else []
+    tables = dict(TABLES)
+    tables |= {name: (set_, [*given, *clone]) for name, (set_, given) in OF_REFERENCE.items() if reference}
+    for name, (environment, arguments) in tables.items():
+        out = ["--rounds", str(rounds), "-o", str(folder / f"{name}.json")]
+        command = [sys.executable, __file__, *arguments, *out]
+        subprocess.run(command, env={**os.environ, **environment}, check=True)
 
 
 def write(path: Path, results: dict[str, Any], table: str) -> None:
