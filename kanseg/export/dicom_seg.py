@@ -55,11 +55,7 @@ def write_segmentation(
     Raises:
         UserError: highdicom is not installed, or the series lacks what a segmentation has to repeat.
     """
-    highdicom, pydicom = _libraries()
-    if not is_series(source.path):
-        raise UserError(
-            f"{source.path} is no DICOM series, and a DICOM-SEG refers to one. Write .nii.gz instead."
-        )
+    highdicom, pydicom = check_series(source.path)
     numbers = np.zeros(labels.shape, np.uint8 if len(values) <= 256 else np.uint16)
     for number, value in enumerate(values[1:], start=1):
         numbers[labels == value] = number
@@ -124,9 +120,23 @@ def _completed(header: Any, spacing: float) -> Any:
     return header
 
 
-def is_series(path: Path) -> bool:
-    """Whether an image came from a folder with a DICOM series."""
-    return path.is_dir()
+def check_series(path: Path) -> tuple[Any, Any]:
+    """The libraries that write segmentations of this image.
+
+    Raises:
+        UserError: it is no DICOM series, or a library is not installed.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is no DICOM series, and a DICOM-SEG refers to one. Give the folder of a series, or write another "
+            "format."
+        )
+    try:
+        import highdicom
+        import pydicom
+    except ImportError as error:
+        raise UserError(f"DICOM-SEG needs {error.name}: pip install 'kanseg[dicom]'.") from error
+    return highdicom, pydicom
 
 
 def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[str]) -> list[Any]:
@@ -173,15 +183,6 @@ def code_of(name: str) -> tuple[str, str]:
         if kind in known:
             return ANATOMY, kind
     return ANATOMY, ANATOMY
-
-
-def _libraries() -> tuple[Any, Any]:
-    try:
-        import highdicom
-        import pydicom
-    except ImportError as error:
-        raise UserError(f"DICOM-SEG needs {error.name}: pip install 'kanseg[dicom]'.") from error
-    return highdicom, pydicom
 
 
 def _save(path: Path, made: Any) -> Path:

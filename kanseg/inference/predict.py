@@ -35,7 +35,7 @@ from kanseg.data.images import (
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import Item, highest, load_case, restore, restored_labels
 from kanseg.errors import UsageError, UserError
-from kanseg.export.dicom_seg import DICOM_SEG, is_series, write_segmentation
+from kanseg.export.dicom_seg import DICOM_SEG, check_series, write_segmentation
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
@@ -280,11 +280,8 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
     else:
         paths = [out / f"{case.id}{suffix or _suffix(case)}" for case in cases]
     for case, path in zip(cases, paths, strict=True):
-        if suffix_of(path) == DICOM_SEG and not is_series(case.images[0]):
-            raise UsageError(
-                f"{case.images[0]} is no DICOM series, and a DICOM-SEG refers to one. Give the folder of a series, or "
-                "write another format."
-            )
+        if suffix_of(path) == DICOM_SEG:
+            check_series(case.images[0])
     taken = {image.resolve(): "an image to be segmented" for case in cases for image in case.images}
     for case, path in zip(cases, paths, strict=True):
         if other := taken.get(path.resolve()):
