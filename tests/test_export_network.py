@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from test_ensemble import checkpoint
 
 from kanseg import create_model
@@ -19,6 +22,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.export import network as exporting
 from kanseg.export.network import FORMATS, TOLERANCE, compare, export_network, program_of
 from kanseg.inference.ensemble import Loaded
+from kanseg.inference.predict import predict_case
 from kanseg.layers import FAMILIES, conv_layer
 
 CONTENTS = {
@@ -56,7 +60,8 @@ def test_folds_become_one_file_with_the_same_label_maps(
     assert about["parity"] == said["parity"]
     assert said["parity"]["relative_difference"] < TOLERANCE
     assert said["parity"]["image"]["equal_labels"] > 0.999
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([FORMATS[to].file, "model.json"])
+    assert (tmp_path / "out" / FORMATS[to].file).is_file()
+    assert not list((tmp_path / "out").rglob(".part*"))
 
 
 def test_a_program_of_torch_runs_without_kanseg(plan: Plan, tmp_path: Path) -> None:
@@ -84,11 +89,17 @@ def test_every_family_is_written_in_plain_operations(basis: str) -> None:
     assert found["relative_difference"] < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["ukagnet", "u2kanet_small", "ukan"])
-def test_other_networks_are_exported_too(name: str, tmp_path: Path) -> None:
-    network = create_model(name, 2, 1, 2, width=0.25) if name != "ukan" else create_model(name, 2, 1, 2)
-    program = program_of(network.eval(), (1, 32, 32))
-    FORMATS["onnx"].write(program, tmp_path / "model.onnx")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ukagnet", {"width": 0.25}),
+        pytest.param("ukan", {}, marks=pytest.mark.slow),
+        pytest.param("u2kanet_small", {"width": 0.25}, marks=pytest.mark.slow),
+    ],
+)
+def test_other_networks_are_exported_too(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    network = create_model(name, 2, 1, 2, **options).eval()
+    FORMATS["onnx"].write(program_of(network, (1, 32, 32)), tmp_path / "model.onnx")
     run = FORMATS["onnx"].open(tmp_path / "model.onnx")
     assert compare(network, run, (1, 32, 32))["relative_difference"] < TOLERANCE
 
@@ -106,7 +117,9 @@ def test_a_file_that_differs_is_not_kept(plan: Plan, tmp_path: Path, monkeypatch
 def test_what_cannot_be_exported_is_said(plan: Plan, tmp_path: Path) -> None:
     checkpoint(plan, tmp_path / "a", 0)
     checkpoint(plan, tmp_path / "b", 0, spacing=[2.0, 2.0, 2.0])
-    with pytest.raises(UsageError, match="Unknown format 'onx'. Known: onnx, torch. Did you mean 'onnx'"):
+    with pytest.raises(
+        UsageError, match="Unknown format 'onx'. Known: onnx, torch, monai. Did you mean 'onnx'"
+    ):
         export_network([tmp_path / "a"], tmp_path / "out", "onx")
     with pytest.raises(UserError, match="2 different plans"):
         export_network([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
@@ -118,3 +131,44 @@ def test_the_steps_say_how_images_were_normalised(plan: Plan) -> None:
     said = " ".join(exporting.describe(plan, "onnx", FORMATS["onnx"])["steps"])
     assert "clip to -100 ... 250, subtract 60, divide by 40" in said
     assert np.prod(plan.patch_size) == 16**3
+
+
+SCHEMES: list[dict[str, Any]] = [
+    {"scheme": "zscore"},
+    {"scheme": "zscore_nonzero"},
+    {"scheme": "ct", "lower": 0.1, "upper": 0.9, "mean": 0.5, "std": 0.2},
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme["scheme"])
+def test_a_bundle_run_by_monai_writes_what_kanseg_predicts(
+    scheme: dict[str, Any], plan: Plan, blobs: Path, tmp_path: Path
+) -> None:
+    spacing = [1.3 * s for s in plan.spacing]
+    changes: dict[str, Any] = {"label_values": [0, 7, 300], "label_dtype": "uint16", "spacing": spacing}
+    checkpoint(plan, tmp_path / "fold_0", 0, normalization=[scheme], **changes)
+    out = tmp_path / "bundle"
+    export_network([tmp_path / "fold_0"], out, "monai")
+    parser = ConfigParser()
+    parser.read_config(out / "configs" / "inference.json")
+    parser["bundle_root"], parser["dataset_dir"] = str(out), str(blobs / "imagesTr")
+    parser["output_dir"] = str(tmp_path / "masks")
+    parser["datalist"] = parser.get_parsed_content("datalist")[:1]
+    parser.get_parsed_content("run")
+    (written,) = (tmp_path / "masks").iterdir()
+    loaded, case = Loaded([tmp_path / "fold_0"]), read_dataset(blobs).cases[0]
+    labels, _ = predict_case(loaded.networks, case, loaded.plans)
+    found = nib.load(written)
+    assert written.name.startswith(case.id)
+    assert (np.asarray(found.dataobj) == labels).mean() > 0.999
+    assert len(np.unique(labels)) > 1
+    np.testing.assert_allclose(found.affine, nib.load(case.images[0]).affine, atol=1e-5)
+    about = json.loads((out / "configs" / "metadata.json").read_text())
+    assert about["network_data_format"]["outputs"]["pred"]["channel_def"]["1"] == plan.label_names[1]
+
+
+def test_a_bundle_for_what_it_cannot_express_is_refused(plan: Plan, tmp_path: Path) -> None:
+    checkpoint(plan, tmp_path / "fold_0", 0, regions=[[0], [1, 2], [2]])
+    with pytest.raises(UserError, match="is not made for regions that overlap. Export --to onnx or torch"):
+        export_network([tmp_path / "fold_0"], tmp_path / "out", "monai")
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Networks for software without kanseg: ONNX, or a program of torch.export, each with what is to be done around it.
+"""Networks for software without kanseg: ONNX, a program of torch.export, a MONAI bundle, with what is done around it.
 
 A KAN layer is written out in plain operations (basis functions, one convolution, norm, activation), so whoever runs the
 file needs neither kanseg nor its kernels. Each export is run beside the original and the difference is written down.
@@ -24,6 +24,7 @@ from kanseg.data.formats import find_images
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import load_case, restored_labels
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
 from kanseg.inference.ensemble import Loaded
 from kanseg.inference.logits import predict_logits
 from kanseg.training.files import make_folder, write_json
@@ -43,12 +44,16 @@ class Format:
         needs: packages that write and run it, of the extra `onnx`.
         write: (program, path) writes it.
         open: path -> a function on arrays that runs it.
+        check: refuses plans that it is not made for.
+        beside: (folder, plan) writes what else belongs to it.
     """
 
     file: str
     needs: tuple[str, ...]
     write: Callable[[torch.export.ExportedProgram, Path], None]
     open: Callable[[Path], Run]
+    check: Callable[[Plan], None] = lambda plan: None
+    beside: Callable[[Path, Plan], None] = lambda out, plan: None
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -75,6 +80,7 @@ def _open_torch(path: Path) -> Run:
 FORMATS = {
     "onnx": Format("model.onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx),
     "torch": Format("model.pt2", (), torch.export.save, _open_torch),
+    "monai": Format(NETWORK, (), torch.export.save, _open_torch, check_bundle, write_bundle),
 }
 
 
@@ -92,7 +98,7 @@ class Exported(nn.Module):
 def export_network(
     models: Sequence[Path], out: Path, to: str = "onnx", *, image: Path | None = None
 ) -> dict[str, Any]:
-    """Write OUT/model.onnx or OUT/model.pt2, and OUT/model.json: inputs, outputs, labels, preprocessing, differences.
+    """Write OUT/model.onnx, OUT/model.pt2 or a bundle, and OUT/model.json: shapes, labels, preprocessing, differences.
 
     Args:
         models: runs, folds, checkpoints or names of weights of one plan; several become one network, their mean.
@@ -117,8 +123,10 @@ def export_network(
             "network. Export each by itself."
         )
     plan, network = loaded.plan, loaded.networks[0]
+    kind.check(plan)
     shape = (plan.in_channels, *plan.patch_size)
-    path = make_folder(out) / kind.file
+    path = out / kind.file
+    make_folder(path.parent)
     part = path.with_name(f".part-{path.name}")
     try:
         kind.write(program_of(network, shape), part)
@@ -132,6 +140,7 @@ def export_network(
                 f"output ({TOLERANCE:g} is allowed), so it was not kept. Report this with the output of `kanseg info`."
             )
         about = {**describe(plan, to, kind), "postprocessing": loaded.rules, "parity": found}
+        kind.beside(out, plan)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
         part.replace(path)
     finally:

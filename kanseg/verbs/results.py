@@ -80,13 +80,15 @@ def ensemble(
 def export(
     models: Annotated[list[Path], typer.Argument(help="Runs, folds, checkpoints or names of weights.")],
     out: Out,
-    to: Annotated[str, typer.Option(help="onnx, or torch (a program of torch.export).")] = "onnx",
+    to: Annotated[
+        str, typer.Option(help="onnx, torch (a program of torch.export), or monai (a bundle).")
+    ] = "onnx",
     image: Annotated[
         Path | None, typer.Option("-i", "--input", help="An image to compare the label maps of both on.")
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Write a network for software without kanseg: OUT/model.onnx or .pt2, and OUT/model.json with all around it.
+    """Write a network for software without kanseg: ONNX, torch.export or a MONAI bundle, and model.json about it.
 
     Several models, or the folds of a run, become one network, their mean. The file is run beside the original, and the
     difference is written down; a file that differs is not kept. ONNX needs the extra `onnx`.
