@@ -15,6 +15,7 @@ from kanseg.data.images import LPS_TO_RAS, read_description, read_image
 from kanseg.data.plan import Plan, make_plan
 from kanseg.errors import UserError
 from kanseg.export.dicom_seg import code_of, write_segmentation
+from kanseg.inference.ensemble import combine_folders
 from kanseg.inference.predict import predict_case, predict_folder
 
 pytest.importorskip("highdicom", reason="the extra kanseg[dicom] is not installed")
@@ -161,3 +162,23 @@ def test_a_segmentation_needs_a_series(blobs: Path, tmp_path: Path) -> None:
 )
 def test_names_are_looked_up_in_the_code_dictionary(name: str, kind: str) -> None:
     assert code_of(name)[1] == kind
+
+
+def test_results_are_neither_put_among_the_images_nor_taken_for_some(
+    series: Path, blobs: Path, tmp_path: Path
+) -> None:
+    plan = replace(make_plan(read_dataset(blobs), memory=2**31), patch_size=[16, 16, 16])
+    cases = find_images(series)
+    with pytest.raises(UserError, match="would lie among the images of its series"):
+        predict_folder(Brightness(), plan, cases, series / "mask.dcm")
+    folder = tmp_path / "all"
+    (folder / "one").mkdir(parents=True)
+    for file in series.iterdir():
+        (folder / "one" / file.name).write_bytes(file.read_bytes())
+    predict_folder(Brightness(), plan, find_images(folder), folder, suffix=".dcm")
+    assert (folder / "one.dcm").is_file()
+    assert [case.id for case in find_images(folder)] == ["one"]
+    (folder / "one" / "mask.dcm").write_bytes((folder / "one.dcm").read_bytes())
+    assert read_image(folder / "one").array.shape == read_image(series).array.shape
+    with pytest.raises(UserError, match="holds DICOM-SEG, which are not combined"):
+        combine_folders([folder, tmp_path / "other"], tmp_path / "both")

@@ -92,3 +92,28 @@ def test_another_table_is_not_replaced(plan: Plan, blobs: Path, tmp_path: Path) 
         predict_folder(Brightness(), plan, find_images(blobs / "imagesTr"), tmp_path, uncertainty=True)
     assert path.read_text() == "a,b\n1,2\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_that_is_damaged_or_gone_is_noticed(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    cases, how = find_images(blobs / "imagesTr")[:1], {"settings": {}, "uncertainty": True}
+    predict_folder(Brightness(), plan, cases, tmp_path, **how)
+    table = (tmp_path / QUALITY).read_text()
+    (tmp_path / QUALITY).unlink()
+    predict_folder(Brightness(), plan, cases, tmp_path, **how)  # done, but for the table
+    assert (tmp_path / QUALITY).read_text() == table
+    (tmp_path / QUALITY).write_text(table + "a,b,1,2,3,4,5\n")
+    with pytest.raises(UserError, match="is damaged"):
+        predict_folder(Brightness(), plan, cases, tmp_path, **how)
+
+
+def test_files_are_known_by_their_own_names(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    case = find_images(blobs / "imagesTr")[:1]
+    for name in ("p1", "p2"):
+        predict_folder(Brightness(), plan, case, tmp_path / f"{name}.nii.gz", uncertainty=True)
+    assert {row["case"] for row in rows_of(tmp_path / QUALITY)} == {"p1", "p2"}
+
+
+def test_what_a_rule_removed_of_a_region_does_not_count() -> None:
+    chances = np.array([[0.1, 0.1], [0.9, 0.9]])
+    rows = doubt(chances, np.array([0, 1]), (0, 1), NAMES[:2], regions=True, spacing=(1,)).rows
+    assert rows[0]["volume_ml"] == pytest.approx(0.001)

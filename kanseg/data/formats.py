@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from kanseg.data.images import LOSSY, SUFFIXES_2D, load_image, read_label, stem_of, suffix_of
+from kanseg.data.images import LOSSY, SUFFIXES_2D, is_no_image, load_image, read_label, stem_of, suffix_of
 from kanseg.data.labels import known_values, parse_labels_of, regions_of
 from kanseg.errors import UserError
 from kanseg.progress import progress
@@ -194,7 +194,7 @@ def _may_be_dicom(path: Path) -> bool:
     if not path.is_file() or path.name.startswith(".") or path.name == "DICOMDIR":
         return False
     if suffix_of(path) == ".dcm":
-        return True
+        return not is_no_image(path)
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 

@@ -403,11 +403,19 @@ def dicom_files(folder: Path) -> list[str]:
     """Files of the one DICOM series of a folder, in the order of the slices."""
     reader = sitk.ImageSeriesReader()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    series = reader.GetGDCMSeriesIDs(str(folder))
+    series = [reader.GetGDCMSeriesFileNames(str(folder), one) for one in reader.GetGDCMSeriesIDs(str(folder))]
+    series = [names for names in series if not is_no_image(Path(names[0]))]
     if len(series) != 1:
         what = "no DICOM series" if not series else f"{len(series)} DICOM series"
         raise UserError(f"{folder} has {what}; one is expected. Give each series a folder of its own.")
-    return list(reader.GetGDCMSeriesFileNames(str(folder), series[0]))
+    return list(series[0])
+
+
+def is_no_image(path: Path) -> bool:
+    """Whether a DICOM file is an object that lies beside images: a segmentation, a report, ..."""
+    with path.open("rb") as file:
+        start = file.read(2048)
+    return any(uid in start for uid in NO_IMAGES)
 
 
 def _require_readable(folder: Path, names: Sequence[str]) -> None:
@@ -416,9 +424,7 @@ def _require_readable(folder: Path, names: Sequence[str]) -> None:
     for path in sorted(folder.glob("*.dcm")):
         if path.name in known:
             continue
-        with path.open("rb") as file:
-            start = file.read(2048)
-        if not any(uid in start for uid in NO_IMAGES):
+        if not is_no_image(path):
             raise UserError(
                 f"{path} cannot be read as DICOM. It is cut short or damaged. Copy it again from its source."
             )

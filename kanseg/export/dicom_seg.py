@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def check_series(path: Path) -> tuple[Any, Any]:
     """The libraries that write segmentations of this image.
 
     Raises:
-        UserError: it is no DICOM series, or a library is not installed.
+        UserError: it is no folder with a DICOM series, or a library is not installed.
     """
     if not path.is_dir():
         raise UserError(
@@ -165,7 +166,7 @@ def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[
 
 
 def code_of(name: str) -> tuple[str, str]:
-    """Category and type of a label's name in pydicom's code dictionary; unknown names are anatomical structures.
+    """Category and type of a label's name in pydicom's code dictionary (CID 7192); others are anatomical structures.
 
     >>> code_of("Left Kidney"), code_of("whole tumour"), code_of("label 3")
     (('AnatomicalStructure', 'Kidney'), ('MorphologicallyAbnormalStructure', 'Neoplasm'), \
@@ -177,12 +178,8 @@ def code_of(name: str) -> tuple[str, str]:
     for word in words:
         if word in WORDS:
             return WORDS[word]
-    known = set(codes.SCT.dir())
-    kept = [word.capitalize() for word in words if word not in ("left", "right", "the", "of", "and")]
-    for kind in ("".join(kept), *reversed(kept)):
-        if kind in known:
-            return ANATOMY, kind
-    return ANATOMY, ANATOMY
+    kind = "".join(word.capitalize() for word in words if word not in ("left", "right"))
+    return ANATOMY, kind if kind in codes.cid7192.dir() else ANATOMY
 
 
 def _save(path: Path, made: Any) -> Path:
@@ -196,5 +193,6 @@ def _save(path: Path, made: Any) -> Path:
             f"{path} cannot be written: {error.strerror}. Free space or choose another folder."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return path

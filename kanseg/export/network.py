@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from kanseg import __version__
-from kanseg.data.formats import find_images
+from kanseg.data.formats import Case, find_images
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import load_case, restored_labels
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
+from kanseg.inference.classify import is_classifier
 from kanseg.inference.ensemble import Loaded
 from kanseg.inference.logits import predict_logits
 from kanseg.training.files import make_folder, write_json
@@ -112,10 +113,16 @@ def export_network(
         UserError: models of several plans, or a file that does not give the numbers of the network; it is not kept.
     """
     if to not in FORMATS:
-        raise UsageError(f"Unknown format '{to}'. Known: {', '.join(FORMATS)}.{did_you_mean(to, FORMATS)}")
+        raise UsageError(f"Unknown format '{to}'.{did_you_mean(to, FORMATS)}")
     kind = FORMATS[to]
     if missing := [name for name in kind.needs if find_spec(name) is None]:
         raise UserError(f"--to {to} needs {', '.join(missing)}: pip install 'kanseg[onnx]'.")
+    if out.is_file() or out.suffix in (".onnx", ".pt2", ".json"):
+        raise UsageError(f"-o {out} is to be a folder, for {kind.file} and model.json.")
+    if others := [f.file for f in FORMATS.values() if f.file != kind.file and (out / f.file).exists()]:
+        raise UsageError(f"{out} holds {others[0]}, which model.json there tells of. Choose another folder.")
+    if is_classifier(models[0]):
+        raise UsageError(f"{models[0]} is a classifier; networks for segmentation are exported.")
     loaded = Loaded(models)
     if len(loaded.plans) > 1:
         raise UserError(
@@ -124,6 +131,7 @@ def export_network(
         )
     plan, network = loaded.plan, loaded.networks[0]
     kind.check(plan)
+    case = None if image is None else _one_image(image, len(plan.channel_names))
     shape = (plan.in_channels, *plan.patch_size)
     path = out / kind.file
     make_folder(path.parent)
@@ -132,8 +140,8 @@ def export_network(
         kind.write(program_of(network, shape), part)
         run = kind.open(part)
         found = compare(network, run, shape)
-        if image is not None:
-            found["image"] = compare_labels(network, run, image, plan)
+        if case is not None:
+            found["image"] = compare_labels(network, run, case, plan)
         if not found["relative_difference"] <= TOLERANCE:
             raise UserError(
                 f"The exported network differs from its original by {found['relative_difference']:.1e} of its largest "
@@ -189,9 +197,15 @@ def compare(network: nn.Module, run: Run, shape: Sequence[int]) -> dict[str, Any
     }
 
 
-def compare_labels(network: nn.Module, run: Run, image: Path, plan: Plan) -> dict[str, Any]:
+def _one_image(image: Path, channels: int) -> Case:
+    cases = find_images(image, channels=channels)
+    if len(cases) != 1:
+        raise UsageError(f"-i {image} holds {len(cases)} images, one is compared. Give a file.")
+    return cases[0]
+
+
+def compare_labels(network: nn.Module, run: Run, case: Case, plan: Plan) -> dict[str, Any]:
     """Label maps of one image by both, on its own grid."""
-    case = find_images(image, channels=len(plan.channel_names))[0]
     item, _ = load_case(case, plan, with_label=False)
     batch = item["image"].as_tensor()[None]
     one, other = (

@@ -134,6 +134,8 @@ def predict_with(
             f"{(taken() or 0) / 2**20:.0f}M. Give more."
         )
     cases = find_images(images, channels=len(loaded.plan.channel_names))
+    if images.is_dir():  # where results lie among the images, what kanseg put beside them is none
+        cases = [case for case in cases if not BESIDE.search(case.id)]
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
     failures = predict_folder(
@@ -239,6 +241,10 @@ def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | No
 
 def _predictions(folder: Path) -> dict[str, Case]:
     """Label maps of a folder; the maps of probabilities and uncertainty beside them are none."""
+    if any(folder.glob("*.dcm")):
+        raise UserError(
+            f"{folder} holds DICOM-SEG, which are not combined. Predict again with --format nii.gz."
+        )
     found = {case.id: case for case in find_images(folder, channels=1)}
     return {name: case for name, case in found.items() if not BESIDE.search(name)}
 

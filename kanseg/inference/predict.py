@@ -28,6 +28,7 @@ from kanseg.data.images import (
     TWO_FILES,
     Image,
     read_description,
+    stem_of,
     suffix_of,
     write_array,
     write_label,
@@ -187,9 +188,12 @@ def predict_folder(
     failures: dict[str, str] = {}
     paths = _outputs(cases, out, suffix)
     if (probabilities or uncertainty) and (flat := [p for p in paths if suffix_of(p) in SUFFIXES_2D]):
-        raise UsageError(f"{flat[0]} cannot hold probabilities, which are fractions. Add --format nii.gz.")
-    if uncertainty:
-        read_quality(paths[0].parent / QUALITY)  # that no other table is replaced
+        raise UsageError(
+            f"{flat[0]} cannot hold probabilities, which are fractions. Add --format nii.gz, or end -o so."
+        )
+    known = set()
+    if uncertainty:  # no other table is replaced
+        known = {row["case"] for row in read_quality(paths[0].parent / QUALITY)}
     console = console or Console(stderr=True)
     first = plan if isinstance(plan, Plan) else plan[0]
     if settings is not None:
@@ -202,7 +206,8 @@ def predict_folder(
             progress.update(within, description=case.id, completed=0, total=None)
             try:
                 remark = _remark(description, settings, case)
-                if settings is not None and not again and read_description(path) == remark:
+                complete = not uncertainty or (stem_of(path) in known and _doubt_path(path).is_file())
+                if settings is not None and not again and complete and read_description(path) == remark:
                     console.print(f"{case.id} is there already", highlight=False, soft_wrap=True)
                     progress.advance(task)
                     continue
@@ -217,7 +222,7 @@ def predict_folder(
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
                 if probabilities:
                     _write_probabilities(path, predicted, first)
-                unsure = _write_uncertainty(path, case.id, predicted, labels, first) if uncertainty else []
+                unsure = _write_uncertainty(path, predicted, labels, first) if uncertainty else []
                 _write(path, labels, predicted.source, first, remark)
             except (
                 UserError,
@@ -269,6 +274,8 @@ def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) ->
 def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]:
     """Where each label map goes."""
     if suffix_of(out) in (*SUFFIXES_3D, *SUFFIXES_2D, DICOM_SEG) and not out.is_dir():
+        if suffix is not None and suffix != suffix_of(out):
+            raise UsageError(f"-o {out} ends in {suffix_of(out)}, --format says {suffix}. Give one of them.")
         if len(cases) != 1:
             raise UserError(f"-o {out} is one file, but {len(cases)} images are given. Give a folder.")
         paths = [out]
@@ -282,6 +289,8 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
     for case, path in zip(cases, paths, strict=True):
         if suffix_of(path) == DICOM_SEG:
             check_series(case.images[0])
+            if path.resolve().parent == case.images[0].resolve():
+                raise UserError(f"{path} would lie among the images of its series. Choose another folder.")
     taken = {image.resolve(): "an image to be segmented" for case in cases for image in case.images}
     for case, path in zip(cases, paths, strict=True):
         if other := taken.get(path.resolve()):
@@ -320,16 +329,21 @@ def _write_probabilities(path: Path, predicted: Prediction, plan: Plan) -> None:
         write_array(probability_path(path, name), chance, predicted.source, np.dtype("float32"), remark)
 
 
+def _doubt_path(path: Path) -> Path:
+    """Where the uncertainty lies beside a label map."""
+    return _beside(path, f"_uncertainty{suffix_of(path)}")
+
+
 def _write_uncertainty(
-    path: Path, case: str, predicted: Prediction, labels: np.ndarray, plan: Plan
+    path: Path, predicted: Prediction, labels: np.ndarray, plan: Plan
 ) -> list[dict[str, Any]]:
     """Entropy beside the label map, and the rows of the case in the table of its folder."""
     source = predicted.source
     chances = (predicted.probability(number) for number in range(len(plan.label_values)))
     how: dict[str, Any] = {"regions": bool(plan.regions), "spacing": source.spacing}
     found = doubt(chances, labels, plan.label_values, plan.label_names, **how)
-    write_array(_beside(path, f"_uncertainty{suffix_of(path)}"), found.entropy, source, np.dtype("float32"))
-    keep_quality(path.parent / QUALITY, case, found.rows)
+    write_array(_doubt_path(path), found.entropy, source, np.dtype("float32"))
+    keep_quality(path.parent / QUALITY, stem_of(path), found.rows)
     return found.rows
 
 

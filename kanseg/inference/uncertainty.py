@@ -41,7 +41,10 @@ class Doubt:
 
 def _information(chance: np.ndarray) -> np.ndarray:
     """-p log p, 0 where p is."""
-    return np.where(chance > 0, -chance * np.log(np.maximum(chance, 1e-30)), 0).astype(np.float32)
+    made = np.maximum(chance, 1e-30, dtype=np.float32)
+    np.log(made, out=made)
+    made *= -chance
+    return made
 
 
 def doubt(
@@ -68,7 +71,7 @@ def doubt(
             np.maximum(entropy, _information(chance) + _information(1 - chance), out=entropy)
         if number == 0:
             continue
-        mask = chance > 0.5 if regions else labels == value
+        mask = (chance > 0.5) & (labels != values[0]) if regions else labels == value
         size = int(mask.sum())
         expected = 2 * float(chance[mask].sum()) / (size + float(chance.sum())) if size else None
         rows.append({"class": name, "volume_ml": size * voxel, "expected_dice": expected})
@@ -101,7 +104,10 @@ def read_quality(path: Path) -> list[dict[str, Any]]:
         reader = csv.DictReader(stream)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise UserError(f"{path} is another table than that of --uncertainty. Choose another folder.")
-        return list(reader)
+        rows = list(reader)
+    if any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{path} is damaged: a line has other columns than the first. Correct or remove it.")
+    return rows
 
 
 def keep_quality(path: Path, case: str, rows: Sequence[Mapping[str, Any]]) -> None:
