@@ -117,9 +117,7 @@ def test_a_file_that_differs_is_not_kept(plan: Plan, tmp_path: Path, monkeypatch
 def test_what_cannot_be_exported_is_said(plan: Plan, tmp_path: Path) -> None:
     checkpoint(plan, tmp_path / "a", 0)
     checkpoint(plan, tmp_path / "b", 0, spacing=[2.0, 2.0, 2.0])
-    with pytest.raises(
-        UsageError, match="Unknown format 'onx'. Known: onnx, torch, monai. Did you mean 'onnx'"
-    ):
+    with pytest.raises(UsageError, match="Unknown format 'onx'. Did you mean 'onnx'"):
         export_network([tmp_path / "a"], tmp_path / "out", "onx")
     with pytest.raises(UsageError, match="is to be a folder"):
         export_network([tmp_path / "a"], tmp_path / "model.onnx")
