@@ -22,7 +22,7 @@ from typer.main import get_command
 from kanseg.cli import app, main
 
 VERBS = ("demo", "plan", "train", "predict", "evaluate", "models", "info")
-VERBS += ("doctor", "convert", "download", "compare", "ensemble", "report", "run", "search")
+VERBS += ("doctor", "convert", "download", "compare", "ensemble", "export", "report", "run", "search")
 QUICK = [
     "training.max_epochs=1",
     "training.steps_per_epoch=2",

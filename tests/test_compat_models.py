@@ -146,7 +146,7 @@ def made_up(name: str, args: dict[str, Any], learned_norms: bool = False) -> dic
         if key.endswith("beta_weights"):
             state[key] = torch.randn(len(state[key])) * 0.01
         if key.endswith(".gamma"):
-            state[key] = torch.randn(1)
+            state[key] = torch.randn(state[key].shape)
         if key.endswith("base_conv.0.weight") and learned_norms:
             channels, (layer, _, _) = len(state[key]), key.partition("base_conv")
             norms = [f"{layer}layer_norm.0."]
