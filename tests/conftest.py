@@ -22,7 +22,7 @@ from rich.console import Console
 
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import make_plan
+from kanseg.data.plan import Plan, make_plan
 from kanseg.layers.kernels import native
 from kanseg.training.fit import fit
 
@@ -85,6 +85,12 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (root / "dataset.json").write_text(json.dumps(described))
     return root
+
+
+@pytest.fixture(scope="module")
+def plan(blobs: Path) -> Plan:
+    """A plan for the blobs, with small patches."""
+    return replace(make_plan(read_dataset(blobs), memory=2**31), patch_size=[16, 16, 16])
 
 
 @pytest.fixture(scope="session")

@@ -24,11 +24,6 @@ from kanseg.inference.predict import find_probabilities, predict, predict_case, 
 from kanseg.training.checkpoint import BEST, build_model, named, save_checkpoint
 
 
-@pytest.fixture(scope="module")
-def plan(blobs: Path) -> Plan:
-    return replace(make_plan(read_dataset(blobs), memory=2**31), patch_size=[16, 16, 16])
-
-
 class Constant(nn.Module):
     """The same logits everywhere."""
 

@@ -17,7 +17,7 @@ from test_ensemble import checkpoint
 
 from kanseg import create_model
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.export import network as exporting
 from kanseg.export.network import FORMATS, TOLERANCE, compare, export_network, program_of
@@ -36,13 +36,6 @@ CONTENTS = {
     "checkpoints",
     "postprocessing",
 }
-
-
-@pytest.fixture(scope="module")
-def plan(blobs: Path) -> Plan:
-    made = make_plan(read_dataset(blobs), memory=2**31)
-    made.patch_size = [16, 16, 16]
-    return made
 
 
 @pytest.mark.parametrize("to", FORMATS)

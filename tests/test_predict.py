@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.formats import find_images
 from kanseg.data.images import read_image
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 from kanseg.inference.logits import predict_logits
 from kanseg.inference.predict import predict_case, predict_folder
@@ -26,12 +26,6 @@ from kanseg.inference.predict import predict_case, predict_folder
 OBLIQUE = np.array(
     [[-0.9, 0.1, 0.3, 12], [0.2, 1.1, -0.2, -30], [-0.2, 0.3, 2.4, 7], [0, 0, 0, 1]], dtype=float
 )
-
-
-@pytest.fixture(scope="module")
-def plan(blobs: Path) -> Plan:
-    made = make_plan(read_dataset(blobs), memory=2**31)
-    return replace(made, patch_size=[16, 16, 16])
 
 
 class Brightness(nn.Module):

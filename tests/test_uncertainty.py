@@ -11,20 +11,15 @@ import pytest
 from scipy.stats import entropy
 from test_predict import Brightness
 
-from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.formats import find_images
 from kanseg.data.images import read_image
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 from kanseg.inference.ensemble import combine_folders
 from kanseg.inference.predict import predict, predict_folder
 from kanseg.inference.uncertainty import QUALITY, doubt
 
 NAMES = ("background", "left", "right")
-
-
-@pytest.fixture(scope="module")
-def plan(blobs: Path) -> Plan:
-    return replace(make_plan(read_dataset(blobs), memory=2**31), patch_size=[16, 16, 16])
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -6,9 +6,8 @@ highdicom (Bridge et al., arXiv 2106.07806) writes them: the extra `dicom`.
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from kanseg import __version__
 from kanseg.data.images import LPS_TO_RAS, Image, dicom_files
 from kanseg.errors import UserError
+from kanseg.training.files import make_folder, write_bytes
 
 DICOM_SEG = ".dcm"
 # Words in a name -> category and type of the code dictionary (SNOMED CT); other names are looked up as they are.
@@ -95,7 +95,10 @@ def write_segmentation(
             "--format nii.gz."
         ) from error
     made.ImageComments = description
-    return _save(path, made)
+    content = io.BytesIO()
+    made.save_as(content)
+    make_folder(path.parent)
+    return write_bytes(path, content.getvalue())
 
 
 def _completed(header: Any, spacing: float) -> Any:
@@ -180,19 +183,3 @@ def code_of(name: str) -> tuple[str, str]:
             return WORDS[word]
     kind = "".join(word.capitalize() for word in words if word not in ("left", "right"))
     return ANATOMY, kind if kind in codes.cid7192.dir() else ANATOMY
-
-
-def _save(path: Path, made: Any) -> Path:
-    part = path.with_name(f".part-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.save_as(part)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}. Free space or choose another folder."
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return path

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from pathlib import Path
@@ -220,9 +221,12 @@ def predict_folder(
                 labels = predicted.labels()
                 if rules:
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
-                if probabilities:
-                    _write_probabilities(path, predicted, first)
-                unsure = _write_uncertainty(path, predicted, labels, first) if uncertainty else []
+                chances = _probabilities(path, predicted, first, keep=probabilities)
+                unsure = (
+                    _write_uncertainty(path, predicted.source, chances, labels, first) if uncertainty else []
+                )
+                if probabilities:  # those that are not made yet
+                    deque(chances, maxlen=0)
                 _write(path, labels, predicted.source, first, remark)
             except (
                 UserError,
@@ -320,13 +324,17 @@ def _beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name[: -len(suffix_of(path))] + ending.replace(DICOM_SEG, NIFTI))
 
 
-def _write_probabilities(path: Path, predicted: Prediction, plan: Plan) -> None:
-    """Maps beside the label map; their headers tell `kanseg ensemble` what the classes are painted as."""
+def _probabilities(path: Path, predicted: Prediction, plan: Plan, *, keep: bool) -> Iterator[np.ndarray]:
+    """Map (*original) of each class in turn; to be kept they are written beside the label map as they are made, and
+    their headers tell `kanseg ensemble` what the classes are painted as.
+    """
     kind = "region" if plan.regions else "class"
     for number, (name, value) in enumerate(zip(plan.label_names, plan.label_values, strict=True)):
         remark = f"probability of {kind} {number}, painted as {value}"
         chance = predicted.probability(number)
-        write_array(probability_path(path, name), chance, predicted.source, np.dtype("float32"), remark)
+        if keep:
+            write_array(probability_path(path, name), chance, predicted.source, np.dtype("float32"), remark)
+        yield chance
 
 
 def _doubt_path(path: Path) -> Path:
@@ -335,11 +343,9 @@ def _doubt_path(path: Path) -> Path:
 
 
 def _write_uncertainty(
-    path: Path, predicted: Prediction, labels: np.ndarray, plan: Plan
+    path: Path, source: Image, chances: Iterable[np.ndarray], labels: np.ndarray, plan: Plan
 ) -> list[dict[str, Any]]:
     """Entropy beside the label map, and the rows of the case in the table of its folder."""
-    source = predicted.source
-    chances = (predicted.probability(number) for number in range(len(plan.label_values)))
     how: dict[str, Any] = {"regions": bool(plan.regions), "spacing": source.spacing}
     found = doubt(chances, labels, plan.label_values, plan.label_names, **how)
     write_array(_doubt_path(path), found.entropy, source, np.dtype("float32"))
