@@ -350,12 +350,35 @@ def test_dropout_keeps_to_the_formula(backend: str) -> None:
     assert torch.equal(first, layer(x))
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"plain", "wavkan"}))
-def test_a_layer_keeps_two_maps(benchmark: ModuleType, family: str) -> None:
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("place", ["nowhere", "input", "basis_input", "basis"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_layer_keeps_two_maps(benchmark: ModuleType, family: str, place: str, dims: int) -> None:
     """Its input and the output of its convolution (FastKAN: the normed input), whatever basis, degree and grid."""
-    options = {"grid_size": 12} if family in ("kan", "fastkan", "relukan") else {}
-    x = torch.randn(1, 16, 40, 40, 40).contiguous(memory_format=torch.channels_last_3d)
-    assert 1 < benchmark.saved(conv_layer(family, **options)(3, 16, 16), x) <= 2.25
+    options: dict[str, Any] = {"grid_size": 12} if family in ("kan", "fastkan", "relukan") else {}
+    if place != "nowhere":
+        options.update(dropout=0.5, dropout_at=place)
+    x = channels_last(torch.randn(1, 16, *[{1: 9000, 2: 120, 3: 24}[dims]] * dims))
+    assert 1 < benchmark.saved(conv_layer(family, **options)(dims, 16, 16), x) <= 2.1
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("place", ["input", "basis_input", "basis"])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"plain"}))
+def test_dropout_is_the_same_when_it_is_made_again(backend: str, family: str, place: str, dims: int) -> None:
+    """Results, gradients and running statistics are those of a layer that keeps all it makes."""
+    x = channels_last(torch.randn(2, 16, *[6] * dims))  # in whose order noise is drawn
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layer = conv_layer(family, dropout=0.5, dropout_at=place, recompute=recompute)(dims, 16, 16)
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([y, inputs.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for kept, again in zip(*found, strict=True):
+        scale = kept.abs().max().clamp(min=1)  # sums of hundreds of terms cancel
+        torch.testing.assert_close(again / scale, kept / scale, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["kagn", "kan", "bottleneck_kagn"])

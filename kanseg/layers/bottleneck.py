@@ -27,8 +27,12 @@ class NoiseInjection(nn.Module):
         super().__init__()
         self.p, self.alpha = p, alpha
 
+    def acts(self) -> bool:
+        """Whether it changes its input now."""
+        return self.training and self.p > 0
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
+        if not self.acts():
             return x
         axes = [axis for axis in range(x.dim()) if axis != 1]
         spread = x.std(dim=axes, keepdim=True, correction=int(x.numel() > x.shape[1]))
@@ -101,17 +105,25 @@ class BottleneckKANConv(ConvGeometry):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        x = self.noise(x)
-        if self.recompute and self.spatial_dims > 1 and lean(x):
-            x = channels_last(x)  # once for both branches
         if not self.recompute:
-            return self._convolve(x)
+            return self._convolve(self.noise(x))
+        if lean(x):
+            x = channels_last(x)  # once for both branches
+        if not self.noise.acts():
+            return self._summed(x)
+        # A mixture's gate draws noise too, so it runs once.
+        return self._summed(recomputed(self.noise, x)) if self.mixed else recomputed(self._noisy, x)
+
+    def _summed(self, x: Tensor) -> Tensor:
         if (self.base_recipe is None or not lean(x)) and not self.mixed:
             return recomputed(self._convolve, x, preserve_rng_state=False)
-        if self.mixed:  # the gate draws noise, so it runs once; its experts recompute what they are made of
+        if self.mixed:  # its experts recompute what they are made of
             return self._narrow(x).add_(self._base(x))
         # The narrow term first: its maps are gone before the base is made.
         return recomputed(self._narrow, x, preserve_rng_state=False).add_(self._base(x))
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        return self._summed(self.noise(x))
 
     def _base(self, x: Tensor) -> Tensor:
         if self.base_recipe is None or not lean(x):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _global_forward_hooks
 
 from kanseg.errors import UsageError
@@ -18,7 +16,14 @@ from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, recomputed
 from kanseg.layers.kan_conv import KANConv
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.rows import channels_last
-from kanseg.layers.norms import ActSpec, activation, fused_norm_serves, norm_layer, normalise
+from kanseg.layers.norms import (
+    ActSpec,
+    activation,
+    first_and_second_run,
+    fused_norm_serves,
+    norm_layer,
+    normalise,
+)
 
 
 class GroupPReLU(nn.Module):
@@ -44,25 +49,6 @@ FUSED: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     GroupPReLU: "prelu",
 }
-
-
-class FrozenStatistics:
-    """Run a norm once more on the same batch without counting it in its running statistics; may be entered again."""
-
-    def __init__(self, norm: Any) -> None:
-        self.norm = norm
-
-    def __enter__(self) -> None:
-        self.tracked = (
-            isinstance(self.norm, _NormBase) and self.norm.track_running_stats and self.norm.training
-        )
-        if self.tracked:
-            self.momentum, self.norm.momentum = self.norm.momentum, 0.0
-
-    def __exit__(self, *error: object) -> None:
-        if self.tracked:
-            self.norm.momentum = self.momentum
-            self.norm.num_batches_tracked.sub_(1)
 
 
 class ConvLayer(nn.Module):
@@ -121,7 +107,7 @@ class ConvLayer(nn.Module):
             below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
             y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, self.fused_act, below, over=alone)
             return self.dropout(y)
-        contexts = partial(_first_and_second_run, self.norm)
+        contexts = partial(first_and_second_run, self.norm)
         y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
         return self.dropout(y)
 
@@ -145,7 +131,3 @@ def _kept_positions(conv: nn.Module) -> tuple[Any, ...] | None:
     for part in parts:
         part.stride = (1,) * len(stride)
     return (slice(None), slice(None), *(slice(None, None, step) for step in stride))
-
-
-def _first_and_second_run(norm: nn.Module) -> tuple[Any, Any]:
-    return nullcontext(), FrozenStatistics(norm)

@@ -8,6 +8,7 @@ but computed again there (`kanseg.layers.kernels`): the layer keeps its input, l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -21,7 +22,14 @@ from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.plain_conv import plain_conv
 from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
 from kanseg.layers.kernels.rows import channels_last
-from kanseg.layers.norms import ActSpec, activation, fused_norm_serves, norm_layer, normalise
+from kanseg.layers.norms import (
+    ActSpec,
+    activation,
+    first_and_second_run,
+    fused_norm_serves,
+    norm_layer,
+    normalise,
+)
 
 DROPOUTS = ("input", "basis_input", "basis")  # where a KAN convolution can have its dropout
 OPERANDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -116,20 +124,29 @@ class KANConv(ConvGeometry):
             return self.convolve(x, self.base_weight) if fast is None else fast
         if self.input_norm is not None:
             x = self._drop("input", x)  # once for both inputs, as is the copy
-            if self.recompute and self.spatial_dims > 1 and lean(x):
+            if self.recompute and lean(x):
                 x = channels_last(x)
         # The norm stays outside: run twice, it would count its statistics twice.
-        inputs = (x,) if self.input_norm is None else (x, self._normed(self._drop("basis_input", x)))
+        inputs = (x,) if self.input_norm is None else (x, self._own(x))
         if not self.recompute:
             return self.expand_and_convolve(*inputs)
-        if self.recipe is not None and not self._drops() and lean(x):
+        inside = DROPOUTS if self.input_norm is None else ("basis",)
+        if self.recipe is not None and not self._drops(*inside) and lean(x):
             learned = [attrgetter(name)(self.basis) for name in self.learned]
             weights = (self.base_weight, self.basis_weight)
             return self.convolve_expanded(inputs, self.recipe, *weights, learned, self.operands)
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)
 
+    def _own(self, x: Tensor) -> Tensor:
+        """The input of the basis."""
+        if not (self.recompute and self._drops("basis_input")):
+            return self._normed(x)
+        norm: Any = self.input_norm
+        return recomputed(self._normed, x, context_fn=partial(first_and_second_run, norm))
+
     def _normed(self, x: Tensor) -> Tensor:
         norm: Any = self.input_norm
+        x = self._drop("basis_input", x)
         if self.recompute and fused_norm_serves(norm, x):
             return instance_norm_act(x, norm.weight, norm.bias, norm.eps, "identity")
         return normalise(norm, x)
@@ -167,10 +184,9 @@ class KANConv(ConvGeometry):
         bent = kind == "sum" and not isinstance(self.basis_act, nn.Identity)
         return None if bent or self.basis.num_functions == 1 else kind
 
-    def _drops(self) -> bool:
-        """Whether dropout acts inside the expansion now."""
-        outside = self.input_norm is not None and self.dropout_at != "basis"
-        return self.dropout is not None and self.training and not outside
+    def _drops(self, *places: str) -> bool:
+        """Whether dropout acts at one of these places now."""
+        return self.dropout is not None and self.training and self.dropout_at in places
 
     def _expanded_basis(self, x: Tensor) -> Tensor:
         return self._drop("basis", self.basis_act(self.basis(x)))

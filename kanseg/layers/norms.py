@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kanseg.errors import UsageError
 from kanseg.layers.geometry import lean
 from kanseg.layers.kernels import gpu
-from kanseg.layers.kernels.rows import FORMATS
 
 ActSpec = str | tuple[str, dict[str, Any]] | None
 
@@ -49,6 +50,30 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     """Whether `instance_norm_act` computes this norm."""
-    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or x.dim() not in FORMATS:
+    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or not 3 <= x.dim() <= 5:
         return False
     return (x.dtype.itemsize >= 4 or x.device.type == "cuda" or gpu.serves(x)) and lean(x)
+
+
+class FrozenStatistics:
+    """Run a norm once more on the same batch without counting it in its running statistics; may be entered again."""
+
+    def __init__(self, norm: Any) -> None:
+        self.norm = norm
+
+    def __enter__(self) -> None:
+        self.tracked = (
+            isinstance(self.norm, _NormBase) and self.norm.track_running_stats and self.norm.training
+        )
+        if self.tracked:
+            self.momentum, self.norm.momentum = self.norm.momentum, 0.0
+
+    def __exit__(self, *error: object) -> None:
+        if self.tracked:
+            self.norm.momentum = self.momentum
+            self.norm.num_batches_tracked.sub_(1)
+
+
+def first_and_second_run(norm: nn.Module) -> tuple[Any, Any]:
+    """What surrounds the two runs of steps with this norm that are recomputed: the second counts no statistics."""
+    return nullcontext(), FrozenStatistics(norm)

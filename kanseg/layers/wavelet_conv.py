@@ -62,26 +62,22 @@ class WaveletConv(ConvGeometry):
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
         self.base_recipe = Recipe(None, self.base_act, nn.Identity()).written()
-        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout else nn.Identity()
+        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout else None
         self.recompute = recompute
         self.step = max(1, EDGES_AT_ONCE // in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        if self.base_recipe is not None and self._compiled(x):
+        if self.recompute and lean(x):
             x = channels_last(x)  # once for both terms
-            edges = (x, self.scale, self.translation, self.wavelet_weight, self.mix_weight)
-            waves = wavelet.wavelet_sum(*edges, self.psi, self.geometry())
+        kept = None  # channels, those that dropout leaves
+        if self.dropout is not None and self.training:
+            kept = self.dropout(x.new_ones(*x.shape[:2], *[1] * self.spatial_dims))
+        edges = (self.scale, self.translation, self.wavelet_weight, self.mix_weight)
+        if self.base_recipe is not None and self._compiled(x, *edges):
+            waves = wavelet.wavelet_sum(x, kept, *edges, self.psi, self.geometry())
             return waves.add_(self.convolve_expanded([x], self.base_recipe, self.base_weight))
-        tensors = (
-            x,
-            self.dropout(x),
-            self.scale,
-            self.translation,
-            self.wavelet_weight,
-            self.mix_weight,
-            self.base_weight,
-        )
+        tensors = (x, kept, *edges, self.base_weight)
         whole = not self.recompute or torch.compiler.is_compiling() or transformed() or x.is_meta
         cut = [WHOLE] if whole else self._slabs(x)
         terms: list[Term] = [(WHOLE, self._base_term)]
@@ -96,13 +92,10 @@ class WaveletConv(ConvGeometry):
         width = STEPS * self.in_channels * min(self.step, self._edges())
         return list(slabs(x, width, torch.promote_types(x.dtype, torch.float32), self.geometry()))
 
-    def _compiled(self, x: Tensor) -> bool:
+    def _compiled(self, x: Tensor, *edges: Tensor) -> bool:
         """Whether the compiled kernels serve."""
-        dropped = self.training and not isinstance(self.dropout, nn.Identity)
-        if not self.recompute or dropped or self.base_recipe is None or not lean(x) or not plain_eager(x):
-            return False
-        edges = (x, self.scale, self.translation, self.wavelet_weight, self.mix_weight)
-        return wavelet.serves(edges, self.psi, self.geometry())
+        usual = self.recompute and lean(x) and plain_eager(x)
+        return usual and wavelet.serves((x, *edges), self.psi, self.geometry())
 
     def _edges(self) -> int:
         return self.out_channels // self.groups
@@ -117,7 +110,7 @@ class WaveletConv(ConvGeometry):
         first: int,
         slab: Slab,
         x: Tensor,
-        dropped: Tensor,
+        kept: Tensor | None,
         scale: Tensor,
         translation: Tensor,
         weight: Tensor,
@@ -131,7 +124,8 @@ class WaveletConv(ConvGeometry):
             return t.unflatten(0, (self.groups, -1))[:, some]
 
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            z = planes_of(dropped, slab)
+            z = planes_of(x, slab)
+            z = z if kept is None else z * kept
             z = z.float() if z.dtype.itemsize < 4 else z
             z = z.unflatten(1, (self.groups, 1, -1))
             shape = (1, self.groups, -1, z.shape[3], *[1] * self.spatial_dims)
@@ -147,7 +141,7 @@ class WaveletConv(ConvGeometry):
 Term = tuple[Slab, Callable[..., Tensor]]  # and the part of the sum to which it adds
 
 
-def summed(terms: Sequence[Term], tensors: Sequence[Tensor]) -> Tensor:
+def summed(terms: Sequence[Term], tensors: Sequence[Tensor | None]) -> Tensor:
     """The sum of term(*tensors); the first one is whole."""
     total = terms[0][1](*tensors)
     for slab, term in terms[1:]:
@@ -162,10 +156,11 @@ class SumOfTerms(torch.autograd.Function):
     """y = sum of term(*tensors), keeping the tensors alone; backward evaluates one term at a time again."""
 
     @staticmethod
-    def forward(ctx: Any, terms: list[Term], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, terms: list[Term], *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.terms = terms
-        device = tensors[0].device.type
+        x: Any = tensors[0]
+        device = x.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         return summed(terms, tensors)
 
@@ -176,7 +171,10 @@ class SumOfTerms(torch.autograd.Function):
         total: list[Any] = [None] * len(wanted)
         saved = ctx.saved_tensors
         for slab, term in ctx.terms:
-            leaves = [t.detach().requires_grad_(want) for t, want in zip(saved, wanted, strict=True)]
+            leaves: list[Any] = [
+                None if t is None else t.detach().requires_grad_(want)
+                for t, want in zip(saved, wanted, strict=True)
+            ]
             with torch.enable_grad(), torch.autocast(ctx.autocast[0], ctx.autocast[1], ctx.autocast[2]):
                 y = term(*leaves)
             if not y.requires_grad:  # what this term is made of is frozen

@@ -36,6 +36,8 @@ def instance_norm_act(
         below: slopes below zero of "prelu", (C,).
         over: without gradients, write the result over `y`.
     """
+    if y.dim() == 3:
+        return instance_norm_act(y.unsqueeze(2), weight, bias, eps, act, below, over=over).squeeze(2)
     given = (y, weight, bias, below)
     if not plain_eager(y):
         return _norm(*given, eps, act)[0]

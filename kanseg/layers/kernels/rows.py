@@ -12,7 +12,9 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(N, C, *S) with two or three spatial axes in channels-last memory, copied where it is not."""
+    """(N, C, *S) in channels-last memory, copied where it is not; one axis as the picture of height one that it is."""
+    if x.dim() == 3:
+        return channels_last(x.unsqueeze(2)).squeeze(2)
     return x.contiguous(memory_format=FORMATS[x.dim()])
 
 

@@ -39,7 +39,7 @@ class Waves(ctypes.Structure):
 
 
 def serves(edges: Sequence[Tensor], psi: Callable[[Tensor], Tensor], geometry: Geometry) -> bool:
-    """Whether the compiled kernels sum these wavelets; `edges` are the tensors of `wavelet_sum`."""
+    """Whether the compiled kernels sum these wavelets; `edges` are the tensors of `wavelet_sum` without `kept`."""
     x, weight = edges[0], edges[3]
     return (
         psi in KINDS
@@ -53,6 +53,7 @@ def serves(edges: Sequence[Tensor], psi: Callable[[Tensor], Tensor], geometry: G
 
 def wavelet_sum(
     x: Tensor,
+    kept: Tensor | None,
     scale: Tensor,
     translation: Tensor,
     weight: Tensor,
@@ -62,9 +63,10 @@ def wavelet_sum(
 ) -> Tensor:
     """mix(u), u_o = sum_c conv(psi((x_c - translation_oc) / scale_oc); weight_oc); keeps x.
 
-    (N, C, *S) -> (N, out_channels, *S'); scale, translation (out, C), weight (out, C, *kernel), mix (out, out, 1, ...).
+    (N, C, *S) -> (N, out_channels, *S'); scale, translation (out, C), weight (out, C, *kernel), mix (out, out, 1, ...);
+    kept (N, C, 1, ...), by which x is multiplied first, is without a gradient.
     """
-    return _WaveletSum.apply(channels_last(x), scale, translation, weight, mix, KINDS[psi], geometry)
+    return _WaveletSum.apply(channels_last(x), kept, scale, translation, weight, mix, KINDS[psi], geometry)
 
 
 class _Call:
@@ -108,6 +110,7 @@ class _WaveletSum(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        kept: Tensor | None,
         scale: Tensor,
         translation: Tensor,
         weight: Tensor,
@@ -116,7 +119,8 @@ class _WaveletSum(torch.autograd.Function):
         geometry: Geometry,
     ) -> Tensor:
         ctx.kind, ctx.geometry = kind, geometry
-        ctx.save_for_backward(x, scale, translation, weight, mix)
+        ctx.save_for_backward(x, kept, scale, translation, weight, mix)
+        x = x if kept is None else x * kept
         u = _Call(x, scale, translation, weight, kind, geometry).forward(x)
         y = torch.empty_like(u)
         torch.mm(_rows(u), mix.flatten(1).t(), out=_rows(y))
@@ -125,12 +129,13 @@ class _WaveletSum(torch.autograd.Function):
     @staticmethod
     @only_first
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, translation, weight, mix = ctx.saved_tensors
+        x, kept, scale, translation, weight, mix = ctx.saved_tensors
         x = channels_last(x)  # hooks on saved tensors may have brought it back in other memory
+        x = x if kept is None else x * kept
         call = _Call(x, scale, translation, weight, ctx.kind, ctx.geometry)
         grad = channels_last(grad)
         of_mix = None
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[5]:
             of_mix = (_rows(grad).t() @ _rows(call.forward(x))).view_as(mix)
         upper = torch.empty_like(grad)
         torch.mm(_rows(grad), mix.flatten(1), out=_rows(upper))
@@ -141,7 +146,8 @@ class _WaveletSum(torch.autograd.Function):
         of_inverse, of_translation, of_weight = sums
         of_scale = -of_inverse.t() / scale.square()
         return (
-            at_x,
+            at_x if kept is None else at_x.mul_(kept),
+            None,
             of_scale.to(scale.dtype),
             of_translation.t().to(scale.dtype),
             of_weight.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype),
