@@ -155,9 +155,14 @@ def test_kernel_one_is_a_product_on_tensor_cores(architecture: int, compiled: li
 def test_every_family_compiles_with_hardly_a_spill(
     family: str, kernel_size: int, dtype: torch.dtype, architecture: int, compiled: list[Compiled]
 ) -> None:
-    """The assembler itself trades a number or two for more threads at a time, from 40 registers on."""
+    """The assembler itself trades a number or two for more threads at a time, from 40 registers on: with Triton 3.8 in
+    three of these 216 cases, all of kernel 1 in bfloat16 (FastKAN on sm_90, ReLU-KAN and GR-KAN on sm_100).
+    """
     compile_for(architecture, LAYERS[family], dtype, kernel_size)
     assert "contract" in {kernel.name for kernel in compiled}
+    if kernel_size == 1 and dtype == torch.bfloat16:
+        products = [kernel.assembler for kernel in compiled if kernel.name == "pointwise"]
+        assert products and all(PRODUCTS[architecture] in assembler for assembler in products)
     assert all(kernel.stack <= 16 for kernel in compiled), [
         (kernel.name, kernel.stack) for kernel in compiled
     ]
