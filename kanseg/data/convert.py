@@ -14,6 +14,7 @@ import numpy as np
 from kanseg.data.formats import Case, Dataset, label_path
 from kanseg.data.images import Image, label_from, read_image, write_array
 from kanseg.data.labels import IGNORE, class_values, known_values
+from kanseg.data.segmentations import are_segmentations, read_segments
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.progress import progress
 from kanseg.training.files import make_folder, write_json
@@ -55,9 +56,8 @@ def convert(dataset: Dataset, out: Path | str, to: str) -> dict[str, Any]:
     Raises:
         UserError: `out` is not empty, or an image cannot be read or written.
     """
-    return write_dataset(
-        dataset, out, to, _samples(dataset, dataset.cases), _samples(dataset, dataset.test_cases)
-    )
+    tests = _samples(dataset, dataset.test_cases)
+    return write_dataset(dataset, out, to, _samples(dataset, dataset.cases), tests)
 
 
 def write_dataset(
@@ -126,7 +126,9 @@ def _samples(dataset: Dataset, cases: Sequence[Case]) -> Iterator[Sample]:
     for case in progress(cases, "Converting"):
         image = read_image(case.images, dataset.spatial_dims)
         label = None
-        if case.label is not None:
+        if are_segmentations([case]):
+            label = read_segments(label_path(case), image, dataset.label_names[1:])
+        elif case.label is not None:
             label = label_from(read_image(label_path(case), dataset.spatial_dims))
         yield Sample(case.id, image, label, case.group)
 

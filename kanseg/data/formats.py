@@ -33,7 +33,7 @@ COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
     "masks/), one folder with x and x_mask (or x_label), a folder a case with image and label, a .csv with the columns "
-    "image and label, or a datalist .json of MONAI"
+    "image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
 )
 
 
@@ -181,7 +181,7 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         fits = channels is None or any(len(paths) == channels for paths in joined.values())
         return _cases(files, join=fits)
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
-    series = [folder for folder in folders if any(_may_be_dicom(p) for p in folder.iterdir())]
+    series = [folder for folder in folders if any(map(_may_be_dicom, folder.iterdir()))]
     if not series:
         raise UserError(
             f"{path} holds no images. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
@@ -203,6 +203,25 @@ def image_files(folder: Path) -> list[Path]:
     """Images directly in a folder, links to nothing among them; hidden files and other things are passed over."""
     named = (p for p in folder.iterdir() if suffix_of(p) not in ("", ".dcm") and p.name[0] != ".")
     return sorted(p for p in named if p.is_file() or (p.is_symlink() and not p.exists()))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The images of a folder, or where it has none its folders with a DICOM series each."""
+    return image_files(folder) or _series_in(folder)
+
+
+def _series_in(folder: Path) -> list[Path]:
+    """Folders with a DICOM series each."""
+    return [path for path in _folders_in(folder) if any(map(_may_be_dicom, path.iterdir()))]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _labels_in(folder: Path) -> list[Path]:
+    """The label maps of a folder, or where it has none its DICOM-SEG."""
+    return image_files(folder) or sorted(p for p in folder.glob("*.dcm") if is_no_image(p))
 
 
 def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -328,7 +347,7 @@ def _entries(file: Path, content: dict[str, Any], key: str) -> list[Any]:
 
 
 def _test_cases(root: Path) -> list[Case]:
-    return _cases(image_files(root / "imagesTs")) if (root / "imagesTs").is_dir() else []
+    return _cases(_images_in(root / "imagesTs")) if (root / "imagesTs").is_dir() else []
 
 
 def _channel_names(file: Path, described: dict[str, Any]) -> tuple[str, ...] | None:
@@ -437,7 +456,7 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     if images is None or labels is None:
         return _read_one_folder(root, problem)
     groups, notes = _groups_beside(root)
-    files, masks = image_files(images), image_files(labels)
+    files, masks = _images_in(images), _labels_in(labels)
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
@@ -462,13 +481,19 @@ def _read_one_folder(root: Path, problem: Problem) -> Dataset:
 
 
 def _read_case_folders(root: Path, problem: Problem) -> Dataset:
-    """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ...) beside NAME/label.nii.gz (or mask, seg)."""
+    """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ..., or the one folder with a DICOM series) beside
+    NAME/label.nii.gz (or mask, seg, or the one DICOM-SEG).
+    """
     groups, notes = _groups_beside(root)
     cases = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "."):
+    for folder in _folders_in(root):
         files = {stem_of(file): file for file in image_files(folder)}
         images = [file for stem, file in files.items() if CASE_IMAGE.fullmatch(stem)]
         labels = [file for stem, file in files.items() if CASE_LABEL.fullmatch(stem)]
+        if not images:
+            series = _series_in(folder)
+            images = [path for path in series if len(series) == 1 or CASE_IMAGE.fullmatch(path.name)]
+        labels = labels or [path for path in sorted(folder.glob("*.dcm")) if is_no_image(path)]
         if not images:
             continue
         if len(labels) != 1:

@@ -284,6 +284,11 @@ def _read_one(path: Path) -> Image:
             return _read_nifti(path)
         if suffix in SUFFIXES_2D:
             return _read_picture(path)
+        if suffix == ".dcm" and is_no_image(path):
+            raise UserError(
+                f"{path} is a DICOM object beside images, not one. A data set whose labels are DICOM-SEG becomes one "
+                "of label maps by kanseg convert DATA -o OUT."
+            )
         if suffix == ".mha":
             _require_intact(path)
         return _read_itk(path, sitk.ReadImage(str(path)))

@@ -1,0 +1,105 @@
+"""Labels that are DICOM Segmentation objects (PS3.3 A.51) beside the series they were drawn on.
+
+A file numbers its segments as it likes, and holds no more planes than it needs: what it says is known by the names of
+the segments and by the grid of the image. highdicom (Bridge et al., arXiv 2106.07806) reads them: the extra `dicom`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kanseg.data.formats import Case, Dataset, few, label_path
+from kanseg.data.images import LPS_TO_RAS, Image, suffix_of
+from kanseg.errors import UserError
+
+OFF_GRID = 0.1  # voxels that a plane may lie beside one of the image
+HALF = 0.5  # a fraction from which on a voxel belongs
+
+
+def are_segmentations(cases: Sequence[Case]) -> bool:
+    """Whether the labels of the cases are DICOM-SEG."""
+    return any(case.label is not None and suffix_of(case.label) == ".dcm" for case in cases)
+
+
+def with_segments(dataset: Dataset) -> Dataset:
+    """The data set with a class for each name of a segment in its files, numbered from 1 in alphabetic order.
+
+    Raises:
+        UserError: some labels are no DICOM-SEG, a file is unreadable, or highdicom is not installed.
+    """
+    others = [case.id for case in dataset.cases if suffix_of(label_path(case)) != ".dcm"]
+    if others:
+        raise UserError(
+            f"Some labels of {dataset.root} are DICOM-SEG and some are not ({few(others, 3)}). Give each kind a data "
+            "set of its own."
+        )
+    names = sorted(set(chain.from_iterable(_segments(_opened(label_path(case))) for case in dataset.cases)))
+    return replace(dataset, label_names=("background", *names), label_values=tuple(range(len(names) + 1)))
+
+
+def read_segments(path: Path, like: Image, names: Sequence[str]) -> np.ndarray:
+    """The label map (*S) of a DICOM-SEG on the grid of its image; a segment is 1 + its place in `names`.
+
+    Raises:
+        UserError: segments that overlap, that `names` lacks, or that lie beside the voxels of the image.
+    """
+    file = _opened(path)
+    labels = np.zeros(like.array.shape[1:], np.int32)
+    for number, name in zip(file.segment_numbers, _segments(file), strict=True):
+        voxels = _voxels(file, int(number), path, like)
+        taken = labels[voxels]
+        value = 1 + names.index(name)
+        clash = next((v for v in np.unique(taken).tolist() if v not in (0, value)), None)
+        if clash is not None:
+            raise UserError(
+                f"{path}: the segments '{names[clash - 1]}' and '{name}' overlap in {int((taken == clash).sum())} "
+                "voxels; a label map has one class a voxel. Decide in a viewer which of them a voxel belongs to."
+            )
+        labels[voxels] = value
+    return labels
+
+
+def _opened(path: Path) -> Any:
+    try:
+        import highdicom
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a DICOM-SEG; reading it needs highdicom: pip install 'kanseg[dicom]'."
+        ) from error
+    try:
+        return highdicom.seg.segread(path)
+    except Exception as error:  # of highdicom and pydicom, without a common class
+        raise UserError(f"{path} cannot be read as DICOM-SEG ({error}). Export it again.") from error
+
+
+def _segments(file: Any) -> list[str]:
+    """Names of the segments, in their order."""
+    return [str(file.get_segment_description(number).segment_label) for number in file.segment_numbers]
+
+
+def _voxels(file: Any, number: int, path: Path, like: Image) -> tuple[np.ndarray, ...]:
+    """Indices of a segment's voxels in the image, an array an axis."""
+    try:
+        volume = file.get_volume(
+            segment_numbers=[number], combine_segments=False, allow_missing_positions=True
+        )
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: its planes make no volume ({error}). Export it as one, or as NIfTI."
+        ) from error
+    inside = np.argwhere(volume.array[..., 0] > HALF)
+    to_index = np.linalg.inv(like.affine) @ LPS_TO_RAS @ volume.affine
+    exact = inside @ to_index[:3, :3].T + to_index[:3, 3]
+    index = np.rint(exact).astype(int)
+    off = float(np.abs(exact - index).max(initial=0))
+    beyond = ((index < 0) | (index >= like.array.shape[1:])).any()
+    if off > OFF_GRID or beyond:
+        why = "outside the image" if beyond else f"{off:.2f} voxels beside those of the image"
+        raise UserError(f"{path} lies {why} {like.path}. Was it drawn on this series?")
+    return tuple(index.T)

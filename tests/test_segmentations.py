@@ -1,0 +1,124 @@
+"""DICOM in training data: series as images, DICOM-SEG as labels."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_dicom_seg import write_series
+
+from kanseg.data.convert import convert
+from kanseg.data.formats import Dataset, list_dataset, read_dataset
+from kanseg.data.images import LPS_TO_RAS, read_image, read_label
+from kanseg.data.plan import make_plan
+from kanseg.data.segmentations import read_segments, with_segments
+from kanseg.errors import UserError
+from kanseg.export.dicom_seg import write_segmentation
+
+pytest.importorskip("highdicom", reason="the extra kanseg[dicom] is not installed")
+
+
+@pytest.fixture
+def series(blobs: Path, tmp_path: Path) -> list[Path]:
+    """images/ with a DICOM series a case."""
+    return [
+        write_series(tmp_path / "data" / "images" / f"case_{i}", blobs / "imagesTr" / f"case_{i}.nii.gz")
+        for i in range(2)
+    ]
+
+
+def segment(path: Path, labels: np.ndarray, series: Path, names: list[str]) -> Path:
+    return write_segmentation(
+        path, labels, read_image(series), values=range(len(names) + 1), names=["-", *names]
+    )
+
+
+def test_series_are_images_of_training(series: list[Path], blobs: Path) -> None:
+    labels = series[0].parents[1] / "labels"
+    labels.mkdir()
+    for folder in series:
+        shutil.copy(blobs / "labelsTr" / f"{folder.name}.nii.gz", labels)
+    dataset = read_dataset(labels.parent)
+    assert [(case.id, case.images, case.label) for case in dataset.cases] == [
+        (folder.name, (folder,), labels / f"{folder.name}.nii.gz") for folder in series
+    ]
+    plan, usual = make_plan(dataset, memory=2**31), make_plan(read_dataset(blobs), memory=2**31)
+    assert plan.label_values == usual.label_values
+    np.testing.assert_allclose(plan.spacing, usual.spacing, rtol=1e-4)
+
+
+def of_two(series: list[Path], numbers: np.ndarray) -> Dataset:
+    """Two cases whose files number their segments differently, the second without one of them."""
+    labels = series[0].parents[1] / "labels"
+    first = np.where(numbers > 0, 1, 0)
+    first[:2] = 2
+    segment(labels / "case_0.dcm", first, series[0], ["spleen", "liver"])
+    segment(labels / "case_1.dcm", np.where(numbers > 0, 1, 0), series[1], ["liver"])
+    return list_dataset(labels.parent)
+
+
+def test_segments_are_joined_by_their_names(series: list[Path], blobs: Path, tmp_path: Path) -> None:
+    numbers = read_label(blobs / "labelsTr" / "case_0.nii.gz")
+    dataset = with_segments(of_two(series, numbers))
+    assert dataset.label_names == ("background", "liver", "spleen")
+    convert(dataset, tmp_path / "out", "msd")
+    written = read_dataset(tmp_path / "out")
+    assert written.label_names == ("background", "liver", "spleen")
+    expected = np.where(numbers > 0, 2, 0)
+    expected[:2] = 1
+    for case, label in zip(written.cases, (expected, np.where(numbers > 0, 1, 0)), strict=True):
+        assert case.label is not None
+        np.testing.assert_array_equal(read_label(case.label), label)
+        image, original = read_image(case.images), read_image(series[0].parent / case.id)
+        np.testing.assert_allclose(image.affine, original.affine, atol=1e-4)
+        np.testing.assert_array_equal(image.array, original.array)
+
+
+def test_verbs_that_need_label_maps_name_the_way(series: list[Path], blobs: Path) -> None:
+    of_two(series, read_label(blobs / "labelsTr" / "case_0.nii.gz"))
+    with pytest.raises(UserError, match="kanseg convert DATA -o OUT"):
+        read_dataset(series[0].parents[1])
+
+
+def test_a_segmentation_of_another_place_is_refused(series: list[Path], blobs: Path, tmp_path: Path) -> None:
+    numbers = read_label(blobs / "labelsTr" / "case_0.nii.gz")
+    path = segment(tmp_path / "a.dcm", numbers > 0, series[0], ["liver"])
+    image = read_image(series[0])
+    aside = image.affine @ np.array([[1, 0, 0, 0.4], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    with pytest.raises(UserError, match=r"0.40 voxels beside those of the image"):
+        read_segments(path, replace(image, affine=aside), ["liver"])
+    far = LPS_TO_RAS @ np.diag([1.0, 1.0, 1.0, 1.0])
+    far[:3, 3] = 1e4
+    with pytest.raises(UserError, match=r"outside the image|beside those"):
+        read_segments(path, replace(image, affine=far), ["liver"])
+
+
+def test_labels_of_two_kinds_are_refused(series: list[Path], blobs: Path) -> None:
+    dataset = of_two(series, read_label(blobs / "labelsTr" / "case_0.nii.gz"))
+    mixed = replace(dataset.cases[1], label=blobs / "labelsTr" / "case_1.nii.gz")
+    with pytest.raises(UserError, match=r"some are not \(case_1\)"):
+        with_segments(replace(dataset, cases=(dataset.cases[0], mixed)))
+
+
+def test_a_real_segmentation_is_the_label_map_beside_it(shared_data: Path) -> None:
+    folder = shared_data / "dicom" / "ct3_with_seg"
+    image = read_image(folder / "ct")
+    labels = read_segments(folder / "liver.dcm", image, ["Liver"])
+    np.testing.assert_array_equal(labels > 0, read_label(folder / "liver_seg.nrrd") > 0)
+    assert labels.any()
+
+
+def test_segments_that_overlap_are_refused(shared_data: Path) -> None:
+    folder = shared_data / "dicom" / "ct3_with_seg"
+    names = ["GREEN", "ORANGE", "PURPLE", "LIGHT_BLUE", "DARK_BLUE"]
+    with pytest.raises(UserError, match="'GREEN' and 'ORANGE' overlap in 3017 voxels"):
+        read_segments(folder / "partial_overlaps.dcm", read_image(folder / "ct"), names)
+
+
+def test_a_file_that_is_none_is_refused(series: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(b"\0" * 200)
+    with pytest.raises(UserError, match="cannot be read as DICOM-SEG"):
+        read_segments(tmp_path / "a.dcm", read_image(series[0]), ["liver"])
