@@ -61,8 +61,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[C
         pytest.skip("this Triton has no cuobjdump")
     found: list[Compiled] = []
 
-    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        made = kernel.warmup(*arguments, grid=grid, **constants)
+    def launch(
+        kernel: Any, grid: tuple[int, ...], *arguments: Any, registers: int | None = None, **constants: Any
+    ) -> None:
+        limit = {} if registers is None else {"maxnreg": registers}
+        made = kernel.warmup(*arguments, grid=grid, **constants, **limit)
         (tmp_path / "kernel").write_bytes(made.asm["cubin"])
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "kernel"]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -152,21 +155,16 @@ def test_kernel_one_is_a_product_on_tensor_cores(architecture: int, compiled: li
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("family", LAYERS)
-def test_every_family_compiles_with_hardly_a_spill(
+def test_every_family_compiles_without_spills(
     family: str, kernel_size: int, dtype: torch.dtype, architecture: int, compiled: list[Compiled]
 ) -> None:
-    """The assembler itself trades a number or two for more threads at a time, from 40 registers on: with Triton 3.8 in
-    three of these 216 cases, all of kernel 1 in bfloat16 (FastKAN on sm_90, ReLU-KAN and GR-KAN on sm_100).
-    """
     compile_for(architecture, LAYERS[family], dtype, kernel_size)
     assert "contract" in {kernel.name for kernel in compiled}
     if kernel_size == 1 and dtype == torch.bfloat16:
         products = [kernel.assembler for kernel in compiled if kernel.name == "pointwise"]
         assert products
         assert all(PRODUCTS[architecture] in assembler for assembler in products)
-    assert all(kernel.stack <= 16 for kernel in compiled), [
-        (kernel.name, kernel.stack) for kernel in compiled
-    ]
+    assert not any(kernel.stack for kernel in compiled), [(kernel.name, kernel.stack) for kernel in compiled]
 
 
 class Waits(TorchDispatchMode):

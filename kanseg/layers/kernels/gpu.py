@@ -61,10 +61,19 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"kanseg.layers.kernels.triton_{name}")
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` on `grid` programs, on the device of the tensors."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, registers: int | None = None, **constants: Any
+) -> None:
+    """Run `kernel` on `grid` programs, on the device of the tensors.
+
+    Args:
+        registers: a thread may have so many. Without, NVIDIA's assembler may choose a few less than are needed, so that
+            more threads run at a time, and keep a number or two in memory.
+    """
     if 0 in grid:
         return
+    if registers is not None and not torch.version.hip:
+        constants["maxnreg"] = registers
     with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
         kernel[grid](*arguments, **constants)
 

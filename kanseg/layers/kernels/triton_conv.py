@@ -229,7 +229,7 @@ class _Job:
         precision = (
             "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
         )  # of products of float32, as cuDNN's
-        self.products = {"PRECISION": precision, "UP": gpu.INTERPRETED}
+        self.products: dict[str, Any] = {"PRECISION": precision, "UP": gpu.INTERPRETED}
         self.constants: Tensor | None = None
         self.sums: Tensor | None = None
 
@@ -273,6 +273,7 @@ class _Job:
             grad, partial, out_rows, self.size3, self.out_size3, programs, expands,
             F=f, G=self.taps, OWN=own is not None, SUMS=sums > 0, EXPANDS=expands > 0, **self.products,
             BM=bm, BC=bc, BT=self.block_taps, BF=bf, BS=bs,
+            registers=64 if own is not None and self.made.dtype.itemsize == 2 else None,
         )  # fmt: skip
         return out
 
@@ -293,6 +294,7 @@ class _Job:
             self.x, self.own, self.folded, self.constant, out, self.learned,
             rows, self.channels, self.outputs, self.made.geometry.groups,
             F=f, OWN=self.own is not None, **self.products, BM=64, BN=bn, BK=bk,
+            registers=255 if f.kind in PHASED and self.made.dtype.itemsize == 2 else None,
         )  # fmt: skip
 
     def add_constant(self, part: Tensor, into: Tensor, slab: Slab) -> None:
