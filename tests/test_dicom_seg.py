@@ -109,6 +109,15 @@ def test_prediction_of_a_series_becomes_a_segmentation_of_it(
     assert path.read_bytes() == before  # done already
 
 
+def test_one_file_carries_a_segmentation(shared_data: Path, tmp_path: Path) -> None:
+    """An enhanced MR of many planes, given as the file that it is."""
+    (file,) = (shared_data / "dicom" / "mr_philips_enhanced").glob("*.dcm")
+    image = read_image(file)
+    labels = (image.array[0] > np.percentile(image.array[0], 90)).astype(int)
+    path = write_segmentation(tmp_path / "a.dcm", labels, image, values=[0, 1], names=["-", "vessel"])
+    np.testing.assert_array_equal(labels_of(path, labels, image.affine), labels)
+
+
 @pytest.mark.parametrize("name", SHARED_SERIES)
 def test_real_series_carry_segmentations(name: str, shared_data: Path, tmp_path: Path) -> None:
     image = read_image(shared_data / "dicom" / name)

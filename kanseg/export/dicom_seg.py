@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kanseg import __version__
-from kanseg.data.images import LPS_TO_RAS, Image, dicom_files
+from kanseg.data.images import LPS_TO_RAS, Image, dicom_files, suffix_of
 from kanseg.errors import UserError
 from kanseg.training.files import make_folder, write_bytes
 
@@ -48,7 +49,7 @@ def write_segmentation(
     The same labels, series and description get the same UIDs, so that sending a result twice does not double it.
 
     Args:
-        source: the image that was read from the folder of the series.
+        source: the image that was read from the folder of the series, or from one DICOM file.
         values, names: of all classes, the first is the background.
         model: name for the viewer, e.g. that of the data set.
         description: kept as ImageComments.
@@ -60,7 +61,7 @@ def write_segmentation(
     numbers = np.zeros(labels.shape, np.uint8 if len(values) <= 256 else np.uint16)
     for number, value in enumerate(values[1:], start=1):
         numbers[labels == value] = number
-    files = dicom_files(source.path)
+    files = dicom_files(source.path) if source.path.is_dir() else [source.path]
     entropy = hashlib.sha256(numbers.tobytes() + description.encode()).hexdigest()
     try:
         series = [_completed(pydicom.dcmread(f, stop_before_pixels=True), source.spacing[-1]) for f in files]
@@ -72,23 +73,25 @@ def write_segmentation(
             coordinate_system="PATIENT",
             frame_of_reference_uid=series[0].FrameOfReferenceUID,
         )
-        made = highdicom.seg.Segmentation(
-            source_images=series,
-            pixel_array=volume,
-            segmentation_type="BINARY",
-            segment_descriptions=_segments(highdicom, names[1:], model, about),
-            series_instance_uid=pydicom.uid.generate_uid(entropy_srcs=[*about, "series"]),
-            series_number=1000 + int(getattr(series[0], "SeriesNumber", 0) or 0) % 1000,
-            sop_instance_uid=pydicom.uid.generate_uid(entropy_srcs=[*about, "instance"]),
-            instance_number=1,
-            manufacturer="kanseg",
-            manufacturer_model_name=model[:64],
-            software_versions=__version__,
-            device_serial_number=entropy[:16],
-            content_description=f"Segmentation by {model}"[:64],
-            series_description=f"kanseg {model}"[:64],
-            omit_empty_frames=bool(numbers.any()),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # names of patients that are no names, and the like
+            made = highdicom.seg.Segmentation(
+                source_images=series,
+                pixel_array=volume,
+                segmentation_type="BINARY",
+                segment_descriptions=_segments(highdicom, names[1:], model, about),
+                series_instance_uid=pydicom.uid.generate_uid(entropy_srcs=[*about, "series"]),
+                series_number=1000 + int(getattr(series[0], "SeriesNumber", 0) or 0) % 1000,
+                sop_instance_uid=pydicom.uid.generate_uid(entropy_srcs=[*about, "instance"]),
+                instance_number=1,
+                manufacturer="kanseg",
+                manufacturer_model_name=model[:64],
+                software_versions=__version__,
+                device_serial_number=entropy[:16],
+                content_description=f"Segmentation by {model}"[:64],
+                series_description=f"kanseg {model}"[:64],
+                omit_empty_frames=bool(numbers.any()),
+            )
     except (AttributeError, ValueError, TypeError, KeyError, pydicom.errors.InvalidDicomError) as error:
         raise UserError(
             f"{source.path} cannot carry a DICOM-SEG: {error}. Export the series with its full headers, or write "
@@ -128,12 +131,12 @@ def check_series(path: Path) -> tuple[Any, Any]:
     """The libraries that write segmentations of this image.
 
     Raises:
-        UserError: it is no folder with a DICOM series, or a library is not installed.
+        UserError: it is neither a folder with a DICOM series nor a DICOM file, or a library is not installed.
     """
-    if not path.is_dir():
+    if not path.is_dir() and suffix_of(path) != DICOM_SEG:
         raise UserError(
-            f"{path} is no DICOM series, and a DICOM-SEG refers to one. Give the folder of a series, or write another "
-            "format."
+            f"{path} is no DICOM series, and a DICOM-SEG refers to one. Give the folder of a series, a DICOM file, or "
+            "write another format."
         )
     try:
         import highdicom
