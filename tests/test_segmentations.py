@@ -50,6 +50,30 @@ def test_series_are_images_of_training(series: list[Path], blobs: Path) -> None:
     np.testing.assert_allclose(plan.spacing, usual.spacing, rtol=1e-4)
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_case_has_its_series_in_its_folder(
+    nested: bool, series: list[Path], blobs: Path, tmp_path: Path
+) -> None:
+    for folder in series:
+        case = tmp_path / "cases" / folder.name
+        shutil.copytree(folder, case / "study" / "series" if nested else case)
+        shutil.copy(blobs / "labelsTr" / f"{folder.name}.nii.gz", case / "label.nii.gz")
+    dataset = read_dataset(tmp_path / "cases")
+    assert [case.id for case in dataset.cases] == ["case_0", "case_1"]
+    for case, folder in zip(dataset.cases, series, strict=True):
+        np.testing.assert_array_equal(read_image(case.images).array, read_image(folder).array)
+
+
+def test_two_series_of_a_case_are_refused(series: list[Path]) -> None:
+    (series[0].parents[1] / "labels").mkdir()
+    for name in ("a", "b"):
+        shutil.copytree(series[1], series[0] / name)
+    with pytest.raises(
+        UserError, match=r"case_0 has 3 folders with DICOM series \(., a, b\); one is expected"
+    ):
+        list_dataset(series[0].parents[1])
+
+
 def of_two(series: list[Path], numbers: np.ndarray) -> Dataset:
     """Two cases whose files number their segments differently, the second without one of them."""
     labels = series[0].parents[1] / "labels"

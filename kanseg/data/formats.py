@@ -181,7 +181,7 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         fits = channels is None or any(len(paths) == channels for paths in joined.values())
         return _cases(files, join=fits)
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
-    series = [folder for folder in folders if any(map(_may_be_dicom, folder.iterdir()))]
+    series = [folder for folder in folders if _has_slices(folder)]
     if not series:
         raise UserError(
             f"{path} holds no images. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
@@ -205,14 +205,21 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in named if p.is_file() or (p.is_symlink() and not p.exists()))
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """The images of a folder, or where it has none its folders with a DICOM series each."""
-    return image_files(folder) or _series_in(folder)
+def _series_cases(folder: Path, problem: Problem = _refuse) -> list[Case]:
+    """A case for each folder with one DICOM series, however deep that lies in it."""
+    cases = []
+    for path in _folders_in(folder):
+        series = sorted(below for below in (path, *path.rglob("*")) if _has_slices(below))
+        if len(series) > 1:
+            shown = few([str(one.relative_to(path)) for one in series], 3)
+            why = f"{path} has {len(series)} folders with DICOM series ({shown}); one is expected"
+            problem("several series", path.name, f"{why}. Take the others away.")
+        cases += [Case(path.name, (one,), None, path.name) for one in series[:1]]
+    return cases
 
 
-def _series_in(folder: Path) -> list[Path]:
-    """Folders with a DICOM series each."""
-    return [path for path in _folders_in(folder) if any(map(_may_be_dicom, path.iterdir()))]
+def _has_slices(folder: Path) -> bool:
+    return folder.is_dir() and any(map(_may_be_dicom, folder.iterdir()))
 
 
 def _folders_in(folder: Path) -> list[Path]:
@@ -347,7 +354,10 @@ def _entries(file: Path, content: dict[str, Any], key: str) -> list[Any]:
 
 
 def _test_cases(root: Path) -> list[Case]:
-    return _cases(_images_in(root / "imagesTs")) if (root / "imagesTs").is_dir() else []
+    folder = root / "imagesTs"
+    if not folder.is_dir():
+        return []
+    return _cases(image_files(folder)) or _series_cases(folder)
 
 
 def _channel_names(file: Path, described: dict[str, Any]) -> tuple[str, ...] | None:
@@ -456,11 +466,11 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     if images is None or labels is None:
         return _read_one_folder(root, problem)
     groups, notes = _groups_beside(root)
-    files, masks = _images_in(images), _labels_in(labels)
+    files, masks = image_files(images), _labels_in(labels)
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
-    cases = _named(_cases(files, join=not own, problem=problem))
+    cases = _named(_cases(files, join=not own, problem=problem)) if files else _series_cases(images, problem)
     _require_channels(cases, None, problem)
     cases, unused = _paired(cases, masks, groups, problem)
     layout = f"folders {images.name}/ and {labels.name}/"
@@ -481,7 +491,7 @@ def _read_one_folder(root: Path, problem: Problem) -> Dataset:
 
 
 def _read_case_folders(root: Path, problem: Problem) -> Dataset:
-    """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ..., or the one folder with a DICOM series) beside
+    """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ..., or a DICOM series, in a folder or not) beside
     NAME/label.nii.gz (or mask, seg, or the one DICOM-SEG).
     """
     groups, notes = _groups_beside(root)
@@ -491,8 +501,9 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         images = [file for stem, file in files.items() if CASE_IMAGE.fullmatch(stem)]
         labels = [file for stem, file in files.items() if CASE_LABEL.fullmatch(stem)]
         if not images:
-            series = _series_in(folder)
-            images = [path for path in series if len(series) == 1 or CASE_IMAGE.fullmatch(path.name)]
+            series = _series_cases(folder, problem)
+            images = [s.images[0] for s in series if len(series) == 1 or CASE_IMAGE.fullmatch(s.id)]
+            images = images or ([folder] if _has_slices(folder) else [])
         labels = labels or [path for path in sorted(folder.glob("*.dcm")) if is_no_image(path)]
         if not images:
             continue
