@@ -11,8 +11,9 @@ import pytest
 from test_dicom_seg import write_series
 
 from kanseg.data.convert import convert
+from kanseg.data.doctor import diagnose
 from kanseg.data.formats import Dataset, list_dataset, read_dataset
-from kanseg.data.images import LPS_TO_RAS, read_image, read_label
+from kanseg.data.images import read_image, read_label, write_label
 from kanseg.data.plan import make_plan
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.errors import UserError
@@ -65,13 +66,24 @@ def test_a_case_has_its_series_in_its_folder(
 
 
 def test_two_series_of_a_case_are_refused(series: list[Path]) -> None:
-    (series[0].parents[1] / "labels").mkdir()
+    root = series[0].parents[1]
+    (root / "labels").mkdir()
     for name in ("a", "b"):
         shutil.copytree(series[1], series[0] / name)
     with pytest.raises(
         UserError, match=r"case_0 has 3 folders with DICOM series \(., a, b\); one is expected"
     ):
-        list_dataset(series[0].parents[1])
+        list_dataset(root)
+    assert "several series" in {finding.kind for finding in diagnose(root).findings}
+
+
+def test_two_series_beside_a_label_are_refused(series: list[Path], blobs: Path, tmp_path: Path) -> None:
+    case = tmp_path / "cases" / "p"
+    for folder, name in zip(series, ("ct", "scout"), strict=True):
+        shutil.copytree(folder, case / name)
+    shutil.copy(blobs / "labelsTr" / "case_0.nii.gz", case / "label.nii.gz")
+    with pytest.raises(UserError, match=r"p has 2 folders with DICOM series \(ct, scout\)"):
+        list_dataset(case.parent)
 
 
 def of_two(series: list[Path], numbers: np.ndarray) -> Dataset:
@@ -105,6 +117,9 @@ def test_verbs_that_need_label_maps_name_the_way(series: list[Path], blobs: Path
     of_two(series, read_label(blobs / "labelsTr" / "case_0.nii.gz"))
     with pytest.raises(UserError, match="kanseg convert DATA -o OUT"):
         read_dataset(series[0].parents[1])
+    (finding,) = diagnose(series[0].parents[1]).findings
+    assert finding.kind == "DICOM-SEG"
+    assert finding.severity == "error"
 
 
 def test_a_segmentation_of_another_place_is_refused(series: list[Path], blobs: Path, tmp_path: Path) -> None:
@@ -114,10 +129,66 @@ def test_a_segmentation_of_another_place_is_refused(series: list[Path], blobs: P
     aside = image.affine @ np.array([[1, 0, 0, 0.4], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     with pytest.raises(UserError, match=r"0.40 voxels beside those of the image"):
         read_segments(path, replace(image, affine=aside), ["liver"])
-    far = LPS_TO_RAS @ np.diag([1.0, 1.0, 1.0, 1.0])
-    far[:3, 3] = 1e4
-    with pytest.raises(UserError, match=r"outside the image|beside those"):
+    far = image.affine.copy()
+    far[:3, 3] += 1000 * image.affine[:3, :3].sum(axis=1)
+    with pytest.raises(UserError, match="outside the image"):
         read_segments(path, replace(image, affine=far), ["liver"])
+    with pytest.raises(UserError, match="has other voxels"):
+        read_segments(path, replace(image, affine=image.affine @ np.diag([0.5, 1, 1, 1])), ["liver"])
+
+
+def test_a_segmentation_of_another_scan_is_refused(shared_data: Path, tmp_path: Path) -> None:
+    """Also where its voxels would fit."""
+    first, second = (shared_data / "dicom" / name for name in ("mr_hippocrop_1", "mr_hippocrop_2"))
+    labels = np.zeros(read_image(first).array.shape[1:], int)
+    labels[5:9, 5:9, 5:9] = 1
+    path = segment(tmp_path / "a.dcm", labels, first, ["hippocampus"])
+    np.testing.assert_array_equal(read_segments(path, read_image(first), ["hippocampus"]), labels)
+    with pytest.raises(UserError, match=r"drawn on another scan than .*mr_hippocrop_2"):
+        read_segments(path, read_image(second), ["hippocampus"])
+
+
+def test_names_are_one_class_whatever_their_capitals(series: list[Path], blobs: Path) -> None:
+    numbers = read_label(blobs / "labelsTr" / "case_0.nii.gz")
+    labels = series[0].parents[1] / "labels"
+    segment(labels / "case_0.dcm", numbers > 0, series[0], ["Left  Kidney"])
+    segment(labels / "case_1.dcm", numbers > 0, series[1], ["left kidney"])
+    assert with_segments(list_dataset(labels.parent)).label_names == ("background", "Left Kidney")
+    with pytest.raises(UserError, match="has a segment 'Left Kidney', which is none of spleen"):
+        read_segments(labels / "case_0.dcm", read_image(series[0]), ["spleen"])
+
+
+@pytest.mark.parametrize("name", ["background", "Ignore"])
+def test_names_of_no_class_are_refused(name: str, series: list[Path], blobs: Path) -> None:
+    numbers = read_label(blobs / "labelsTr" / "case_0.nii.gz")
+    labels = series[0].parents[1] / "labels"
+    for folder in series:
+        segment(labels / f"{folder.name}.dcm", numbers > 0, folder, [name])
+    with pytest.raises(UserError, match=f"case_0.dcm has a segment called '{name}', which names no class"):
+        with_segments(list_dataset(labels.parent))
+
+
+def test_labels_of_another_grid_are_not_converted(series: list[Path], blobs: Path, tmp_path: Path) -> None:
+    """A flipped NIfTI beside a series, with an affine that says so."""
+    labels = series[0].parents[1] / "labels"
+    for folder in series:
+        image = read_image(blobs / "labelsTr" / f"{folder.name}.nii.gz")
+        flip = np.diag([1.0, -1, 1, 1])
+        flip[1, 3] = image.array.shape[2] - 1
+        flipped = replace(image, affine=image.affine @ flip, path=Path("flipped"))
+        write_label(labels / f"{folder.name}.nii.gz", image.array[0, :, ::-1].astype(int), flipped)
+    with pytest.raises(UserError, match="grid"):
+        convert(read_dataset(labels.parent), tmp_path / "out", "msd")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_both_kinds_are_cases(series: list[Path], blobs: Path) -> None:
+    labels = series[0].parents[1] / "labels"
+    labels.mkdir()
+    for number in range(3):
+        shutil.copy(blobs / "labelsTr" / f"case_{number}.nii.gz", labels)
+    shutil.copy(blobs / "imagesTr" / "case_2.nii.gz", series[0].parent)
+    assert sorted(case.id for case in read_dataset(labels.parent).cases) == ["case_0", "case_1", "case_2"]
 
 
 def test_labels_of_two_kinds_are_refused(series: list[Path], blobs: Path) -> None:
@@ -144,5 +215,7 @@ def test_segments_that_overlap_are_refused(shared_data: Path) -> None:
 
 def test_a_file_that_is_none_is_refused(series: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a.dcm").write_bytes(b"\0" * 200)
-    with pytest.raises(UserError, match="cannot be read as DICOM-SEG"):
+    with pytest.raises(UserError, match="is no DICOM-SEG"):
         read_segments(tmp_path / "a.dcm", read_image(series[0]), ["liver"])
+    with pytest.raises(UserError, match="There is no file"):
+        read_segments(tmp_path / "b.dcm", read_image(series[0]), ["liver"])

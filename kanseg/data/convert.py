@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kanseg.data.formats import Case, Dataset, label_path
-from kanseg.data.images import Image, label_from, read_image, write_array
+from kanseg.data.images import Image, check_pair, label_from, read_image, write_array
 from kanseg.data.labels import IGNORE, class_values, known_values
 from kanseg.data.segmentations import are_segmentations, read_segments
 from kanseg.errors import UsageError, UserError, did_you_mean
@@ -129,7 +129,9 @@ def _samples(dataset: Dataset, cases: Sequence[Case]) -> Iterator[Sample]:
         if are_segmentations([case]):
             label = read_segments(label_path(case), image, dataset.label_names[1:])
         elif case.label is not None:
-            label = label_from(read_image(label_path(case), dataset.spatial_dims))
+            found = read_image(label_path(case), dataset.spatial_dims)
+            check_pair(image, found)
+            label = label_from(found)
         yield Sample(case.id, image, label, case.group)
 
 

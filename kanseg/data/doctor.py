@@ -38,6 +38,7 @@ from kanseg.data.images import (
     LOSSY,
     SUFFIXES_2D,
     SUFFIXES_NIFTI,
+    TAKES_CONVERSION,
     Image,
     grid_distance,
     header_dtype,
@@ -45,6 +46,7 @@ from kanseg.data.images import (
     suffix_of,
 )
 from kanseg.data.labels import known_values
+from kanseg.data.segmentations import are_segmentations
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
@@ -58,6 +60,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "missing file": (ERROR, LEFT_OUT),
     "missing channel": (ERROR, LEFT_OUT),
     "no channel in the name": (ERROR, LEFT_OUT),
+    "several series": (ERROR, LEFT_OUT),
+    "DICOM-SEG": (ERROR, None),
     "label without image": (WARNING, "it is left out"),
     "several masks": (ERROR, "they are merged"),
     "unreadable": (ERROR, LEFT_OUT),
@@ -204,6 +208,9 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
     except UserError as error:
         return _images_alone(path, str(error), findings)
     found = Diagnosis(path, dataset.layout, len(dataset.cases), findings, masks=masks)
+    if are_segmentations(dataset.cases):
+        findings.append(Finding("DICOM-SEG", "", f"Labels are {TAKES_CONVERSION}. Look at that then."))
+        return found
     findings += [Finding("label without image", "", said) for said in dataset.notes if UNUSED in said]
     samples = _Seen()
     kept = []

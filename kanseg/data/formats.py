@@ -17,7 +17,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from kanseg.data.images import LOSSY, SUFFIXES_2D, is_no_image, load_image, read_label, stem_of, suffix_of
+from kanseg.data.images import (
+    LOSSY,
+    SUFFIXES_2D,
+    is_no_image,
+    is_segmentation,
+    load_image,
+    read_label,
+    stem_of,
+    suffix_of,
+)
 from kanseg.data.labels import known_values, parse_labels_of, regions_of
 from kanseg.errors import UserError
 from kanseg.progress import progress
@@ -181,10 +190,11 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         fits = channels is None or any(len(paths) == channels for paths in joined.values())
         return _cases(files, join=fits)
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
-    series = [folder for folder in folders if _has_slices(folder)]
+    series = [folder for folder in folders if any(map(_may_be_dicom, folder.iterdir()))]
     if not series:
+        but = ", but DICOM-SEG, which label maps are not read from" if _segmentations_in(path) else ""
         raise UserError(
-            f"{path} holds no images. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
+            f"{path} holds no images{but}. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
         )
     names = ["_".join(folder.relative_to(path).parts) or folder.resolve().name for folder in series]
     return [Case(name, (folder,), None, name) for name, folder in zip(names, series, strict=True)]
@@ -196,7 +206,7 @@ def _may_be_dicom(path: Path) -> bool:
     if suffix_of(path) == ".dcm":
         return not is_no_image(path)
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return file.read(132)[128:] == b"DICM" and not is_no_image(path)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -207,28 +217,35 @@ def image_files(folder: Path) -> list[Path]:
 
 def _series_cases(folder: Path, problem: Problem = _refuse) -> list[Case]:
     """A case for each folder with one DICOM series, however deep that lies in it."""
-    cases = []
-    for path in _folders_in(folder):
-        series = sorted(below for below in (path, *path.rglob("*")) if _has_slices(below))
+    found = {path.name: _series_of(path) for path in _folders_in(folder)}
+    for name, series in found.items():
         if len(series) > 1:
-            shown = few([str(one.relative_to(path)) for one in series], 3)
-            why = f"{path} has {len(series)} folders with DICOM series ({shown}); one is expected"
-            problem("several series", path.name, f"{why}. Take the others away.")
-        cases += [Case(path.name, (one,), None, path.name) for one in series[:1]]
-    return cases
+            problem("several series", name, _too_many(folder / name, series))
+    return [Case(name, (series[0],), None, name) for name, series in found.items() if series]
 
 
-def _has_slices(folder: Path) -> bool:
-    return folder.is_dir() and any(map(_may_be_dicom, folder.iterdir()))
+def _too_many(folder: Path, series: Sequence[Path]) -> str:
+    shown = few([str(one.relative_to(folder)) for one in series], 3)
+    return f"{folder} has {len(series)} folders with DICOM series ({shown}); one is expected. Take the others away."
+
+
+def _series_of(folder: Path) -> list[Path]:
+    """The folders with DICOM images in a folder, itself among them."""
+    below = sorted(path for path in folder.rglob("*") if path.is_dir())
+    hidden = {path for path in below if any(part[0] == "." for part in path.relative_to(folder).parts)}
+    return [
+        path for path in (folder, *below) if path not in hidden and any(map(_may_be_dicom, path.iterdir()))
+    ]
+
+
+def _segmentations_in(folder: Path) -> list[Path]:
+    """The DICOM-SEG of a folder."""
+    files = (path for path in folder.iterdir() if suffix_of(path) == ".dcm" and path.name[0] != ".")
+    return sorted(path for path in files if path.is_file() and is_segmentation(path))
 
 
 def _folders_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-
-
-def _labels_in(folder: Path) -> list[Path]:
-    """The label maps of a folder, or where it has none its DICOM-SEG."""
-    return image_files(folder) or sorted(p for p in folder.glob("*.dcm") if is_no_image(p))
 
 
 def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -357,7 +374,7 @@ def _test_cases(root: Path) -> list[Case]:
     folder = root / "imagesTs"
     if not folder.is_dir():
         return []
-    return _cases(image_files(folder)) or _series_cases(folder)
+    return [*_cases(image_files(folder)), *_series_cases(folder)]
 
 
 def _channel_names(file: Path, described: dict[str, Any]) -> tuple[str, ...] | None:
@@ -466,11 +483,13 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     if images is None or labels is None:
         return _read_one_folder(root, problem)
     groups, notes = _groups_beside(root)
-    files, masks = image_files(images), _labels_in(labels)
+    files, masks = image_files(images), image_files(labels)
+    masks += [p for p in sorted(labels.iterdir()) if suffix_of(p) == ".dcm" and p.name[0] != "."]
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
-    cases = _named(_cases(files, join=not own, problem=problem)) if files else _series_cases(images, problem)
+    cases = _named(_cases(files, join=not own, problem=problem))
+    cases += _series_cases(images, problem)
     _require_channels(cases, None, problem)
     cases, unused = _paired(cases, masks, groups, problem)
     layout = f"folders {images.name}/ and {labels.name}/"
@@ -501,10 +520,11 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         images = [file for stem, file in files.items() if CASE_IMAGE.fullmatch(stem)]
         labels = [file for stem, file in files.items() if CASE_LABEL.fullmatch(stem)]
         if not images:
-            series = _series_cases(folder, problem)
-            images = [s.images[0] for s in series if len(series) == 1 or CASE_IMAGE.fullmatch(s.id)]
-            images = images or ([folder] if _has_slices(folder) else [])
-        labels = labels or [path for path in sorted(folder.glob("*.dcm")) if is_no_image(path)]
+            series = _series_of(folder)
+            images = [path for path in series if len(series) == 1 or CASE_IMAGE.fullmatch(path.name)]
+            if series and not images:
+                problem("several series", folder.name, _too_many(folder, series))
+        labels = labels or _segmentations_in(folder)
         if not images:
             continue
         if len(labels) != 1:

@@ -36,6 +36,10 @@ NO_IMAGES = (
     b"1.2.840.10008.1.3.10",
     *(b"1.2.840.10008.5.1.4.1.1." + n for n in (b"11.", b"66", b"88.", b"104.", b"481.")),
 )
+TAKES_CONVERSION = (
+    "DICOM-SEG: kanseg convert DATA -o OUT makes a data set with label maps of one with such labels"
+)
+SEGMENTATIONS = (b"1.2.840.10008.5.1.4.1.1.66.4", b"1.2.840.10008.5.1.4.1.1.66.7")
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 TIFF_REMARK = 270  # the tag ImageDescription
@@ -286,8 +290,7 @@ def _read_one(path: Path) -> Image:
             return _read_picture(path)
         if suffix == ".dcm" and is_no_image(path):
             raise UserError(
-                f"{path} is a DICOM object beside images, not one. A data set whose labels are DICOM-SEG becomes one "
-                "of label maps by kanseg convert DATA -o OUT."
+                f"{path} is {TAKES_CONVERSION if is_segmentation(path) else 'a DICOM object that holds no image'}."
             )
         if suffix == ".mha":
             _require_intact(path)
@@ -418,16 +421,25 @@ def dicom_files(folder: Path) -> list[str]:
 
 def is_no_image(path: Path) -> bool:
     """Whether a DICOM file is an object that lies beside images: a segmentation, a report, ..."""
+    return _names_one_of(path, NO_IMAGES)
+
+
+def is_segmentation(path: Path) -> bool:
+    """Whether a DICOM file is a Segmentation object."""
+    return _names_one_of(path, SEGMENTATIONS)
+
+
+def _names_one_of(path: Path, classes: Sequence[bytes]) -> bool:
     with path.open("rb") as file:
         start = file.read(2048)
-    return any(uid in start for uid in NO_IMAGES)
+    return any(uid in start for uid in classes)
 
 
 def _require_readable(folder: Path, names: Sequence[str]) -> None:
     """GDCM passes over files that are cut short; a slice at the end would be lost without a gap to show it."""
     known = {Path(name).name for name in names}
-    for path in sorted(folder.glob("*.dcm")):
-        if path.name in known:
+    for path in sorted(folder.iterdir()):
+        if path.name in known or suffix_of(path) != ".dcm" or path.name[0] == ".":
             continue
         if not is_no_image(path):
             raise UserError(
