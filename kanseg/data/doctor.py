@@ -34,11 +34,11 @@ from kanseg.data.formats import (
     mixed_masks,
 )
 from kanseg.data.images import (
+    CONVERSION,
     GRID_TOLERANCE,
     LOSSY,
     SUFFIXES_2D,
     SUFFIXES_NIFTI,
-    TAKES_CONVERSION,
     Image,
     grid_distance,
     header_dtype,
@@ -209,7 +209,9 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
         return _images_alone(path, str(error), findings)
     found = Diagnosis(path, dataset.layout, len(dataset.cases), findings, masks=masks)
     if are_segmentations(dataset.cases):
-        findings.append(Finding("DICOM-SEG", "", f"Labels are {TAKES_CONVERSION}. Look at that then."))
+        findings.append(
+            Finding("DICOM-SEG", "", f"the labels are DICOM-SEG. {CONVERSION}; examine that then")
+        )
         return found
     findings += [Finding("label without image", "", said) for said in dataset.notes if UNUSED in said]
     samples = _Seen()

@@ -36,9 +36,7 @@ NO_IMAGES = (
     b"1.2.840.10008.1.3.10",
     *(b"1.2.840.10008.5.1.4.1.1." + n for n in (b"11.", b"66", b"88.", b"104.", b"481.")),
 )
-TAKES_CONVERSION = (
-    "DICOM-SEG: kanseg convert DATA -o OUT makes a data set with label maps of one with such labels"
-)
+CONVERSION = "kanseg convert DATA -o OUT makes a data set with label maps of one with DICOM-SEG"
 SEGMENTATIONS = (b"1.2.840.10008.5.1.4.1.1.66.4", b"1.2.840.10008.5.1.4.1.1.66.7")
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -289,9 +287,10 @@ def _read_one(path: Path) -> Image:
         if suffix in SUFFIXES_2D:
             return _read_picture(path)
         if suffix == ".dcm" and is_no_image(path):
-            raise UserError(
-                f"{path} is {TAKES_CONVERSION if is_segmentation(path) else 'a DICOM object that holds no image'}."
+            what = (
+                f"a DICOM-SEG. {CONVERSION}" if is_segmentation(path) else "a DICOM object without an image"
             )
+            raise UserError(f"{path} is {what}.")
         if suffix == ".mha":
             _require_intact(path)
         return _read_itk(path, sitk.ReadImage(str(path)))
