@@ -112,7 +112,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         "heavy = {'torch', 'monai', 'numpy', 'matplotlib', 'hydra', 'albumentations'} & set(sys.modules)\n"
         "print('heavy:', sorted(heavy))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
