@@ -190,7 +190,7 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         fits = channels is None or any(len(paths) == channels for paths in joined.values())
         return _cases(files, join=fits)
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
-    series = [folder for folder in folders if any(map(_may_be_dicom, folder.iterdir()))]
+    series = _with_dicom(folders)
     if not series:
         but = ", but DICOM-SEG, which label maps are not read from" if _segmentations_in(path) else ""
         raise UserError(
@@ -233,15 +233,21 @@ def _series_of(folder: Path) -> list[Path]:
     """The folders with DICOM images in a folder, itself among them."""
     below = sorted(path for path in folder.rglob("*") if path.is_dir())
     hidden = {path for path in below if any(part[0] == "." for part in path.relative_to(folder).parts)}
-    return [
-        path for path in (folder, *below) if path not in hidden and any(map(_may_be_dicom, path.iterdir()))
-    ]
+    return _with_dicom(path for path in (folder, *below) if path not in hidden)
+
+
+def _with_dicom(folders: Iterable[Path]) -> list[Path]:
+    """The folders that hold DICOM images themselves."""
+    return [folder for folder in folders if any(map(_may_be_dicom, folder.iterdir()))]
+
+
+def _dcm_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if suffix_of(p) == ".dcm" and p.name[0] != ".")
 
 
 def _segmentations_in(folder: Path) -> list[Path]:
     """The DICOM-SEG of a folder."""
-    files = (path for path in folder.iterdir() if suffix_of(path) == ".dcm" and path.name[0] != ".")
-    return sorted(path for path in files if path.is_file() and is_segmentation(path))
+    return [path for path in _dcm_in(folder) if path.is_file() and is_segmentation(path)]
 
 
 def _folders_in(folder: Path) -> list[Path]:
@@ -483,8 +489,7 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     if images is None or labels is None:
         return _read_one_folder(root, problem)
     groups, notes = _groups_beside(root)
-    files, masks = image_files(images), image_files(labels)
-    masks += [p for p in sorted(labels.iterdir()) if suffix_of(p) == ".dcm" and p.name[0] != "."]
+    files, masks = image_files(images), [*image_files(labels), *_dcm_in(labels)]
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
