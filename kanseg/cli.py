@@ -157,7 +157,7 @@ def train(
         found = cross_validate(checked, plan_, dataset, folder, **how)
         if isinstance(plan_, Plan):
             title = f"{found['cases']} unseen cases, mean [95 % interval]"
-            console.print(score_table(found["metrics"], title, plan_.unit))
+            console.print(score_table(found["metrics"] | found["unions"], title, plan_.unit))
         for name, score in found.get("scores", {}).items():
             console.print(
                 f"{name} {score['mean']:.4f} +- {score['std']:.4f} over {len(found['folds'])} folds"
@@ -262,7 +262,8 @@ def evaluate(
 
     Example: kanseg evaluate masks/ labelsTs/ -o scores/
     """
-    from kanseg.evaluation.metrics import evaluate_folders, parse_labels, planned_ignore
+    from kanseg.data.labels import unions
+    from kanseg.evaluation.metrics import evaluate_folders, parse_labels, planned_labels
     from kanseg.evaluation.report import score_table
 
     if prediction.suffix == ".csv":
@@ -273,10 +274,15 @@ def evaluate(
         _emit(scores, json_)
         return
     names = None if labels is None else parse_labels(labels)
-    ignore = planned_ignore(labels) if ignore is None else ignore
-    summary = evaluate_folders(prediction, reference, out, labels=names, ignore=ignore, tolerance=tolerance)
+    planned = planned_labels(labels)
+    if ignore is None and planned is not None:
+        ignore = planned.ignore_value
+    together = None if planned is None else unions(planned)
+    how: dict[str, Any] = {"labels": names, "unions": together, "ignore": ignore, "tolerance": tolerance}
+    summary = evaluate_folders(prediction, reference, out, **how)
     console = _console(json_)
-    console.print(score_table(summary["metrics"], f"{summary['cases']} cases, mean [95 % interval]"))
+    shown = summary["metrics"] | summary["unions"]
+    console.print(score_table(shown, f"{summary['cases']} cases, mean [95 % interval]"))
     for name in summary["absent"]:
         console.print(f"{name} is in no reference; the mean leaves it out", highlight=False)
     for name in summary["predictions_without_reference"]:

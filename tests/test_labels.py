@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kanseg.data.formats import read_dataset
-from kanseg.data.images import read_label
-from kanseg.data.labels import class_numbers, class_values, known_values, parse_regions, targets
+from kanseg.data.formats import Dataset, read_dataset
+from kanseg.data.images import read_image, read_label, write_label
+from kanseg.data.labels import (
+    class_numbers,
+    class_values,
+    known_values,
+    parse_regions,
+    targets,
+    unions,
+)
 from kanseg.data.plan import Plan, make_plan, planned_dataset
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_folders, label_dice, parse_labels
@@ -170,3 +177,61 @@ def test_a_network_learns_regions_and_ignores(
     loaded = Loaded([tmp_path / "run"])
     labels, _ = predict_case(loaded.networks, read_dataset(regions).cases[0], loaded.plans)
     assert set(np.unique(labels)) <= {0, 1, 2}
+
+
+def named(*names: str) -> Dataset:
+    values = tuple(range(len(names) + 1))
+    return Dataset("", Path(), "", 3, ("x",), ("background", *names), values, (), (), ())
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("edema", "non-enhancing tumor", "enhancing tumour"), ((1, 2, 3), (2, 3))),  # of the Decathlon
+        (("NCR", "ED", "ET"), ((1, 2, 3), (1, 3))),
+        (
+            ("necrotic and non-enhancing tumor core", "peritumoral edema", "GD-enhancing tumor"),
+            ((1, 2, 3), (1, 3)),
+        ),
+        (("necrosis", "edema", "nonenhancing tumour", "enhancing tumour"), ((1, 2, 3, 4), (1, 3, 4))),
+    ],
+)
+def test_parts_of_a_glioma_are_scored_together_too(
+    names: tuple[str, ...], expected: tuple[tuple[int, ...], ...]
+) -> None:
+    assert unions(named(*names)) == dict(zip(("whole tumour", "tumour core"), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("liver", "tumour"),
+        ("edema", "enhancing tumour"),
+        ("edema", "necrosis", "enhancing", "resection cavity"),
+    ],
+)
+def test_other_classes_are_scored_by_themselves(names: tuple[str, ...]) -> None:
+    assert unions(named(*names)) == {}
+
+
+def test_unions_have_the_scores_of_regions_and_leave_the_mean_alone(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    dataset = read_dataset(shared_data / "brats_small")
+    assert any("whole tumour" in note for note in dataset.notes)
+    references, predictions = tmp_path / "references", tmp_path / "predictions"
+    references.mkdir()
+    predictions.mkdir()
+    for case in dataset.cases[:2]:
+        shutil.copy(case.label, references)  # type: ignore[arg-type]
+        image = read_image(case.label)  # type: ignore[arg-type]
+        worse = np.roll(image.array, 2, axis=-1)[0]
+        write_label(predictions / Path(str(case.label)).name, worse, image)
+    names = class_values(dataset)
+    scored = evaluate_folders(predictions, references, labels=names, unions=unions(dataset))
+    alone = evaluate_folders(predictions, references, labels=names)
+    assert scored["metrics"] == alone["metrics"]
+    regions = evaluate_folders(predictions, references, labels={"whole": (1, 2, 3, 4), "core": (1, 3, 4)})
+    assert scored["unions"]["whole tumour"] == regions["metrics"]["whole"]
+    assert scored["unions"]["tumour core"] == regions["metrics"]["core"]
+    assert scored["unions"]["whole tumour"]["dice"]["mean"] < 1

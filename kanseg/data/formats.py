@@ -27,7 +27,7 @@ from kanseg.data.images import (
     stem_of,
     suffix_of,
 )
-from kanseg.data.labels import known_values, parse_labels_of, regions_of
+from kanseg.data.labels import known_values, parse_labels_of, regions_of, unions
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
@@ -796,6 +796,9 @@ def _label_notes(dataset: Dataset) -> list[str]:
     elif dataset.label_values != tuple(range(len(dataset.label_values))):
         shown = few([f"{value} -> {i}" for i, value in enumerate(dataset.label_values)])
         notes.append(f"label values are mapped for training ({shown}) and mapped back in every output")
+    if together := unions(dataset):
+        shown = "; ".join(f"{name}: {list(values)}" for name, values in together.items())
+        notes.append(f"scored beside the classes, but no part of the mean: {shown}")
     if dataset.ignore_value is not None:
         notes.append(
             f"voxels of the value {dataset.ignore_value} (ignore) count neither in the loss nor in scores"

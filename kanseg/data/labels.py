@@ -19,6 +19,13 @@ from torch import Tensor
 from kanseg.errors import UsageError, UserError
 
 IGNORE = "ignore"
+# Parts of a glioma as data sets name them, of which BraTS scores unions (Menze et al. 2015, IEEE TMI 34, 1993).
+CORE = r"(necro\w*|ncr|net|non-?\s?enhanc\w*)"
+GLIOMA = {
+    "edema": re.compile(r"\b(o?edema|ed)\b"),
+    "core": re.compile(rf"\b{CORE}\b"),
+    "enhancing": re.compile(r"(?<!non)(?<!non[- ])\b(enhanc\w*|et)\b"),
+}
 UNKNOWN = -1  # class number of voxels that nobody annotated
 
 
@@ -122,6 +129,28 @@ def class_values(labels: Labels) -> dict[str, tuple[int, ...]]:
     """Values in the files that belong to each class but the background, by name."""
     regions = labels.regions or [(value,) for value in labels.label_values]
     return dict(zip(labels.label_names[1:], map(tuple, regions[1:]), strict=True))
+
+
+def unions(labels: Labels) -> dict[str, tuple[int, ...]]:
+    """Structures that are scored beside the classes they consist of, by name; of most data none.
+
+    Where the classes are the parts of a glioma, edema, enhancing tumour, necrosis or non-enhancing tumour, and nothing
+    else, these are BraTS's whole tumour and tumour core.
+
+    Source: Menze et al. 2015, IEEE TMI 34(10), 1993-2024, section III.
+    """
+    if labels.regions:
+        return {}
+    parts: dict[str, set[int]] = {part: set() for part in GLIOMA}
+    for name, values in class_values(labels).items():
+        found = [part for part, said in GLIOMA.items() if said.search(name.lower())]
+        if len(found) != 1:
+            return {}
+        parts[found[0]] |= set(values)
+    if not all(parts.values()):
+        return {}
+    core = parts["core"] | parts["enhancing"]
+    return {"whole tumour": tuple(sorted(core | parts["edema"])), "tumour core": tuple(sorted(core))}
 
 
 def painted(label: np.ndarray, labels: Labels) -> np.ndarray:

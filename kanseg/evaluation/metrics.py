@@ -13,7 +13,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from kanseg.training.files import make_folder, write_bytes, write_json
 
 METRICS = ("dice", "iou", "hd95", "nsd")
 COLUMNS = (*METRICS, "volume_ml", "reference_volume_ml")
+UNIONS = "unions.csv"
 RESAMPLES = 2000
 TOLERANCE = 1.0
 ENDINGS = ("_mask", "_label", "_seg")
@@ -170,11 +171,11 @@ def parse_labels(text: str) -> dict[str, Label]:
     return {name: values if len(values) > 1 else values[0] for name, values in class_values(plan).items()}
 
 
-def planned_ignore(text: str | None) -> int | None:
-    """The ignore label of the run folder that `parse_labels` is given, None where it has none."""
+def planned_labels(text: str | None) -> Labels | None:
+    """What the plan knows of its labels, where `parse_labels` is given one."""
     path = Path(text or "")
     file = _plan_file(path)
-    return Plan.load(file).ignore_value if text and file.is_file() and file.suffix == ".json" else None
+    return Plan.load(file) if text and file.is_file() and file.suffix == ".json" else None
 
 
 def _plan_file(path: Path) -> Path:
@@ -196,6 +197,7 @@ def evaluate_folders(
     out: Path | str | None = None,
     *,
     labels: Mapping[str, Label] | None = None,
+    unions: Mapping[str, tuple[int, ...]] | None = None,
     ignore: int | None = None,
     tolerance: float = TOLERANCE,
     seed: int = 0,
@@ -203,14 +205,15 @@ def evaluate_folders(
     """Score a folder of label maps (or one file) against its references; pairs by file name without suffix.
 
     Args:
-        out: folder for cases.csv (a row a case and class) and summary.json.
+        out: folder for cases.csv (a row a case and class), unions.csv (the like, where there are) and summary.json.
         labels: name -> value (or values, of a region) of the classes to score; default every value but 0 in the
             references and predictions.
+        unions: name -> values of structures that are scored beside the classes and are no part of the mean.
         ignore: value in the references of voxels that do not count.
 
     Returns:
-        The summary: mean, median and 95 % bootstrap interval of the mean of each metric, a class and over classes,
-        with the failed cases.
+        The summary: mean, median and 95 % bootstrap interval of the mean of each metric, a class and over classes
+        ("metrics"), a union ("unions"), with the failed cases.
 
     Raises:
         UserError: nothing to score, a reference that cannot be read, or label maps on different grids.
@@ -226,7 +229,8 @@ def evaluate_folders(
     names = {name: value for name, value in found.items() if value != ignore}
     if not names:
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
-    rows = []
+    wanted = {**names, **(unions or {})}
+    scored = []
     for case, path in progress(references.items(), "Scoring"):
         target = read_image(path)
         truth = label_from(target)
@@ -241,8 +245,9 @@ def evaluate_folders(
                 check_pair(target, image)
         if ignore is not None:
             guess, truth = (np.where(truth == ignore, 0, array) for array in (guess, truth))
-        scores = evaluate_case(guess, truth, target.spacing, list(names.values()), tolerance)
-        rows += [{"case": case, "label": name, **scores[value]} for name, value in names.items()]
+        scores = evaluate_case(guess, truth, target.spacing, list(wanted.values()), tolerance)
+        scored += [{"case": case, "label": name, **scores[value]} for name, value in wanted.items()]
+    rows, together = part_rows(scored, names)
     surplus = sorted(set(predictions) - set(references))
     absent = absent_labels(rows) if labels else []  # else a prediction has it, and that counts
     summary = {
@@ -254,10 +259,11 @@ def evaluate_folders(
         "nsd_tolerance_mm": tolerance,
         "interval": f"95 % bootstrap interval of the mean over cases, {RESAMPLES} resamples, seed {seed}",
         "metrics": summarize_rows(rows, seed, aside=absent),
+        "unions": summarize_unions(together, seed),
     }
     if out is not None:
         folder = make_folder(Path(out))
-        write_bytes(folder / "cases.csv", rows_as_csv(rows).encode())
+        write_tables(folder, "cases.csv", rows, together)
         write_json(folder / "summary.json", summary)
     return summary
 
@@ -321,6 +327,30 @@ def summarize_rows(
             for i, metric in enumerate(METRICS)
         }
     return summary
+
+
+def summarize_unions(
+    rows: Sequence[Mapping[str, Any]], seed: int = 0, groups: Mapping[str, str] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """As `summarize_rows`, without a mean over what overlaps."""
+    found = summarize_rows(rows, seed, groups) if rows else {}
+    return {name: scores for name, scores in found.items() if name != "mean"}
+
+
+def part_rows(
+    rows: Sequence[dict[str, Any]], names: Collection[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the classes `names`, and of their unions."""
+    return [row for row in rows if row["label"] in names], [row for row in rows if row["label"] not in names]
+
+
+def write_tables(
+    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], together: Sequence[Mapping[str, Any]]
+) -> None:
+    """The table of the classes under its name, that of their unions, where there are, beside it."""
+    write_bytes(folder / name, rows_as_csv(rows).encode())
+    if together:
+        write_bytes(folder / UNIONS, rows_as_csv(together).encode())
 
 
 def absent_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,17 +16,24 @@ from rich.console import Console
 from kanseg.config import Config
 from kanseg.data.formats import Case, Dataset, label_path
 from kanseg.data.images import label_from, read_image, read_label
-from kanseg.data.labels import class_values, painted
+from kanseg.data.labels import class_values, painted, unions
 from kanseg.data.plan import CACHE_SHARE
 from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.classification import SCORES
-from kanseg.evaluation.metrics import evaluate_case, label_dice, rows_as_csv, summarize_rows
+from kanseg.evaluation.metrics import (
+    evaluate_case,
+    label_dice,
+    part_rows,
+    summarize_rows,
+    summarize_unions,
+    write_tables,
+)
 from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
 from kanseg.memory import give_back
 from kanseg.progress import is_main, progress
 from kanseg.training.checkpoint import LAST
-from kanseg.training.files import locked, write_bytes, write_json
+from kanseg.training.files import locked, write_json
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
 from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits
@@ -52,8 +59,9 @@ def cross_validate(
 
     Returns:
         "folds" (summary of each), "failed" (message of each fold that failed), "metrics" (class -> metric -> mean,
-        95 % interval by patient), "postprocessing" and the mean Dice without it. Of classifiers, in place of the last
-        three, "scores" (score -> mean and standard deviation over the folds).
+        95 % interval by patient), "unions" (the like, see `kanseg.data.labels.unions`), "postprocessing" and the mean
+        Dice without it. Of classifiers, in place of the last four, "scores" (score -> mean and standard deviation over
+        the folds).
 
     Raises:
         UsageError: a fold holds a training and nobody said to resume it.
@@ -123,7 +131,7 @@ def held_out(run: Path, splits: Splits, plan: Plan, dataset: Dataset) -> dict[st
 def conclude(folder: Path, plan: Plan, dataset: Dataset, predictions: Where, **facts: Any) -> dict[str, Any]:
     """What `pool` finds, with further facts, written to a folder."""
     found = pool(plan, dataset, predictions)
-    write_bytes(folder / TABLE, rows_as_csv(found.pop("rows")).encode())
+    write_tables(folder, TABLE, found.pop("rows"), found.pop("union_rows"))
     save_rules(folder, found["postprocessing"])
     write_json(folder / RESULT, {**facts, **found})
     return {**facts, **found}
@@ -133,22 +141,27 @@ def pool(plan: Plan, dataset: Dataset, predictions: Where) -> dict[str, Any]:
     """Post-processing chosen by predictions of unseen cases, and their scores after it."""
     cases = [case for case in dataset.cases if case.id in predictions]
     seen, names = Seen(cases, predictions, plan), class_values(plan)
+    wanted: dict[str, tuple[int, ...]] = {**names, **unions(plan)}
     memory = int(CACHE_SHARE * plan.memory_bytes) if plan.memory_bytes else None
     pairs = ((ours, theirs, spacing) for _, ours, theirs, spacing in progress(seen, "Reading predictions"))
     rules = choose_postprocessing(pairs, plan.label_values[1:], memory)
-    rows: list[dict[str, Any]] = []
+    scored: list[dict[str, Any]] = []
     plain = []
     for case, prediction, reference, spacing in progress(seen, "Scoring"):
         plain.append(np.mean(label_dice(prediction, reference, plan)))
         done = apply_postprocessing(prediction, rules, spacing)
-        scores = evaluate_case(done, reference, spacing, list(names.values()))
-        rows += [{"case": case.id, "label": name, **scores[values]} for name, values in names.items()]
+        scores = evaluate_case(done, reference, spacing, list(wanted.values()))
+        scored += [{"case": case.id, "label": name, **scores[values]} for name, values in wanted.items()]
+    rows, together = part_rows(scored, names)
+    patients = {case.id: case.group for case in cases}
     return {
         "cases": len(cases),
-        "metrics": summarize_rows(rows, groups={case.id: case.group for case in cases}),
+        "metrics": summarize_rows(rows, groups=patients),
+        "unions": summarize_unions(together, groups=patients),
         "postprocessing": rules,
         "dice_without_postprocessing": float(np.mean(plain)),
         "rows": rows,
+        "union_rows": together,
     }
 
 

@@ -296,7 +296,7 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     unit = Plan.load(job.run / job.names[0] / PLAN).unit
     for name, result in found.items():
         title = f"{name}: {result['cases']} unseen cases"
-        job.console.print(score_table(result["metrics"], title, unit))
+        job.console.print(score_table(result["metrics"] | result.get("unions", {}), title, unit))
     return found
 
 

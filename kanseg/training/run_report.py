@@ -158,7 +158,7 @@ class _Report:
             result = one.result
             yield f"### {one.name}"
             yield f"{result['cases']} unseen cases, mean [95 % interval by patient]:"
-            yield table(*score_rows(result["metrics"], self.plan.unit))
+            yield table(*score_rows(result["metrics"] | result.get("unions", {}), self.plan.unit))
             rules = (
                 "; ".join(_rule(rule, self.plan) for rule in result["postprocessing"]) or "none that helps"
             )
