@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.layers import FAMILIES, KANConv, conv_layer
-from kanseg.layers.kernels import expansion, instance_norm_act, native
+from kanseg.layers.kernels import expansion, instance_norm_act, native, wavelet
 from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last
 from kanseg.layers.wavelet_conv import WaveletConv
@@ -317,6 +317,29 @@ def test_slabs_change_nothing(
         assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp(min=1e-3)
 
 
+@pytest.mark.parametrize("family", ["kagn", "kan", "fastkan", "relukan", "wavkan", "bottleneck_kagn"])
+@pytest.mark.parametrize(
+    "geometry",
+    [{}, {"padding": 0}, {"padding": 2}, {"stride": 2}, {"kernel_size": 1}, {"groups": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_inference_is_bit_equal_however_the_input_lies_in_memory(
+    backend: str, family: str, geometry: dict, dims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is copied into channels-last memory, and what waves are made of, goes a few planes at a time."""
+    layer = conv_layer(family, norm=None, act=None)(dims, 16, 16, **geometry)
+    x = torch.randn(2, 16, 38, *[11, 12][: dims - 1])
+    with torch.no_grad():
+        whole = layer(channels_last(x))
+        monkeypatch.setattr(expansion, "COPY_BYTES", 20_000)
+        monkeypatch.setattr(wavelet, "COPY_BYTES", 20_000)
+        before = x.clone()
+        torch.testing.assert_close(layer(channels_last(x)), whole, atol=0, rtol=0)
+        torch.testing.assert_close(layer(x), whole, atol=0, rtol=0)
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize(
     "geometry",
     [{}, {"stride": 2}, {"stride": 2, "padding": 0, "groups": 2}, {"dilation": 2}, {"kernel_size": 1}],
@@ -381,7 +404,7 @@ def test_dropout_is_the_same_when_it_is_made_again(backend: str, family: str, pl
         torch.testing.assert_close(again / scale, kept / scale, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["kagn", "kan", "bottleneck_kagn"])
+@pytest.mark.parametrize("family", ["kagn", "kan", "fastkan", "wavkan", "bottleneck_kagn"])
 def test_inference_needs_little_memory(benchmark: ModuleType, family: str) -> None:
     """16 channels x 128^3 in a fresh process: less than 170 MB above input and output; the expansion has 0.6 GB."""
     if sys.platform != "linux":

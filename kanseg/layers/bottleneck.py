@@ -13,7 +13,7 @@ from kanseg.errors import UsageError
 from kanseg.layers.geometry import ConvGeometry, lean, recomputed
 from kanseg.layers.kan_conv import KANConv, check_dropout
 from kanseg.layers.kernels.recipe import Recipe
-from kanseg.layers.kernels.rows import channels_last
+from kanseg.layers.kernels.rows import laid_out
 from kanseg.layers.norms import ActSpec, activation
 
 
@@ -108,7 +108,7 @@ class BottleneckKANConv(ConvGeometry):
         if not self.recompute:
             return self._convolve(self.noise(x))
         if lean(x):
-            x = channels_last(x)  # once for both branches
+            x = laid_out(x)  # once for both branches
         if not self.noise.acts():
             return self._summed(x)
         # A mixture's gate draws noise too, so it runs once.

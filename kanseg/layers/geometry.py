@@ -15,7 +15,7 @@ from kanseg.errors import ShapeError, UsageError
 from kanseg.layers.kernels import expanded_conv, gpu
 from kanseg.layers.kernels.expansion import Geometry
 from kanseg.layers.kernels.plain_conv import pointwise_product
-from kanseg.layers.kernels.rows import is_channels_last
+from kanseg.layers.kernels.rows import channels_last, is_channels_last
 
 # Dropout of whole channels, which MONAI's table has from two axes on.
 CHANNEL_DROPOUT: dict[int, type[nn.Module]] = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}
@@ -149,8 +149,12 @@ class ConvGeometry(nn.Module):
 
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """A grouped 1x1 convolution, no bias."""
-        fast = pointwise_product(x, weight) if self.groups == 1 and lean(x) else None
-        return fast if fast is not None else CONVOLUTIONS[self.spatial_dims](x, weight, groups=self.groups)
+        if not lean(x):
+            return CONVOLUTIONS[self.spatial_dims](x, weight, groups=self.groups)
+        fast = pointwise_product(x, weight) if self.groups == 1 else None
+        if fast is not None:
+            return fast
+        return CONVOLUTIONS[self.spatial_dims](channels_last(x), weight, groups=self.groups)
 
     def extra_repr(self) -> str:
         return (

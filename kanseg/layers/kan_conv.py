@@ -21,7 +21,7 @@ from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomput
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.plain_conv import plain_conv
 from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
-from kanseg.layers.kernels.rows import channels_last
+from kanseg.layers.kernels.rows import channels_last, is_channels_last, laid_out
 from kanseg.layers.norms import (
     ActSpec,
     activation,
@@ -125,7 +125,7 @@ class KANConv(ConvGeometry):
         if self.input_norm is not None:
             x = self._drop("input", x)  # once for both inputs, as is the copy
             if self.recompute and lean(x):
-                x = channels_last(x)
+                x = laid_out(x)
         # The norm stays outside: run twice, it would count its statistics twice.
         inputs = (x,) if self.input_norm is None else (x, self._own(x))
         if not self.recompute:
@@ -148,7 +148,10 @@ class KANConv(ConvGeometry):
         norm: Any = self.input_norm
         x = self._drop("basis_input", x)
         if self.recompute and fused_norm_serves(norm, x):
-            return instance_norm_act(x, norm.weight, norm.bias, norm.eps, "identity")
+            ours = x.dim() > 3 and not is_channels_last(x)  # a copy, which the result may lie over
+            return instance_norm_act(
+                channels_last(x), norm.weight, norm.bias, norm.eps, "identity", over=ours
+            )
         return normalise(norm, x)
 
     def expand_and_convolve(self, x: Tensor, normed: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import Slab, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first, plain_eager
 from kanseg.layers.kernels.recipe import Recipe
-from kanseg.layers.kernels.rows import channels_last
+from kanseg.layers.kernels.rows import channels_last, laid_out
 from kanseg.layers.norms import ActSpec, activation
 
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
@@ -68,13 +68,14 @@ class WaveletConv(ConvGeometry):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        edges = (self.scale, self.translation, self.wavelet_weight, self.mix_weight)
+        compiled = self.base_recipe is not None and self._compiled(x, *edges)
         if self.recompute and lean(x):
-            x = channels_last(x)  # once for both terms
+            x = laid_out(x) if compiled else channels_last(x)  # once for both terms
         kept = None  # channels, those that dropout leaves
         if self.dropout is not None and self.training:
             kept = self.dropout(x.new_ones(*x.shape[:2], *[1] * self.spatial_dims))
-        edges = (self.scale, self.translation, self.wavelet_weight, self.mix_weight)
-        if self.base_recipe is not None and self._compiled(x, *edges):
+        if compiled and self.base_recipe is not None:
             waves = wavelet.wavelet_sum(x, kept, *edges, self.psi, self.geometry())
             return waves.add_(self.convolve_expanded([x], self.base_recipe, self.base_weight))
         tensors = (x, kept, *edges, self.base_weight)

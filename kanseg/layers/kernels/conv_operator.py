@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kanseg.layers.kernels import expansion, gpu, native
+from kanseg.layers.kernels import expansion, gpu
 from kanseg.layers.kernels.expansion import Expansion, Geometry
 from kanseg.layers.kernels.operators import operator, plain_eager, refuse_second
 from kanseg.layers.kernels.recipe import read
-from kanseg.layers.kernels.rows import channels_last, empty_channels_last
+from kanseg.layers.kernels.rows import channels_last, empty_channels_last, laid_out
 
 Shape = Sequence[int]
 GIVEN = (
@@ -45,9 +45,7 @@ def expanded_conv(
         learned: what the basis learns, in the order of the recipe.
         dtype: of the operands of the convolution and of the result.
     """
-    # Without gradients eager steps copy what they expand, slab by slab.
-    whole = torch.is_grad_enabled() or inputs[0].device.type != "cpu" or native.library() is not None
-    x, *rest = map(channels_last, inputs) if whole else inputs
+    x, *rest = map(laid_out, inputs)
     own = rest[0] if rest else None
     how = (recipe, geometry.numbers(), dtype)
     if plain_eager(x):

@@ -22,13 +22,22 @@ from torch.nn import functional as F
 
 from kanseg.layers.kernels import gpu, native, winograd
 from kanseg.layers.kernels.recipe import Recipe
-from kanseg.layers.kernels.rows import as_rows, blocks, channels_last, empty_channels_last, product
+from kanseg.layers.kernels.rows import (
+    as_rows,
+    blocks,
+    channels_last,
+    empty_channels_last,
+    is_channels_last,
+    product,
+)
 
 # Channels * planes * rows of one volume up to which torch convolves it by a loop of its own, 10 to 40 times slower than
 # oneDNN (`use_mkldnn` in its Convolution.cpp; seen in torch 2.13 and 2.14).
 LEFT_TO_TORCH = 20480
 LEAST_VOXELS = 128  # of that volume; the loop does well below
 SLAB_BYTES = 32 * 2**20  # of an expansion; a smaller one starves the gradient of the weight
+COPY_BYTES = 12 * 2**20  # of an input
+TILE = 4  # rows of Winograd's largest tile; what begins with one has the same numbers
 SLAB_OF_GPU = 1 / 512  # of its memory
 LEAST_OF_GPU = 64 * 2**20  # bytes
 
@@ -134,7 +143,12 @@ def forward(
             assert expansion.parts is not None
             out = empty_channels_last((len(first), len(weight), *size), first, dtype)
             border = None if constant is None else _border(constant, first.shape[2:], size, geometry)
-            winograd.convolve(inputs, expansion.parts, kernel, border, out, geometry)
+            for slab in copied(inputs, geometry):
+                sources = [channels_last(planes_of(x, slab)) for x in inputs]
+                near = None if border is None else border.of(slab.out)
+                into = outputs(out, slab)
+                winograd.convolve(sources, expansion.parts, kernel, near, into, slab.geometry(geometry))
+                del sources  # before the next are made
             return out.to(expansion.dtype)
         multiplied = geometry.pointwise() and first.device.type == "cpu"
         bias = None if constant is None or not multiplied else constant.flatten().to(dtype)
@@ -306,6 +320,10 @@ class Slab:
         """What is left for the convolution to pad."""
         return geometry.padding if self.whole else (0, *geometry.padding[1:])
 
+    def geometry(self, geometry: Geometry) -> Geometry:
+        """That of a convolution which makes just these planes of the output, and pads for itself."""
+        return geometry if self.whole else replace(geometry, padding=(self.before, *geometry.padding[1:]))
+
 
 def slab_bytes(device: torch.device) -> int:
     """Of an expansion, at most.
@@ -318,10 +336,27 @@ def slab_bytes(device: torch.device) -> int:
     return max(LEAST_OF_GPU, int(SLAB_OF_GPU * gpu.memory(device)))
 
 
-def slabs(x: Tensor, channels: int, dtype: torch.dtype, geometry: Geometry) -> Iterator[Slab]:
-    """Cut the batch `x` where its expansion to so many channels has more than `slab_bytes`."""
+def copied(inputs: Sequence[Tensor], geometry: Geometry) -> Iterator[Slab]:
+    """All at once; where inputs must be copied into channels-last memory, COPY_BYTES of each at a time."""
+    scattered = [x for x in inputs if not is_channels_last(x)]
+    x = scattered[0] if scattered else inputs[0]
+    most = COPY_BYTES if scattered else x.numel() * x.itemsize
+    yield from slabs(x, x.shape[1], x.dtype, geometry, most, TILE)
+
+
+def slabs(
+    x: Tensor,
+    channels: int,
+    dtype: torch.dtype,
+    geometry: Geometry,
+    most: int | None = None,
+    multiple: int = 1,
+) -> Iterator[Slab]:
+    """Cut the batch `x` where its expansion to so many channels has more than `most` bytes (None: `slab_bytes`), into
+    slabs of a multiple of so many planes of the output.
+    """
     samples, _, planes, *rest = x.shape
-    most = slab_bytes(x.device)
+    most = slab_bytes(x.device) if most is None else most
     plane_bytes = channels * dtype.itemsize * torch.Size(rest).numel()
     outputs = geometry.out_size(x.shape[2:])[0]
     every = slice(0, samples)
@@ -332,6 +367,7 @@ def slabs(x: Tensor, channels: int, dtype: torch.dtype, geometry: Geometry) -> I
     reach = geometry.dilation[0] * (geometry.kernel_size[0] - 1)
     height = max(1, (most // plane_bytes - reach) // stride)
     height = math.ceil(outputs / max(1, math.ceil(outputs / height)))  # no thin slab at the end
+    height = math.ceil(height / multiple) * multiple
     for sample in range(samples):
         for start in range(0, outputs, height):
             stop = min(start + height, outputs)

@@ -18,6 +18,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=FORMATS[x.dim()])
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """(N, C, *S) in channels-last memory; without gradients on a CPU as it is, and what works on a part copies that."""
+    return channels_last(x) if torch.is_grad_enabled() or x.device.type != "cpu" else x
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether `channels_last` is there for such a tensor and need not copy it."""
     return x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int, c_void_p
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from torch.nn import functional as F
 
 from kanseg.bases.wavelet import dog, mexican_hat, morlet
 from kanseg.layers.kernels import native
+from kanseg.layers.kernels.expansion import COPY_BYTES, Geometry, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first
-from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last
-
-if TYPE_CHECKING:
-    from kanseg.layers.kernels.expansion import Geometry
+from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last, laid_out
 
 KINDS: dict[Callable[[Tensor], Tensor], int] = {mexican_hat: 0, morlet: 1, dog: 2}
 BORDER = 2  # of zeros around the gradient of the output: the largest padding
@@ -66,18 +64,24 @@ def wavelet_sum(
     (N, C, *S) -> (N, out_channels, *S'); scale, translation (out, C), weight (out, C, *kernel), mix (out, out, 1, ...);
     kept (N, C, 1, ...), by which x is multiplied first, is without a gradient.
     """
-    return _WaveletSum.apply(channels_last(x), kept, scale, translation, weight, mix, KINDS[psi], geometry)
+    return _WaveletSum.apply(laid_out(x), kept, scale, translation, weight, mix, KINDS[psi], geometry)
 
 
 class _Call:
     """Numbers of one call; a picture is a volume of one row, its rows are the planes."""
 
     def __init__(
-        self, x: Tensor, scale: Tensor, translation: Tensor, weight: Tensor, kind: int, geometry: Geometry
+        self,
+        x: Tensor,
+        scale: Tensor,
+        translation: Tensor,
+        weight: Tensor,
+        kind: int,
+        geometry: Geometry,
+        out_size: Sequence[int],
     ) -> None:
         self.deep = x.dim() == 5
-        size, pads = list(x.shape[2:]), list(geometry.padding)
-        out_size = list(geometry.out_size(size))
+        size, pads, out_size = list(x.shape[2:]), list(geometry.padding), list(out_size)
         self.out_size = (len(x), len(weight), *out_size)
         if not self.deep:
             size, out_size, pads = [size[0], 1, size[1]], [out_size[0], 1, out_size[1]], [pads[0], 0, pads[1]]
@@ -120,10 +124,15 @@ class _WaveletSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.kind, ctx.geometry = kind, geometry
         ctx.save_for_backward(x, kept, scale, translation, weight, mix)
-        x = x if kept is None else x * kept
-        u = _Call(x, scale, translation, weight, kind, geometry).forward(x)
-        y = torch.empty_like(u)
-        torch.mm(_rows(u), mix.flatten(1).t(), out=_rows(y))
+        y = empty_channels_last((len(x), len(weight), *geometry.out_size(x.shape[2:])), x)
+        for slab in slabs(x, len(weight), x.dtype, geometry, COPY_BYTES):
+            part = channels_last(planes_of(x, slab))
+            part = part if kept is None else part * kept[slab.sample]
+            into = outputs(y, slab)
+            how = (kind, slab.geometry(geometry), into.shape[2:])
+            u = _Call(part, scale, translation, weight, *how).forward(part)
+            torch.mm(_rows(u), mix.flatten(1).t(), out=_rows(into))
+            del part, u
         return y
 
     @staticmethod
@@ -132,7 +141,7 @@ class _WaveletSum(torch.autograd.Function):
         x, kept, scale, translation, weight, mix = ctx.saved_tensors
         x = channels_last(x)  # hooks on saved tensors may have brought it back in other memory
         x = x if kept is None else x * kept
-        call = _Call(x, scale, translation, weight, ctx.kind, ctx.geometry)
+        call = _Call(x, scale, translation, weight, ctx.kind, ctx.geometry, grad.shape[2:])
         grad = channels_last(grad)
         of_mix = None
         if ctx.needs_input_grad[5]:

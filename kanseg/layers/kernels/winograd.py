@@ -90,6 +90,10 @@ class Border:
     classes: list[Tensor]
     table: Tensor
 
+    def of(self, planes: slice) -> Border:
+        """That of some planes of the output, along the first spatial axis."""
+        return Border([self.classes[0][planes], *self.classes[1:]], self.table)
+
     def described(self) -> _Border:
         """As the kernels read it; it points to memory of this object."""
         axes = [native.zeros(1, dtype=torch.int32), *self.classes][-3:]
