@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -274,3 +275,26 @@ def test_running_statistics_of_instance_norms_serve_in_eval(size: tuple[int, int
     mean, std = layer.norm.running_mean, (layer.norm.running_var + layer.norm.eps).sqrt()
     expected = (layer.conv(x) - mean.view(1, 4, 1, 1, 1)) / std.view(1, 4, 1, 1, 1)
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("act", [None, "silu", "gelu", "prelu"])
+def test_a_batch_norm_of_known_statistics_needs_no_second_map(
+    dims: int, act: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradients it lies over the convolution's output, to the same bits, unless a hook may keep that."""
+    layer = conv_layer("kagn", norm="batch", act=act)(dims, 4, 8)
+    x = torch.randn(2, 4, *[9, 8, 7][:dims])
+    layer(x)  # statistics
+    layer.eval()
+    kept: list[Tensor] = []
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(import_module("kanseg.layers.conv_layer"), "BLOCK", 100)
+        runs: list[int] = []
+        layer.norm.register_forward_hook(lambda module, given, y: runs.append(y.numel()))
+        assert torch.equal(layer(x), expected)
+        assert len(runs) > 1
+        layer.conv.register_forward_hook(lambda module, given, y: kept.append(y))
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(kept[0], layer.conv(x))

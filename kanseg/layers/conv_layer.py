@@ -15,12 +15,14 @@ from kanseg.errors import UsageError
 from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, recomputed
 from kanseg.layers.kan_conv import KANConv
 from kanseg.layers.kernels import instance_norm_act
-from kanseg.layers.kernels.rows import channels_last
+from kanseg.layers.kernels.operators import plain_eager
+from kanseg.layers.kernels.rows import channels_last, is_channels_last
 from kanseg.layers.norms import (
     ActSpec,
     activation,
     first_and_second_run,
     fused_norm_serves,
+    is_affine,
     norm_layer,
     normalise,
 )
@@ -43,6 +45,7 @@ class GroupPReLU(nn.Module):
         return F.prelu(x, self.slopes(x.shape[1]).to(x.dtype))
 
 
+BLOCK = 1 << 20  # numbers that a norm with known statistics works on at a time
 FUSED: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.SiLU: "silu",
@@ -101,11 +104,16 @@ class ConvLayer(nn.Module):
         y = self.conv(x if self.kept is None or x.dim() != len(self.kept) else x[self.kept])
         if not self.recompute:
             return self.dropout(self._norm_act(y))
+        alone = not (self.conv._forward_hooks or _global_forward_hooks)  # or one of them may keep y
         if self.fused_act is not None and fused_norm_serves(self.norm, y):
             norm, y = self.norm, channels_last(y)
-            alone = not (self.conv._forward_hooks or _global_forward_hooks)  # or one of them may keep y
             below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
             y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, self.fused_act, below, over=alone)
+            return self.dropout(y)
+        if alone and is_affine(self.norm) and not torch.is_grad_enabled() and large(y):
+            height = max(1, BLOCK * len(y) * y.shape[2] // y.numel())
+            for planes in (some for sample in y.split(1) for some in sample.split(height, dim=2)):
+                planes.copy_(self._norm_act(planes))
             return self.dropout(y)
         contexts = partial(first_and_second_run, self.norm)
         y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
@@ -113,6 +121,11 @@ class ConvLayer(nn.Module):
 
     def _norm_act(self, y: Tensor) -> Tensor:
         return self.act(normalise(self.norm, y))
+
+
+def large(y: Tensor) -> bool:
+    """Whether a second map of this size is better not made."""
+    return plain_eager(y) and y.device.type == "cpu" and is_channels_last(y) and y.numel() > BLOCK
 
 
 def _kept_positions(conv: nn.Module) -> tuple[Any, ...] | None:

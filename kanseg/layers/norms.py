@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kanseg.errors import UsageError
@@ -53,6 +53,11 @@ def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or not 3 <= x.dim() <= 5:
         return False
     return (x.dtype.itemsize >= 4 or x.device.type == "cuda" or gpu.serves(x)) and lean(x)
+
+
+def is_affine(norm: nn.Module) -> bool:
+    """Whether it is a batch norm that only multiplies and adds now, numbers known before."""
+    return isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None
 
 
 class FrozenStatistics:

@@ -76,8 +76,10 @@ class WaveletConv(ConvGeometry):
         if self.dropout is not None and self.training:
             kept = self.dropout(x.new_ones(*x.shape[:2], *[1] * self.spatial_dims))
         if compiled and self.base_recipe is not None:
-            waves = wavelet.wavelet_sum(x, kept, *edges, self.psi, self.geometry())
-            return waves.add_(self.convolve_expanded([x], self.base_recipe, self.base_weight))
+            waves = partial(wavelet.wavelet_sum, x, kept, *edges, self.psi, self.geometry())
+            if not torch.is_grad_enabled():
+                return waves(self.convolve_expanded([x], self.base_recipe, self.base_weight))
+            return waves().add_(self.convolve_expanded([x], self.base_recipe, self.base_weight))
         tensors = (x, kept, *edges, self.base_weight)
         whole = not self.recompute or torch.compiler.is_compiling() or transformed() or x.is_meta
         cut = [WHOLE] if whole else self._slabs(x)

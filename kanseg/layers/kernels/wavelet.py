@@ -58,13 +58,16 @@ def wavelet_sum(
     mix: Tensor,
     psi: Callable[[Tensor], Tensor],
     geometry: Geometry,
+    over: Tensor | None = None,
 ) -> Tensor:
     """mix(u), u_o = sum_c conv(psi((x_c - translation_oc) / scale_oc); weight_oc); keeps x.
 
     (N, C, *S) -> (N, out_channels, *S'); scale, translation (out, C), weight (out, C, *kernel), mix (out, out, 1, ...);
-    kept (N, C, 1, ...), by which x is multiplied first, is without a gradient.
+    kept (N, C, 1, ...), by which x is multiplied first, is without a gradient. Without gradients the sum may be added
+    to `over`, in channels-last memory.
     """
-    return _WaveletSum.apply(laid_out(x), kept, scale, translation, weight, mix, KINDS[psi], geometry)
+    tensors = (laid_out(x), kept, scale, translation, weight, mix)
+    return _WaveletSum.apply(*tensors, KINDS[psi], geometry, over)
 
 
 class _Call:
@@ -121,17 +124,20 @@ class _WaveletSum(torch.autograd.Function):
         mix: Tensor,
         kind: int,
         geometry: Geometry,
+        over: Tensor | None,
     ) -> Tensor:
         ctx.kind, ctx.geometry = kind, geometry
         ctx.save_for_backward(x, kept, scale, translation, weight, mix)
-        y = empty_channels_last((len(x), len(weight), *geometry.out_size(x.shape[2:])), x)
+        y = over
+        if y is None:
+            y = empty_channels_last((len(x), len(weight), *geometry.out_size(x.shape[2:])), x)
         for slab in slabs(x, len(weight), x.dtype, geometry, COPY_BYTES):
             part = channels_last(planes_of(x, slab))
             part = part if kept is None else part * kept[slab.sample]
             into = outputs(y, slab)
             how = (kind, slab.geometry(geometry), into.shape[2:])
             u = _Call(part, scale, translation, weight, *how).forward(part)
-            torch.mm(_rows(u), mix.flatten(1).t(), out=_rows(into))
+            _rows(into).addmm_(_rows(u), mix.flatten(1).t(), beta=0 if over is None else 1)
             del part, u
         return y
 
@@ -161,6 +167,7 @@ class _WaveletSum(torch.autograd.Function):
             of_translation.t().to(scale.dtype),
             of_weight.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype),
             of_mix,
+            None,
             None,
             None,
         )
