@@ -73,7 +73,7 @@ TABLES: dict[str, tuple[dict[str, str], list[str]]] = {
     "layers": ({}, []),
     "layers_without_extension": (
         {"KANSEG_NATIVE": "0"},
-        ["--cases", "2d 32 -> 32, 128^2", "--families", "kagn", "kan"],
+        ["--cases", "2d 32 -> 32, 128^2", "--families", "kagn", "kan", "--rounds", "15"],  # short ones
     ),
 }
 OF_REFERENCE: dict[str, tuple[dict[str, str], list[str]]] = {
@@ -179,8 +179,8 @@ def complete(folder: Path, rounds: int, reference: Path | None) -> None:
     tables = dict(TABLES)
     tables |= {name: (set_, [*given, *clone]) for name, (set_, given) in OF_REFERENCE.items() if reference}
     for name, (environment, arguments) in tables.items():
-        out = ["--rounds", str(rounds), "-o", str(folder / f"{name}.json")]
-        command = [sys.executable, __file__, *arguments, *out]
+        out = ["-o", str(folder / f"{name}.json")]
+        command = [sys.executable, __file__, "--rounds", str(rounds), *arguments, *out]
         subprocess.run(command, env={**os.environ, **environment}, check=True)
 
 

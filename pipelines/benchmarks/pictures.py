@@ -47,12 +47,7 @@ def main() -> None:
 
 def cost(results: Path) -> Figure:
     """Time of a training step of each family over that of a plain convolution: median, lowest and highest round."""
-    layers = [
-        layer
-        for name in ("layers", "layers_narrow")
-        for layer in read(results / f"{name}.json")["layers"]
-        if name == "layers" or layer["family"].startswith("bottleneck")
-    ]
+    layers = read(results / "layers.json")["layers"]
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     for axis, (case, title) in zip(figure.subplots(1, 2, sharey=True), CASES.items(), strict=True):
         here = sorted(
