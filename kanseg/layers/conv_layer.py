@@ -110,7 +110,7 @@ class ConvLayer(nn.Module):
             below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
             y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, self.fused_act, below, over=alone)
             return self.dropout(y)
-        if alone and is_affine(self.norm) and not torch.is_grad_enabled() and large(y):
+        if alone and self._is_affine() and not torch.is_grad_enabled() and large(y):
             height = max(1, BLOCK * len(y) * y.shape[2] // y.numel())
             for planes in (some for sample in y.split(1) for some in sample.split(height, dim=2)):
                 planes.copy_(self._norm_act(planes))
@@ -118,6 +118,11 @@ class ConvLayer(nn.Module):
         contexts = partial(first_and_second_run, self.norm)
         y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
         return self.dropout(y)
+
+    def _is_affine(self) -> bool:
+        """Whether norm and activation are known numbers and a function of each voxel, that nobody watches."""
+        watched = self.norm._forward_hooks or self.act._forward_hooks
+        return self.fused_act is not None and is_affine(self.norm) and not watched
 
     def _norm_act(self, y: Tensor) -> Tensor:
         return self.act(normalise(self.norm, y))

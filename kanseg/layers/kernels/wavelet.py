@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kanseg.bases.wavelet import dog, mexican_hat, morlet
 from kanseg.layers.kernels import native
-from kanseg.layers.kernels.expansion import COPY_BYTES, Geometry, outputs, planes_of, slabs
+from kanseg.layers.kernels.expansion import COPY_BYTES, TILE, Geometry, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first
 from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last, laid_out
 
@@ -131,7 +131,7 @@ class _WaveletSum(torch.autograd.Function):
         y = over
         if y is None:
             y = empty_channels_last((len(x), len(weight), *geometry.out_size(x.shape[2:])), x)
-        for slab in slabs(x, len(weight), x.dtype, geometry, COPY_BYTES):
+        for slab in slabs(x, len(weight), x.dtype, geometry, COPY_BYTES, TILE):
             part = channels_last(planes_of(x, slab))
             part = part if kept is None else part * kept[slab.sample]
             into = outputs(y, slab)
