@@ -189,6 +189,7 @@ def named(*names: str) -> Dataset:
     [
         (("edema", "non-enhancing tumor", "enhancing tumour"), ((1, 2, 3), (2, 3))),  # of the Decathlon
         (("NCR", "ED", "ET"), ((1, 2, 3), (1, 3))),
+        (("NETC", "SNFH", "ET", "RC"), ((1, 2, 3), (1, 3))),
         (
             ("necrotic and non-enhancing tumor core", "peritumoral edema", "GD-enhancing tumor"),
             ((1, 2, 3), (1, 3)),
@@ -207,7 +208,7 @@ def test_parts_of_a_glioma_are_scored_together_too(
     [
         ("liver", "tumour"),
         ("edema", "enhancing tumour"),
-        ("edema", "necrosis", "enhancing", "resection cavity"),
+        ("edema", "necrosis", "enhancing", "vessel"),
     ],
 )
 def test_other_classes_are_scored_by_themselves(names: tuple[str, ...]) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 from kanseg.errors import UsageError, UserError
 
 IGNORE = "ignore"
-# Parts of a glioma as data sets name them, of which BraTS scores unions (Menze et al. 2015, IEEE TMI 34, 1993).
-CORE = r"(necro\w*|ncr|net|non-?\s?enhanc\w*)"
+# Parts of a glioma, and what stands beside it, as the years of BraTS and the Decathlon name them.
 GLIOMA = {
-    "edema": re.compile(r"\b(o?edema|ed)\b"),
-    "core": re.compile(rf"\b{CORE}\b"),
-    "enhancing": re.compile(r"(?<!non)(?<!non[- ])\b(enhanc\w*|et)\b"),
+    "edema": re.compile(r"\b(o?edema|ed|snfh)\b"),
+    "core": re.compile(r"\b(necro\w*|ncr|netc?|non-?\s?enhanc\w*)\b"),
+    "enhancing": re.compile(r"(?<!non[- ])\b(enhanc\w*|et)\b"),
+    "beside": re.compile(r"\b(resection cavity|rc)\b"),
 }
 UNKNOWN = -1  # class number of voxels that nobody annotated
 
@@ -135,7 +135,7 @@ def unions(labels: Labels) -> dict[str, tuple[int, ...]]:
     """Structures that are scored beside the classes they consist of, by name; of most data none.
 
     Where the classes are the parts of a glioma, edema, enhancing tumour, necrosis or non-enhancing tumour, and nothing
-    else, these are BraTS's whole tumour and tumour core.
+    else but a resection cavity, these are BraTS's whole tumour and tumour core.
 
     Source: Menze et al. 2015, IEEE TMI 34(10), 1993-2024, section III.
     """
@@ -147,6 +147,7 @@ def unions(labels: Labels) -> dict[str, tuple[int, ...]]:
         if len(found) != 1:
             return {}
         parts[found[0]] |= set(values)
+    parts.pop("beside")
     if not all(parts.values()):
         return {}
     core = parts["core"] | parts["enhancing"]
