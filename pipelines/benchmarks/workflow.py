@@ -32,10 +32,10 @@ Killed, Auto3DSeg ends by the same command as a success and trains no step: a tr
 finished (`import_bundle_algo_history` of MONAI 1.6.1), by default from epoch 10 of 1250 on. Killed before that, here at
 step 5 of 16, it begins again with the first step.
 
-The last run's numbers are in results/workflow.json: 2 cores (AMD EPYC) shared with other work, load 4 to 8, so its
-seconds are upper bounds. Auto3DSeg had only one of the cores, at load 6.6, and its templates at hand; on one core, load
-5 to 8, nnU-Net was at its first step after 233 s, `kanseg plan` and `train` after 94, `kanseg run` after 22. kanseg and
-nnU-Net planned batches of 2 and patches of 40 x 56 x 40 for these 20 cases, Auto3DSeg of 1 and 32 x 48 x 32.
+The last run's numbers are in results/workflow.json: each tool had one of two cores (AMD EPYC), the other was busy;
+Auto3DSeg had its templates at hand. Seconds vary with what else runs: an earlier run under load had nnU-Net at its
+first step after 143 s, `kanseg run` after 30, Auto3DSeg after 77. kanseg and nnU-Net planned batches of 2 and patches
+of 40 x 56 x 40 for these 20 cases, Auto3DSeg of 1 and 32 x 48 x 32.
 """
 
 from __future__ import annotations
