@@ -14,7 +14,7 @@ from kanseg.bases.wavelet import get_wavelet
 from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, transformed
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
-from kanseg.layers.kernels.expansion import Slab, outputs, planes_of, slabs
+from kanseg.layers.kernels.expansion import WHOLE, Slab, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first, plain_eager
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last, laid_out
@@ -22,7 +22,6 @@ from kanseg.layers.norms import ActSpec, activation
 
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
 STEPS = 3  # maps of as many edges that a wavelet's steps hold at once
-WHOLE = Slab(True, slice(None), slice(None), slice(None))
 
 
 class WaveletConv(ConvGeometry):
@@ -77,9 +76,8 @@ class WaveletConv(ConvGeometry):
             kept = self.dropout(x.new_ones(*x.shape[:2], *[1] * self.spatial_dims))
         if compiled and self.base_recipe is not None:
             waves = partial(wavelet.wavelet_sum, x, kept, *edges, self.psi, self.geometry())
-            if not torch.is_grad_enabled():
-                return waves(self.convolve_expanded([x], self.base_recipe, self.base_weight))
-            return waves().add_(self.convolve_expanded([x], self.base_recipe, self.base_weight))
+            y = self.convolve_expanded([x], self.base_recipe, self.base_weight)
+            return waves().add_(y) if torch.is_grad_enabled() else waves(over=y)
         tensors = (x, kept, *edges, self.base_weight)
         whole = not self.recompute or torch.compiler.is_compiling() or transformed() or x.is_meta
         cut = [WHOLE] if whole else self._slabs(x)

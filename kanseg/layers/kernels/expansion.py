@@ -325,6 +325,9 @@ class Slab:
         return geometry if self.whole else replace(geometry, padding=(self.before, *geometry.padding[1:]))
 
 
+WHOLE = Slab(True, slice(None), slice(None), slice(None))
+
+
 def slab_bytes(device: torch.device) -> int:
     """Of an expansion, at most.
 
@@ -338,10 +341,10 @@ def slab_bytes(device: torch.device) -> int:
 
 def copied(inputs: Sequence[Tensor], geometry: Geometry) -> Iterator[Slab]:
     """All at once; where inputs must be copied into channels-last memory, COPY_BYTES of each at a time."""
-    scattered = [x for x in inputs if not is_channels_last(x)]
-    x = scattered[0] if scattered else inputs[0]
-    most = COPY_BYTES if scattered else x.numel() * x.itemsize
-    yield from slabs(x, x.shape[1], x.dtype, geometry, most, TILE)
+    scattered = next((x for x in inputs if not is_channels_last(x)), None)
+    if scattered is None:
+        return iter([WHOLE])
+    return slabs(scattered, scattered.shape[1], scattered.dtype, geometry, COPY_BYTES, TILE)
 
 
 def slabs(
