@@ -245,7 +245,9 @@ def predict(
 
 @app.command()
 def evaluate(
-    prediction: Annotated[Path, typer.Argument(help="Folder of label maps, one file, or predictions.csv.")],
+    prediction: Annotated[
+        Path, typer.Argument(help="Folder of label maps (or DICOM-SEG), one file, or predictions.csv.")
+    ],
     reference: Annotated[
         Path, typer.Argument(help="References with the same names, or images with classes.")
     ],
@@ -259,8 +261,11 @@ def evaluate(
 
     The predictions.csv of a classifier is scored against images with classes: accuracy, top-5, AUC, recall.
     A missing or unreadable prediction counts as a failure with Dice 0; the exit code is then 1.
+    Predictions that are DICOM-SEG need the names of their segments, from a run folder or name=1,name=2.
 
     Example: kanseg evaluate masks/ labelsTs/ -o scores/
+
+    Example: kanseg evaluate segmentations/ labelsTs/ --labels runs/mine
     """
     from kanseg.data.labels import unions
     from kanseg.evaluation.metrics import evaluate_folders, parse_labels, planned_labels
@@ -273,13 +278,12 @@ def evaluate(
         _console(json_).print(score_lines(scores), highlight=False)
         _emit(scores, json_)
         return
-    names = None if labels is None else parse_labels(labels)
-    planned = planned_labels(labels)
-    if ignore is None and planned is not None:
-        ignore = planned.ignore_value
-    together = None if planned is None else unions(planned)
-    how: dict[str, Any] = {"labels": names, "unions": together, "ignore": ignore, "tolerance": tolerance}
-    summary = evaluate_folders(prediction, reference, out, **how)
+    how: dict[str, Any] = {"labels": None if labels is None else parse_labels(labels), "tolerance": tolerance}
+    if planned := planned_labels(labels):
+        ignore = planned.ignore_value if ignore is None else ignore
+        how["unions"] = unions(planned)
+        how["segments"] = dict(zip(planned.label_names[1:], planned.label_values[1:], strict=True))
+    summary = evaluate_folders(prediction, reference, out, ignore=ignore, **how)
     console = _console(json_)
     shown = summary["metrics"] | summary["unions"]
     console.print(score_table(shown, f"{summary['cases']} cases, mean [95 % interval]"))

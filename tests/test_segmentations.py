@@ -1,4 +1,4 @@
-"""DICOM in training data: series as images, DICOM-SEG as labels."""
+"""DICOM in training data and scores: series as images, DICOM-SEG as labels and as predictions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kanseg.data.images import read_image, read_label, write_label
 from kanseg.data.plan import make_plan
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.errors import UserError
+from kanseg.evaluation.metrics import evaluate_folders
 from kanseg.export.dicom_seg import write_segmentation
 
 pytest.importorskip("highdicom", reason="the extra kanseg[dicom] is not installed")
@@ -219,3 +220,39 @@ def test_a_file_that_is_none_is_refused(series: list[Path], tmp_path: Path) -> N
         read_segments(tmp_path / "a.dcm", read_image(series[0]), ["liver"])
     with pytest.raises(UserError, match="There is no file"):
         read_segments(tmp_path / "b.dcm", read_image(series[0]), ["liver"])
+
+
+def test_segmentations_score_like_the_label_maps_they_hold(
+    series: list[Path], blobs: Path, tmp_path: Path
+) -> None:
+    ours, theirs = tmp_path / "masks", tmp_path / "segmentations"
+    ours.mkdir()
+    truth = blobs / "labelsTr"
+    for folder in series:
+        image = read_image(truth / f"{folder.name}.nii.gz")
+        guess = np.roll(image.array[0], 1, axis=0).astype(np.int32)
+        guess[:2] = 2
+        write_label(ours / f"{folder.name}.nii.gz", guess, image, "uint8")
+        segment(theirs / f"{folder.name}.dcm", np.array([0, 2, 1])[guess], folder, ["lesion", "Organ"])
+    labels = {"organ": 1, "lesion": 2}
+    references = tmp_path / "references"
+    references.mkdir()
+    for folder in series:
+        shutil.copy(truth / f"{folder.name}.nii.gz", references)
+    scores = [evaluate_folders(masks, references, labels=labels) for masks in (ours, theirs)]
+    assert scores[0]["failed"] == {}
+    assert scores[0]["metrics"]["organ"]["dice"]["mean"] < 1
+    assert scores[1] == scores[0]
+    with pytest.raises(UserError, match="whose segments have names and no values"):
+        evaluate_folders(theirs, references)
+    (theirs / "case_1.dcm").unlink()
+    assert evaluate_folders(theirs, references, labels=labels)["failed"] == {"case_1": "no prediction"}
+
+
+def test_a_segment_that_is_no_class_is_a_failed_case(series: list[Path], blobs: Path, tmp_path: Path) -> None:
+    numbers = read_label(blobs / "labelsTr" / "case_0.nii.gz")
+    path = segment(tmp_path / "case_0.dcm", numbers > 0, series[0], ["kidney"])
+    (why,) = evaluate_folders(path, blobs / "labelsTr" / "case_0.nii.gz", labels={"liver": 1})[
+        "failed"
+    ].values()
+    assert "has a segment 'kidney', which is none of liver" in why

@@ -192,7 +192,7 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
     series = _with_dicom(folders)
     if not series:
-        but = ", but DICOM-SEG, which label maps are not read from" if _segmentations_in(path) else ""
+        but = ", but DICOM-SEG, which label maps are not read from" if segmentations_in(path) else ""
         raise UserError(
             f"{path} holds no images{but}. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
         )
@@ -245,9 +245,10 @@ def _dcm_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if suffix_of(p) == ".dcm" and p.name[0] != ".")
 
 
-def _segmentations_in(folder: Path) -> list[Path]:
-    """The DICOM-SEG of a folder."""
-    return [path for path in _dcm_in(folder) if path.is_file() and is_segmentation(path)]
+def segmentations_in(path: Path) -> list[Path]:
+    """The DICOM-SEG of a folder, or the file itself where it is one."""
+    files = _dcm_in(path) if path.is_dir() else [path] if suffix_of(path) == ".dcm" else []
+    return [file for file in files if file.is_file() and is_segmentation(file)]
 
 
 def _folders_in(folder: Path) -> list[Path]:
@@ -529,7 +530,7 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
             images = [path for path in series if len(series) == 1 or CASE_IMAGE.fullmatch(path.name)]
             if series and not images:
                 problem("several series", folder.name, _too_many(folder, series))
-        labels = labels or _segmentations_in(folder)
+        labels = labels or segmentations_in(folder)
         if not images:
             continue
         if len(labels) != 1:

@@ -92,13 +92,23 @@ def _key(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
-def _opened(path: Path) -> Any:
+def require_highdicom(path: Path | str) -> Any:
+    """The library that reads DICOM-SEG.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import highdicom
     except ImportError as error:
         raise UserError(
-            f"{path} is a DICOM-SEG; reading it needs highdicom: pip install 'kanseg[dicom]'."
+            f"{path} is DICOM-SEG; reading it needs highdicom: pip install 'kanseg[dicom]'."
         ) from error
+    return highdicom
+
+
+def _opened(path: Path) -> Any:
+    highdicom = require_highdicom(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     if not is_segmentation(path):

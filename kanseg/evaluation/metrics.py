@@ -13,7 +13,9 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
 from scipy import ndimage
 
-from kanseg.data.formats import find_images
-from kanseg.data.images import check_pair, label_from, read_image, read_label
+from kanseg.data.formats import find_images, segmentations_in
+from kanseg.data.images import Image, check_pair, label_from, read_image, read_label, stem_of
 from kanseg.data.labels import Labels, class_values
 from kanseg.data.plan import Plan
+from kanseg.data.segmentations import read_segments, require_highdicom
 from kanseg.errors import UsageError, UserError
 from kanseg.progress import progress
 from kanseg.training.files import make_folder, write_bytes, write_json
@@ -198,17 +201,21 @@ def evaluate_folders(
     *,
     labels: Mapping[str, Label] | None = None,
     unions: Mapping[str, tuple[int, ...]] | None = None,
+    segments: Mapping[str, int] | None = None,
     ignore: int | None = None,
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Score a folder of label maps (or one file) against its references; pairs by file name without suffix.
 
+    Predictions may be DICOM-SEG; they are laid on the grids of the references, which are label maps.
+
     Args:
         out: folder for cases.csv (a row a case and class), unions.csv (the like, where there are) and summary.json.
         labels: name -> value (or values, of a region) of the classes to score; default every value but 0 in the
             references and predictions.
         unions: name -> values of structures that are scored beside the classes and are no part of the mean.
+        segments: name -> value of the segments of DICOM-SEG; default the `labels` that have one value.
         ignore: value in the references of voxels that do not count.
 
     Returns:
@@ -216,12 +223,12 @@ def evaluate_folders(
         ("metrics"), a union ("unions"), with the failed cases.
 
     Raises:
-        UserError: nothing to score, a reference that cannot be read, or label maps on different grids.
+        UserError: nothing to score, a reference that cannot be read, label maps on different grids, or DICOM-SEG
+            without `labels` or `segments`.
     """
     references = {_stem(case.id): case.images[0] for case in find_images(reference)}
-    predictions = (
-        {_stem(case.id): case.images[0] for case in find_images(prediction)} if _any(prediction) else {}
-    )
+    single = {name: value for name, value in (labels or {}).items() if isinstance(value, int)}
+    predictions, read = _predictions(Path(prediction), segments or single)
     if Path(prediction).is_file() and Path(reference).is_file():
         predictions = dict(zip(references, predictions.values(), strict=True))
     failures = {name: "no prediction" for name in references if name not in predictions}
@@ -237,7 +244,7 @@ def evaluate_folders(
         guess = np.zeros_like(truth)
         if case not in failures:
             try:
-                image = read_image(predictions[case])
+                image = read(predictions[case], target)
                 guess = label_from(image)
             except UserError as error:
                 failures[case] = str(error)
@@ -268,9 +275,32 @@ def evaluate_folders(
     return summary
 
 
-def _any(folder: Path | str) -> bool:
+Reader = Callable[[Path, Image], Image]  # of a prediction, beside its reference
+
+
+def _predictions(prediction: Path, segments: Mapping[str, int]) -> tuple[dict[str, Path], Reader]:
+    """Label maps by name, or DICOM-SEG where there are some, and how they are read."""
+    files = segmentations_in(prediction)
+    if not files:
+        cases = find_images(prediction) if _any(prediction) else []
+        return {_stem(case.id): case.images[0] for case in cases}, lambda path, _: read_image(path)
+    if not segments:
+        raise UserError(
+            f"{prediction} is DICOM-SEG, whose segments have names and no values. Say which value of the references "
+            "each has: --labels with the run folder, or name=1,name=2."
+        )
+    require_highdicom(prediction)
+    return {_stem(stem_of(path)): path for path in files}, partial(_laid_on, segments)
+
+
+def _laid_on(segments: Mapping[str, int], path: Path, target: Image) -> Image:
+    """A DICOM-SEG as a label map on the grid of another one."""
+    values = np.array([0, *segments.values()])
+    return replace(target, array=values[read_segments(path, target, list(segments))][None], path=path)
+
+
+def _any(folder: Path) -> bool:
     """Whether there is any prediction at all: an empty folder is a folder of failures, a missing one a mistake."""
-    folder = Path(folder)
     return not folder.is_dir() or any(path.is_file() for path in folder.iterdir())
 
 
