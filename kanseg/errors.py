@@ -54,6 +54,8 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     " Did you mean 'gram'? Known: gram, legendre."
     """
     known = sorted(str(option) for option in options)
+    if not known:
+        return " None is known."
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return f"{hint} Known: {', '.join(known)}."

@@ -12,6 +12,18 @@ from kanseg.errors import UsageError, did_you_mean
 T = TypeVar("T", bound=Callable[..., Any])
 
 
+class Preset(partial[Any]):
+    """Other defaults of a constructor; what is given as a dictionary goes into the default one, key by key."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        joined = {
+            key: {**default, **(kwargs[key] or {})}
+            for key, default in self.keywords.items()
+            if isinstance(default, dict) and key in kwargs
+        }
+        return super().__call__(*args, **{**kwargs, **joined})
+
+
 class Registry:
     """Names to constructors. A new entry is one decorated class or function.
 
@@ -48,8 +60,8 @@ class Registry:
         return self.get(name)(*args, **kwargs)
 
     def preset(self, name: str, entry: Callable[..., Any], description: str, **defaults: Any) -> None:
-        """Make an object available under a further name, with other defaults."""
-        made = partial(entry, **defaults)
+        """Make an object available under a further name, with other defaults (see `Preset`)."""
+        made = Preset(entry, **defaults)
         made.__doc__ = description
         self.register(name)(made)
 

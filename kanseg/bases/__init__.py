@@ -11,6 +11,6 @@ from kanseg.bases import (  # noqa: F401  (they register)
     wavelet,
 )
 from kanseg.bases.basis import BASES, Basis
-from kanseg.bases.create import create_basis
+from kanseg.bases.create import check_left_aside, create_basis
 
-__all__ = ["BASES", "Basis", "create_basis"]
+__all__ = ["BASES", "Basis", "check_left_aside", "create_basis"]

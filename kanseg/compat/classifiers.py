@@ -190,6 +190,7 @@ def convert_rdnet(defaults: Arguments, spatial_dims: int, args: Arguments, state
         transition=ratios["transition_compression_ratio"],
         basis=Blank,
     )
+    encoder.fills = False
     if attention:
         _attend_after_stages(encoder, own["num_init_features"])
     network = _classifier(encoder, own["num_classes"], "normed_linear")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from kanseg.encoders.transfer import load_encoder
 from kanseg.errors import OptionError, UsageError, did_you_mean, unknown_option
-from kanseg.layers.geometry import CONVOLUTIONS, per_axis
+from kanseg.layers.geometry import check_dims, per_axis
 from kanseg.registry import Registry
 
 ENCODERS = Registry("encoder")
 # Libraries whose encoders are taken by LIBRARY/NAME, filled by `kanseg.encoders.pretrained`.
 LIBRARIES = Registry("encoder library")
+OWN = {"smp": ("depth",)}  # options that encoders of a library have
 DOWNLOAD = "download"
 SHAPE = ("features_per_stage", "blocks_per_stage", "strides", "kernel_sizes")
 
@@ -41,8 +42,7 @@ class Encoder(nn.Module):
         strides: Sequence[int | Sequence[int]],
     ) -> None:
         super().__init__()
-        if spatial_dims not in CONVOLUTIONS:
-            raise UsageError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+        check_dims(spatial_dims)
         if min(in_channels, *out_channels) < 1:
             raise UsageError(
                 f"channels must be positive, got in_channels={in_channels} and {tuple(out_channels)} in the stages"
@@ -65,46 +65,60 @@ def create_encoder(
     in_channels: int,
     *,
     weights: str | Path | None = None,
+    own: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Encoder:
     """An encoder by its name in `ENCODERS`, or in 2D by "timm/NAME" or "smp/NAME"; a ready one is checked.
 
     Args:
         weights: file to start from, see `kanseg.encoders.load_encoder`; "download" lets timm or smp fetch theirs.
+        own: options meant for this very encoder, each of which it must know.
         options: of the encoder and its layers. Where the encoder brings its own shape, those of `SHAPE` are left aside;
             encoders of other libraries have no layers of ours, and leave the layers' options aside too.
 
     Raises:
         UsageError: unknown name or option (the nearest is named), or values that do not fit together.
     """
-    if isinstance(name, Encoder):
-        return _checked(name, spatial_dims, in_channels)
-    library, slash, theirs = name.partition("/")
-    if slash:
-        options["pretrained"] = weights == DOWNLOAD
+    own = own or {}
+    if isinstance(name, str) and "/" in name:
+        library, _, theirs = name.partition("/")
+        for option in own:
+            if option not in (known := OWN.get(library, ())):
+                raise unknown_option(f"Encoder '{name}'", option, known)
+        options |= {**own, "pretrained": weights == DOWNLOAD}
         encoder = LIBRARIES.get(library)(theirs, spatial_dims, in_channels, **options)
         return encoder if weights in (None, DOWNLOAD) else load_encoder(encoder, weights)
+    if weights == DOWNLOAD:
+        raise UsageError(
+            f"There are no weights of encoder '{name if isinstance(name, str) else type(name).__name__}' to download. "
+            "Give a file, or a timm or smp encoder."
+        )
+    encoder = name if isinstance(name, Encoder) else _made(name, spatial_dims, in_channels, own, options)
+    if encoder is name:
+        _check_ready(encoder, spatial_dims, in_channels, own)
+    return encoder if weights is None else load_encoder(encoder, weights)
+
+
+def _made(
+    name: str, spatial_dims: int, in_channels: int, own: Mapping[str, Any], options: Mapping[str, Any]
+) -> Encoder:
+    """One of our encoders."""
     known = ENCODERS.parameters(name)
     kept = {
         key: value
         for key, value in options.items()
         if key not in SHAPE or (key in known and value is not None)
     }
-    if weights == DOWNLOAD:
-        raise UsageError(
-            f"There are no weights of encoder '{name}' to download. Give a file, or a timm or smp encoder."
-        )
     try:
-        encoder = ENCODERS.create(name, spatial_dims, in_channels, **kept)
+        return ENCODERS.create(name, spatial_dims, in_channels, **{**kept, **own})
     except OptionError as error:
-        own = [
+        theirs = [
             option
             for option in known
             if option not in ("spatial_dims", "in_channels", "layer_options", "options")
         ]
         owner = f"encoder '{name}' with its layers and their basis"
-        raise unknown_option(owner, error.option, [*error.known, *own]) from error
-    return encoder if weights is None else load_encoder(encoder, weights)
+        raise unknown_option(owner, error.option, [*error.known, *theirs]) from error
 
 
 def check_encoder_name(name: Any, spatial_dims: int | None = None) -> None:
@@ -123,10 +137,14 @@ def check_encoder_name(name: Any, spatial_dims: int | None = None) -> None:
             )
 
 
-def _checked(encoder: Encoder, spatial_dims: int, in_channels: int) -> Encoder:
+def _check_ready(encoder: Encoder, spatial_dims: int, in_channels: int, own: Mapping[str, Any]) -> None:
+    if own:
+        raise UsageError(
+            f"The encoder is made already, and encoder_options {sorted(own)} come too late. Make it with them, or give "
+            "its name."
+        )
     if (encoder.spatial_dims, encoder.in_channels) != (spatial_dims, in_channels):
         raise UsageError(
             f"The encoder has spatial_dims={encoder.spatial_dims} and in_channels={encoder.in_channels}, the network "
             f"spatial_dims={spatial_dims} and in_channels={in_channels}. Give both the same."
         )
-    return encoder

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from kanseg.errors import UsageError
-from kanseg.layers import MixtureOfExperts, conv_layer
+from kanseg.layers import conv_layer
+from kanseg.layers.families import MIXING
 from kanseg.layers.geometry import per_axis
 
 LayerFactory = Callable[..., nn.Module]  # (spatial_dims, in_channels, out_channels, kernel_size, **geometry)
@@ -25,7 +26,6 @@ def network_layer(
     dropout: float = 0.0,
     groups: int = 1,
     num_experts: int = 0,
-    k: int = 2,
     **options: Any,
 ) -> LayerFactory:
     """A constructor of the conv-norm-act layers that a network is built of.
@@ -36,18 +36,19 @@ def network_layer(
         norm: MONAI norm spec, a name or a pair; of the input where the family normalises its input (FastKAN).
         dropout: channel dropout.
         groups, num_experts: of every convolution but those of kernel 1, depthwise ones and the one on the image; with
-            experts each is a `MixtureOfExperts`, of which k see a sample.
+            experts each is a `MixtureOfExperts` (narrow ones mix their narrow part), whose options k, noisy,
+            balance_weight and before go along.
         options: further options of the KAN layers (degree, grid_size, act, ...); the plain twin does without.
     """
     if callable(basis):
         return basis
+    mixing = {key: options.pop(key) for key in (*MIXING, "mixture") if key in options}
     options = {**({} if basis is None else options), "norm": norm, "dropout": dropout}
-    if conv_layer(basis).keywords.get("input_norm"):
+    family = partial(conv_layer, basis, bottleneck=bottleneck and basis is not None)
+    if family().keywords.get("input_norm"):
         options["input_norm"] = options.pop("norm")
-    layer = conv_layer(basis, bottleneck=bottleneck and basis is not None, **options)
-    inner = partial(layer, groups=groups)
-    if num_experts:
-        inner = partial(MixtureOfExperts, expert_layer=inner, num_experts=num_experts, k=k)
+    layer = family(**options)
+    inner = partial(family(num_experts=num_experts, **mixing, **options), groups=groups)
     return layer if groups == 1 and not num_experts else partial(_by_place, layer, inner)
 
 
@@ -67,6 +68,15 @@ def stage_layers(
         raise UsageError(f"basis needs one entry or {stages}, one a stage, got {len(given)}")
     where = _kan_stages(kan_stages, stages)
     return [network_layer(given[stage] if stage in where else None, **options) for stage in range(stages)]
+
+
+def depthwise_layers(
+    basis: Layer | Sequence[Layer], stages: int, kan_stages: str | Sequence[int] = "all", **options: Any
+) -> list[LayerFactory]:
+    """`stage_layers` for depthwise convolutions, which are never narrow."""
+    given: Any = basis if isinstance(basis, list | tuple) else [basis] * stages
+    wide: Any = [one.removeprefix("bottleneck_") if isinstance(one, str) else one for one in given]
+    return stage_layers(wide, stages, kan_stages, **{**options, "bottleneck": False})
 
 
 def check_kernels(kernel_sizes: Sequence[int | Sequence[int]]) -> None:

@@ -67,6 +67,11 @@ class PlainKANet(Encoder):
                 f"Every stage needs at least one layer and the first starts with one, got {stages}"
             )
         super().__init__(spatial_dims, in_channels, [stage[-1] for stage in widths], strides)
+        if attention_options and not isinstance(attention, str):
+            raise UsageError(
+                f"attention_options {sorted(attention_options)} are of attention layers by name, but attention is "
+                f"{'None' if attention is None else 'a constructor'}. Name a basis or family."
+            )
         if isinstance(attention, str):
             chosen = dict(attention_options or {})
             layer = conv_layer(attention, **chosen.pop("layer_options", {}))
@@ -95,6 +100,11 @@ class PlainKANet(Encoder):
             self.stages.append(stage)
 
 
+def _check_layers(layers: Sequence[int], count: int) -> None:
+    if len(layers) != count:
+        raise UsageError(f"layers needs {count} numbers of channels, got {list(layers)}")
+
+
 @ENCODERS.register("plainkanet4")
 def plainkanet4(
     spatial_dims: int, in_channels: int, *, layers: Sequence[int] = (32, 64, 128, 256), **options: Any
@@ -104,6 +114,7 @@ def plainkanet4(
     Args:
         layers: channels of the four.
     """
+    _check_layers(layers, 4)
     a, b, c, d = layers
     return PlainKANet(spatial_dims, in_channels, stages=((a,), (b,), (c, d)), **options)
 
@@ -121,5 +132,6 @@ def plainkanet8(
     Args:
         layers: channels of the eight.
     """
+    _check_layers(layers, 8)
     a, b, *rest = layers
     return PlainKANet(spatial_dims, in_channels, stages=((a,), (b,), rest[:3], rest[3:]), **options)

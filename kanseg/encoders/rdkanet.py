@@ -6,7 +6,6 @@ Shapes after torch-conv-kan (Drokin, arXiv 2407.01092): patches of 4, then stage
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
-from kanseg.encoders.layers import Layer, LayerFactory, stage_layers
+from kanseg.encoders.layers import Layer, LayerFactory, check_kernels, depthwise_layers, stage_layers
 from kanseg.errors import UsageError
 
 # features of the stem; growth of each stage (each of three blocks); stages that halve the resolution.
@@ -30,11 +29,6 @@ START = 1e-6  # of the residual scales
 
 def _by_eight(width: float) -> int:
     return max(8, int(width / 8) * 8)
-
-
-def _wide(basis: Any) -> Any:
-    """The family without its narrow form."""
-    return basis.removeprefix("bottleneck_") if isinstance(basis, str) else basis
 
 
 class EffectiveSqueeze(nn.Module):
@@ -82,6 +76,8 @@ class RDBlock(nn.Module):
 class RDKANet(Encoder):
     """Encoder of dense blocks with depthwise convolutions, (N, in_channels, *S) -> one map a resolution, from 1/4 on.
 
+    Where a layer's stride does not divide a map, the map is filled up with zeros at its far ends.
+
     Args:
         size: "tiny", "small", "base" or "large", the defaults of the next three.
         features: channels of the stem.
@@ -99,6 +95,8 @@ class RDKANet(Encoder):
     >>> RDKANet(2, 3, features=8, growths=(8, 8), halving=(1,), blocks=1).out_channels
     (16, 16)
     """
+
+    fills = True  # torch-conv-kan leaves what is over at the far ends
 
     def __init__(
         self,
@@ -119,6 +117,7 @@ class RDKANet(Encoder):
         kan_stages: str | Sequence[int] = "all",
         **layer_options: Any,
     ) -> None:
+        check_kernels([kernel_size])
         if size not in SIZES:
             raise UsageError(f"size must be one of {list(SIZES)}, got '{size}'")
         preset = SIZES[size]
@@ -141,8 +140,7 @@ class RDKANet(Encoder):
         strides = (patch, *[2] * len(halving))
         super().__init__(spatial_dims, in_channels, [widths[number] for number in last], strides)
         layers = stage_layers(basis, len(strides), kan_stages, **layer_options)
-        wide: Any = [_wide(one) for one in basis] if isinstance(basis, list | tuple) else _wide(basis)
-        deep = stage_layers(wide, len(strides), kan_stages, **{**layer_options, "bottleneck": False})
+        deep = depthwise_layers(basis, len(strides), kan_stages, **layer_options)
         stem = layers[0](spatial_dims, in_channels, features, patch, stride=patch, padding=0, groups=1)
         self.stages = nn.ModuleList()
         parts: list[nn.Module] = [stem]
@@ -174,10 +172,13 @@ class RDKANet(Encoder):
         self.stages.append(nn.Sequential(*parts))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """An axis shorter than the stride of the last map is filled up with zeros to that length."""
-        least = [math.prod(axis) for axis in zip(*self.strides, strict=True)]
-        short = [max(0, n - size) for n, size in zip(least, x.shape[2:], strict=True)]
-        return super().forward(F.pad(x, [end for n in reversed(short) for end in (0, n)]))
+        maps = []
+        for stage, stride in zip(self.stages, self.strides, strict=True):
+            lacking = [-size % step for size, step in zip(x.shape[2:], stride, strict=True)]
+            filled = self.fills and any(lacking)
+            x = stage(F.pad(x, [end for n in reversed(lacking) for end in (0, n)]) if filled else x)
+            maps.append(x)
+        return maps
 
 
 for _size in SIZES:

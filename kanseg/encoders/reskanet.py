@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, check_kernels, network_layer, stage_layers
-from kanseg.errors import UsageError, did_you_mean
+from kanseg.errors import UsageError, did_you_mean, unknown_option
 from kanseg.layers.geometry import per_axis
 
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 DEPTHS[152] = (3, 8, 36, 3)
 # Layers of a block, "k" with the stage's kernel and "1" pointwise, and how much wider its output is than its middle.
 BLOCKS = {"two_convs": ("kk", 1), "basic": ("k1", 1), "bottleneck": ("1k1", 4)}
+STEM = ("kernel_size", "stride", "features", "max_pool")
 # Stems of the published networks, by the size of images they are for.
 STEMS: dict[int, dict[str, Any]] = {
     32: {"kernel_size": 3},
@@ -139,6 +140,9 @@ class ResKANet(Encoder):
             raise UsageError(f"blocks_per_stage needs {count} positive numbers, one a stage, got {blocks}")
         if block not in BLOCKS:
             raise UsageError(f"Unknown block '{block}'.{did_you_mean(block, BLOCKS)}")
+        for option in stem or {}:
+            if option not in STEM:
+                raise unknown_option("The stem", option, STEM)
         steps = [per_axis(stride, spatial_dims, "strides") for stride in strides]
         pooled = bool(stem and stem.get("max_pool"))
         width = (stem or {}).get("features", features_per_stage[0])

@@ -51,6 +51,9 @@ class SMPEncoder(nn.Module):
         reached = accumulate((stride[0] for stride in self.body.strides), lambda a, b: a * b)
         number = {stride: index for index, stride in enumerate(reached)}
         self.levels = [number.get(2**level) for level in range(self.depth + 1)]
+        read = max((index for index in self.levels if index is not None), default=-1) + 1
+        self.body.stages = self.body.stages[:read]  # no stage that nobody reads
+        self.body.strides, self.body.out_channels = self.body.strides[:read], self.body.out_channels[:read]
         self.out_channels = [
             in_channels if self.levels[0] is None else self.body.out_channels[self.levels[0]]
         ]

@@ -24,7 +24,9 @@ WRAPPERS = (
     "network",
 )  # around a state_dict in a file
 STATISTICS = (".running.mean", ".running.var")  # as `_plain` spells them
-PREFIXES = ("average.encoder.", "model.encoder.", "encoder.", "")
+PREFIXES = tuple(
+    f"{where}{network}encoder." for where in ("average.", "model.", "") for network in ("", "network.")
+)
 
 
 def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
@@ -46,7 +48,8 @@ def load_encoder(target: Network, source: nn.Module | Path | str) -> Network:
     own = encoder.state_dict()
     places = {_plain(key): key for key in own}
     stored = max(
-        (_below(weights, prefix) for prefix in PREFIXES), key=lambda part: len(part.keys() & places.keys())
+        (_below(weights, prefix) for prefix in (*PREFIXES, "")),
+        key=lambda part: len(part.keys() & places.keys()),
     )
     found = {key: _fitted(stored[name], own[key]) for name, key in places.items() if name in stored}
     missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
@@ -95,8 +98,12 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
 
 def _encoder(module: nn.Module) -> nn.Module:
-    encoder = getattr(module, "encoder", module)
-    return encoder if isinstance(encoder, nn.Module) else module
+    """The part that is an encoder: also of a network of another library under our contract."""
+    for inside in (module, getattr(module, "network", None)):
+        encoder = getattr(inside, "encoder", None)
+        if isinstance(encoder, nn.Module):
+            return encoder
+    return module
 
 
 def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ class KANAttention(nn.Module):
     ) -> None:
         super().__init__()
         inner = inner_channels or channels
-        if inner % num_heads:
+        if num_heads < 1 or inner % num_heads:
             raise UsageError(f"{inner} channels cannot be shared by num_heads={num_heads}; choose a divisor")
         if gate not in GATES:
             raise UsageError(f"Unknown gate '{gate}'.{did_you_mean(gate, GATES)}")

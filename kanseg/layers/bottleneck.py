@@ -59,7 +59,7 @@ class BottleneckKANConv(ConvGeometry):
         mixture: constructor of a mixture of several narrow convolutions in place of the one, called like
             `MixtureOfExperts`.
         dim_reduction, min_internal: see `inner_width`.
-        dropout: probability of noise injection at an element of the input.
+        dropout: probability of noise injection at an element of the input, wherever `dropout_at` would have it.
     """
 
     def __init__(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,18 @@ CHANNEL_DROPOUT: dict[int, type[nn.Module]] = {1: nn.Dropout1d, 2: nn.Dropout2d,
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+def check_dims(spatial_dims: int) -> None:
+    """Raise `UsageError` for a number of axes that there are no layers for."""
+    if spatial_dims not in CONVOLUTIONS:
+        raise UsageError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+
+
 def per_axis(value: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
     """One integer an axis: 3 -> (3, 3, 3)."""
-    values = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
+    try:
+        values = tuple(map(operator.index, value if isinstance(value, Iterable) else [value] * spatial_dims))
+    except TypeError as error:
+        raise UsageError(f"{name} needs whole numbers, got {value!r}") from error
     if len(values) != spatial_dims:
         raise UsageError(f"{name} needs one number or {spatial_dims} (spatial_dims), got {value}")
     return values
@@ -49,8 +59,7 @@ class ConvGeometry(nn.Module):
         groups: int = 1,
     ) -> None:
         super().__init__()
-        if spatial_dims not in CONVOLUTIONS:
-            raise UsageError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+        check_dims(spatial_dims)
         if min(in_channels, out_channels) < 1:
             raise UsageError(f"channels must be positive, got {in_channels} in and {out_channels} out")
         if groups < 1 or in_channels % groups or out_channels % groups:

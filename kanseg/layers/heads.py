@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kanseg.errors import UsageError
+from kanseg.errors import ShapeError, UsageError
 
 
 class MatryoshkaHead(nn.Module):
@@ -39,6 +39,8 @@ class MatryoshkaHead(nn.Module):
         self.classifiers = nn.ModuleList(nn.Linear(width, out_features, bias) for width in widths)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.dim() != 2 or x.shape[1] != self.nesting[-1]:
+            raise ShapeError(f"expected an input of shape (N, {self.nesting[-1]}), got {tuple(x.shape)}")
         repeated = list(self.classifiers) * (len(self.nesting) // len(self.classifiers))
         return tuple(
             F.linear(x[:, :width], classifier.weight[:, :width], classifier.bias)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kanseg.bases import Basis, create_basis
+from kanseg.bases import Basis, check_left_aside, create_basis
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomputed
 from kanseg.layers.kernels import instance_norm_act
@@ -98,6 +98,7 @@ class KANConv(ConvGeometry):
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
         channels = in_channels // self.groups
         if basis is None:
+            check_left_aside(basis_options)
             base, base_act = True, None
         self.basis = None if basis is None else create_basis(basis, channels, **basis_options)
         self.base_act = activation(base_act)

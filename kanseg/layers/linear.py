@@ -7,7 +7,7 @@ bases; the rows follow the fully connected layers of torch-conv-kan (Drokin, arX
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kanseg.bases import Basis, create_basis
+from kanseg.bases import BASES, Basis, check_left_aside, create_basis
 from kanseg.bases.wavelet import get_wavelet
-from kanseg.errors import UsageError, did_you_mean
+from kanseg.errors import ShapeError, UsageError, did_you_mean, refused_options
 from kanseg.layers.bottleneck import inner_width
 from kanseg.layers.families import family_name
 from kanseg.layers.geometry import recomputed
@@ -73,6 +73,7 @@ class KANLinear(nn.Module):
     ) -> None:
         super().__init__()
         if basis is None:
+            check_left_aside(basis_options)
             base, base_act = True, None
         self.basis = None if basis is None else create_basis(basis, in_features, **basis_options)
         self.base_act, self.basis_act = activation(base_act), activation(basis_act)
@@ -124,8 +125,8 @@ class WaveletLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = max(1, EDGES_AT_ONCE // self.scale.numel())
-        parts = [recomputed(self._map, part, preserve_rng_state=False) for part in x.split(rows)]
-        return torch.cat(parts)
+        cut = [x] if torch.compiler.is_compiling() else x.split(rows)  # the compiler knows no number of rows
+        return torch.cat([recomputed(self._map, part, preserve_rng_state=False) for part in cut])
 
     def _map(self, x: Tensor) -> Tensor:
         z = (x.unsqueeze(1) - self.translation) / self.scale
@@ -189,13 +190,19 @@ class LinearLayer(nn.Module):
         super().__init__()
         if min(in_features, out_features) < 1:
             raise UsageError(f"features must be positive, got {in_features} in and {out_features} out")
-        self.linear = linear(in_features, out_features, **options)
+        self.in_features = in_features
+        with refused_options(f"{linear.__name__}"):
+            self.linear = linear(in_features, out_features, **options)
         self.norm = feature_norm(norm, out_features)
         self.act = activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise ShapeError(
+                f"expected floating point numbers of shape (*, {self.in_features}), got {x.dtype} of {tuple(x.shape)}"
+            )
         y = self.act(self.norm(self.linear(x.reshape(-1, x.shape[-1]))))
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -225,6 +232,16 @@ def linear_layer(basis: str | None = "gram", **options: Any) -> partial[LinearLa
     """
     name = family_name(basis)
     return partial(LinearLayer, **{**FAMILIES.get(name, {"basis": name}), **options})
+
+
+def own_options(basis: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of a layer that are its functions': of a basis (degree, grid_size, ...), or the wavelet."""
+    if basis is None or not isinstance(basis, str):
+        return {}
+    row = FAMILIES.get(family_name(basis), {"basis": basis})
+    functions = row.get("basis")
+    known = {"wavelet"} if functions is None else {*BASES.parameters(functions), "shared_by"} - {"channels"}
+    return {name: value for name, value in options.items() if name in known}
 
 
 class KANMLP(nn.Module):

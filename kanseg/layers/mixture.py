@@ -147,7 +147,7 @@ class MixtureOfExperts(nn.Module):
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output and the balance loss."""
         chosen, shares, imbalance = self.gate(x.mean(dim=tuple(range(2, x.dim()))))
-        send = self._to_all if torch.compiler.is_exporting() else self._to_chosen
+        send = self._to_all if torch.compiler.is_exporting() or not x.numel() else self._to_chosen
         return send(x, chosen, shares), self.balance_weight * imbalance
 
     def _to_chosen(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
@@ -167,7 +167,9 @@ class MixtureOfExperts(nn.Module):
 
     def _to_all(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """Each expert on all samples: what an exported graph, whose shapes do not depend on data, can do."""
-        weights = shares.new_zeros(len(x), len(self.experts)).scatter(1, chosen, shares)
+        weights = shares.new_zeros(x.shape[0], len(self.experts)).scatter(
+            1, chosen, shares
+        )  # len would fix N
         answers = [expert(x) for expert in self.experts]
         return torch.stack([a * beside_samples(w, a) for a, w in zip(answers, weights.T, strict=True)]).sum(0)
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kanseg.errors import UsageError
-from kanseg.layers.geometry import lean
+from kanseg.layers.geometry import check_dims, lean
 from kanseg.layers.kernels import gpu
 
 ActSpec = str | tuple[str, dict[str, Any]] | None
@@ -24,7 +24,10 @@ def activation(act: ActSpec) -> nn.Module:
     """An activation by MONAI's name ("silu" is "swish" there), identity for None."""
     if act is None:
         return nn.Identity()
-    made = nn.SiLU() if act == "silu" else get_act_layer(act)
+    try:
+        made = nn.SiLU() if act == "silu" else get_act_layer(act)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"act={act!r} cannot be made: {' '.join(str(error).split())}") from error
     if getattr(made, "inplace", False):
         made.inplace = False  # others read its input too
     return made
@@ -32,10 +35,11 @@ def activation(act: ActSpec) -> nn.Module:
 
 def norm_layer(norm: str | Sequence, spatial_dims: int, channels: int) -> nn.Module:
     """A norm of MONAI's by its spec; `UsageError` with the nearest name for one that is not known."""
+    check_dims(spatial_dims)
     try:
         return get_norm_layer(norm if isinstance(norm, str) else tuple(norm), spatial_dims, channels)
-    except ValueError as error:
-        raise UsageError(f"norm={norm!r} is not known: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"norm={norm!r} cannot be made: {' '.join(str(error).split())}") from error
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kanseg.layers.geometry import lean
+from kanseg.layers.geometry import check_dims, lean
 from kanseg.layers.kernels.plain_conv import pointwise_product
 
 
 class PointwiseConv3d(nn.Conv3d):
     """`torch.nn.Conv3d` of kernel 1; on a CPU one product of matrices, in channels-last memory."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002: torch's name
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch names it so)
         fast = pointwise_product(input, self.weight, self.bias) if lean(input) else None
         return super().forward(input) if fast is None else fast
 
@@ -21,4 +21,5 @@ CLASSES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: PointwiseC
 
 def pointwise_conv(spatial_dims: int, in_channels: int, out_channels: int, bias: bool = True) -> nn.Module:
     """(N, in_channels, *S) -> (N, out_channels, *S), with the parameters of `torch.nn.Conv{1,2,3}d`."""
+    check_dims(spatial_dims)
     return CLASSES[spatial_dims](in_channels, out_channels, 1, bias=bias)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, transformed
+from kanseg.errors import unknown_option
+from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomputed, transformed
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import WHOLE, Slab, outputs, planes_of, slabs
@@ -20,6 +21,7 @@ from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last, laid_out
 from kanseg.layers.norms import ActSpec, activation
 
+GEOMETRY = ("stride", "padding", "dilation", "groups")
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
 STEPS = 3  # maps of as many edges that a wavelet's steps hold at once
 
@@ -33,7 +35,7 @@ class WaveletConv(ConvGeometry):
     Args:
         wavelet: name in `kanseg.bases.wavelet.WAVELETS`, or psi itself.
         base_act: activation of the base branch.
-        dropout: channel dropout of the wavelet branch's input.
+        dropout: channel dropout of the wavelet branch's input, wherever `dropout_at` would have it.
     """
 
     def __init__(
@@ -50,6 +52,11 @@ class WaveletConv(ConvGeometry):
         recompute: bool = True,
         **geometry: Any,
     ) -> None:
+        for option in geometry:
+            if option not in GEOMETRY:
+                raise unknown_option(
+                    "A layer of wavelets", option, (*GEOMETRY, "wavelet", "base_act", "dropout")
+                )
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
         check_dropout(dropout_at)
         inputs = in_channels // self.groups
@@ -80,11 +87,14 @@ class WaveletConv(ConvGeometry):
             return waves().add_(y) if torch.is_grad_enabled() else waves(over=y)
         tensors = (x, kept, *edges, self.base_weight)
         whole = not self.recompute or torch.compiler.is_compiling() or transformed() or x.is_meta
-        cut = [WHOLE] if whole else self._slabs(x)
+        learned = self._learned()
+        cut = [WHOLE] if whole or learned else self._slabs(x)
         terms: list[Term] = [(WHOLE, self._base_term)]
         for first in range(0, self._edges(), self.step):
             terms += [(slab, partial(self._edge_term, first, slab)) for slab in cut]
         if torch.is_grad_enabled() and not whole:
+            if learned:  # numbers that are no tensors of the sum
+                return summed([(slab, partial(recomputed, term)) for slab, term in terms], tensors)
             return SumOfTerms.apply(terms, *tensors)
         return summed(terms, tensors)
 
@@ -92,6 +102,11 @@ class WaveletConv(ConvGeometry):
         """What of x is expanded at once."""
         width = STEPS * self.in_channels * min(self.step, self._edges())
         return list(slabs(x, width, torch.promote_types(x.dtype, torch.float32), self.geometry()))
+
+    def _learned(self) -> bool:
+        """Whether the functions themselves have numbers that are trained."""
+        parts = [part for part in (self.psi, self.base_act) if isinstance(part, nn.Module)]
+        return any(p.requires_grad for part in parts for p in part.parameters())
 
     def _compiled(self, x: Tensor, *edges: Tensor) -> bool:
         """Whether the compiled kernels serve."""

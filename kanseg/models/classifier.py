@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +16,46 @@ from kanseg.encoders.layers import Layer
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.geometry import per_axis
 from kanseg.layers.heads import MatryoshkaHead
-from kanseg.layers.linear import KANMLP
+from kanseg.layers.linear import KANMLP, own_options
 from kanseg.models.model import CLASSIFIERS
 from kanseg.models.u_shape import check_input
 
 POOLING = {"average": Pool.ADAPTIVEAVG, "max": Pool.ADAPTIVEMAX}
 HIDDEN, HIDDEN_KAN = 1024, 512  # features inside the heads
+MLP = Callable[..., nn.Module]  # of fully connected KAN layers, (features, dropout=) -> module
 
 
-def _linear(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
+def _linear(features: int, classes: int, kan: MLP, dropout: float) -> list[nn.Module]:
     return [nn.Dropout(dropout), nn.Linear(features, classes)]
 
 
-def _normed_linear(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
-    return [nn.LayerNorm(features), *_linear(features, classes, basis, dropout)]
+def _normed_linear(features: int, classes: int, kan: MLP, dropout: float) -> list[nn.Module]:
+    return [nn.LayerNorm(features), *_linear(features, classes, kan, dropout)]
 
 
-def _kan(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
-    return [KANMLP((features, classes), basis, dropout=dropout)]
+def _kan(features: int, classes: int, kan: MLP, dropout: float) -> list[nn.Module]:
+    return [kan((features, classes), dropout=dropout)]
 
 
-def _hidden_kan(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
-    hidden = KANMLP((features, HIDDEN_KAN), basis, dropout=dropout)
-    return [hidden, *_linear(HIDDEN_KAN, classes, basis, dropout)]
+def _hidden_kan(features: int, classes: int, kan: MLP, dropout: float) -> list[nn.Module]:
+    hidden = kan((features, HIDDEN_KAN), dropout=dropout)
+    return [hidden, *_linear(HIDDEN_KAN, classes, kan, dropout)]
 
 
-def _vgg(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
+def _vgg(features: int, classes: int, kan: MLP, dropout: float) -> list[nn.Module]:
     first, second = nn.Linear(features, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
     inner = [first, nn.ReLU(), nn.Dropout(dropout), second, nn.ReLU()]
-    return [*inner, *_linear(HIDDEN, classes, basis, dropout)]
+    return [*inner, *_linear(HIDDEN, classes, kan, dropout)]
 
 
-def _matryoshka(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
+def _matryoshka(features: int, classes: int, kan: MLP, dropout: float) -> list[nn.Module]:
     nested = MatryoshkaHead([HIDDEN >> level for level in (4, 3, 2, 1, 0)], classes, shared=True)
     return [nn.Linear(features, HIDDEN), nn.ReLU(), nn.Dropout(dropout), nested]
 
 
-def _kantryoshka(features: int, classes: int, basis: Any, dropout: float) -> list[nn.Module]:
+def _kantryoshka(features: int, classes: int, kan: MLP, dropout: float) -> list[nn.Module]:
     nested = MatryoshkaHead([HIDDEN_KAN >> level for level in (4, 3, 2, 1, 0)], classes, shared=True)
-    return [KANMLP((features, HIDDEN_KAN), basis, dropout=dropout), nn.Dropout(dropout), nested]
+    return [kan((features, HIDDEN_KAN), dropout=dropout), nn.Dropout(dropout), nested]
 
 
 HEADS: dict[str, Callable[..., list[nn.Module]]] = {
@@ -83,7 +85,8 @@ class Classifier(nn.Module):
         pool: "average" or "max".
         pool_size: positions an axis that pooling leaves for the head.
         head_dropout: before the linear layers of the head.
-        kan_stages, bottleneck, norm, dropout, layer_options, encoder_options, encoder_weights: as in `UKANet`.
+        kan_stages, bottleneck, norm, dropout, layer_options, encoder_options, encoder_weights: as in `UKANet`; KAN
+            heads take those of `layer_options` that are their basis's.
 
     >>> import torch
     >>> model = Classifier(2, 3, 10, encoder="vggkan11", encoder_options={"width": 0.25}).eval()
@@ -124,15 +127,19 @@ class Classifier(nn.Module):
             spatial_dims,
             in_channels,
             weights=encoder_weights,
+            own=encoder_options,
             basis=basis,
             kan_stages=kan_stages,
-            **{**options, **(encoder_options or {})},
+            **options,
         )
         size = per_axis(pool_size, spatial_dims, "pool_size")
+        if min(size) < 1:
+            raise UsageError(f"pool_size must be positive, got {pool_size}")
         self.pool = Pool[POOLING[pool], spatial_dims](size)
         features = self.encoder.out_channels[-1] * math.prod(size)
-        last = basis[-1] if isinstance(basis, list | tuple) else basis
-        self.head = nn.Sequential(*HEADS[head](features, out_channels, last, head_dropout))
+        last: Any = basis[-1] if isinstance(basis, list | tuple) else basis
+        kan = partial(KANMLP, basis=last, **own_options(last, layer_options or {}))
+        self.head = nn.Sequential(*HEADS[head](features, out_channels, kan, head_dropout))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(self, x)

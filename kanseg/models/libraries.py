@@ -14,6 +14,7 @@ from kanseg.encoders.pretrained import check_smp_encoder
 from kanseg.errors import UsageError, did_you_mean, refused_options
 from kanseg.layers.geometry import per_axis
 from kanseg.models.model import MODELS
+from kanseg.models.u_shape import check_input
 
 DIVISIBLE = 32  # what five halvings ask of a size
 
@@ -25,11 +26,13 @@ class AnySize(nn.Module):
     network has several outputs.
     """
 
-    def __init__(self, network: nn.Module, divisible: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, in_channels: int, divisible: Sequence[int]) -> None:
         super().__init__()
         self.network, self.divisible = network, tuple(divisible)
+        self.spatial_dims, self.in_channels = len(self.divisible), in_channels
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        check_input(self, x)
         size = x.shape[2:]
         axes = zip(size[::-1], self.divisible[::-1], strict=True)
         padding = [n for length, unit in axes for n in (0, -length % unit)]
@@ -76,7 +79,7 @@ class MonaiNetwork(AnySize):
             strides = (arguments or {}).get("strides", [DIVISIBLE])
             steps = [per_axis(step, spatial_dims, "strides") for step in strides]
             divisible = [math.prod(axis) for axis in zip(*steps, strict=True)]
-        super().__init__(made, per_axis(divisible, spatial_dims, "divisible"))
+        super().__init__(made, in_channels, per_axis(divisible, spatial_dims, "divisible"))
 
 
 @MODELS.register("smp")
@@ -121,7 +124,7 @@ class SmpNetwork(AnySize):
         given = {"in_channels": in_channels, "classes": out_channels, **(arguments or {})}
         with refused_options(f"smp's {network}"):
             made = known[network](encoder, encoder_weights="imagenet" if pretrained else None, **given)
-        super().__init__(made, (DIVISIBLE, DIVISIBLE))
+        super().__init__(made, in_channels, (DIVISIBLE, DIVISIBLE))
 
 
 def _cut(x: Tensor, size: Sequence[int]) -> Tensor:

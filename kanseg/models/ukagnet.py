@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from kanseg.encoders import PlainKANet
-from kanseg.encoders.layers import INSTANCE, Layer, stage_layers
+from kanseg.encoders.layers import INSTANCE, Layer, depthwise_layers, stage_layers
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers import FocalModulation, KANAttention
 from kanseg.models.model import MODELS
@@ -74,6 +74,11 @@ class UKAGNet(UShape):
     ) -> None:
         if not callable(mixer) and mixer not in MIXERS:
             raise UsageError(f"Unknown mixer '{mixer}'.{did_you_mean(mixer, MIXERS)}")
+        if mixer_options and not callable(mixer) and MIXERS[mixer] is None:
+            raise UsageError(
+                f"mixer_options {sorted(mixer_options)} are of a mixer, but mixer='{mixer}' is none. Choose "
+                "mixer='self-attention' or 'focal', or leave them away."
+            )
         depth = depth or (4 if strides is None else len(strides))
         strides = (1, *[2] * (depth - 1)) if strides is None else tuple(strides)
         kernel_sizes = (3,) * depth if kernel_sizes is None else tuple(kernel_sizes)
@@ -86,6 +91,7 @@ class UKAGNet(UShape):
         widths = [int(16 * width) * 2**stage for stage in range(depth)]
         options = {"norm": norm, "dropout": dropout, **(layer_options or {})}
         stacks = stage_layers(basis, depth, kan_stages, bottleneck=bottleneck, **options)
+        depthwise = depthwise_layers(basis, depth, kan_stages, **options)
         encoder = PlainKANet(
             spatial_dims,
             in_channels,
@@ -98,8 +104,11 @@ class UKAGNet(UShape):
         for stage in reversed(range(depth - 1)):
             layer, kernel, channels = stacks[stage], kernel_sizes[stage], widths[stage]
             joined = channels + widths[stage + 1]
-            mixing = {"conv_layer": layer, "norm": norm, **(mixer_options or {})}
             mixing_layer = mixer if callable(mixer) else MIXERS[mixer]
+            mixing: dict[str, Any] = {"conv_layer": layer, "norm": norm}
+            if mixing_layer is FocalModulation:
+                mixing["context_layer"] = depthwise[stage]
+            mixing |= mixer_options or {}
             made = [mixing_layer(spatial_dims, joined, **mixing)] if mixing_layer else []
             for number in range(layers):
                 made.append(layer(spatial_dims, channels if number else joined, channels, kernel))

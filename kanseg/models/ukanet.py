@@ -74,7 +74,7 @@ class UKANet(UShape):
             not the first) or stage numbers from 0.
         bottleneck: KAN layers in their narrow form (1x1 down, KAN convolution, 1x1 up).
         norm: MONAI norm spec.
-        dropout: channel dropout of every layer.
+        dropout: channel dropout of every layer; noise on the input of narrow ones.
         deep_supervision: logits of all but the two coarsest stages in training.
         layer_options: further options of the KAN layers (degree, grid_size, groups, ...).
         decoder: "narrow" (a 1x1, then two convolutions) or "merging" (a convolution, then two residual blocks).
@@ -128,9 +128,10 @@ class UKANet(UShape):
             spatial_dims,
             in_channels,
             weights=encoder_weights,
+            own=encoder_options,
             basis=basis,
             kan_stages=kan_stages,
-            **{**shape, **options, **(encoder_options or {})},
+            **{**shape, **options},
         )
         widths = list(maps.out_channels)
         kernels: list[Any] = [3] * len(widths)

@@ -13,6 +13,11 @@ from torch.nn import functional as F
 from kanseg.errors import UsageError
 
 
+def powered(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent of numbers of 0 or more, with gradient 0 at 0, where that of exponents below 1 is infinite."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny) ** exponent
+
+
 class FocalLoss(nn.Module):
     """Mean of (1 - p)^gamma * cross-entropy, p the probability of the true class (Lin et al., arXiv 1708.02002).
 
@@ -52,7 +57,7 @@ class FocalLoss(nn.Module):
         if self.label_smoothing:
             smoothing = self.label_smoothing
             entropy = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
-        loss = (1 - p) ** self.gamma * entropy
+        loss = powered(1 - p, self.gamma) * entropy
         if self.class_weights is not None:
             loss = loss * self.class_weights[target]
         return REDUCTIONS[self.reduction](loss, counts)
@@ -79,4 +84,4 @@ class FocalTverskyLoss(nn.Module):
         self.tversky = TverskyLoss(**options, reduction="none")
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return (self.tversky(logits, target) ** self.gamma).mean()
+        return powered(self.tversky(logits, target), self.gamma).mean()
