@@ -11,7 +11,7 @@ from kanseg.layers.kernels.plain_conv import pointwise_product
 class PointwiseConv3d(nn.Conv3d):
     """`torch.nn.Conv3d` of kernel 1; on a CPU one product of matrices, in channels-last memory."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch names it so)
+    def forward(self, input: Tensor) -> Tensor:
         fast = pointwise_product(input, self.weight, self.bias) if lean(input) else None
         return super().forward(input) if fast is None else fast
 
