@@ -209,8 +209,8 @@ def predict(
 
     Example: kanseg predict -m runs/liver -i series/ -o liver.dcm --uncertainty
     """
+    from kanseg.data.beside import DICOM_SEG
     from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D
-    from kanseg.export.dicom_seg import DICOM_SEG
 
     suffix = None if format_ is None else f".{format_.lstrip('.')}"
     suffix = DICOM_SEG if suffix == ".dicom-seg" else suffix
@@ -267,6 +267,7 @@ def evaluate(
 
     Example: kanseg evaluate segmentations/ labelsTs/ --labels runs/mine
     """
+    from kanseg.data.formats import few
     from kanseg.data.labels import unions
     from kanseg.evaluation.metrics import evaluate_folders, parse_labels, planned_labels
     from kanseg.evaluation.report import score_table
@@ -289,8 +290,9 @@ def evaluate(
     console.print(score_table(shown, f"{summary['cases']} cases, mean [95 % interval]"))
     for name in summary["absent"]:
         console.print(f"{name} is in no reference; the mean leaves it out", highlight=False)
-    for name in summary["predictions_without_reference"]:
-        console.print(f"{name} has no reference and is not scored", highlight=False)
+    if surplus := summary["predictions_without_reference"]:
+        text = f"{len(surplus)} predictions have no reference and are not scored: {few(surplus, 5)}"
+        console.print(text, highlight=False)
     _emit(summary, json_)
     if summary["failed"]:
         shown = "; ".join(f"{case}: {why}" for case, why in list(summary["failed"].items())[:5])

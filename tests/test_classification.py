@@ -417,6 +417,10 @@ def test_pictures_are_predicted_by_name_and_a_broken_one_does_not_stop_the_other
     assert [row["class"] for row in rows] == [str(labels[i, 0]) for i in (0, 2, 3)]
     for row in rows:
         assert sum(float(row[f"p {name}"]) for name in "012") == pytest.approx(1, abs=1e-4)
+    Image.fromarray(np.kron(images[0], np.ones((3, 3), np.uint8))).save(tmp_path / "in" / "im0.bmp")
+    code, said = kanseg("predict", "-m", trained, "-i", tmp_path / "in", "-o", tmp_path / "other.csv")
+    assert code == 1
+    assert "several images called im0" in said
     with pytest.raises(UserError, match="No image of .* is in"):
         evaluate_classes(tmp_path / "table.csv", write(tmp_path / "corners.npz"))
 

@@ -80,6 +80,25 @@ def test_scans_of_one_patient_count_once(tmp_path: Path) -> None:
     assert np.ptp(grouped["ci95"]) > 1.5 * np.ptp(alone["ci95"])
 
 
+@pytest.mark.parametrize("place", ["chosen", "ensemble", "fold"])
+def test_the_patients_of_a_run_are_those_of_its_configurations(tmp_path: Path, place: str) -> None:
+    base = random_dice(0, 8, 1)
+    cases = {f"c{i:02d}": {"group": f"p{i // 4}"} for i in range(8)}
+    sides = []
+    for name, scores in (("one", base + 0.01), ("other", base)):
+        run = tmp_path / name
+        (run / "3d").mkdir(parents=True)
+        (run / "3d" / "fingerprint.json").write_text(json.dumps({"cases": cases, "same": []}))
+        if place == "fold":
+            sides.append(table(run / "3d" / "fold_0", scores))
+            continue
+        chosen = "3d" if place == "chosen" else "ensemble"
+        table(run / chosen, scores)
+        (run / "choice.json").write_text(json.dumps({"choice": chosen}))
+        sides.append(run)
+    assert compare(*sides)["patients"] == 2
+
+
 def test_cases_that_only_one_side_has_are_named(tmp_path: Path) -> None:
     one = table(tmp_path / "a", random_dice(0, 4), ["w", "x", "y", "z"])
     other = table(tmp_path / "b", random_dice(1, 3), ["x", "y", "v"])

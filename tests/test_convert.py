@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -86,6 +87,23 @@ def test_nnunet_values_are_consecutive(shared_data: Path, tmp_path: Path) -> Non
     values = np.unique(read_label(tmp_path / "out" / "labelsTr" / "image.nii.gz"))
     np.testing.assert_array_equal(values, np.arange(42))
     assert read_image(tmp_path / "out" / "imagesTr" / "image_0000.nii.gz").array.min() < 0
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_a_held_out_label_with_a_foreign_value_is_refused(blobs: Path, tmp_path: Path, to: str) -> None:
+    shutil.copytree(blobs, tmp_path / "data")
+    described = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    held_out = described["training"].pop()
+    described["test"] = [held_out]
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(described))
+    path = tmp_path / "data" / held_out["label"]
+    stored = nib.load(path)
+    array = np.asarray(stored.dataobj).copy()
+    array[0, 0, 0] = 9
+    nib.save(nib.Nifti1Image(array, stored.affine), path)
+    with pytest.raises(UserError, match=r"has the values \[9\]"):
+        convert(read_dataset(tmp_path / "data"), tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_written_over_or_into_the_source(blobs: Path, tmp_path: Path) -> None:

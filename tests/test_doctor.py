@@ -141,6 +141,10 @@ def noisy_copy(root: Path) -> None:
 
 
 DEFECTS: dict[str, Callable[[Path], object]] = {
+    "patients in part": lambda root: (
+        (root / "dataset.json").unlink(),
+        (root / "cases.csv").write_text("id,scanner\ncase_0,A\n"),
+    ),
     "same name": lambda root: one_more(root),
     "missing label": lambda root: ((root / "dataset.json").unlink(), label(root).unlink()),
     "missing file": lambda root: label(root).unlink(),

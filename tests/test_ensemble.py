@@ -6,21 +6,25 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from kanseg.data.beside import find_probabilities, is_beside, probability_path
 from kanseg.data.formats import find_images, read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.plan import Plan, make_plan
 from kanseg.errors import UserError
-from kanseg.inference.ensemble import Ensemble, Loaded, combine_folders, find_members
-from kanseg.inference.postprocess import POSTPROCESSING
-from kanseg.inference.predict import find_probabilities, predict, predict_case, predict_folder
+from kanseg.inference.ensemble import Ensemble, Loaded, combine_folders, find_members, predict_with
+from kanseg.inference.postprocess import POSTPROCESSING, save_rules
+from kanseg.inference.predict import predict, predict_case, predict_folder
 from kanseg.training.checkpoint import BEST, build_model, named, save_checkpoint
 
 
@@ -119,6 +123,54 @@ def test_rules_of_a_run_are_loaded_and_checked(plan: Plan, tmp_path: Path) -> No
     (tmp_path / POSTPROCESSING).write_text(json.dumps([{"label": 1}]))
     with pytest.raises(UserError, match="needs 'labels'"):
         Loaded([tmp_path])
+
+
+def test_rules_are_those_of_the_first_model_alone(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = {"labels": [1], "largest": True}
+    one, two = (checkpoint(plan, tmp_path / name, 0) for name in ("one", "two"))
+    save_rules(two.parent, [rule])
+    assert Loaded([two]).rules == [rule]
+    save_rules(one.parent, [])
+    assert Loaded([one, two]).rules == []  # it was found that no rule helps
+    save_rules(tmp_path, [rule])
+    monkeypatch.chdir(tmp_path)
+    assert Loaded([Path("hippocampus")]).rules == []  # what lies in the working folder belongs to another
+
+
+def test_images_are_told_from_the_maps_of_a_prediction_by_their_headers(
+    plan: Plan, blobs: Path, tmp_path: Path
+) -> None:
+    source = blobs / "imagesTr" / "case_0.nii.gz"
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("x_prob_1", "y_uncertainty"):
+        shutil.copy(source, folder / f"{name}.nii.gz")
+    model = checkpoint(plan, tmp_path / "model", 0)
+    said = StringIO()
+    how: dict[str, Any] = {"console": Console(file=said, width=200), "version": "1"}
+    assert predict_with([model], folder, tmp_path / "out", **how)["predicted"] == 2
+    shutil.copy(source, folder / "z.nii.gz")
+    beside: dict[str, Any] = {"probabilities": True, "uncertainty": True}
+    assert predict_with([model], folder, folder / "masks", **how, **beside)["predicted"] == 3
+    for file in (folder / "masks").iterdir():
+        if is_beside(file):
+            shutil.copy(file, folder)
+    assert predict_with([model], folder, tmp_path / "again", **how)["predicted"] == 3
+    assert "Passed over: 12 maps of an earlier prediction" in said.getvalue()
+    assert "Not looked at, for there are image files: masks/" in said.getvalue()
+
+
+def test_classes_whose_names_differ_by_signs_have_maps_of_their_own() -> None:
+    names = ["background", "lesion <1cm", "Lesion >1cm", "organ"]
+    paths = [probability_path(Path("a.nii.gz"), names, number).name for number in range(4)]
+    assert paths == [
+        "a_prob_background.nii.gz",
+        "a_prob_1_lesion__1cm.nii.gz",
+        "a_prob_2_Lesion__1cm.nii.gz",
+        "a_prob_organ.nii.gz",
+    ]
 
 
 def test_folders_with_probabilities_are_averaged_others_vote(plan: Plan, blobs: Path, tmp_path: Path) -> None:

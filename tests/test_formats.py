@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image as Picture
 
 from kanseg.data.convert import convert
+from kanseg.data.doctor import diagnose
 from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.labels import regions_of
 from kanseg.data.splits import split
 from kanseg.errors import UserError
 
@@ -163,6 +166,82 @@ def test_pictures_with_0_and_255(tmp_path: Path) -> None:
     assert dataset.spatial_dims == 2
     assert dataset.channel_names == ("red", "green", "blue")
     assert dataset.label_values == (0, 255)
+
+
+@pytest.mark.parametrize(
+    ("table", "patients"),
+    [
+        ("id,patient\na,x\nb,x\nc,y\n", "xxy"),
+        ("id;Patient ID\na;x\nb;x\nc;y\n", "xxy"),
+        ("file\tsubject_id\na.nii.gz\tx\nb.nii.gz\tx\nc.nii.gz\ty\n", "xxy"),
+        ("image,PatientID\na,x\nb,x\n", "xxc"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["folders", "nnunet", "msd"])
+def test_a_table_of_patients_counts_in_every_layout(
+    tmp_path: Path, layout: str, table: str, patients: str
+) -> None:
+    names = {"folders": ("images", "labels")}.get(layout, ("imagesTr", "labelsTr"))
+    volumes(tmp_path / names[0], [f"{n}_0000" if layout == "nnunet" else n for n in "abc"])
+    volumes(tmp_path / names[1], list("abc"), (1,))
+    described: dict[str, Any] = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "MRI"}}
+    if layout == "msd":
+        described["training"] = [
+            {"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in "abc"
+        ]
+    if layout != "folders":
+        (tmp_path / "dataset.json").write_text(json.dumps(described))
+    (tmp_path / "cases.csv").write_text(table)
+    dataset = read_dataset(tmp_path)
+    assert [case.group for case in dataset.cases] == list(patients)
+    (note,) = (note for note in dataset.notes if "cases.csv" in note)
+    assert f"{len(set(patients[: table.count(chr(10)) - 1]))} patients" in note
+    assert ("it lacks 1 cases" in note) == (patients == "xxc")
+
+
+def test_a_table_of_patients_that_fits_no_case_is_refused_and_one_without_them_named(tmp_path: Path) -> None:
+    volumes(tmp_path / "images", ["000", "001"])
+    volumes(tmp_path / "labels", ["000", "001"], (1,))
+    (tmp_path / "cases.csv").write_text("id,patient\n0,x\n1,x\n")
+    with pytest.raises(UserError, match=r"names the patient of 0, 1, but the cases are called 000, 001"):
+        read_dataset(tmp_path)
+    assert "patients" in {finding.kind for finding in diagnose(tmp_path).findings}
+    (tmp_path / "cases.csv").write_text("id,scanner\n000,x\n")
+    assert any("cases.csv is not used" in note for note in read_dataset(tmp_path).notes)
+    assert "patients in part" in {finding.kind for finding in diagnose(tmp_path).findings}
+
+
+def test_channels_of_a_list_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ["image", *(f"image_{n}" for n in range(2, 12))]
+    volumes(tmp_path, names)
+    volumes(tmp_path / "truth", ["a"], (1,))
+    row = ",".join(f"{name}.nii.gz" for name in names)
+    (tmp_path / "list.csv").write_text(f"{','.join(names)},label\n{row},truth/a.nii.gz\n")
+    (case,) = read_dataset(tmp_path / "list.csv").cases
+    assert [path.name.partition(".")[0] for path in case.images] == names
+
+
+def test_frames_of_videos_are_images_of_their_own(tmp_path: Path) -> None:
+    volumes(tmp_path, ["a_0000", "b_0000", "b_0001"])
+    assert [case.id for case in find_images(tmp_path, channels=1)] == ["a_0000", "b_0000", "b_0001"]
+
+
+def test_an_image_that_lacks_a_channel_does_not_stop_the_others(tmp_path: Path) -> None:
+    volumes(tmp_path, ["a_0000", "a_0001", "b_0001", "c_0000", "odd"])
+    cases = {case.id: [path.name for path in case.images] for case in find_images(tmp_path, channels=2)}
+    assert cases == {
+        "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
+        "b": ["b_0001.nii.gz"],
+        "c": ["c_0000.nii.gz"],
+        "odd": ["odd.nii.gz"],
+    }
+
+
+def test_a_region_is_painted_by_a_value_of_its_own() -> None:
+    regions = {"background": 0, "whole": [1, 2], "core": [2]}
+    assert regions_of(regions, [1, 2], "here")["label_values"] == (0, 1, 2)
+    with pytest.raises(UserError, match=r"region 'whole' of the values \[1, 2\] cannot be painted as 5"):
+        regions_of(regions, [5, 6], "here")
 
 
 def test_whole_numbers_in_floats_are_labels(tmp_path: Path) -> None:

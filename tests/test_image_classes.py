@@ -275,6 +275,12 @@ def missing_image(folder: Path) -> None:
     (folder / "cases.csv").write_text("image,class\na.png,cat\n")
 
 
+def ambiguous_image(folder: Path) -> None:
+    for place in ("a", "b"):
+        save(folder / place / "1.png", pictures(1, 4, 4)[0])
+    (folder / "cases.csv").write_text("image,class\n1,cat\n")
+
+
 def empty_class(folder: Path) -> None:
     mnist(folder)
     for name in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
@@ -290,6 +296,7 @@ BROKEN = {
     labels_without_images: "2 images and 3 labels",
     flat_validation: "has no class folders. Sort",
     foreign_class: "is a class that is not in train",
+    ambiguous_image: r"names the image '1', and .* has a/1.png, b/1.png",
     missing_image: "names the image 'a.png'",
     empty_class: "no image to train on for: 0, 1, 2",
 }

@@ -199,6 +199,35 @@ def test_another_grid_is_refused_and_nothing_is_written(folders: tuple[Path, Pat
     assert not (tmp_path / "scores").exists()
 
 
+def test_all_cases_that_lie_elsewhere_are_named_at_once(folders: tuple[Path, Path]) -> None:
+    pred, ref = folders
+    for name in ("a", "b"):
+        save(
+            pred / f"{name}.nii.gz",
+            np.asarray(nib.load(ref / f"{name}.nii.gz").dataobj),
+            np.diag([1, 1, 1, 1]),
+        )
+    with pytest.raises(UserError, match=r"2 of \d+ cases lie elsewhere: .*a\.nii\.gz.*b\.nii\.gz"):
+        evaluate_folders(pred, ref)
+
+
+def test_every_frame_of_a_video_is_scored(tmp_path: Path) -> None:
+    for frame in range(4):
+        truth = np.zeros((8, 8), np.uint8)
+        truth[2:5, 2:5] = 1
+        for folder, label in (("ref", truth), ("pred", truth if frame == 0 else 1 - truth)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Picture.fromarray(label).save(tmp_path / folder / f"video_{frame:04d}.png")
+    summary = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
+    assert summary["cases"] == 4
+    assert summary["metrics"]["label 1"]["dice"]["mean"] == 0.25
+
+
+def test_a_name_of_two_classes_is_refused() -> None:
+    with pytest.raises(UsageError, match="name a twice"):
+        parse_labels("a=1,a=2")
+
+
 def test_two_files_are_a_pair_whatever_their_names(folders: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copy(folders[0] / "c.nii.gz", tmp_path / "mine.nii.gz")
     summary = evaluate_folders(tmp_path / "mine.nii.gz", folders[1] / "c.nii.gz")

@@ -171,8 +171,13 @@ def _dtype_of(array: np.ndarray, suffix: str) -> np.dtype:
 
 
 def _mapped(label: np.ndarray, values: dict[int, int]) -> np.ndarray:
-    """Label map with other values."""
+    """Label map with other values; `UserError` for one that `values` does not have."""
     keys = np.array(sorted(values))
+    if (foreign := np.setdiff1d(label, keys)).size:
+        raise UserError(
+            f"The label map has the values {foreign.tolist()}, which those of the training cases do not have: "
+            f"{keys.tolist()}. Correct it, or name its class."
+        )
     return np.array([values[key] for key in keys])[np.searchsorted(keys, label)]
 
 

@@ -23,6 +23,7 @@ from kanseg.data.formats import (
     FULL,
     LISTS,
     MOST_VALUES,
+    PATIENTS_IN_PART,
     TWO_WAYS,
     UNUSED,
     Case,
@@ -55,6 +56,8 @@ LEFT_OUT = "the case is left out"
 # What can be found: how bad it is (an error stops a training), and what a repair does about it, if anything.
 KINDS: dict[str, tuple[str, str | None]] = {
     "layout": (ERROR, None),
+    "patients": (ERROR, None),
+    "patients in part": (WARNING, None),
     "same name": (ERROR, None),
     "missing label": (ERROR, LEFT_OUT),
     "missing file": (ERROR, LEFT_OUT),
@@ -213,7 +216,8 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
             Finding("DICOM-SEG", "", f"the labels are DICOM-SEG. {CONVERSION}; examine that then")
         )
         return found
-    findings += [Finding("label without image", "", said) for said in dataset.notes if UNUSED in said]
+    for kind, mark in (("label without image", UNUSED), ("patients in part", PATIENTS_IN_PART)):
+        findings += [Finding(kind, "", said) for said in dataset.notes if mark in said]
     samples = _Seen()
     kept = []
     for case in progress(dataset.cases, "Examining"):

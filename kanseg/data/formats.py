@@ -103,6 +103,7 @@ FULL, MOST_EDGE_VALUES = 255, 16  # of a mask; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
 LISTS = (".csv", ".json")  # suffixes of a data set that is a file
 UNUSED = "labels have no image and are not used"
+PATIENTS_IN_PART = "for it lacks"  # in a note on a table of patients that does not say all
 Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
 
 
@@ -156,6 +157,8 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
         dataset = _read_folders(path, problem)
     if not dataset.cases:
         raise UserError(f"{path} holds no labelled images. Expected: {LAYOUTS}.")
+    if path.is_dir() and all(case.group == case.id for case in dataset.cases):
+        dataset = _with_patients(dataset, path / "cases.csv", problem)
     for name in repeated(case.id for case in dataset.cases):
         problem(
             "same name",
@@ -172,7 +175,8 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
 
     Args:
         channels: how many the model takes. Files numbered `_0000`, `_0001`, ... are joined only where some image has
-            just so many of them; otherwise they are images of their own, such as the frames of a video.
+            just so many of them (for one channel: every image); otherwise they are images of their own, such as the
+            frames of a video.
 
     Raises:
         UserError: nothing there that can be read.
@@ -185,10 +189,11 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
     if path.is_file():
         return [Case(stem_of(path), (path,), None, stem_of(path))]
     files = image_files(path)
+    if files and channels is not None and channels > 1:
+        return _joined(files, channels)
     if files:
-        joined = _by_channel(files)
-        fits = channels is None or any(len(paths) == channels for paths in joined.values())
-        return _cases(files, join=fits)
+        counts = [len(paths) for paths in _by_channel(files).values()]
+        return _cases(files, join=channels is None or set(counts) == {1})
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
     series = _with_dicom(folders)
     if not series:
@@ -198,6 +203,35 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         )
     names = ["_".join(folder.relative_to(path).parts) or folder.resolve().name for folder in series]
     return [Case(name, (folder,), None, name) for name, folder in zip(names, series, strict=True)]
+
+
+def _joined(files: Sequence[Path], channels: int) -> list[Case]:
+    """Files numbered from _0000 on as channels of one image each, where some image has all of them.
+
+    What is left over (a file without a number, an image that lacks a channel) is a case too, and fails by itself.
+    """
+    numbered: dict[str, dict[int, Path]] = {}
+    for file in files:
+        if match := CHANNEL.match(stem_of(file)):
+            numbered.setdefault(match[1], {})[int(stem_of(file)[-4:])] = file
+    if not any(sorted(found) == list(range(channels)) for found in numbered.values()):
+        return _cases(files, join=False)
+    cases = [
+        Case(name, tuple(found[n] for n in sorted(found)), None, name) for name, found in numbered.items()
+    ]
+    inside = {path for case in cases for path in case.images}
+    return sorted(
+        [*cases, *_cases([f for f in files if f not in inside], join=False)], key=lambda case: case.id
+    )
+
+
+def passed_over(path: Path) -> list[str]:
+    """What `find_images` leaves aside in a folder where it takes files: DICOM files, and folders with images."""
+    if not path.is_dir() or not image_files(path):
+        return []
+    loose = [file.name for file in _dcm_in(path) if not is_no_image(file)]
+    folders = [f"{f.name}/" for f in _folders_in(path) if image_files(f) or _with_dicom([f])]
+    return [*([f"{len(loose)} .dcm files"] if loose else []), *folders]
 
 
 def _may_be_dicom(path: Path) -> bool:
@@ -429,7 +463,7 @@ def _listed(root: Path, entry: Any, groups: dict[str, str]) -> Case:
     paths = tuple(_inside(root, image) for image in images)
     stem = CHANNEL.sub(r"\1", stem_of(paths[0])) if len(paths) > 1 else stem_of(paths[0])
     name = str(entry.get("id") or stem)
-    group = entry.get("group") or entry.get("patient") or entry.get("subject") or groups.get(name, name)
+    group = entry.get(group_column(entry) or "") or groups.get(name, name)
     return Case(name, paths, _inside(root, label) if label else None, str(group))
 
 
@@ -489,7 +523,6 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     labels = next((root / name for name in LABEL_FOLDERS if (root / name).is_dir()), None)
     if images is None or labels is None:
         return _read_one_folder(root, problem)
-    groups, notes = _groups_beside(root)
     files, masks = image_files(images), [*image_files(labels), *_dcm_in(labels)]
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
@@ -497,9 +530,9 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     cases = _named(_cases(files, join=not own, problem=problem))
     cases += _series_cases(images, problem)
     _require_channels(cases, None, problem)
-    cases, unused = _paired(cases, masks, groups, problem)
+    cases, unused = _paired(cases, masks, {}, problem)
     layout = f"folders {images.name}/ and {labels.name}/"
-    return _dataset(root.name, root, layout, cases, _test_cases(root), None, [*notes, *unused])
+    return _dataset(root.name, root, layout, cases, _test_cases(root), None, unused)
 
 
 def _read_one_folder(root: Path, problem: Problem) -> Dataset:
@@ -510,16 +543,14 @@ def _read_one_folder(root: Path, problem: Problem) -> Dataset:
     cases = _named(_cases(images, join=False))
     if not any(_label_names(case.id, {stem_of(mask) for mask in masks}) for case in cases):
         return _read_case_folders(root, problem)
-    groups, notes = _groups_beside(root)
-    cases, unused = _paired(cases, masks, groups, problem)
-    return _dataset(root.name, root, "images and masks in one folder", cases, [], None, [*notes, *unused])
+    cases, unused = _paired(cases, masks, {}, problem)
+    return _dataset(root.name, root, "images and masks in one folder", cases, [], None, unused)
 
 
 def _read_case_folders(root: Path, problem: Problem) -> Dataset:
     """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ..., or a DICOM series, in a folder or not) beside
     NAME/label.nii.gz (or mask, seg, or the one DICOM-SEG).
     """
-    groups, notes = _groups_beside(root)
     cases = []
     for folder in _folders_in(root):
         files = {stem_of(file): file for file in image_files(folder)}
@@ -542,10 +573,10 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
                 labels,
             )
         label = labels[0] if labels else None
-        cases.append(Case(folder.name, tuple(images), label, groups.get(folder.name, folder.name)))
+        cases.append(Case(folder.name, tuple(images), label, folder.name))
     if not any(case.label for case in cases):
         raise UserError(f"{root} has no layout that kanseg knows. Expected: {LAYOUTS}.")
-    return _dataset(root.name, root, "a folder a case with image and label", cases, [], None, notes)
+    return _dataset(root.name, root, "a folder a case with image and label", cases, [], None, [])
 
 
 def _named(cases: Sequence[Case]) -> list[Case]:
@@ -554,27 +585,57 @@ def _named(cases: Sequence[Case]) -> list[Case]:
     return [replace(case, id=name, group=name) for case, name in zip(cases, names, strict=True)]
 
 
-def _groups_beside(root: Path) -> tuple[dict[str, str], list[str]]:
-    """Case id -> group from cases.csv, and a note on it."""
-    table = root / "cases.csv"
-    if not table.is_file():
-        return {}, []
-    rows = read_rows(table)
-    column = next((c for c in ("group", "patient", "subject") if rows and c in rows[0]), None)
-    key = next((c for c in ("id", "case", "image", "name", "file") if rows and c in rows[0]), None)
+def group_column(columns: Iterable[Any], *more: str) -> str | None:
+    """The column of a table that says whose image it is: patient, Patient_ID, subject, group, ... or one of `more`."""
+    return _column(columns, "group", "patient", "patientid", "subject", "subjectid", *more)
+
+
+def _column(columns: Iterable[Any], *names: str) -> str | None:
+    """The first column of those names, whatever its capitals, blanks and signs."""
+    plain = {re.sub(r"[^a-z]", "", str(column).lower()): str(column) for column in columns}
+    return next((plain[name] for name in names if name in plain), None)
+
+
+def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
+    """With the patients that a table beside the images names; what it does not say, or cannot, is told."""
+    rows = read_rows(table) if table.is_file() else []
+    if not rows:
+        return dataset
+    column, key = group_column(rows[0]), _column(rows[0], "id", "case", "image", "name", "file")
     if not column or not key:
-        return {}, []
+        lacking = "of patients (patient, subject or group)" if key else "of cases (id, case or image)"
+        return _noted(dataset, f"{table.name} is not used, {PATIENTS_IN_PART} a column {lacking}")
     groups = {stem_of(Path(row[key])): row[column] for row in rows if row[key] and row[column]}
-    return groups, [f"column '{column}' of cases.csv keeps the images of one {column} together"]
+    known = [case.id for case in dataset.cases if case.id in groups]
+    others = [case.id for case in dataset.cases if case.id not in groups]
+    if not known:
+        problem(
+            "patients",
+            "",
+            f"{table} names the {column} of {few(list(groups), 3)}, but the cases are called {few(others, 3)}. Give "
+            "both the same names (spreadsheets like to remove leading zeros).",
+        )
+    cases = tuple(replace(case, group=groups.get(case.id, case.id)) for case in dataset.cases)
+    patients = len({groups[name] for name in known})
+    text = f"column '{column}' of {table.name} keeps the images of {patients} patients together"
+    if others:
+        text += (
+            f", but not all, {PATIENTS_IN_PART} {len(others)} cases, each a patient then: {few(others, 3)}"
+        )
+    return _noted(replace(dataset, cases=cases), text)
+
+
+def _noted(dataset: Dataset, note: str) -> Dataset:
+    return replace(dataset, notes=(*dataset.notes, note))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table with a header, parted by commas or tabs."""
+    """The rows of a table with a header, parted by commas, semicolons or tabs."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            tabs = "\t" in file.readline()
+            heading = file.readline()
             file.seek(0)
-            return list(csv.DictReader(file, delimiter="\t" if tabs else ","))
+            return list(csv.DictReader(file, delimiter=max("\t;,", key=heading.count)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}).") from error
 
@@ -586,7 +647,8 @@ def _read_csv(path: Path) -> Dataset:
         raise UserError(
             f"{path} needs the columns image and label (also image_2, ..., group, id), found: {found}."
         )
-    columns = ["image", *sorted(c for c in rows[0] if re.fullmatch(r"image_\d+", c or ""))]
+    numbered = (column for column in rows[0] if re.fullmatch(r"image_\d+", column or ""))
+    columns = ["image", *sorted(numbered, key=lambda column: int(column.rpartition("_")[2]))]
     entries = [{**row, "image": [row[c] for c in columns if row.get(c)]} for row in rows]
     return _listed_dataset(path, "CSV (columns image, label)", entries, [])
 

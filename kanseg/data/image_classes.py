@@ -23,6 +23,8 @@ from kanseg.data.formats import (
     Case,
     Dataset,
     by_pattern,
+    few,
+    group_column,
     image_files,
     read_rows,
     repeated,
@@ -35,7 +37,6 @@ SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that h
 CLASSES = "classes"
 CLASS_COLUMNS = ("class", "dx", "diagnosis", "target", CLASSES)
 SEPARATOR = "|"  # between the classes of one image
-GROUP_COLUMNS = ("group", "patient", "patient_id", "subject", "lesion_id")
 HAM10000 = {
     "akiec": "actinic keratosis",
     "bcc": "basal cell carcinoma",
@@ -210,19 +211,29 @@ def _column(row: Mapping[str, str], names: Sequence[str]) -> str | None:
 def _read_table(path: Path, table: Path) -> ImageClasses:
     rows = read_rows(table)
     key, kind = _column(rows[0], ("image", "image_id")) or "", _column(rows[0], CLASS_COLUMNS) or ""
-    group, root = _column(rows[0], GROUP_COLUMNS), table.parent
-    files = {stem_of(file): file for file in root.rglob("*") if suffix_of(file) not in ("", ".dcm")}
+    group, root = group_column(rows[0], "lesionid"), table.parent
+    files: dict[str, list[Path]] = {}
+    for file in sorted(root.rglob("*")):
+        if suffix_of(file) not in ("", ".dcm"):
+            files.setdefault(stem_of(file), []).append(file)
     shown = HAM10000 if kind == "dx" else {}
     several = kind == CLASSES
     of_row = [split_classes(row[kind]) if several else [row[kind]] for row in rows]
     classes = sorted(set().union(*of_row))
     cases: dict[str, list[Case]] = {"train": []}
     for row, found in zip(rows, of_row, strict=True):
-        file = root / row[key] if (root / row[key]).is_file() else files.get(stem_of(Path(row[key])))
-        if file is None:
+        exact = root / row[key]
+        fitting = [exact] if exact.is_file() else files.get(stem_of(exact), [])
+        if not fitting:
             raise UserError(
                 f"{table} names the image '{row[key]}', which is not in {root}. Add it, or take the row out."
             )
+        if len(fitting) > 1:
+            names = few([str(file.relative_to(root)) for file in fitting])
+            raise UserError(
+                f"{table} names the image '{row[key]}', and {root} has {names}. Name it by its path there."
+            )
+        file = fitting[0]
         part = PARTS.get(str(row.get("split") or "train").lower())
         if part is None:
             raise UserError(f"{table}: split '{row['split']}' is none of train, val, test.")

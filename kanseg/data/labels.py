@@ -96,6 +96,12 @@ def regions_of(labels: Mapping[str, Any], order: Sequence[int] | None, source: P
             f"{source}: regions_class_order {list(order)} needs one value of its own for each of the regions "
             f"{', '.join(named)}."
         )
+    for (name, values), value in zip(named.items(), order, strict=True):
+        if value not in values:
+            raise UserError(
+                f"{source}: region '{name}' of the values {list(values)} cannot be painted as {value}, none of "
+                "them. Correct regions_class_order."
+            )
     return {
         "label_names": (background, *named),
         "label_values": (0, *(int(value) for value in order)),

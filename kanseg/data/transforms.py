@@ -363,7 +363,7 @@ class AlbumentationsSpatial(RandomizableTransform):
             [
                 *(flip for axis, flip in zip((1, 0), flips, strict=True) if axis in plan.mirror_axes),
                 albumentations.Affine(**affine),
-                albumentations.ElasticTransform(alpha=20, sigma=8, p=amount.deform[0]),
+                albumentations.ElasticTransform(alpha=20, sigma=8, border_mode=2, p=amount.deform[0]),
             ]
         )
 

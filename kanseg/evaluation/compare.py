@@ -115,8 +115,7 @@ def load_scores(
         return found
     if path.is_file() and path.suffix.lower() == ".csv":
         return _from_table(path)
-    if choice := read_json(path / "choice.json"):  # of kanseg run
-        path = path / str(choice.get("choice"))
+    path = _chosen(path)
     for name in TABLES:
         if (path / name).is_file():
             return _from_table(path / name)
@@ -179,10 +178,20 @@ def _cases(scores: Scores) -> set[str]:
     return {case for by_class in scores.values() for column in by_class.values() for case in column}
 
 
+def _chosen(path: Path) -> Path:
+    """The configuration that `kanseg run` chose, where the folder is one of those; else the folder itself."""
+    choice = read_json(path / "choice.json")
+    return path / str(choice.get("choice")) if choice else path
+
+
 def _groups(path: Path) -> dict[str, str]:
-    """Patient of each case, where the run's fingerprint knows."""
-    seen = load_fingerprint(path) if path.is_dir() else None
-    return {case: entry["group"] for case, entry in seen["cases"].items()} if seen else {}
+    """Patient of each case, where the fingerprint of the run, or of the run that the folder belongs to, knows."""
+    chosen = _chosen(path)
+    beside = sorted(chosen.parent.glob("*/")) if (chosen.parent / "choice.json").is_file() else []
+    for folder in (chosen, chosen.parent, *beside):  # of an ensemble, that of any of its members
+        if folder.is_dir() and (seen := load_fingerprint(folder)):
+            return {case: entry["group"] for case, entry in seen["cases"].items()}
+    return {}
 
 
 def _row(

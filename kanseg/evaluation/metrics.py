@@ -24,7 +24,8 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
 from scipy import ndimage
 
-from kanseg.data.formats import find_images, segmentations_in
+from kanseg.data.beside import is_beside
+from kanseg.data.formats import find_images, repeated, segmentations_in
 from kanseg.data.images import Image, check_pair, label_from, read_image, read_label, stem_of
 from kanseg.data.labels import Labels, class_values
 from kanseg.data.plan import Plan
@@ -165,6 +166,10 @@ def parse_labels(text: str) -> dict[str, Label]:
     {'label 1': 1, 'edema': 2, 'whole': (1, 2)}
     """
     pairs = [part.rpartition("=") for part in text.split(",")]
+    if twice := repeated(name.strip() for name, equals, _ in pairs if equals):
+        raise UsageError(
+            f"Labels '{text}' name {', '.join(twice)} twice. Give every class a name of its own."
+        )
     if all(re.fullmatch(r"\d+(\+\d+)*", value.strip()) for _, _, value in pairs):
         return {name.strip() or f"label {value.strip()}": _label(value) for name, _, value in pairs}
     path = Path(text)
@@ -208,7 +213,8 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """Score a folder of label maps (or one file) against its references; pairs by file name without suffix.
 
-    Predictions may be DICOM-SEG; they are laid on the grids of the references, which are label maps.
+    A prediction that is missing or unreadable counts as an empty one and as a failure. Predictions may be DICOM-SEG;
+    they are laid on the grids of the references, which are label maps.
 
     Args:
         out: folder for cases.csv (a row a case and class), unions.csv (the like, where there are) and summary.json.
@@ -223,21 +229,22 @@ def evaluate_folders(
         ("metrics"), a union ("unions"), with the failed cases.
 
     Raises:
-        UserError: nothing to score, a reference that cannot be read, label maps on different grids, or DICOM-SEG
-            without `labels` or `segments`.
+        UserError: nothing to score, a reference that cannot be read, label maps on different grids (all such cases are
+            looked for), or DICOM-SEG without `labels` or `segments`.
     """
-    references = {_stem(case.id): case.images[0] for case in find_images(reference)}
+    references = {_stem(case.id): case.images[0] for case in find_images(reference, channels=1)}
     single = {name: value for name, value in (labels or {}).items() if isinstance(value, int)}
     predictions, read = _predictions(Path(prediction), segments or single)
     if Path(prediction).is_file() and Path(reference).is_file():
         predictions = dict(zip(references, predictions.values(), strict=True))
     failures = {name: "no prediction" for name in references if name not in predictions}
-    found = labels or _found_labels([*references.values(), *predictions.values()])
+    paired = [path for name, path in predictions.items() if name in references]
+    found = labels or _found_labels([*references.values(), *paired])
     names = {name: value for name, value in found.items() if value != ignore}
     if not names:
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
     wanted = {**names, **(unions or {})}
-    scored = []
+    scored, elsewhere = [], []
     for case, path in progress(references.items(), "Scoring"):
         target = read_image(path)
         truth = label_from(target)
@@ -249,11 +256,17 @@ def evaluate_folders(
             except UserError as error:
                 failures[case] = str(error)
             else:
-                check_pair(target, image)
+                elsewhere += _apart(target, image)
+        if elsewhere:  # there is nothing to score, but there may be more of them
+            continue
         if ignore is not None:
             guess, truth = (np.where(truth == ignore, 0, array) for array in (guess, truth))
         scores = evaluate_case(guess, truth, target.spacing, list(wanted.values()), tolerance)
         scored += [{"case": case, "label": name, **scores[value]} for name, value in wanted.items()]
+    if elsewhere:
+        raise UserError(
+            f"{len(elsewhere)} of {len(references)} cases lie elsewhere: {' '.join(elsewhere[:5])}"
+        )
     rows, together = part_rows(scored, names)
     surplus = sorted(set(predictions) - set(references))
     absent = absent_labels(rows) if labels else []  # else a prediction has it, and that counts
@@ -282,7 +295,8 @@ def _predictions(prediction: Path, segments: Mapping[str, int]) -> tuple[dict[st
     """Label maps by name, or DICOM-SEG where there are some, and how they are read."""
     files = segmentations_in(prediction)
     if not files:
-        cases = find_images(prediction) if _any(prediction) else []
+        cases = find_images(prediction, channels=1) if _any(prediction) else []
+        cases = [case for case in cases if not is_beside(case.images[0])]
         return {_stem(case.id): case.images[0] for case in cases}, lambda path, _: read_image(path)
     if not segments:
         raise UserError(
@@ -297,6 +311,15 @@ def _laid_on(segments: Mapping[str, int], path: Path, target: Image) -> Image:
     """A DICOM-SEG as a label map on the grid of another one."""
     values = np.array([0, *segments.values()])
     return replace(target, array=values[read_segments(path, target, list(segments))][None], path=path)
+
+
+def _apart(one: Image, other: Image) -> list[str]:
+    """What parts two images that should lie on one grid, if anything."""
+    try:
+        check_pair(one, other)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _any(folder: Path) -> bool:

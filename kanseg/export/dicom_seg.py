@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from kanseg import __version__
+from kanseg.data.beside import DICOM_SEG
 from kanseg.data.images import LPS_TO_RAS, Image, dicom_files, suffix_of
 from kanseg.errors import UserError
 from kanseg.training.files import make_folder, write_bytes
 
-DICOM_SEG = ".dcm"
 # Words in a name -> category and type of the code dictionary (SNOMED CT); other names are looked up as they are.
 ABNORMAL = "MorphologicallyAbnormalStructure"
 WORDS = {

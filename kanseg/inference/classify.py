@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kanseg.data.class_loader import ImageBatches
 from kanseg.data.class_plan import ClassPlan
-from kanseg.data.formats import Case, find_images
+from kanseg.data.formats import Case, few, find_images, repeated
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.images import read_image
 from kanseg.errors import UserError
@@ -95,6 +95,10 @@ def _images(path: Path, plan: ClassPlan) -> tuple[Sequence[Case], Any]:
     """Cases, and what reads the image of one."""
     if not is_classes(path):
         cases = find_images(path, channels=plan.in_channels)
+        if twice := repeated(case.id for case in cases):
+            raise UserError(
+                f"{path} has several images called {few(twice, 3)}, and a table has one row each. Rename them."
+            )
         return cases, lambda case: read_image(case.images, plan.spatial_dims).array
     dataset = read_classes(path)
     return dataset.test_cases or dataset.cases, dataset.read

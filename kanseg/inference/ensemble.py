@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -15,13 +14,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from kanseg.data.beside import find_probabilities, is_beside
 from kanseg.data.digests import file_digest
-from kanseg.data.formats import Case, find_images
+from kanseg.data.formats import Case, few, find_images, passed_over
 from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
-from kanseg.inference.predict import decide, find_probabilities, predict_folder
+from kanseg.inference.predict import decide, predict_folder
 from kanseg.memory import taken
 from kanseg.progress import progress
 from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model, members
@@ -29,7 +29,7 @@ from kanseg.training.devices import keep_freed_memory
 from kanseg.training.run_folder import WHOLE
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
-BESIDE = re.compile(r"_prob_|_uncertainty$")
+
 FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 
 
@@ -63,14 +63,17 @@ class Loaded:
     def __init__(self, paths: Sequence[Path], device: str | torch.device = "cpu") -> None:
         self.files = [file for path in paths for file in find_members(path)]
         self.digests = [file_digest(file) for file in self.files]
-        self.rules: list[Rule] = _rules(Path(paths[0]))
+        stored = _rules(Path(paths[0]))
+        first = len(find_members(paths[0]))
         alike: dict[str, list[tuple[nn.Module, Plan]]] = {}
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
             network, plan, info = load_model(file, device)
             self.infos.append(info)
-            self.rules = self.rules or info.get("postprocessing") or []
+            if stored is None and len(self.infos) <= first:
+                stored = info.get("postprocessing")
             alike.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
+        self.rules: list[Rule] = stored or []
         self.plans = [group[0][1] for group in alike.values()]
         self.networks: list[nn.Module] = [
             group[0][0]
@@ -134,8 +137,8 @@ def predict_with(
             f"{(taken() or 0) / 2**20:.0f}M. Give more."
         )
     cases = find_images(images, channels=len(loaded.plan.channel_names))
-    if images.is_dir():  # where results lie among the images, what kanseg put beside them is none
-        cases = [case for case in cases if not BESIDE.search(case.id)]
+    if images.is_dir():
+        cases = _images_among(cases, images, console)
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
     failures = predict_folder(
@@ -174,10 +177,13 @@ def find_members(path: Path | str) -> list[Path]:
     return [find_checkpoint(fold) for fold in numbered] or [find_checkpoint(path)]
 
 
-def _rules(path: Path) -> list[Rule]:
+def _rules(path: Path) -> list[Rule] | None:
+    """The rules of a run or a saved model, None where none are stored; what has a name alone has no folder."""
+    if not path.exists():
+        return None
     folder = path if path.is_dir() else path.parent
     found = (load_rules(place) for place in (folder, folder.parent))
-    return next((rules for rules in found if rules is not None), [])
+    return next((rules for rules in found if rules is not None), None)
 
 
 def _sameness(plan: Plan) -> dict[str, Any]:
@@ -194,6 +200,24 @@ def _require_one_task(files: Sequence[Path], plans: Sequence[Plan]) -> None:
                     f"{', '.join(map(str, files))} are no ensemble: their {key} differ, {getattr(plans[0], key)} and "
                     f"{getattr(plan, key)}. Combine models of one task."
                 )
+
+
+def _images_among(cases: Sequence[Case], folder: Path, console: Console) -> list[Case]:
+    """The images of a folder without the maps that an earlier prediction put there; what is left aside is said."""
+    images = [case for case in cases if not is_beside(case.images[0])]
+    if not images:
+        raise UserError(
+            f"{folder} holds no images, but maps of an earlier prediction. Give the folder of the images."
+        )
+    if len(images) < len(cases):
+        console.print(
+            f"Passed over: {len(cases) - len(images)} maps of an earlier prediction", highlight=False
+        )
+    if other := passed_over(folder):
+        console.print(
+            f"Not looked at, for there are image files: {few(other, 5)}", highlight=False, soft_wrap=True
+        )
+    return images
 
 
 def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | None = None) -> dict[str, Any]:
@@ -245,8 +269,7 @@ def _predictions(folder: Path) -> dict[str, Case]:
         raise UserError(
             f"{folder} holds DICOM-SEG, which are not combined. Predict again with --format nii.gz."
         )
-    found = {case.id: case for case in find_images(folder, channels=1)}
-    return {name: case for name, case in found.items() if not BESIDE.search(name)}
+    return {case.id: case for case in find_images(folder, channels=1) if not is_beside(case.images[0])}
 
 
 def _mean_of(maps: Sequence[Sequence[Path]]) -> Iterator[np.ndarray]:

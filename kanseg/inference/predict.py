@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
+from kanseg.data.beside import DICOM_SEG, NIFTI, UNCERTAINTY, probability_path, uncertainty_path
 from kanseg.data.digests import signature
 from kanseg.data.fingerprint import unlike_training
 from kanseg.data.formats import Case
@@ -37,18 +37,16 @@ from kanseg.data.images import (
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import Item, highest, load_case, restore, restored_labels
 from kanseg.errors import UsageError, UserError
-from kanseg.export.dicom_seg import DICOM_SEG, check_series, write_segmentation
+from kanseg.export.dicom_seg import check_series, write_segmentation
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
 from kanseg.progress import telling
 
-NIFTI = ".nii.gz"
 WRITTEN_AS = TWO_FILES | dict.fromkeys(
     LOSSY, ".png"
 )  # where label maps cannot have the format of their image
 NO_FOLDERS = tuple(".dicom .img .hdr .mgz .mgh .npy .npz .gz .zip .seg .h5 .csv".split())
-PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
 Network = nn.Module | Sequence[nn.Module]
 Plans = Plan | Sequence[Plan]
 
@@ -207,7 +205,7 @@ def predict_folder(
             progress.update(within, description=case.id, completed=0, total=None)
             try:
                 remark = _remark(description, settings, case)
-                complete = not uncertainty or (stem_of(path) in known and _doubt_path(path).is_file())
+                complete = not uncertainty or (stem_of(path) in known and uncertainty_path(path).is_file())
                 if settings is not None and not again and complete and read_description(path) == remark:
                     console.print(f"{case.id} is there already", highlight=False, soft_wrap=True)
                     progress.advance(task)
@@ -314,32 +312,18 @@ def _write(path: Path, labels: np.ndarray, source: Image, plan: Plan, remark: st
         write_label(path, labels, source, plan.label_dtype, remark)
 
 
-def probability_path(path: Path, name: str) -> Path:
-    """Where the probability of a class lies beside its label map, <id>_prob_<class><suffix>."""
-    safe = "".join(c if c.isalnum() else "_" for c in name)
-    return _beside(path, f"_prob_{safe}{suffix_of(path)}")
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name[: -len(suffix_of(path))] + ending.replace(DICOM_SEG, NIFTI))
-
-
 def _probabilities(path: Path, predicted: Prediction, plan: Plan, *, keep: bool) -> Iterator[np.ndarray]:
     """Map (*original) of each class in turn; to be kept they are written beside the label map as they are made, and
     their headers tell `kanseg ensemble` what the classes are painted as.
     """
     kind = "region" if plan.regions else "class"
-    for number, (name, value) in enumerate(zip(plan.label_names, plan.label_values, strict=True)):
+    for number, value in enumerate(plan.label_values):
         remark = f"probability of {kind} {number}, painted as {value}"
         chance = predicted.probability(number)
         if keep:
-            write_array(probability_path(path, name), chance, predicted.source, np.dtype("float32"), remark)
+            place = probability_path(path, plan.label_names, number)
+            write_array(place, chance, predicted.source, np.dtype("float32"), remark)
         yield chance
-
-
-def _doubt_path(path: Path) -> Path:
-    """Where the uncertainty lies beside a label map."""
-    return _beside(path, f"_uncertainty{suffix_of(path)}")
 
 
 def _write_uncertainty(
@@ -348,24 +332,9 @@ def _write_uncertainty(
     """Entropy beside the label map, and the rows of the case in the table of its folder."""
     how: dict[str, Any] = {"regions": bool(plan.regions), "spacing": source.spacing}
     found = doubt(chances, labels, plan.label_values, plan.label_names, **how)
-    write_array(_doubt_path(path), found.entropy, source, np.dtype("float32"))
+    write_array(uncertainty_path(path), found.entropy, source, np.dtype("float32"), UNCERTAINTY)
     keep_quality(path.parent / QUALITY, stem_of(path), found.rows)
     return found.rows
-
-
-def find_probabilities(path: Path) -> tuple[list[Path], list[int], bool] | None:
-    """Maps beside a label map, in the order of the classes, the value of each, and whether they are regions."""
-    suffix = suffix_of(path)
-    stem = f"{path.name[: -len(suffix)]}_prob_"
-    found = []
-    for file in path.parent.iterdir():
-        said = PROBABILITY.fullmatch(read_description(file)) if file.name.startswith(stem) else None
-        if said and suffix_of(file) == suffix:
-            found.append((int(said[2]), file, int(said[3]), said[1] == "region"))
-    found.sort()
-    if not found or [number for number, *_ in found] != list(range(len(found))):
-        return None
-    return [file for _, file, *_ in found], [value for *_, value, _ in found], found[0][3]
 
 
 def _suffix(case: Case) -> str:

@@ -95,7 +95,7 @@ class KANLinear(nn.Module):
         bias = self.bias if y is None else None
         functions = torch.cat([self.basis_act(f) for f in self.basis.of(normed)], dim=1)
         by_function = self.basis_weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
-        term = F.linear(functions, by_function, bias)
+        term = F.linear(functions.to(by_function.dtype), by_function, bias)
         return term if y is None else y + term
 
 

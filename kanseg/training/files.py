@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,18 +15,21 @@ from typing import Any
 
 from kanseg.errors import UserError
 
+STALE = 60  # seconds after which a temporary file of a dead writer is nobody's
+
 
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file atomically: whatever happens, `path` is the old file or the whole new one.
 
-    The temporary file has a fixed name, so what a SIGKILL leaves behind is overwritten by the next write.
+    Several processes may write it at once. What a SIGKILL leaves of a temporary file is removed by a later write.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the temporary file is removed.
     """
-    part = path.with_name(f".{path.name}.part")
+    _sweep(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -38,6 +43,15 @@ def write_bytes(path: Path, content: bytes) -> Path:
         with suppress(OSError):  # after success it is gone already
             part.unlink()
     return path
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers that are dead left of this file."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError, ValueError):
+            pid = int(part.name.split(".")[-2].partition("-")[0])
+            if not _alive(pid) and time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
 
 
 def write_json(path: Path, values: Any) -> Path:
@@ -76,23 +90,24 @@ def locked(folder: Path, wanted: bool = True) -> Iterator[None]:
         yield
         return
     lock = folder / ".lock"
-    _take(lock)
+    mine = _take(lock)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        _drop(lock, mine)
 
 
-def _take(lock: Path) -> None:
+def _take(lock: Path) -> str:
+    """Take the lock; returns what stands in it now."""
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+    content = json.dumps({**mine, "token": uuid.uuid4().hex})
     for _ in range(3):
         try:
             with lock.open("x") as file:
-                json.dump(mine, file)
-            return
+                file.write(content)
+            return content
         except FileExistsError:
-            _refuse_if_alive(lock)
-            lock.unlink(missing_ok=True)
+            _drop(lock, _refuse_if_alive(lock))
         except OSError as error:
             raise UserError(
                 f"{lock} cannot be written: {error.strerror or error}. Choose another folder."
@@ -100,13 +115,26 @@ def _take(lock: Path) -> None:
     raise UserError(f"{lock} is being taken by another training at this moment. Choose another run folder.")
 
 
-def _refuse_if_alive(lock: Path) -> None:
+def _drop(lock: Path, content: str) -> None:
+    """Remove the lock if it is the one with this content; another that was taken meanwhile is put back."""
+    aside = lock.with_name(f".lock.{uuid.uuid4().hex[:8]}")
+    with suppress(OSError):
+        lock.rename(aside)
+        if aside.read_text() != content:
+            os.link(aside, lock)
+    aside.unlink(missing_ok=True)
+
+
+def _refuse_if_alive(lock: Path) -> str:
+    """The content of a lock whose owner is dead."""
+    content = ""
     try:
         time.sleep(0 if lock.stat().st_size else 0.5)  # its owner may be about to write it
-        owner = json.loads(lock.read_text())
+        content = lock.read_text()
+        owner = json.loads(content)
         pid, host, started = owner["pid"], owner["host"], owner["started"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # cut short by a kill
+        return content  # cut short by a kill
     elsewhere = host != socket.gethostname()
     if elsewhere or (_alive(pid) and started == _started(pid)):
         where = f" on {host}" if elsewhere else ""
@@ -114,6 +142,7 @@ def _refuse_if_alive(lock: Path) -> None:
             f"A training runs in {lock.parent} already (process {pid}{where}). Wait for it, choose another "
             f"run folder, or delete {lock} if that process is gone."
         )
+    return content
 
 
 def _alive(pid: int) -> bool:

@@ -60,7 +60,7 @@ class Sum(nn.Module):
 
 
 def create_loss(name: str, **options: Any) -> DeepSupervisionLoss:
-    """A loss that also takes the list of a deeply supervised network; weights halve with every level.
+    """A loss that also takes the list of a deeply supervised network; weights halve with every level, down to a 16th.
 
     Args:
         options: of MONAI's losses; each term takes those that it has (`alpha`, `gamma`, `batch`, `lambda_ce`,

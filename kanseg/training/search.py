@@ -163,7 +163,7 @@ def _tune(
                 metric=METRIC,
                 mode="max",
                 search_alg=OptunaSearch(sampler=TPESampler(seed=0)),
-                scheduler=ASHAScheduler(max_t=epochs or 10_000, grace_period=grace)
+                scheduler=ASHAScheduler(time_attr="epoch", max_t=epochs or 10_000, grace_period=grace)
                 if asked["prune"]
                 else None,
                 num_samples=asked["trials"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +39,20 @@ from kanseg.training.task import Batch, Task
 SMALL = 1_000_000  # numbers of a batch whose passes take less time on a GPU than their launches
 # What the state of an optimizer belongs to; where one was changed (--override), the optimizer starts afresh.
 OPTIMIZED = ("optimizer", "freeze", "lr_scale", "layer_decay")
+
+
+class Numbered(Sequence[tuple[int, Any]]):
+    """Some items of a sequence with their numbers, each made when it is asked for."""
+
+    def __init__(self, items: Sequence[Any], numbers: Sequence[int]) -> None:
+        self.items, self.numbers = items, numbers
+
+    def __getitem__(self, index: Any) -> Any:
+        number = self.numbers[index]
+        return number, self.items[number]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 class Trainer:
@@ -319,10 +333,10 @@ class Trainer:
             self._leave_if_asked()
             raise
 
-    def _share(self, items: Any) -> list[tuple[int, Any]]:
+    def _share(self, items: Any) -> Numbered:
         """This process's items with their numbers."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        return list(enumerate(items))[rank::ranks]
+        return Numbered(items, range(rank, len(items), ranks))
 
     def _standing(self) -> dict[str, Any]:
         return self.state.standing(self.task.metric)

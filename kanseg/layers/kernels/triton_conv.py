@@ -34,6 +34,7 @@ from kanseg.layers.kernels.expansion import (
     planes_of,
     slabs,
 )
+from kanseg.layers.kernels.native import KNOWN
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last, empty_channels_last
 from kanseg.layers.kernels.triton_functions import Functions
@@ -79,7 +80,13 @@ def described(recipe: Recipe, tables: Tables = ()) -> Functions | None:
     summed: Any = basis.basis if shared else basis
     kind, squash = KINDS.get(getattr(summed, "psi", type(summed))), SQUASHES.get(basis.squash)
     order = getattr(summed, "spline_order", 1)
-    if kind is None or squash is None or order < 1 or summed.num_functions > MOST:
+    if (
+        type(summed) not in KNOWN
+        or kind is None
+        or squash is None
+        or order < 1
+        or summed.num_functions > MOST
+    ):
         return None
     if shared and kind in PHASED:
         return None

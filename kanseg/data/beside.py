@@ -1,0 +1,56 @@
+"""What a prediction puts beside its label map, found again by names and headers: maps of probability and doubt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from kanseg.data.images import read_description, stem_of, suffix_of
+
+NIFTI, DICOM_SEG = ".nii.gz", ".dcm"
+NAMED = re.compile(r"_prob_|_uncertainty$")  # names of what a prediction puts beside its label map
+UNCERTAINTY = "uncertainty, 0 to 1"
+PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
+
+
+def probability_path(path: Path, names: Sequence[str], number: int) -> Path:
+    """Where the probability of a class lies beside its label map: <id>_prob_<class><suffix>, its signs as _.
+
+    Names that are alike then have the number of the class before them.
+    """
+    safe = ["".join(c if c.isalnum() else "_" for c in name).lower() for name in names]
+    own = "".join(c if c.isalnum() else "_" for c in names[number])
+    return beside(path, f"_prob_{f'{number}_' * (safe.count(safe[number]) > 1)}{own}{suffix_of(path)}")
+
+
+def beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name[: -len(suffix_of(path))] + ending.replace(DICOM_SEG, NIFTI))
+
+
+def uncertainty_path(path: Path) -> Path:
+    """Where the uncertainty lies beside a label map."""
+    return beside(path, f"_uncertainty{suffix_of(path)}")
+
+
+def is_beside(path: Path) -> bool:
+    """Whether a file is a map that a prediction put beside its label map, by its name and its header."""
+    if not NAMED.search(stem_of(path)):
+        return False
+    said = read_description(path)
+    return said == UNCERTAINTY or PROBABILITY.fullmatch(said) is not None
+
+
+def find_probabilities(path: Path) -> tuple[list[Path], list[int], bool] | None:
+    """Maps beside a label map, in the order of the classes, the value of each, and whether they are regions."""
+    suffix = suffix_of(path)
+    stem = f"{path.name[: -len(suffix)]}_prob_"
+    found = []
+    for file in path.parent.iterdir():
+        said = PROBABILITY.fullmatch(read_description(file)) if file.name.startswith(stem) else None
+        if said and suffix_of(file) == suffix:
+            found.append((int(said[2]), file, int(said[3]), said[1] == "region"))
+    found.sort()
+    if not found or [number for number, *_ in found] != list(range(len(found))):
+        return None
+    return [file for _, file, *_ in found], [value for *_, value, _ in found], found[0][3]

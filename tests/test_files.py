@@ -1,0 +1,74 @@
+"""Files of a run: several processes may write one at once, and one training holds a folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from kanseg.errors import UserError
+from kanseg.training.files import (
+    STALE,
+    _drop,
+    _refuse_if_alive,
+    _take,
+    locked,
+    read_json,
+    write_bytes,
+    write_json,
+)
+
+
+def write_often(path: Path, number: int, failed: multiprocessing.Queue) -> None:
+    for _ in range(100):
+        try:
+            write_json(path, {"number": number, "rest": [number] * 2000})
+        except UserError as error:
+            failed.put(str(error))
+
+
+def test_several_writers_of_one_file_never_tear_it(tmp_path: Path) -> None:
+    path, context = tmp_path / "config.json", multiprocessing.get_context("fork")
+    failed = context.Queue()
+    writers = [context.Process(target=write_often, args=(path, n, failed)) for n in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            values = read_json(path)
+            assert values is not None
+            assert set(values["rest"]) == {values["number"]}
+    for writer in writers:
+        writer.join()
+    assert failed.empty()
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
+    dead = multiprocessing.get_context("fork").Process(target=int)
+    dead.start()
+    dead.join()
+    parts = [tmp_path / f".a.json.{pid}-0.part" for pid in (dead.pid, os.getpid())]
+    for part in parts:
+        part.write_text("{")
+        os.utime(part, (0, 0))
+    write_bytes(tmp_path / "a.json", b"{}")
+    assert STALE > 0
+    assert [part.exists() for part in parts] == [False, True]
+
+
+def test_a_lock_that_another_took_meanwhile_is_left(tmp_path: Path) -> None:
+    """Two processes find a dead lock; one takes it over while the other still looks at the old one."""
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps({"pid": 2**22 + 1, "host": os.uname().nodename, "started": "1"}))
+    seen = _refuse_if_alive(lock)
+    with locked(tmp_path):
+        held = lock.read_text()
+        _drop(lock, seen)
+        assert lock.read_text() == held
+        with pytest.raises(UserError, match="A training runs"):
+            _take(lock)
+    assert not lock.exists()
