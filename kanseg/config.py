@@ -229,13 +229,25 @@ def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
     runs = [path.stem for path in folder.glob("*.yaml")]
     if name not in runs:
         raise UsageError(f"Unknown config '{name}'.{did_you_mean(name, runs)}")
-    overrides = [_as_hydra_override(override, folder) for override in overrides]
+    overrides = [_as_hydra_override(override, folder) for override in _with_rates(overrides, folder)]
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             composed = OmegaConf.to_container(compose(name, overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"The options {overrides} cannot be read: {str(error).splitlines()[0]}") from error
     return make_config(cast("dict[str, Any]", composed))
+
+
+def _with_rates(overrides: Sequence[str], folder: Path) -> list[str]:
+    """With the group of an optimizer that is named by `training.optimizer=`: each wants a learning rate of its own."""
+    named = [
+        override.partition("=")[2] for override in overrides if override.startswith("training.optimizer=")
+    ]
+    chosen = any(override.startswith("training=") for override in overrides)
+    group = (
+        named[-1:] if named and not chosen and (folder / "training" / f"{named[-1]}.yaml").is_file() else []
+    )
+    return [*(f"training={name}" for name in group), *overrides]
 
 
 def make_config(values: Mapping[str, Any]) -> Config:

@@ -56,6 +56,7 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     known = sorted(str(option) for option in options)
     if not known:
         return " None is known."
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+    plain = {option.lower(): option for option in known}
+    nearest = difflib.get_close_matches(str(name).lower(), plain, n=1, cutoff=0.5)
+    hint = f" Did you mean '{plain[nearest[0]]}'?" if nearest else ""
     return f"{hint} Known: {', '.join(known)}."

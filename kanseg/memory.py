@@ -25,6 +25,13 @@ def memory_at_hand() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_memory()
 
 
+def for_data(planned: int | None) -> int | None:
+    """Bytes of main memory for data: what was planned with, or where that is a GPU's memory, what is free here."""
+    import torch
+
+    return free_memory() if planned and torch.cuda.is_available() else planned
+
+
 def taken(key: str = "VmRSS") -> int | None:
     """Bytes that this process takes, by an entry of /proc/self/status; None where the system does not tell.
 

@@ -24,6 +24,7 @@ from kanseg.bases.groups import SharedFunction
 from kanseg.bases.orthogonal import Gram
 from kanseg.bases.rational import GroupRational
 from kanseg.bases.relu import ReLUBumps
+from kanseg.bases.wavelet import WaveletShifts
 from kanseg.layers import FAMILIES, KANConv, conv_layer
 from kanseg.layers.kernels import conv_operator, expansion, gpu, instance_norm_act, norm_act, triton_conv
 from kanseg.layers.kernels.recipe import read
@@ -174,6 +175,18 @@ def test_waves_take_any_number(basis: str) -> None:
 @pytest.mark.parametrize("options", [{"basis": "meyer"}, {"basis": "relu", "shared_by": 2}])
 def test_what_the_kernels_do_not_make_is_left_to_torch(options: dict, launches: list[str]) -> None:
     assert_like_float64(lambda **o: KANConv(2, 4, 3, **options, **o), torch.randn(1, 4, 4, 5))
+    assert not launches
+
+
+class Doubled(WaveletShifts):
+    """Twice the functions of a class that the kernels know."""
+
+    def functions(self, t: Tensor) -> list[Tensor]:
+        return [2 * f for f in super().functions(t)]
+
+
+def test_functions_of_a_subclass_are_its_own(launches: list[str]) -> None:
+    assert_like_float64(lambda **o: KANConv(2, 4, 3, basis=Doubled(), **o), torch.randn(1, 4, 4, 5))
     assert not launches
 
 

@@ -32,6 +32,15 @@ def test_every_choice_of_a_group_is_valid(choice):
     load_config(overrides=[choice])
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lbfgs"])
+def test_an_optimizer_brings_its_own_learning_rate(name: str) -> None:
+    given, group = (
+        load_config(overrides=[f"{key}={name}"]).training for key in ("training.optimizer", "training")
+    )
+    assert (given.lr, given.weight_decay) == (group.lr, group.weight_decay)
+    assert load_config(overrides=[f"training.optimizer={name}", "training.lr=0.5"]).training.lr == 0.5
+
+
 def test_overrides_reach_their_keys_in_order():
     config = load_config(
         overrides=[

@@ -86,6 +86,7 @@ def test_every_family_is_written_in_plain_operations(basis: str) -> None:
     ("name", "options"),
     [
         ("ukagnet", {"width": 0.25}),
+        ("ukanet", {"features_per_stage": (4, 8), "layer_options": {"num_experts": 3}}),
         pytest.param("ukan", {}, marks=pytest.mark.slow),
         pytest.param("u2kanet_small", {"width": 0.25}, marks=pytest.mark.slow),
     ],

@@ -21,6 +21,7 @@ from kanseg.layers.kan_conv import KANConv as Convolution
 from kanseg.layers.linear import KANLinear, linear_layer
 from kanseg.layers.mixture import MixtureOfExperts
 from kanseg.models import Classifier, UKAGNet
+from kanseg.training.focal import FocalLoss, FocalTverskyLoss
 
 SMALL = {"features_per_stage": (4, 8)}
 
@@ -126,6 +127,9 @@ def test_the_norm_of_a_network_is_that_of_narrow_layers_too() -> None:
         (lambda: RDKANet(2, 1, kernel_size=6), "must be odd"),
         (lambda: create_encoder("plainkanet4", 2, 1, layers=(4, 4, 4)), "layers needs 4 numbers"),
         (lambda: Classifier(2, 1, 2, pool_size=0), "pool_size must be positive"),
+        (lambda: KANConv(2, 4, 4)(torch.zeros(1, 4, 5, 5, dtype=torch.double)), r"x\.float\(\)"),
+        (lambda: KANConv("2", 4, 4), "got '2'"),
+        (lambda: KANConv(2, 4, 4, basis="GRAM"), "Did you mean 'gram'"),
         (lambda: linear_layer()(4, 5)(torch.zeros(2, 3)), r"expected .* \(\*, 4\)"),
         (lambda: create_model("monai", 2, 1, 2)(torch.zeros(1, 3, 32, 32)), r"expects \(N, 1, H, W\)"),
     ],
@@ -189,3 +193,40 @@ def test_an_empty_batch_passes_through_a_mixture() -> None:
     y = layer(torch.zeros(0, 4, 6, 6))
     assert y.shape == (0, 8, 6, 6)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_deep_supervision_is_a_list_however_few_the_stages(stages: int) -> None:
+    net = UKANet(2, 1, 3, features_per_stage=(4, 8, 8, 8)[:stages], deep_supervision=True)
+    x = torch.randn(1, 1, 16, 16)
+    outputs = net.train()(x)
+    assert isinstance(outputs, list)
+    assert len(outputs) == max(1, stages - 2)
+    assert outputs[0].shape == net.eval()(x).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("basis", ["gram", "bspline", "rbf", "grkan", "bottleneck_kagn", "wavkan"])
+def test_fully_connected_layers_work_in_half_precision_as_convolutions_do(basis: str) -> None:
+    layer = linear_layer(basis)(4, 5).bfloat16()
+    y = layer(torch.randn(3, 4, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_a_strided_layer_of_kernel_1_says_its_stride() -> None:
+    assert "stride=(2, 2) before conv" in repr(conv_layer("kagn")(2, 4, 4, 1, stride=2))
+
+
+@pytest.mark.parametrize("gamma", [0.25, 0.5, 2.0])
+def test_focal_losses_have_finite_gradients_at_certain_answers(gamma: float) -> None:
+    logits = torch.tensor([[30.0, -30.0], [-30.0, 30.0]], requires_grad=True)
+    FocalLoss(gamma)(logits, torch.tensor([0, 1])).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    volume = torch.tensor([[[[60.0, -60.0]], [[-60.0, 60.0]]]], requires_grad=True)
+    label = torch.tensor([[[[0.0, 1.0]]]])
+    loss = FocalTverskyLoss(gamma, softmax=True, to_onehot_y=True, smooth_nr=0.0, smooth_dr=0.0)
+    loss(volume, label).backward()
+    assert volume.grad is not None
+    assert volume.grad.isfinite().all()

@@ -159,7 +159,9 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
             where, width = (layer.conv, channels[0]) if place == "input_norm" else (layer, channels[1])
             groups = 1 if spec.joined else layer.conv.groups
             setattr(where, place, channel_norm(spatial_dims, width, groups, args))
-    except TypeError as error:
+    except (TypeError, UsageError) as error:
+        if not args:  # the layer itself is at fault
+            raise
         raise UsageError(
             f"{name} of torch-conv-kan does not take these arguments: {args} ({error})"
         ) from error

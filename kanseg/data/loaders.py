@@ -22,7 +22,7 @@ from kanseg.data.plan import CACHE_SHARE, Plan, loader_bytes
 from kanseg.data.shelf import Shelf
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
-from kanseg.memory import free_memory
+from kanseg.memory import for_data, free_memory
 from kanseg.progress import note, progress
 
 Batch = dict[str, Tensor]
@@ -168,7 +168,8 @@ def _pools(items: Sequence[Item], classes: int) -> list[list[int]]:
 
 def _share(plan: Plan, share: float) -> int | None:
     """Bytes of memory for prepared cases; a plan without a figure sets no limit."""
-    return int(share * CACHE_SHARE * plan.memory_bytes) if plan.memory_bytes else None
+    memory = for_data(plan.memory_bytes)
+    return int(share * CACHE_SHARE * memory) if memory else None
 
 
 def _one_thread(worker: int) -> None:

@@ -119,6 +119,10 @@ class ConvLayer(nn.Module):
         y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
         return self.dropout(y)
 
+    def extra_repr(self) -> str:
+        """The stride that is taken before the convolution."""
+        return "" if self.kept is None else f"stride={tuple(step.step for step in self.kept[2:])} before conv"
+
     def _is_affine(self) -> bool:
         """Whether norm and activation are known numbers and a function of each voxel, that nobody watches."""
         watched = self.norm._forward_hooks or self.act._forward_hooks

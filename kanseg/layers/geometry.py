@@ -26,7 +26,7 @@ CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F
 def check_dims(spatial_dims: int) -> None:
     """Raise `UsageError` for a number of axes that there are no layers for."""
     if spatial_dims not in CONVOLUTIONS:
-        raise UsageError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+        raise UsageError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
 
 
 def per_axis(value: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
@@ -96,6 +96,10 @@ class ConvGeometry(nn.Module):
         if weight.device != x.device or not x.is_floating_point():
             raise UsageError(
                 f"expected floating point numbers on {weight.device}, where the layer is, got {x.dtype} on {x.device}"
+            )
+        if x.dtype == torch.float64 and weight.dtype.itemsize < 8:
+            raise UsageError(
+                f"expected {weight.dtype} as the weights are, got {x.dtype}: x.float() or layer.double()"
             )
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("DHW"[-self.spatial_dims :])
@@ -196,9 +200,14 @@ def transformed() -> bool:
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
-    """`function(*inputs)`, keeping only `inputs` for the backward pass. Under torch.compile the compiler decides, and
-    transformations of `torch.func` keep what they need.
+    """`function(*inputs)`, keeping only `inputs` for the backward pass. Under torch.compile the compiler decides,
+    transformations of `torch.func` keep what they need, and a trace has no second run.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or transformed()
+        or torch.jit.is_tracing()
+    ):
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, **options)

@@ -86,7 +86,8 @@ class WaveletConv(ConvGeometry):
             y = self.convolve_expanded([x], self.base_recipe, self.base_weight)
             return waves().add_(y) if torch.is_grad_enabled() else waves(over=y)
         tensors = (x, kept, *edges, self.base_weight)
-        whole = not self.recompute or torch.compiler.is_compiling() or transformed() or x.is_meta
+        plain = torch.compiler.is_compiling() or transformed() or torch.jit.is_tracing()
+        whole = plain or not self.recompute or x.is_meta
         learned = self._learned()
         cut = [WHOLE] if whole or learned else self._slabs(x)
         terms: list[Term] = [(WHOLE, self._base_term)]

@@ -71,7 +71,7 @@ class UShape(nn.Module):
         decoder: stages from coarse to fine, one for each map but the coarsest, and one more where `finest` is given.
         widths: channels that the decoder's stages give, from fine to coarse.
         finest: a layer on the image that gives the skip at full resolution where the encoder starts coarser.
-        deep_supervision: logits of all but the two coarsest stages in training.
+        deep_supervision: logits of all but the two coarsest stages in training, a list of one where there are no more.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class UShape(nn.Module):
             self.finest = finest
         self.decoder = nn.ModuleList(decoder)
         heads = max(1, len(self.decoder) - 1) if deep_supervision else 1
-        self.deep_supervision = heads > 1
+        self.deep_supervision = deep_supervision
         self.heads = nn.ModuleList(
             pointwise_conv(self.spatial_dims, width, out_channels) for width in widths[:heads]
         )

@@ -30,7 +30,7 @@ from kanseg.evaluation.metrics import (
     write_tables,
 )
 from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
-from kanseg.memory import give_back
+from kanseg.memory import for_data, give_back
 from kanseg.progress import is_main, progress
 from kanseg.training.checkpoint import LAST
 from kanseg.training.files import locked, write_json
@@ -142,7 +142,8 @@ def pool(plan: Plan, dataset: Dataset, predictions: Where) -> dict[str, Any]:
     cases = [case for case in dataset.cases if case.id in predictions]
     seen, names = Seen(cases, predictions, plan), class_values(plan)
     wanted: dict[str, tuple[int, ...]] = {**names, **unions(plan)}
-    memory = int(CACHE_SHARE * plan.memory_bytes) if plan.memory_bytes else None
+    room = for_data(plan.memory_bytes)
+    memory = int(CACHE_SHARE * room) if room else None
     pairs = ((ours, theirs, spacing) for _, ours, theirs, spacing in progress(seen, "Reading predictions"))
     rules = choose_postprocessing(pairs, plan.label_values[1:], memory)
     scored: list[dict[str, Any]] = []

@@ -44,7 +44,7 @@ def sgd(
 
 @OPTIMIZERS.register("lion")
 def lion(
-    parameters: Groups, lr: float = 1e-4, weight_decay: float = 1e-2, **options: Any
+    parameters: Groups, lr: float = 1e-4, weight_decay: float = 3e-4, **options: Any
 ) -> torch.optim.Optimizer:
     """Lion (Chen et al., arXiv 2302.06675): the sign of a momentum, at a third to a tenth of AdamW's rate."""
     try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -504,16 +505,17 @@ def recording() -> Iterator[None]:
 def _valid_taps(size: int, outputs: int, axis: int, geometry: Geometry, like: Tensor) -> Tensor:
     """(outputs, kernel): 1 where a tap of an output position lies inside the image."""
     numbers = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
-    return _taps_inside(size, outputs, *(axes[axis] for axes in numbers), like.dtype, like.device)
+    inside = _taps_inside(size, outputs, *(axes[axis] for axes in numbers))
+    return torch.from_numpy(inside).to(like.device, like.dtype)
 
 
 @functools.lru_cache(maxsize=64)  # for tiny maps these few numbers take longer than the convolution
 def _taps_inside(
-    size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int, dtype: Any, device: Any
-) -> Tensor:
-    positions = torch.arange(outputs, device=device) * stride - padding
-    at = positions[:, None] + torch.arange(kernel, device=device) * dilation
-    return ((at >= 0) & (at < size)).to(dtype)
+    size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int
+) -> np.ndarray:
+    positions = np.arange(outputs) * stride - padding
+    at = positions[:, None] + np.arange(kernel) * dilation
+    return ((at >= 0) & (at < size)).astype(np.float32)
 
 
 def _runs(taps: Tensor) -> list[tuple[int, int]]:

@@ -20,7 +20,10 @@ def channels_last(x: Tensor) -> Tensor:
 
 def laid_out(x: Tensor) -> Tensor:
     """(N, C, *S) in channels-last memory; without gradients on a CPU as it is, and what works on a part copies that."""
-    return channels_last(x) if torch.is_grad_enabled() or x.device.type != "cpu" else x
+    whole = (
+        torch.is_grad_enabled() or x.device.type != "cpu" or torch.jit.is_tracing()
+    )  # which checks without them
+    return channels_last(x) if whole else x
 
 
 def is_channels_last(x: Tensor) -> bool:
