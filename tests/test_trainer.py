@@ -153,6 +153,8 @@ def test_frozen_parameters_stay_and_the_others_learn(fit_balls, tmp_path):
         fit_balls("training.freeze=['*']", run=tmp_path / "none")
     with pytest.raises(UsageError, match=r"'encodr\.\*'.*Did you mean"):
         fit_balls("training.freeze=['encodr.*']", run=tmp_path / "none")
+    with pytest.raises(UsageError, match=r"say 'encoder\.\*'"):
+        fit_balls("training.freeze=['encoder']", run=tmp_path / "none")
     from kanseg.training.checkpoint import build_model
 
     torch.manual_seed(0)

@@ -50,6 +50,8 @@ def matching(model: nn.Module, pattern: str) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
+        if any(name.startswith(f"{pattern}.") for name in names):
+            raise UsageError(f"No parameter is called '{pattern}'. For all below it, say '{pattern}.*'.")
         layers = dict.fromkeys(f"{layer_of(name)}.*" for name in names)
         raise UsageError(f"No parameter fits the pattern '{pattern}'.{did_you_mean(pattern, layers)}")
     return found
