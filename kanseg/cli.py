@@ -267,8 +267,7 @@ def evaluate(
 
     Example: kanseg evaluate segmentations/ labelsTs/ --labels runs/mine
     """
-    from kanseg.data.labels import unions
-    from kanseg.evaluation.metrics import evaluate_folders, parse_labels, planned_labels
+    from kanseg.evaluation.metrics import evaluate_folders, label_options
     from kanseg.evaluation.report import score_table
 
     if prediction.suffix == ".csv":
@@ -278,12 +277,8 @@ def evaluate(
         _console(json_).print(score_lines(scores), highlight=False)
         _emit(scores, json_)
         return
-    how: dict[str, Any] = {"labels": None if labels is None else parse_labels(labels), "tolerance": tolerance}
-    if planned := planned_labels(labels):
-        ignore = planned.ignore_value if ignore is None else ignore
-        how["unions"] = unions(planned)
-        how["segments"] = dict(zip(planned.label_names[1:], planned.label_values[1:], strict=True))
-    summary = evaluate_folders(prediction, reference, out, ignore=ignore, **how)
+    how = label_options(labels) | ({} if ignore is None else {"ignore": ignore})
+    summary = evaluate_folders(prediction, reference, out, tolerance=tolerance, **how)
     console = _console(json_)
     shown = summary["metrics"] | summary["unions"]
     console.print(score_table(shown, f"{summary['cases']} cases, mean [95 % interval]"))

@@ -27,7 +27,7 @@ from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.compare import load_scores
-from kanseg.evaluation.metrics import parse_labels
+from kanseg.evaluation.metrics import label_options
 from kanseg.inference.ensemble import Loaded
 from kanseg.segmenter import Segmenter
 from kanseg.training.checkpoint import load_checkpoint
@@ -253,7 +253,7 @@ def test_options_of_a_plan_that_is_made_are_not_ignored(balls, done):
 def test_the_folder_stands_for_its_choice_or_names_its_trainings(done):
     folder, found = done
     assert load_scores(folder) == load_scores(folder / found["choice"])
-    assert parse_labels(str(folder)) == parse_labels(str(folder / "3d"))
+    assert label_options(str(folder))["labels"] == label_options(str(folder / "3d"))["labels"]
     with pytest.raises(UsageError, match=f"Its trainings are {folder / '3d'}"):
         require_plan(folder, "")
 

@@ -30,10 +30,11 @@ def compare(
     """
     from kanseg.evaluation.compare import compare as compare_scores
     from kanseg.evaluation.compare import comparison_table
-    from kanseg.evaluation.metrics import parse_labels
+    from kanseg.evaluation.metrics import label_options
 
-    named = None if labels is None else parse_labels(labels)
-    result = compare_scores(one, other, out, reference=reference, labels=named)
+    if labels is not None and reference is None:
+        raise UsageError("--labels is for folders of label maps; give their references by --reference.")
+    result = compare_scores(one, other, out, reference=reference, **label_options(labels))
     talk = console(json_)
     talk.print(comparison_table(result))
     for side in ("a", "b"):
