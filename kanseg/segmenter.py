@@ -130,10 +130,13 @@ class Segmenter:
     def evaluate(
         self, prediction: Path | str, reference: Path | str, out: Path | str | None = None
     ) -> dict[str, Any]:
-        """Scores of a folder of label maps against a folder of references; see `kanseg evaluate`."""
-        from kanseg.evaluation.metrics import evaluate_folders
+        """Scores of a folder of label maps against a folder of references; see `kanseg evaluate`.
 
-        return evaluate_folders(Path(prediction), Path(reference), None if out is None else Path(out))
+        The classes are those of the plan and its ignore label counts nowhere; without a plan they are all values.
+        """
+        from kanseg.evaluation.metrics import evaluate_folders, options_of
+
+        return evaluate_folders(prediction, reference, out, **(options_of(self.plan) if self.plan else {}))
 
     def save(self, folder: Path | str) -> Path:
         """Write the model (weights, plan, labels, config: all that prediction needs) to `folder`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -160,9 +162,22 @@ def test_a_folder_of_images_is_for_the_command_line(trained, volumes):
         trained[0].predict(volumes / "images")
 
 
-def test_evaluate_scores_label_maps(trained, volumes):
-    scores = trained[0].evaluate(volumes / "labels", volumes / "labels")
-    assert scores
+def test_evaluate_scores_the_classes_of_the_plan_and_nothing_that_it_ignores(trained, volumes, tmp_path):
+    segmenter, _ = trained
+    for path in (volumes / "labels").iterdir():
+        truth = np.asarray(nib.load(path).dataobj).copy()
+        truth[4:6] = np.where(truth[4:6] == 3, 9, 0)
+        nib.save(nib.Nifti1Image(truth, AFFINE), make_folder(tmp_path / "references") / path.name)
+    name = segmenter.plan.label_names[1]
+    scores = segmenter.evaluate(volumes / "labels", tmp_path / "references")
+    assert list(scores["labels"]) == [name]
+    assert scores["metrics"][name]["dice"]["mean"] == pytest.approx(2 * 4 / (4 + 6))
+    told = Segmenter()
+    told.plan = replace(segmenter.plan, ignore_value=9)
+    scores = told.evaluate(volumes / "labels", tmp_path / "references", tmp_path / "scores")
+    assert scores["metrics"][name]["dice"]["mean"] == 1
+    assert (tmp_path / "scores" / "cases.csv").exists()
+    assert list(Segmenter().evaluate(volumes / "labels", volumes / "labels")["labels"]) == ["label 3"]
 
 
 @pytest.mark.parametrize("call", [lambda s: s.predict("x.nii.gz"), lambda s: s.save("folder")])
