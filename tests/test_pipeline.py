@@ -22,6 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kanseg.cli import app
+from kanseg.data.doctor import Diagnosis, Finding
 from kanseg.data.formats import read_rows
 from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
@@ -30,6 +31,7 @@ from kanseg.evaluation.compare import load_scores
 from kanseg.evaluation.metrics import label_options
 from kanseg.inference.ensemble import Loaded
 from kanseg.segmenter import Segmenter
+from kanseg.training import pipeline
 from kanseg.training.checkpoint import load_checkpoint
 from kanseg.training.pipeline import _examined, run_pipeline
 from kanseg.training.run_folder import require_plan
@@ -288,3 +290,13 @@ def test_the_folder_of_a_single_training_is_refused(balls, tmp_path):
     with pytest.raises(UsageError, match="is a run of kanseg plan and train.*Choose another folder"):
         run_pipeline(balls[0].source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_what_ends_a_run_is_named_and_not_what_could_be_repaired(balls, tmp_path, monkeypatch):
+    kinds = [
+        Finding("missing label", "a", "a has no label"),
+        Finding("DICOM-SEG", "", "labels are DICOM-SEG"),
+    ]
+    monkeypatch.setattr(pipeline, "diagnose", lambda *a, **k: Diagnosis(Path("x"), "folders", 1, kinds))
+    with pytest.raises(UserError, match="labels are DICOM-SEG"):
+        run_pipeline(balls[0].source, tmp_path / "run", console=Console(quiet=True))

@@ -15,7 +15,7 @@ import torch
 
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Need, Plan, make_plan
+from kanseg.data.plan import Need, Plan, make_plan, plan_run
 from kanseg.errors import UserError
 from kanseg.models import create_model
 from kanseg.training.checkpoint import model_spec
@@ -240,3 +240,12 @@ def test_what_a_plan_cannot_keep_within_the_memory_is_said(shared_data: Path) ->
     assert max(map(len, plan.reasons)) < 400
     plan = make_plan(read_dataset(shared_data / "hippocampus"), memory=2 * GIB)
     assert "logits" not in " ".join(plan.reasons)
+
+
+def test_what_does_not_fit_is_refused_before_an_image_is_read(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kanseg.data.plan.fingerprint", lambda dataset: pytest.fail("images were read"))
+    for wrong in ({"size": "big"}, {"slices": 2}, {"mirror": [3]}):
+        with pytest.raises(UserError):
+            plan_run(read_dataset(blobs), tmp_path / "run", **wrong)  # type: ignore[arg-type]

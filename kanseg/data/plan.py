@@ -178,6 +178,7 @@ def plan_run(dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None,
     """
     from kanseg.training.files import make_folder
 
+    check_wishes(dataset, **how)
     seen = seen or fingerprint(dataset)
     plan = make_plan(dataset, seen=seen, **how)
     save_fingerprint(seen, make_folder(run))
@@ -217,20 +218,7 @@ def make_plan(
         measure: memory and time of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
         seconds: that a training will last; where steps were measured, `LEAST_STEPS` of them fit into it.
     """
-    dims = dim or dataset.spatial_dims
-    if dims > dataset.spatial_dims:
-        raise UserError(
-            f"{dataset.name} is {dataset.spatial_dims}D and dim={dim} was asked for. Leave --dim away (auto), or give "
-            f"{dim}D images."
-        )
-    if size not in SIZES:
-        raise UsageError(f"Unknown size '{size}'.{did_you_mean(size, SIZES)}")
-    if slices < 1 or slices % 2 == 0 or (slices > 1 and dims == dataset.spatial_dims):
-        raise UsageError(
-            f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
-            "by slice (--dim 2)."
-        )
-    mirrored = mirror_axes(dataset.spatial_dims, dataset.label_names, mirror)
+    dims, mirrored = check_wishes(dataset, dim=dim, size=size, slices=slices, mirror=mirror)
     seen = seen or fingerprint(dataset)
     spacings = np.array([case["spacing"] for case in seen["cases"].values()])
     sizes = np.array([case["size"] for case in seen["cases"].values()])
@@ -301,6 +289,41 @@ def make_plan(
         plan.reasons.append(f"{len(seen['same'])} pairs of images are the same and stay together: {shown}")
     plan.reasons += dataset.notes
     return plan
+
+
+def check_size(size: str) -> None:
+    """Raise `UsageError` with the nearest name unless a size is one of `SIZES`."""
+    if size not in SIZES:
+        raise UsageError(f"Unknown size '{size}'.{did_you_mean(size, SIZES)}")
+
+
+def check_wishes(
+    dataset: Dataset,
+    *,
+    dim: int | None = None,
+    size: str = "standard",
+    slices: int = 1,
+    mirror: Sequence[int] | None = None,
+    **_others: Any,
+) -> tuple[int, list[int]]:
+    """Dimension of the network and axes of the image to mirror along; see `make_plan`. No image is read.
+
+    Raises:
+        UserError: what is asked for does not fit the data set.
+    """
+    dims = dim or dataset.spatial_dims
+    if dims > dataset.spatial_dims:
+        raise UserError(
+            f"{dataset.name} is {dataset.spatial_dims}D and dim={dim} was asked for. Leave --dim away (auto), or give "
+            f"{dim}D images."
+        )
+    check_size(size)
+    if slices < 1 or slices % 2 == 0 or (slices > 1 and dims == dataset.spatial_dims):
+        raise UsageError(
+            f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
+            "by slice (--dim 2)."
+        )
+    return dims, mirror_axes(dataset.spatial_dims, dataset.label_names, mirror)
 
 
 @dataclass(frozen=True)
