@@ -18,9 +18,6 @@ from kanseg.verbs import data, results, training
 from kanseg.verbs.common import Json, Mirror, Out, Pattern, Regions
 from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
-from kanseg.verbs.common import size_in_bytes as _bytes
-
-UNSAID = (None, 1, "standard")  # defaults of what a plan of segmentation can be told
 
 app = typer.Typer(
     name="kanseg",
@@ -89,18 +86,17 @@ def plan(
 
     Example: kanseg plan Task04_Hippocampus -o runs/slices --dim 2 --slices 3 --size small
     """
-    from kanseg.data.labels import parse_regions
-    from kanseg.data.mirror import parse_mirror
-
     if dim not in ("auto", "2", "3"):
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
-    budget = _bytes(memory)
     if (out / "plan.json").exists() and any(out.glob("fold_*")):
         raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
+    from kanseg.training.planning import plan_data
+
     how: dict[str, Any] = {"dim": None if dim == "auto" else int(dim), "slices": slices, "size": size}
-    how["mirror"] = parse_mirror(mirror)
-    how |= {"regions": parse_regions(regions) if regions else None, "id_pattern": id_pattern, "trial": trial}
-    made = _make_plan(data, out, memory=budget, console=_console(json_), **how)
+    how |= {"memory": memory, "mirror": mirror, "regions": regions, "id_pattern": id_pattern, "trial": trial}
+    console = _console(json_)
+    made = plan_data(data, out, console=console, **how)
+    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
     _emit(made.to_dict(), json_)
 
 
@@ -144,9 +140,10 @@ def train(
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
     from kanseg.training.parallel import once
+    from kanseg.training.planning import plan_data
 
     make: dict[str, Any] = {"console": console, "id_pattern": id_pattern, "trial": trial}
-    once(lambda: planned or _make_plan(run, folder, **make))
+    once(lambda: planned or plan_data(run, folder, **make))
     plan_ = load_plan(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
@@ -222,11 +219,12 @@ def predict(
         raise UsageError(f"--blending is gaussian or constant, got '{blending}'.")
     from kanseg.inference.classify import is_classifier, predict_classes
     from kanseg.inference.ensemble import predict_with
+    from kanseg.memory import size_in_bytes
 
     how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
     how |= {"probabilities": probabilities, "uncertainty": uncertainty}
     how |= {"postprocess": postprocess, "again": again}
-    how["memory"] = _bytes(memory)
+    how["memory"] = None if memory is None else size_in_bytes(memory)
     if is_classifier(model[0]):
         if tta or suffix or uncertainty:
             raise UsageError(
@@ -393,57 +391,6 @@ def info(json_: Json = False) -> None:
     for name, value in found.items():
         console.print(f"{name:16} {value}", highlight=False)
     _emit(found, json_)
-
-
-def _make_plan(
-    data: Path,
-    out: Path,
-    *,
-    console: Any,
-    id_pattern: str | None = None,
-    regions: dict[str, list[int]] | None = None,
-    trial: bool = True,
-    **how: Any,
-) -> Any:
-    """Read, plan, say what was decided and why, and write plan.json and fingerprint.json."""
-    from kanseg.data.formats import few, read_dataset
-    from kanseg.data.image_classes import is_classes
-    from kanseg.data.plan import plan_run
-    from kanseg.training.trial import measure_step
-
-    if is_classes(data):
-        if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices", "mirror")):
-            raise UsageError(
-                f"{data} has a class for each image; --dim, --slices, --size, --mirror and --regions are for "
-                "segmentation."
-            )
-        return _make_class_plan(data, out, console, id_pattern)
-    dataset = read_dataset(data, id_pattern=id_pattern, regions=regions)
-    patients = len({case.group for case in dataset.cases})
-    console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
-    found = f"{len(dataset.cases)} labelled images of {patients} patients"
-    console.print(f"{found}; {few(dataset.label_names)}", highlight=False)
-    made = plan_run(dataset, out, regions=regions, measure=measure_step if trial else None, **how)
-    for reason in made.reasons:
-        console.print(f"- {reason}", highlight=False, markup=False)
-    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
-    return made
-
-
-def _make_class_plan(data: Path, out: Path, console: Any, id_pattern: str | None) -> Any:
-    """The same for images with a class each."""
-    from kanseg.data.class_plan import plan_classes
-    from kanseg.data.image_classes import read_classes
-
-    dataset = read_classes(data, id_pattern=id_pattern)
-    console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
-    shown = ", ".join(dataset.label_names[:12])
-    console.print(f"{len(dataset.label_names)} classes: {shown}", highlight=False, soft_wrap=True)
-    made = plan_classes(dataset, out)
-    for reason in made.reasons:
-        console.print(f"- {reason}", highlight=False, markup=False)
-    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
-    return made
 
 
 for _theme in (data, results, training):

@@ -459,3 +459,21 @@ def test_slices_and_regions_are_planned_by_command(blobs: Path, shared_data: Pat
     trained = kanseg("train", tmp_path / "b", *QUICK)
     assert trained.returncode == 0, trained.stderr
     assert "both" in trained.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "nowhere", "-o", "run", "--memory", "8"], "--memory '8' has no unit; did you mean 8G?"),
+        (["plan", "nowhere", "-o", "run", "--memory", "inf"], "--memory 'inf' is not a size"),
+        (["run", "nowhere", "-o", "run", "--memory", "nanG"], "--memory 'nanG' is not a size"),
+        (["plan", "nowhere", "-o", "run", "--size", "big"], "Unknown size 'big'"),
+        (["run", "{data}", "-o", "run", "--size", "big"], "Unknown size 'big'"),
+        (["plan", "nowhere", "-o", "run", "--mirror", "5"], "--mirror 5: the axes of 3D images are 0"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_image_is_read(
+    blobs: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    refused(kanseg(*[a.format(data=blobs) for a in arguments], cwd=tmp_path), 2, says)
+    assert not list(tmp_path.iterdir())

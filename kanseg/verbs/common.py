@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from kanseg.errors import UsageError
 from kanseg.progress import is_main
 
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
@@ -21,23 +20,6 @@ Mirror = Annotated[
 Regions = Annotated[
     str | None, typer.Option(help="whole=1+2+4,core=1+4: classes that overlap, the large ones first.")
 ]
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def size_in_bytes(text: str | None) -> int | None:
-    """ "8G" -> bytes; None stays None."""
-    if text is None:
-        return None
-    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
-    if number and number[-1] in UNITS:
-        number, unit = number[:-1], number[-1]
-    try:
-        size = float(number) * UNITS[unit]
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise UsageError(f"--memory '{text}' is not a size such as 8G or 500M.")
-    return int(size)
 
 
 def console(to_stderr: bool) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kanseg.verbs.common import Json, Mirror, Out, Pattern, Regions, console, emit, size_in_bytes
+from kanseg.verbs.common import Json, Mirror, Out, Pattern, Regions, console, emit
 
 app = typer.Typer()
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value: training.optimizer=sgd")]
@@ -41,10 +41,12 @@ def run(
     """
     from kanseg.data.labels import parse_regions
     from kanseg.data.mirror import parse_mirror
+    from kanseg.memory import size_in_bytes
     from kanseg.training.pipeline import run_pipeline
 
     how: dict[str, Any] = {"minutes": minutes, "configurations": configurations, "final": final}
-    how |= {"memory": size_in_bytes(memory), "size": size, "config": config, "id_pattern": id_pattern}
+    how |= {"memory": size_in_bytes(memory) if memory else None, "size": size}
+    how |= {"config": config, "id_pattern": id_pattern}
     how |= {"mirror": parse_mirror(mirror), "regions": parse_regions(regions) if regions else None}
     found = run_pipeline(data, out, overrides or [], override=override, console=console(json_), **how)
     emit(found, json_)
