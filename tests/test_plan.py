@@ -249,3 +249,20 @@ def test_what_does_not_fit_is_refused_before_an_image_is_read(
     for wrong in ({"size": "big"}, {"slices": 2}, {"mirror": [3]}):
         with pytest.raises(UserError):
             plan_run(read_dataset(blobs), tmp_path / "run", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_plan_names_what_limits_its_patch(tmp_path: Path) -> None:
+    """The memory, the time, or the image itself."""
+    dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
+
+    def why(memory: int, seconds: float | None = None) -> str:
+        def machine(plan: Plan) -> Need:
+            return Need(GIB, 100 * plan.features_per_stage[0], seconds=1e-5)
+
+        return make_plan(dataset, memory=memory * GIB, measure=machine, seconds=seconds).reasons[1]
+
+    assert "features: what fits into 4.0 GiB" in why(4)
+    assert "features: small enough for many steps in 10 min of training; more would fit into" in why(16, 600)
+    assert "features: the whole image in the largest batch, which fits into 64.0 GiB" in why(64)
+    assert "the whole image" in why(64, 1e6)
+    assert "the largest batch" in make_plan(dataset, memory=640 * GIB).reasons[1]
