@@ -300,3 +300,10 @@ def test_what_ends_a_run_is_named_and_not_what_could_be_repaired(balls, tmp_path
     monkeypatch.setattr(pipeline, "diagnose", lambda *a, **k: Diagnosis(Path("x"), "folders", 1, kinds))
     with pytest.raises(UserError, match="labels are DICOM-SEG"):
         run_pipeline(balls[0].source, tmp_path / "run", console=Console(quiet=True))
+
+
+def test_the_report_has_words_and_no_code(done):
+    page = (done[0] / "report.md").read_text()
+    assert "Dice before post-processing" in page
+    for code in ("{'", "[]", "None", "not told"):
+        assert code not in page
