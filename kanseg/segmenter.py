@@ -112,10 +112,13 @@ class Segmenter:
         from kanseg.data.formats import read_dataset
         from kanseg.training.cross_validation import cross_validate
         from kanseg.training.fit import fit
+        from kanseg.training.planning import require_fold
         from kanseg.training.run_folder import ALL
 
         checked = self._config(config, _as_pairs(overrides))
         run = Path(run)
+        if not (run / "plan.json").exists():
+            require_fold(Path(data), fold, checked)
         plan = self._plan(Path(data), run, console, planned)
         dataset = read_dataset(data, id_pattern=plan.id_pattern, regions=plan.given_regions)
         how: dict[str, Any] = {"resume": resume, "override": override, "console": console}

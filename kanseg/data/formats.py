@@ -194,10 +194,16 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
     if not series:
         but = ", but DICOM-SEG, which label maps are not read from" if segmentations_in(path) else ""
         raise UserError(
-            f"{path} holds no images{but}. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
+            f"{path} holds no images{but}.{_inner(path)} Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
         )
     names = ["_".join(folder.relative_to(path).parts) or folder.resolve().name for folder in series]
     return [Case(name, (folder,), None, name) for name, folder in zip(names, series, strict=True)]
+
+
+def _inner(folder: Path) -> str:
+    """A sentence that names the folders of images in a data set."""
+    found = [str(folder / name) for name in ("imagesTs", "imagesTr", "images") if (folder / name).is_dir()]
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 def _may_be_dicom(path: Path) -> bool:

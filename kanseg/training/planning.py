@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kanseg.config import Config
 from kanseg.data.class_plan import plan_classes
-from kanseg.data.formats import Dataset, few, read_dataset
+from kanseg.data.formats import Dataset, few, list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.labels import parse_regions
 from kanseg.data.mirror import parse_mirror
@@ -16,6 +17,7 @@ from kanseg.data.plan import check_size, plan_run
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
 from kanseg.memory import size_in_bytes
+from kanseg.training.run_folder import check_fold
 from kanseg.training.trial import measure_step
 
 
@@ -75,6 +77,12 @@ def plan_data(
     for reason in plan.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
     return plan
+
+
+def require_fold(data: Path, fold: int | str, config: Config) -> None:
+    """Raise `UsageError` where a split of the data would not have this fold; no image is read."""
+    if isinstance(fold, int) and fold >= config.data.folds and not is_classes(data):
+        check_fold(fold, len(list_dataset(data).splits) or config.data.folds)
 
 
 def _tell(console: Console, dataset: Dataset, found: str) -> None:
