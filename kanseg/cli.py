@@ -15,12 +15,24 @@ import typer
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError
 from kanseg.verbs import data, results, training
-from kanseg.verbs.common import Json, Mirror, Out, Pattern, Regions
+from kanseg.verbs.common import (
+    ConfigName,
+    Json,
+    Memory,
+    Mirror,
+    Out,
+    OutFile,
+    Pattern,
+    Regions,
+    Size,
+    require,
+)
 from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
-from kanseg.verbs.common import size_in_bytes as _bytes
 
-UNSAID = (None, 1, "standard")  # defaults of what a plan of segmentation can be told
+# Of the verbs in the help: the short way first.
+ORDER = "demo doctor run predict evaluate report plan train search compare ensemble export convert download".split()
+ORDER += ["models", "info"]
 
 app = typer.Typer(
     name="kanseg",
@@ -30,8 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help"]},
     help="Medical image segmentation with Kolmogorov-Arnold networks: from a folder of scans to masks.\n\n"
-    "Start with [bold]kanseg demo[/bold]; then, with your own data: kanseg plan DATA -o RUN, kanseg train RUN, "
-    "kanseg predict -m RUN -i SCANS -o MASKS, kanseg evaluate MASKS REFERENCES.",
+    "Start with [bold]kanseg demo[/bold]; then kanseg run DATA -o RUN and kanseg predict -m RUN -i SCANS -o MASKS. "
+    "Step by step: kanseg plan DATA -o RUN, kanseg train RUN, kanseg evaluate MASKS REFERENCES.",
 )
 
 
@@ -73,10 +85,10 @@ def plan(
         Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV, or images by class.")
     ],
     out: Out,
-    memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
+    memory: Memory = None,
     dim: Annotated[str, typer.Option(help="auto, 2 or 3; 2 learns volumes slice by slice.")] = "auto",
     slices: Annotated[int, typer.Option(help="With --dim 2: slices seen at once, e.g. 3 or 5.")] = 1,
-    size: Annotated[str, typer.Option(help="small, standard or large network.")] = "standard",
+    size: Size = "standard",
     regions: Regions = None,
     mirror: Mirror = None,
     trial: Annotated[bool, typer.Option(help="Measure the memory of a step.")] = True,
@@ -89,18 +101,17 @@ def plan(
 
     Example: kanseg plan Task04_Hippocampus -o runs/slices --dim 2 --slices 3 --size small
     """
-    from kanseg.data.labels import parse_regions
-    from kanseg.data.mirror import parse_mirror
-
     if dim not in ("auto", "2", "3"):
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
-    budget = _bytes(memory)
     if (out / "plan.json").exists() and any(out.glob("fold_*")):
         raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
+    from kanseg.training.planning import plan_data
+
     how: dict[str, Any] = {"dim": None if dim == "auto" else int(dim), "slices": slices, "size": size}
-    how["mirror"] = parse_mirror(mirror)
-    how |= {"regions": parse_regions(regions) if regions else None, "id_pattern": id_pattern, "trial": trial}
-    made = _make_plan(data, out, memory=budget, console=_console(json_), **how)
+    how |= {"memory": memory, "mirror": mirror, "regions": regions, "id_pattern": id_pattern, "trial": trial}
+    console = _console(json_)
+    made = plan_data(data, out, console=console, **how)
+    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
     _emit(made.to_dict(), json_)
 
 
@@ -110,10 +121,13 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value: training.max_minutes=60")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder for a data set.")] = None,
     fold: Annotated[
-        str, typer.Option("-f", "--fold", help="Number; all: each in turn; final: all cases.")
+        str,
+        typer.Option(
+            "-f", "--fold", help="Fold that validates; all: each in turn; final: train on all cases."
+        ),
     ] = "0",
     model: Annotated[str | None, typer.Option(help="Network of `kanseg models`; default the plan's.")] = None,
-    config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
+    config: ConfigName = "default",
     id_pattern: Pattern = None,
     trial: Annotated[bool, typer.Option(help="Measure the memory of a step, if it must plan.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -121,6 +135,9 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train a planned run: one fold, or all of them (cross-validation). A data set without a plan is planned first.
+
+    Every key has its meaning and default in kanseg/config.py, and its value in RUN/config.json; a wrong one is answered
+    by the nearest.
 
     Example: kanseg train runs/hippocampus training.max_minutes=45 training=sgd
 
@@ -144,9 +161,13 @@ def train(
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
     from kanseg.training.parallel import once
+    from kanseg.training.planning import plan_data, require_fold
 
+    number = int(fold) if fold.isdigit() else fold
+    if not planned:
+        require_fold(run, number, checked)
     make: dict[str, Any] = {"console": console, "id_pattern": id_pattern, "trial": trial}
-    once(lambda: planned or _make_plan(run, folder, **make))
+    once(lambda: planned or plan_data(run, folder, **make))
     plan_ = load_plan(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
@@ -166,7 +187,6 @@ def train(
         if found["failed"]:
             raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}")
         return
-    number = int(fold) if fold.isdigit() else fold
     _emit(fit(checked, plan_, dataset, folder, fold=number, **how), json_)
 
 
@@ -177,22 +197,31 @@ def predict(
         typer.Option("-m", "--model", help="Run, fold, checkpoint or name of weights; may be repeated."),
     ],
     images: Annotated[Path, typer.Option("-i", "--input", help="Image, folder of images, or DICOM folder.")],
-    out: Out,
+    out: OutFile,
     format_: Annotated[
         str | None, typer.Option("--format", help="nii.gz, nrrd, mha, dicom-seg, png, ...")
     ] = None,
-    overlap: Annotated[float, typer.Option(help="Of neighbouring windows.", min=0, max=0.9)] = 0.5,
+    overlap: Annotated[
+        float, typer.Option(help="Overlap of neighbouring windows, 0 to 0.9.", min=0, max=0.9)
+    ] = 0.5,
     blending: Annotated[str, typer.Option(help="Weights in a window: gaussian or constant.")] = "gaussian",
     tta: Annotated[bool, typer.Option("--tta", help="Average over the plan's mirror axes.")] = False,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write a map a class.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write a map of the probability of each class.")
+    ] = False,
     uncertainty: Annotated[
-        bool, typer.Option("--uncertainty", help="Also a map of it, and the expected Dice in quality.csv.")
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Also write a map of entropy, and quality.csv: the Dice that the probabilities expect, which is not "
+            "calibrated.",
+        ),
     ] = False,
     postprocess: Annotated[bool, typer.Option(help="Apply the rules stored with the model.")] = True,
-    again: Annotated[bool, typer.Option("--again", help="Also the cases that are done.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Predict also the cases that are done.")] = False,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", "--max-memory", help="To stay within, e.g. 4G; default what is free."),
+        typer.Option("--memory", "--max-memory", help="Memory limit, e.g. 4G; default: what is free."),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -220,13 +249,15 @@ def predict(
         )
     if blending not in ("gaussian", "constant"):
         raise UsageError(f"--blending is gaussian or constant, got '{blending}'.")
+    require("an image, a folder of images, or a folder with a DICOM series", images)
     from kanseg.inference.classify import is_classifier, predict_classes
     from kanseg.inference.ensemble import predict_with
+    from kanseg.memory import size_in_bytes
 
     how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
     how |= {"probabilities": probabilities, "uncertainty": uncertainty}
     how |= {"postprocess": postprocess, "again": again}
-    how["memory"] = _bytes(memory)
+    how["memory"] = None if memory is None else size_in_bytes(memory)
     if is_classifier(model[0]):
         if tta or suffix or uncertainty:
             raise UsageError(
@@ -251,10 +282,16 @@ def evaluate(
     reference: Annotated[
         Path, typer.Argument(help="References with the same names, or images with classes.")
     ],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="For cases.csv, summary.json.")] = None,
-    labels: Annotated[str | None, typer.Option(help="1,2 or tumour=1,whole=1+2 or a run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for cases.csv and summary.json.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes: 1,2 or tumour=1,whole=1+2 or a run folder.")
+    ] = None,
     ignore: Annotated[int | None, typer.Option(help="Value of voxels that do not count.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Of the surface distance NSD, in mm.", min=0)] = 1.0,
+    tolerance: Annotated[
+        float, typer.Option(help="Distance in mm up to which NSD counts a surface as right.", min=0)
+    ] = 1.0,
     json_: Json = False,
 ) -> None:
     """Score label maps: Dice, IoU, HD95, NSD and volumes a case, means with 95 % intervals.
@@ -268,8 +305,7 @@ def evaluate(
     Example: kanseg evaluate segmentations/ labelsTs/ --labels runs/mine
     """
     from kanseg.data.formats import few
-    from kanseg.data.labels import unions
-    from kanseg.evaluation.metrics import evaluate_folders, parse_labels, planned_labels
+    from kanseg.evaluation.metrics import evaluate_folders, label_options
     from kanseg.evaluation.report import score_table
 
     if prediction.suffix == ".csv":
@@ -279,12 +315,8 @@ def evaluate(
         _console(json_).print(score_lines(scores), highlight=False)
         _emit(scores, json_)
         return
-    how: dict[str, Any] = {"labels": None if labels is None else parse_labels(labels), "tolerance": tolerance}
-    if planned := planned_labels(labels):
-        ignore = planned.ignore_value if ignore is None else ignore
-        how["unions"] = unions(planned)
-        how["segments"] = dict(zip(planned.label_names[1:], planned.label_values[1:], strict=True))
-    summary = evaluate_folders(prediction, reference, out, ignore=ignore, **how)
+    how = label_options(labels) | ({} if ignore is None else {"ignore": ignore})
+    summary = evaluate_folders(prediction, reference, out, tolerance=tolerance, **how)
     console = _console(json_)
     shown = summary["metrics"] | summary["unions"]
     console.print(score_table(shown, f"{summary['cases']} cases, mean [95 % interval]"))
@@ -346,6 +378,7 @@ def models(
             _console(json_).print(table)
         _emit(known, json_)
         return
+    from kanseg.layers.families import family_name
     from kanseg.models.table import table_of_layers, table_of_models
 
     if layers:
@@ -356,7 +389,9 @@ def models(
             options = {} if row["class"] else {"basis": row["basis"]}
             shown = ", ".join(f"{key}={value!r}" for key, value in {**options, **row["options"]}.items())
             made = f"{row['class'] or 'KANConv'}(..., {shown})"
-            table.add_row(row["name"], f"{row['parameters']:.1f}", escape(f"{row['description']}.\n{made}"))
+            basis = row["basis"] if family_name(row["basis"]) == row["name"] != row["basis"] else None
+            name = f"{row['name']} = basis {basis}" if basis else row["name"]
+            table.add_row(name, f"{row['parameters']:.1f}", escape(f"{row['description']}.\n{made}"))
         _console(json_).print(table)
         _emit(rows, json_)
         return
@@ -402,59 +437,9 @@ def info(json_: Json = False) -> None:
     _emit(found, json_)
 
 
-def _make_plan(
-    data: Path,
-    out: Path,
-    *,
-    console: Any,
-    id_pattern: str | None = None,
-    regions: dict[str, list[int]] | None = None,
-    trial: bool = True,
-    **how: Any,
-) -> Any:
-    """Read, plan, say what was decided and why, and write plan.json and fingerprint.json."""
-    from kanseg.data.formats import few, read_dataset
-    from kanseg.data.image_classes import is_classes
-    from kanseg.data.plan import plan_run
-    from kanseg.training.trial import measure_step
-
-    if is_classes(data):
-        if regions or any(how.get(name) not in UNSAID for name in ("dim", "size", "slices", "mirror")):
-            raise UsageError(
-                f"{data} has a class for each image; --dim, --slices, --size, --mirror and --regions are for "
-                "segmentation."
-            )
-        return _make_class_plan(data, out, console, id_pattern)
-    dataset = read_dataset(data, id_pattern=id_pattern, regions=regions)
-    patients = len({case.group for case in dataset.cases})
-    console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
-    found = f"{len(dataset.cases)} labelled images of {patients} patients"
-    console.print(f"{found}; {few(dataset.label_names)}", highlight=False)
-    made = plan_run(dataset, out, regions=regions, measure=measure_step if trial else None, **how)
-    for reason in made.reasons:
-        console.print(f"- {reason}", highlight=False, markup=False)
-    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
-    return made
-
-
-def _make_class_plan(data: Path, out: Path, console: Any, id_pattern: str | None) -> Any:
-    """The same for images with a class each."""
-    from kanseg.data.class_plan import plan_classes
-    from kanseg.data.image_classes import read_classes
-
-    dataset = read_classes(data, id_pattern=id_pattern)
-    console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
-    shown = ", ".join(dataset.label_names[:12])
-    console.print(f"{len(dataset.label_names)} classes: {shown}", highlight=False, soft_wrap=True)
-    made = plan_classes(dataset, out)
-    for reason in made.reasons:
-        console.print(f"- {reason}", highlight=False, markup=False)
-    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
-    return made
-
-
 for _theme in (data, results, training):
-    app.add_typer(_theme.app)
+    app.registered_commands += _theme.app.registered_commands
+app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
 
 
 def main() -> None:

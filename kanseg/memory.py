@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import sys
 from pathlib import Path
 
+from kanseg.errors import UsageError
+
 FITS = 0.5  # of the room that is left: the rest is for what computes
 LITTLE = 0.05  # of the memory: always fits, for freed memory that the process keeps counts as taken
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def size_in_bytes(text: str) -> int:
+    """A size as --memory takes it.
+
+    >>> size_in_bytes("8G"), size_in_bytes("500 MiB")
+    (8589934592, 524288000)
+    """
+    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
+    if number and number[-1] in UNITS:
+        number, unit = number[:-1], number[-1]
+    try:
+        size = float(number) * UNITS[unit]
+    except ValueError:
+        size = 0
+    if not 0 < size < math.inf:
+        raise UsageError(f"--memory '{text}' is not a size such as 8G or 500M.")
+    if not unit and size < UNITS["M"]:
+        raise UsageError(f"--memory '{text}' has no unit; did you mean {text}G?")
+    return int(size)
 
 
 def free_memory() -> int:

@@ -1,23 +1,29 @@
-"""Segmenter: plan, train, predict and evaluate from Python; the command line does the same."""
+"""Segmenter: plan, train, predict and evaluate from Python, as `kanseg plan`, `train`, `predict` and `evaluate` do."""
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kanseg.errors import UsageError
+from kanseg.errors import UsageError, unknown_option
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
     from kanseg.config import Config
-    from kanseg.data.formats import Case, Dataset
+    from kanseg.data.formats import Case
     from kanseg.data.plan import Plan
+
+
+PREDICT = ("overlap", "blending", "tta", "memory", "device", "watch")  # options that go on to `predict_case`
 
 
 class Segmenter:
@@ -34,8 +40,11 @@ class Segmenter:
         spatial_dims: 2 or 3; default as the images are.
         options: of the network (basis, features_per_stage, ...); they go over those of the plan.
 
-    >>> Segmenter("ukanet", spatial_dims=3, basis="legendre").options
-    {'basis': 'legendre'}
+    Raises:
+        UsageError: no such model, or one without such an option; the nearest is named.
+
+    >>> Segmenter("ukanet", spatial_dims=3, basis="legendre")
+    Segmenter('ukanet', spatial_dims=3, basis='legendre')
     """
 
     def __init__(self, model: str = "ukanet", spatial_dims: int | None = None, **options: Any) -> None:
@@ -43,12 +52,28 @@ class Segmenter:
             raise UsageError(
                 f"spatial_dims must be 2 or 3 (or None for as the images are), got {spatial_dims!r}"
             )
+        from kanseg.config import model_options
+        from kanseg.models import MODELS
+
+        MODELS.get(model)
+        _refuse_unknown(f"Model '{model}'", options, model_options(model))
         self.model, self.spatial_dims, self.options = model, spatial_dims, options
+        self.source: Path | None = None  # of the weights
         self.plan: Plan | None = None
         self.network: nn.Module | None = None
         self.rules: list[dict[str, Any]] = []
         self._infos: list[dict[str, Any]] = []  # of each network
         self._others: list[tuple[nn.Module, Plan]] = []  # networks of other plans that predict along
+
+    def __repr__(self) -> str:
+        told: dict[str, Any] = {"spatial_dims": self.spatial_dims}
+        if self.plan is None:
+            told |= self.options
+        else:
+            from kanseg.data.formats import few
+
+            told |= {"source": str(self.source), "classes": few(self.plan.label_names[1:])}
+        return f"Segmenter({', '.join([repr(self.model), *(f'{key}={value!r}' for key, value in told.items())])})"
 
     @property
     def info(self) -> dict[str, Any] | None:
@@ -61,13 +86,14 @@ class Segmenter:
         run: Path | str,
         *,
         fold: int | str = 0,
-        overrides: Sequence[str] = (),
+        overrides: Sequence[str] | Mapping[str, Any] | str = (),
         config: str = "default",
         resume: bool = False,
         override: bool = False,
         console: Console | None = None,
+        **planned: Any,
     ) -> Segmenter:
-        """Plan (unless the run folder has a plan) and train; then hold the best weights.
+        """Plan as `kanseg plan` does (unless the run folder has a plan) and train; then hold the best weights.
 
         Args:
             data: data set in any layout that `kanseg.data.formats.read_dataset` knows.
@@ -75,18 +101,26 @@ class Segmenter:
             fold: number of the fold that validates; "all" for each in turn (their networks then predict together,
                 `summary` tells of all); "final" for a training on every case.
             resume, override: see `kanseg.training.fit`.
-            overrides: config keys, e.g. ["training.max_minutes=10"].
+            overrides: config keys, e.g. ["training.max_minutes=10"] or {"training.max_minutes": 10}.
             config: name in `configs/`.
+            planned: memory, size, slices, mirror, regions, id_pattern, trial; see `kanseg.training.planning.plan_data`.
+
+        Raises:
+            UsageError: names or options that do not exist, or that a plan which is there would not follow.
+            UserError: the data cannot be used.
         """
         from kanseg.data.formats import read_dataset
         from kanseg.training.cross_validation import cross_validate
         from kanseg.training.fit import fit
+        from kanseg.training.planning import require_fold
         from kanseg.training.run_folder import ALL
 
-        checked = self._config(config, overrides)
+        checked = self._config(config, _as_pairs(overrides))
         run = Path(run)
-        dataset = read_dataset(data)
-        plan = self._plan(dataset, run)
+        if not (run / "plan.json").exists():
+            require_fold(Path(data), fold, checked)
+        plan = self._plan(Path(data), run, console, planned)
+        dataset = read_dataset(data, id_pattern=plan.id_pattern, regions=plan.given_regions)
         how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
         if fold == ALL:
             self.summary = cross_validate(checked, plan, dataset, run, **how)
@@ -99,6 +133,7 @@ class Segmenter:
         image: Path | str | np.ndarray,
         out: Path | str | None = None,
         *,
+        spacing: Sequence[float] | None = None,
         postprocess: bool = True,
         **options: Any,
     ) -> np.ndarray:
@@ -107,19 +142,21 @@ class Segmenter:
         It is what `kanseg predict` gives for the same run, model or name.
 
         Args:
-            image: a file, a DICOM folder, or an array (*S) or (C, *S), taken to have the plan's spacing.
+            image: a file, a DICOM folder, or an array (*S) or (C, *S); axes of volumes run to the right, front and top.
             out: file to write the labels to; its suffix decides the format.
+            spacing: of an array, mm, one number an axis; default the plan's.
             postprocess: apply the rules that a cross-validation chose.
-            options: overlap, tta; see `kanseg.inference.predict.predict_case`.
+            options: overlap, blending, tta, memory, device; see `kanseg.inference.logits.whole_logits`.
         """
         from kanseg.data.images import write_label
         from kanseg.inference.postprocess import apply_postprocessing
         from kanseg.inference.predict import predict_case
 
+        _refuse_unknown("Segmenter.predict", options, ("out", "spacing", "postprocess", *PREDICT))
         network, plan = self._trained()
         networks, plans = zip((network, plan), *self._others, strict=True)
         with tempfile.TemporaryDirectory() as folder:
-            case = _as_case(image, plan, Path(folder))
+            case = _as_case(image, plan, Path(folder), spacing)
             labels, source = predict_case(networks, case, plans, **options)
             if postprocess and self.rules:
                 labels = apply_postprocessing(labels, self.rules, source.spacing)
@@ -130,10 +167,13 @@ class Segmenter:
     def evaluate(
         self, prediction: Path | str, reference: Path | str, out: Path | str | None = None
     ) -> dict[str, Any]:
-        """Scores of a folder of label maps against a folder of references; see `kanseg evaluate`."""
-        from kanseg.evaluation.metrics import evaluate_folders
+        """Scores of a folder of label maps against a folder of references; see `kanseg evaluate`.
 
-        return evaluate_folders(Path(prediction), Path(reference), None if out is None else Path(out))
+        The classes are those of the plan and its ignore label counts nowhere; without a plan they are all values.
+        """
+        from kanseg.evaluation.metrics import evaluate_folders, options_of
+
+        return evaluate_folders(prediction, reference, out, **(options_of(self.plan) if self.plan else {}))
 
     def save(self, folder: Path | str) -> Path:
         """Write the model (weights, plan, labels, config: all that prediction needs) to `folder`."""
@@ -169,6 +209,7 @@ class Segmenter:
         if (task := plan.get("task", "segmentation")) != "segmentation":
             raise UsageError(f"{path} is for {task}. Predict by kanseg.inference.classify.predict_classes.")
         loaded = Loaded([path], device)
+        self.source = path
         (self.network, self.plan), *self._others = zip(loaded.networks, loaded.plans, strict=True)
         self.rules, self._infos = loaded.rules, loaded.infos
         spec = loaded.infos[0]["model"]
@@ -183,16 +224,30 @@ class Segmenter:
         values["model"]["options"] = {**self.options, **values["model"]["options"]}
         return make_config(values)
 
-    def _plan(self, dataset: Dataset, run: Path) -> Plan:
-        from kanseg.data.plan import Plan, plan_run
-        from kanseg.training.parallel import once
+    def _plan(self, data: Path, run: Path, console: Console | None, asked: dict[str, Any]) -> Plan:
+        from rich.console import Console
 
-        if not (run / "plan.json").exists():
-            return once(lambda: plan_run(dataset, run, dim=self.spatial_dims))
-        plan = Plan.load(run / "plan.json")
+        from kanseg.data.image_classes import is_classes
+        from kanseg.data.plan import Plan
+        from kanseg.training.parallel import once
+        from kanseg.training.planning import plan_data
+
+        file = run / "plan.json"
+        known = inspect.signature(plan_data).parameters.keys() - {"data", "run", "console", "dim"}
+        _refuse_unknown("Segmenter.fit", asked, ["fold", "overrides", "config", "resume", "override", *known])
+        if not file.exists():
+            if is_classes(data):
+                raise UsageError(f"{data} has a class for each image, no label maps; use `kanseg train`.")
+            how = {"console": console or Console(), "dim": self.spatial_dims, **asked}
+            once(lambda: plan_data(data, run, **how))
+        elif late := sorted(asked.keys() - {"trial"}):
+            raise UsageError(
+                f"{file} is there already and would not follow {late[0]}. Choose another run folder."
+            )
+        plan = Plan.load(file)
         if self.spatial_dims not in (None, plan.spatial_dims):
             raise UsageError(
-                f"{run / 'plan.json'} is {plan.spatial_dims}D, the Segmenter {self.spatial_dims}D. "
+                f"{file} is {plan.spatial_dims}D, the Segmenter {self.spatial_dims}D. "
                 "Choose another run folder, or the plan's spatial_dims."
             )
         return plan
@@ -205,23 +260,66 @@ class Segmenter:
         return self.network, self.plan
 
 
-def _as_case(image: Path | str | np.ndarray, plan: Plan, folder: Path) -> Case:
+def _refuse_unknown(owner: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for option in options:
+        if option not in known:
+            raise unknown_option(owner, option, known)
+
+
+def _as_pairs(overrides: Sequence[str] | Mapping[str, Any] | str) -> list[str]:
+    """Overrides as key=value; one alone may be a string, several a dictionary, also with dictionaries within.
+
+    >>> _as_pairs("training=sgd"), _as_pairs({"training": {"lr": 0.1}, "model.options.basis": None})
+    (['training=sgd'], ['training.lr=0.1', 'model.options.basis=null'])
+    """
+    if isinstance(overrides, str):
+        return [overrides]
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    pairs: list[str] = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            pairs += _as_pairs({f"{key}.{inner}": one for inner, one in value.items()})
+        else:
+            pairs.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return pairs
+
+
+def _spacing(plan: Plan, given: Sequence[float] | None) -> list[float]:
+    """Of an array, mm: what is given, else the plan's; across slices that it learns the median of the training."""
+    if given is None:
+        found = list(plan.spacing)
+        if plan.slice_axis is not None:
+            across = plan.fingerprint.get("spacing", {}).get("median", [max(found)] * 3)[plan.slice_axis]
+            found.insert(plan.slice_axis, across)
+        return found
+    found = [float(length) for length in given]
+    if len(found) != plan.image_dims or not all(0 < length < math.inf for length in found):
+        raise UsageError(f"spacing takes {plan.image_dims} lengths in mm, one an axis, got {tuple(given)}.")
+    return found
+
+
+def _as_case(
+    image: Path | str | np.ndarray, plan: Plan, folder: Path, spacing: Sequence[float] | None = None
+) -> Case:
     """The image as a case; an array goes through files in `folder`, to be read like any image."""
     from kanseg.data.formats import Case, find_images
     from kanseg.data.images import Image, write_array
 
     if not isinstance(image, np.ndarray):
+        if spacing is not None:
+            raise UsageError(f"spacing is for arrays; {image} has its own.")
         cases = find_images(image)
         if len(cases) != 1:
             raise UsageError(f"{image} holds {len(cases)} images, predict takes one; use `kanseg predict`.")
         return cases[0]
-    dims, channels = plan.spatial_dims, len(plan.channel_names)
+    dims, channels = plan.image_dims, len(plan.channel_names)
     array = image[None] if image.ndim == dims else image
     if array.ndim != dims + 1 or len(array) != channels:
         axes = ", ".join("DHW"[-dims:])
         raise UsageError(f"predict takes an array ({channels}, {axes}), got shape {image.shape}.")
     array = np.asarray(array, dtype=np.float32)
-    affine = np.diag([*plan.spacing, *[1.0] * (4 - dims)])
+    affine = np.diag([*_spacing(plan, spacing), *[1.0] * (4 - dims)])
     grid = Image(array, affine, folder / "array.mha", dims)
     names = [folder / f"array_{index:04d}.mha" for index in range(channels)]
     for name, channel in zip(names, array, strict=True):

@@ -67,7 +67,7 @@ def main() -> None:
 def run(name: str, data: Path, folder: Path, case: Case, overrides: list[str]) -> dict[str, Any]:
     """Train one network, predict one image, and say how it went."""
     segmenter = Segmenter(name)
-    segmenter.fit(data, run=folder, overrides=overrides, console=Console(quiet=True))
+    segmenter.fit(data, run=folder, overrides=overrides, trial=False, console=Console(quiet=True))
     network: Any = segmenter.network
     predict_case(network, case, segmenter.plan)
     log = (folder / "fold_0" / "log.jsonl").read_text(encoding="utf-8").splitlines()

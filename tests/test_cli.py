@@ -19,10 +19,12 @@ from PIL import Image as Picture
 from safetensors.numpy import save_file
 from typer.main import get_command
 
+from kanseg import Segmenter
 from kanseg.cli import app, main
+from kanseg.errors import UsageError
 
-VERBS = ("demo", "plan", "train", "predict", "evaluate", "models", "info")
-VERBS += ("doctor", "convert", "download", "compare", "ensemble", "export", "report", "run", "search")
+VERBS = ("demo", "doctor", "run", "predict", "evaluate", "report", "plan", "train", "search", "compare")
+VERBS += ("ensemble", "export", "convert", "download", "models", "info")
 QUICK = [
     "training.max_epochs=1",
     "training.steps_per_epoch=2",
@@ -210,7 +212,11 @@ def test_models_and_info_print_json() -> None:
     layers = {row["name"]: row for row in json.loads(kanseg("models", "--layers", "--json").stdout)}
     assert layers["kagn"]["options"]["degree"] == 3
     assert layers["fourier"]["class"] is None
-    assert "KAGNConv3d(..., degree=3" in kanseg("models", "--layers").stdout
+    shown = " ".join(kanseg("models", "--layers").stdout.split())
+    assert "KAGNConv3d(..., degree=3" in shown
+    assert "kagn = basis gram" in shown
+    assert "kagn_v2 =" not in shown  # it is no other name of the basis
+    assert "plain =" not in shown
     refused(kanseg("models", "--layers", "--weights"), 2, "not both")
     assert "torch" in json.loads(kanseg("info", "--json").stdout)
 
@@ -229,17 +235,24 @@ def test_models_and_info_print_json() -> None:
             2,
             ["Unknown config key 'training.epochs'", "Did you mean 'max_epochs'"],
         ),
-        (["train", "run"], 2, ["There is no run"]),
+        (["train", "run"], 1, ["There is no run"]),
         (["predict", "-m", "run", "-i", "{data}/imagesTr", "-o", "out"], 1, ["run does not exist"]),
         (["predict", "-i", "{data}", "-o", "out"], 2, ["--model"]),
         (["evaluate", "nowhere", "{data}/labelsTr"], 1, ["There is no nowhere"]),
         (["evaluat"], 2, ["evaluat"]),
+        (["compare", "nowhere", "{data}"], 1, ["There is no nowhere"]),
+        (["compare", "{data}", "{data}", "--labels", "1,2"], 2, ["--reference"]),
+        (["run", "nowhere", "-o", "run"], 1, ["There is no nowhere"]),
+        (["predict", "-m", "hippocampus", "-i", "nowhere", "-o", "out"], 1, ["There is no nowhere"]),
+        (["predict", "-m", "hippocampus", "-i", "{data}", "-o", "out"], 1, ["Did you mean {data}/imagesTr?"]),
+        (["export", "nowhere", "-o", "out", "--to", "onnxx"], 2, ["Did you mean 'onnx'"]),
     ],
 )
 def test_mistakes_are_one_line(
     blobs: Path, tmp_path: Path, arguments: list[str], code: int, parts: list[str]
 ) -> None:
-    refused(kanseg(*[a.format(data=blobs) for a in arguments], cwd=tmp_path), code, *parts)
+    told = kanseg(*[a.format(data=blobs) for a in arguments], cwd=tmp_path)
+    refused(told, code, *(part.format(data=blobs) for part in parts))
     assert not list(tmp_path.iterdir())
 
 
@@ -459,3 +472,65 @@ def test_slices_and_regions_are_planned_by_command(blobs: Path, shared_data: Pat
     trained = kanseg("train", tmp_path / "b", *QUICK)
     assert trained.returncode == 0, trained.stderr
     assert "both" in trained.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "nowhere", "-o", "run", "--memory", "8"], "--memory '8' has no unit; did you mean 8G?"),
+        (["plan", "nowhere", "-o", "run", "--memory", "inf"], "--memory 'inf' is not a size"),
+        (["run", "nowhere", "-o", "run", "--memory", "nanG"], "--memory 'nanG' is not a size"),
+        (["plan", "nowhere", "-o", "run", "--size", "big"], "Unknown size 'big'"),
+        (["run", "{data}", "-o", "run", "--size", "big"], "Unknown size 'big'"),
+        (["plan", "nowhere", "-o", "run", "--mirror", "5"], "--mirror 5: the axes of 3D images are 0"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_image_is_read(
+    blobs: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    refused(kanseg(*[a.format(data=blobs) for a in arguments], cwd=tmp_path), 2, says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fold_that_there_will_not_be_is_refused_before_the_data_is_planned(
+    blobs: Path, tmp_path: Path
+) -> None:
+    refused(
+        kanseg("train", blobs, "-o", tmp_path / "run", "-f", "7"), 2, "There is no fold 7. Folds are 0 ... 4"
+    )
+    refused(
+        kanseg("train", blobs, "-o", tmp_path / "run", "-f", "3", "data.folds=3"), 2, "There is no fold 3"
+    )
+    with pytest.raises(UsageError, match="There is no fold 7"):
+        Segmenter().fit(blobs, tmp_path / "run", fold=7)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_image_is_told_before_anything_of_the_models(run: Path, tmp_path: Path) -> None:
+    told = kanseg("predict", "-m", run, "-m", run, "-i", tmp_path / "nowhere", "-o", tmp_path / "out")
+    refused(told, 1, "There is no")
+    assert "ensemble" not in told.stderr
+
+
+def test_formats_of_export_are_known_without_importing_torch() -> None:
+    from kanseg.export import FORMATS
+    from kanseg.export.network import FORMATS as MADE
+
+    assert tuple(MADE) == FORMATS
+    code = "import sys; sys.argv = 'kanseg export x -o y --to z'.split()\nfrom kanseg.cli import main\n"
+    code += "try: main()\nexcept SystemExit as end: assert end.code == 2 and 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_every_option_says_what_it_is_and_configs_are_named() -> None:
+    from kanseg.config import config_folder
+
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            words = (parameter.help or "").split()
+            assert words, f"{name} {parameter.name}"
+            assert words[0] not in ("Of", "For", "To", "Whose", "The"), f"{name}: {parameter.help}"
+    configs = {path.stem for path in config_folder().glob("*.yaml")}
+    for verb in ("run", "train", "search"):
+        (option,) = (p for p in get_command(app).commands[verb].params if p.name == "config")  # type: ignore[attr-defined]
+        assert set(option.help.rstrip(".").partition(": ")[2].split(", ")) == configs

@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image as Picture
 from scipy.stats import ttest_rel, wilcoxon
 
+from kanseg.data.formats import read_dataset
+from kanseg.data.plan import make_plan
 from kanseg.errors import UserError
 from kanseg.evaluation.compare import compare, comparison_table, load_scores
-from kanseg.evaluation.metrics import COLUMNS, METRICS, evaluate_folders
+from kanseg.evaluation.metrics import COLUMNS, METRICS, evaluate_folders, label_options
 
 
 def table(folder: Path, dice: np.ndarray, cases: list[str] | None = None) -> Path:
@@ -152,3 +156,21 @@ def test_what_has_no_scores_is_explained(tmp_path: Path, content: str | None) ->
         (tmp_path / "cases.csv").write_text(content)
     with pytest.raises(UserError, match="no scores|no table of scores"):
         load_scores(tmp_path)
+
+
+def test_voxels_that_a_plan_ignores_count_in_no_comparison(tmp_path: Path, blobs: Path) -> None:
+    """One prediction differs from the other only where nobody annotated."""
+    plan = replace(make_plan(read_dataset(blobs), memory=2**31), ignore_value=9)
+    how = label_options(str(plan.save(tmp_path / "plan.json")))
+    for name in ("reference", "a", "b"):
+        (tmp_path / name).mkdir()
+    for path in (blobs / "labelsTr").iterdir():
+        image = nib.load(path)
+        truth, unknown = np.asarray(image.dataobj), np.zeros(image.shape, bool)
+        unknown[:4] = True
+        maps = {"reference": np.where(unknown, 9, truth), "a": truth, "b": np.where(unknown, 1, truth)}
+        for name, labels in maps.items():
+            nib.save(nib.Nifti1Image(labels.astype(np.uint8), image.affine), tmp_path / name / path.name)
+    result = compare(tmp_path / "a", tmp_path / "b", reference=tmp_path / "reference", **how)
+    assert {row["class"] for row in result["rows"]} == {"near", "far", "mean"}
+    assert all(row["mean_a"] == row["mean_b"] == 1 for row in result["rows"] if row["metric"] == "dice")

@@ -154,3 +154,17 @@ def test_an_image_unlike_those_of_the_training_is_told_in_whatever_order_its_axe
     assert unlike_training((256, 200), np.eye(4), flat) is None
     assert "pixels" in str(unlike_training((2000, 1500), np.eye(4), flat))
     assert unlike_training((9, 9, 9), np.eye(4), {}) is None
+
+
+def test_an_image_a_little_too_large_along_every_axis_is_told() -> None:
+    """No axis is far out, and the whole is nearly twice the largest image of the training."""
+    seen = {
+        "size": {"min": [31, 40, 24], "max": [43, 59, 47]},
+        "spacing": {"min": [1.0] * 3, "max": [1.0] * 3},
+    }
+    assert "58 x 53 x 72 mm" in str(unlike_training((58, 53, 72), np.eye(4), seen))
+    assert unlike_training((46, 60, 50), np.eye(4), seen) is None
+    assert "26 x 33 x 19 mm" in str(unlike_training((26, 33, 19), np.eye(4), seen))
+    both = str(unlike_training((58, 53, 36), np.diag([1.0, 1.0, 2.0, 1.0]), seen))
+    assert "58 x 53 x 72 mm" in both
+    assert "coarser" in both

@@ -25,7 +25,7 @@ from kanseg.data.labels import (
 )
 from kanseg.data.plan import Plan, make_plan, planned_dataset
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.metrics import evaluate_folders, label_dice, parse_labels
+from kanseg.evaluation.metrics import evaluate_folders, label_dice, label_options
 from kanseg.inference.predict import decide, predict_case
 from kanseg.training.losses import LOSSES, create_loss
 
@@ -147,14 +147,14 @@ def test_scores_count_regions_as_wholes_and_leave_the_unknown_out(
 ) -> None:
     """The true labels, drawn where nobody annotated: perfect, although values differ there."""
     plan.save(tmp_path / "plan.json")
-    names = parse_labels(str(tmp_path))
+    names = label_options(str(tmp_path))["labels"]
     assert names == {"both": (1, 2), "far": 2}
     scores = evaluate_folders(blobs / "labelsTr", regions / "labelsTr", labels=names, ignore=9)
     assert all(row["dice"]["mean"] == 1 for row in scores["metrics"].values())
     truth = read_label(regions / "labelsTr" / "case_0.nii.gz")
     near = np.where(truth == 2, 1, truth)
     assert label_dice(near, truth, plan) == [1.0, 0.0]
-    assert parse_labels("whole=1+2,core=2") == {"whole": (1, 2), "core": 2}
+    assert label_options("whole=1+2,core=2")["labels"] == {"whole": (1, 2), "core": 2}
 
 
 def test_a_network_learns_regions_and_ignores(

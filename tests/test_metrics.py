@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,13 +17,15 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from monai.networks import one_hot
 from PIL import Image as Picture
 
+from kanseg.data.formats import read_dataset
+from kanseg.data.plan import make_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import (
     COLUMNS,
     METRICS,
     evaluate_case,
     evaluate_folders,
-    parse_labels,
+    label_options,
     summarize_rows,
 )
 
@@ -225,7 +228,7 @@ def test_every_frame_of_a_video_is_scored(tmp_path: Path) -> None:
 
 def test_a_name_of_two_classes_is_refused() -> None:
     with pytest.raises(UsageError, match="name a twice"):
-        parse_labels("a=1,a=2")
+        label_options("a=1,a=2")
 
 
 def test_two_files_are_a_pair_whatever_their_names(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -285,9 +288,33 @@ def test_the_interval_is_that_of_the_mean() -> None:
 
 
 def test_labels_are_read_from_text_or_a_plan(tmp_path: Path) -> None:
-    assert parse_labels("1, 3") == {"label 1": 1, "label 3": 3}
-    assert parse_labels("tumour=2,edema=4") == {"tumour": 2, "edema": 4}
+    assert label_options("1, 3")["labels"] == {"label 1": 1, "label 3": 3}
+    assert label_options("tumour=2,edema=4")["labels"] == {"tumour": 2, "edema": 4}
     with pytest.raises(UsageError, match="tumour"):
-        parse_labels("tumour")
+        label_options("tumour")
     with pytest.raises(UserError, match="plan"):
-        parse_labels(str(tmp_path))
+        label_options(str(tmp_path))
+
+
+def test_images_in_place_of_label_maps_are_refused_and_an_atlas_is_not(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    atlas = generator.integers(0, 200, (16, 16, 16)).astype(np.uint8)
+    save(tmp_path / "masks" / "a.nii.gz", cube((16, 16, 16), (4, 4, 4), 6))
+    save(tmp_path / "images" / "a.nii.gz", generator.integers(0, 255, (16, 16, 16)).astype(np.int16))
+    save(tmp_path / "atlas" / "a.nii.gz", atlas)
+    save(tmp_path / "half" / "a.nii.gz", np.where(atlas < 110, atlas, 0).astype(np.uint8))
+    (tmp_path / "none").mkdir()
+    for pair in (("masks", "images"), ("images", "masks")):
+        with pytest.raises(UserError, match="images has 255 different values.*name the classes by --labels"):
+            evaluate_folders(*(tmp_path / name for name in pair))
+    assert evaluate_folders(tmp_path / "masks", tmp_path / "images", labels={"grey": 7})["cases"] == 1
+    for name in ("half", "none"):
+        assert len(evaluate_folders(tmp_path / name, tmp_path / "atlas")["labels"]) == 199
+
+
+def test_the_plan_says_what_is_scored_and_what_is_ignored(tmp_path: Path, blobs: Path) -> None:
+    plan = replace(make_plan(read_dataset(blobs), memory=2**31), ignore_value=9)
+    found = label_options(str(plan.save(tmp_path / "plan.json")))
+    assert found["labels"] == found["segments"] == {"near": 1, "far": 2}
+    assert (found["ignore"], found["unions"]) == (9, {})
+    assert label_options(None) == {}

@@ -22,14 +22,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kanseg.cli import app
+from kanseg.data.doctor import Diagnosis, Finding
 from kanseg.data.formats import read_rows
 from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.compare import load_scores
-from kanseg.evaluation.metrics import parse_labels
+from kanseg.evaluation.metrics import label_options
 from kanseg.inference.ensemble import Loaded
 from kanseg.segmenter import Segmenter
+from kanseg.training import pipeline
 from kanseg.training.checkpoint import load_checkpoint
 from kanseg.training.pipeline import _examined, run_pipeline
 from kanseg.training.run_folder import require_plan
@@ -253,7 +255,7 @@ def test_options_of_a_plan_that_is_made_are_not_ignored(balls, done):
 def test_the_folder_stands_for_its_choice_or_names_its_trainings(done):
     folder, found = done
     assert load_scores(folder) == load_scores(folder / found["choice"])
-    assert parse_labels(str(folder)) == parse_labels(str(folder / "3d"))
+    assert label_options(str(folder))["labels"] == label_options(str(folder / "3d"))["labels"]
     with pytest.raises(UsageError, match=f"Its trainings are {folder / '3d'}"):
         require_plan(folder, "")
 
@@ -288,3 +290,20 @@ def test_the_folder_of_a_single_training_is_refused(balls, tmp_path):
     with pytest.raises(UsageError, match="is a run of kanseg plan and train.*Choose another folder"):
         run_pipeline(balls[0].source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_what_ends_a_run_is_named_and_not_what_could_be_repaired(balls, tmp_path, monkeypatch):
+    kinds = [
+        Finding("missing label", "a", "a has no label"),
+        Finding("DICOM-SEG", "", "labels are DICOM-SEG"),
+    ]
+    monkeypatch.setattr(pipeline, "diagnose", lambda *a, **k: Diagnosis(Path("x"), "folders", 1, kinds))
+    with pytest.raises(UserError, match="labels are DICOM-SEG"):
+        run_pipeline(balls[0].source, tmp_path / "run", console=Console(quiet=True))
+
+
+def test_the_report_has_words_and_no_code(done):
+    page = (done[0] / "report.md").read_text()
+    assert "Dice before post-processing" in page
+    for code in ("{'", "[]", "None", "not told"):
+        assert code not in page

@@ -15,7 +15,7 @@ import torch
 
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Need, Plan, make_plan
+from kanseg.data.plan import Need, Plan, make_plan, plan_run
 from kanseg.errors import UserError
 from kanseg.models import create_model
 from kanseg.training.checkpoint import model_spec
@@ -240,3 +240,29 @@ def test_what_a_plan_cannot_keep_within_the_memory_is_said(shared_data: Path) ->
     assert max(map(len, plan.reasons)) < 400
     plan = make_plan(read_dataset(shared_data / "hippocampus"), memory=2 * GIB)
     assert "logits" not in " ".join(plan.reasons)
+
+
+def test_what_does_not_fit_is_refused_before_an_image_is_read(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kanseg.data.plan.fingerprint", lambda dataset: pytest.fail("images were read"))
+    for wrong in ({"size": "big"}, {"slices": 2}, {"mirror": [3]}):
+        with pytest.raises(UserError):
+            plan_run(read_dataset(blobs), tmp_path / "run", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_plan_names_what_limits_its_patch(tmp_path: Path) -> None:
+    """The memory, the time, or the image itself."""
+    dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
+
+    def why(memory: int, seconds: float | None = None) -> str:
+        def machine(plan: Plan) -> Need:
+            return Need(GIB, 100 * plan.features_per_stage[0], seconds=1e-5)
+
+        return make_plan(dataset, memory=memory * GIB, measure=machine, seconds=seconds).reasons[1]
+
+    assert "features: what fits into 4.0 GiB" in why(4)
+    assert "features: small enough for many steps in 10 min of training; more would fit into" in why(16, 600)
+    assert "features: the whole image in the largest batch, which fits into 64.0 GiB" in why(64)
+    assert "the whole image" in why(64, 1e6)
+    assert "the largest batch" in make_plan(dataset, memory=640 * GIB).reasons[1]

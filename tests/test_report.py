@@ -168,3 +168,15 @@ def test_intervals_stay_whole_in_narrow_terminals(width):
     assert shown.count("[0.750, 0.850]") == shown.count("[12.45, 12.55]") == 3
     assert "[1]" in shown
     assert max(map(len, shown.splitlines())) <= width
+
+
+def test_epochs_are_counted_in_whole_numbers_also_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr("kanseg.evaluation.report._saved", lambda figure, path: figures.append(figure))
+    draw_curves({"fold 0": [{"epoch": 0, "loss": 1.0, "mean_dice": 0.5}]}, tmp_path / "a.png")
+    for axes in figures[0].axes:
+        low, high = axes.get_xlim()
+        shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert shown == [0, 1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from typer.testing import CliRunner
 
 from kanseg import Segmenter
 from kanseg.cli import app
+from kanseg.data.plan import Need
 from kanseg.errors import UsageError, UserError
+from kanseg.segmenter import _as_pairs
 from kanseg.training.checkpoint import load_checkpoint, save_checkpoint
 from kanseg.training.files import make_folder
 
@@ -55,7 +60,7 @@ def volumes(tmp_path_factory):
 def trained(volumes, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     segmenter = Segmenter("ukanet", spatial_dims=3, **SMALL)
-    return segmenter.fit(volumes, run, overrides=OVERRIDES, console=Console(quiet=True)), run
+    return segmenter.fit(volumes, run, overrides=OVERRIDES, trial=False, console=Console(quiet=True)), run
 
 
 def test_a_prediction_lies_on_the_grid_of_its_image_in_the_values_of_the_labels(trained, volumes, tmp_path):
@@ -127,7 +132,9 @@ def test_an_array_is_predicted_like_an_image_without_geometry(trained):
 def test_fit_takes_the_plan_that_lies_in_the_run_folder(trained, volumes, tmp_path):
     segmenter, run = trained
     (tmp_path / "plan.json").write_text((run / "plan.json").read_text())
-    again = Segmenter(**SMALL).fit(volumes, tmp_path, overrides=OVERRIDES, console=Console(quiet=True))
+    again = Segmenter(**SMALL).fit(
+        volumes, tmp_path, overrides=OVERRIDES, trial=False, console=Console(quiet=True)
+    )
     assert again.plan == segmenter.plan
     with pytest.raises(UsageError, match="is 3D"):
         Segmenter(spatial_dims=2).fit(volumes, tmp_path, resume=True)
@@ -144,7 +151,7 @@ def test_pictures_are_segmented_in_2d(tmp_path):
         Picture.fromarray(picture.astype(np.uint8)).save(tmp_path / "images" / f"{number}.png")
         Picture.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
     segmenter = Segmenter(**SMALL)
-    segmenter.fit(tmp_path, tmp_path / "run", overrides=OVERRIDES, console=Console(quiet=True))
+    segmenter.fit(tmp_path, tmp_path / "run", overrides=OVERRIDES, trial=False, console=Console(quiet=True))
     labels = segmenter.predict(tmp_path / "images" / "0.png", tmp_path / "out.png")
     assert labels.shape == (24, 30)
     assert set(np.unique(labels)) <= {0, 255}
@@ -160,9 +167,22 @@ def test_a_folder_of_images_is_for_the_command_line(trained, volumes):
         trained[0].predict(volumes / "images")
 
 
-def test_evaluate_scores_label_maps(trained, volumes):
-    scores = trained[0].evaluate(volumes / "labels", volumes / "labels")
-    assert scores
+def test_evaluate_scores_the_classes_of_the_plan_and_nothing_that_it_ignores(trained, volumes, tmp_path):
+    segmenter, _ = trained
+    for path in (volumes / "labels").iterdir():
+        truth = np.asarray(nib.load(path).dataobj).copy()
+        truth[4:6] = np.where(truth[4:6] == 3, 9, 0)
+        nib.save(nib.Nifti1Image(truth, AFFINE), make_folder(tmp_path / "references") / path.name)
+    name = segmenter.plan.label_names[1]
+    scores = segmenter.evaluate(volumes / "labels", tmp_path / "references")
+    assert list(scores["labels"]) == [name]
+    assert scores["metrics"][name]["dice"]["mean"] == pytest.approx(2 * 4 / (4 + 6))
+    told = Segmenter()
+    told.plan = replace(segmenter.plan, ignore_value=9)
+    scores = told.evaluate(volumes / "labels", tmp_path / "references", tmp_path / "scores")
+    assert scores["metrics"][name]["dice"]["mean"] == 1
+    assert (tmp_path / "scores" / "cases.csv").exists()
+    assert list(Segmenter().evaluate(volumes / "labels", volumes / "labels")["labels"]) == ["label 3"]
 
 
 @pytest.mark.parametrize("call", [lambda s: s.predict("x.nii.gz"), lambda s: s.save("folder")])
@@ -182,3 +202,92 @@ def test_wrong_names_are_refused_before_the_data_is_read(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         Segmenter().fit(nowhere, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_has_the_spacing_that_is_given(trained, volumes):
+    """The spacing of half the voxels: the network sees what it sees in the file."""
+    segmenter, _ = trained
+    image = nib.load(volumes / "images" / "case0.nii.gz")
+    fine = np.asarray(image.dataobj).repeat(2, axis=2)
+    spacing = [*image.header.get_zooms()[:2], image.header.get_zooms()[2] / 2]
+    labels = segmenter.predict(fine, spacing=spacing)
+    assert labels.shape == fine.shape
+    coarse = segmenter.predict(np.asarray(image.dataobj))
+    assert (labels[..., ::2] == coarse).mean() > (segmenter.predict(fine)[..., ::2] == coarse).mean()
+    for wrong in ((1.0, 1.0), (1.0, 1.0, -1.0), (1.0, 1.0, float("nan"))):
+        with pytest.raises(UsageError, match="spacing takes 3 lengths in mm"):
+            segmenter.predict(fine, spacing=wrong)
+    with pytest.raises(UsageError, match="has its own"):
+        segmenter.predict(volumes / "images" / "case0.nii.gz", spacing=spacing)
+
+
+def test_an_array_is_predicted_by_a_network_that_sees_slices(volumes, tmp_path):
+    segmenter = Segmenter(spatial_dims=2, **SMALL)
+    how = {"trial": False, "slices": 3, "size": "small", "mirror": [2], "memory": "2G"}
+    segmenter.fit(volumes, tmp_path / "run", overrides=OVERRIDES, console=Console(quiet=True), **how)
+    plan = segmenter.plan
+    assert (plan.slices, plan.size, plan.mirror_axes, plan.memory_bytes) == (3, "small", [], 2 * 2**30)
+    array = np.asarray(nib.load(volumes / "images" / "case0.nii.gz").dataobj)
+    assert segmenter.predict(array).shape == array.shape
+    assert segmenter.predict(array, spacing=(1.5, 1.0, 2.0)).shape == array.shape
+    with pytest.raises(UsageError, match=r"\(1, D, H, W\), got shape"):
+        segmenter.predict(array[0])
+    with pytest.raises(UsageError, match="would not follow size"):
+        segmenter.fit(volumes, tmp_path / "run", overrides=OVERRIDES, size="large")
+
+
+def test_wrong_options_are_named_in_one_line(trained, volumes, tmp_path):
+    with pytest.raises(UsageError, match="Segmenter.predict has no option 'overlp'. Did you mean 'overlap'"):
+        trained[0].predict(volumes / "images" / "case0.nii.gz", overlp=0.5)
+    with pytest.raises(UsageError, match="Segmenter.fit has no option 'memry'. Did you mean 'memory'"):
+        Segmenter().fit(volumes, tmp_path / "run", memry="8G")
+    with pytest.raises(UsageError, match="has no unit"):
+        Segmenter().fit(volumes, tmp_path / "run", memory="8")
+    with pytest.raises(UsageError, match="Did you mean 'ukanet'"):
+        Segmenter("ukanett")
+    with pytest.raises(UsageError, match="Did you mean 'basis'"):
+        Segmenter(bassis="gram")
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_may_be_one_string_or_a_dictionary(volumes, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    for wrong in ("training.lrr=1", {"training.lrr": 1}, {"training": {"lrr": 1}}):
+        with pytest.raises(UsageError, match="Did you mean 'lr'"):
+            Segmenter().fit(nowhere, tmp_path / "run", overrides=wrong)
+    options = {
+        "training": {"lr": 0.5, "weights": None, "freeze": ["encoder.*"]},
+        "model.options": {"basis": "gram"},
+    }
+    config = Segmenter()._config("default", _as_pairs(options))
+    assert (config.training.lr, config.training.weights, config.training.freeze) == (0.5, None, ["encoder.*"])
+    assert config.model.options == {"basis": "gram"}
+
+
+def test_a_segmenter_says_what_it_is(trained):
+    segmenter, run = trained
+    assert repr(Segmenter("ukan", spatial_dims=2)) == "Segmenter('ukan', spatial_dims=2)"
+    assert repr(segmenter).startswith(
+        f"Segmenter('ukanet', spatial_dims=3, source='{run / 'fold_0'}', classes="
+    )
+    assert segmenter.plan.label_names[1] in repr(segmenter)
+
+
+def test_a_segmenter_plans_as_the_command_line_does(volumes, tmp_path, monkeypatch):
+    """By a measured step, in the memory and with the regions that it is told."""
+    measured = []
+
+    def measure(plan):
+        measured.append(plan)
+        return Need(2**20, 100)
+
+    monkeypatch.setattr("kanseg.training.planning.measure_step", measure)
+    monkeypatch.setattr("kanseg.training.fit.fit", lambda *args, **how: sys.exit("planned"))
+    asked = {"memory": "2G", "size": "small", "mirror": "0", "regions": "box=3"}
+    with pytest.raises(SystemExit, match="planned"):
+        Segmenter().fit(volumes, tmp_path / "a", console=Console(quiet=True), **asked)
+    options = [word for key, value in asked.items() for word in (f"--{key}", value)]
+    told = CliRunner().invoke(app, ["plan", str(volumes), "-o", str(tmp_path / "b"), *options])
+    assert told.exit_code == 0, told.output
+    assert len(measured) == 2
+    assert (tmp_path / "a/plan.json").read_text() == (tmp_path / "b/plan.json").read_text()

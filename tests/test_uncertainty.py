@@ -17,7 +17,7 @@ from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 from kanseg.inference.ensemble import combine_folders
 from kanseg.inference.predict import predict, predict_folder
-from kanseg.inference.uncertainty import QUALITY, doubt
+from kanseg.inference.uncertainty import QUALITY, doubt, in_words
 
 NAMES = ("background", "left", "right")
 
@@ -112,3 +112,8 @@ def test_what_a_rule_removed_of_a_region_does_not_count() -> None:
     chances = np.array([[0.1, 0.1], [0.9, 0.9]])
     rows = doubt(chances, np.array([0, 1]), (0, 1), NAMES[:2], regions=True, spacing=(1,)).rows
     assert rows[0]["volume_ml"] == pytest.approx(0.001)
+
+
+def test_the_line_of_expected_dice_says_that_it_is_not_calibrated() -> None:
+    rows = [{"class": "liver", "expected_dice": 0.9}, {"class": "tumour", "expected_dice": None}]
+    assert in_words(rows) == "expected Dice (not calibrated): liver 0.900, tumour not found"

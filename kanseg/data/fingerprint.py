@@ -19,7 +19,7 @@ from kanseg.progress import progress
 from kanseg.training.files import write_json
 
 FINGERPRINT = "fingerprint.json"
-FAR = 1.6  # times the largest (or smallest) of the training from where on an image counts as unlike it
+FAR = 1.6  # times the largest (or smallest) of the training, an axis or all, from where on an image counts as unlike it
 SAMPLES = 10_000  # intensities kept a case and channel
 
 
@@ -145,17 +145,20 @@ def unlike_training(size: Sequence[int], affine: np.ndarray, seen: Mapping[str, 
         unit, spacing, shape = "mm", np.linalg.norm(affine[:3, :3], axis=0)[order], shape[order]
     low, high = (np.array(seen["size"][end]) * seen["spacing"][end] for end in ("min", "max"))
     extent = shape * spacing
-    if (extent > FAR * high).any() or (extent < low / FAR).any():
+    larger, smaller, said = extent / high, low / extent, []
+    if max(*larger, *smaller, larger.prod(), smaller.prod()) > FAR:
         ranges = " x ".join(f"{a:.0f}-{b:.0f}" for a, b in zip(low, high, strict=True))
         measures = " x ".join(f"{length:.0f}" for length in extent)
-        return f"it measures {measures} {unit}, training images {ranges} {unit}: crop it alike, or check the result"
+        said = [
+            f"it measures {measures} {unit}, training images {ranges} {unit}: crop it alike, or check the result"
+        ]
     if (spacing > FAR * np.array(seen["spacing"]["max"])).any():
         shown = " x ".join(f"{length:.2g}" for length in spacing)
         coarsest = " x ".join(f"{length:.2g}" for length in seen["spacing"]["max"])
-        return (
+        said.append(
             f"its voxels of {shown} mm are coarser than any of the training ({coarsest} mm): check the result"
         )
-    return None
+    return "; ".join(said) or None
 
 
 def _in_ras(

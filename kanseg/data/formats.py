@@ -199,7 +199,7 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
     if not series:
         but = ", but DICOM-SEG, which label maps are not read from" if segmentations_in(path) else ""
         raise UserError(
-            f"{path} holds no images{but}. Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
+            f"{path} holds no images{but}.{_inner(path)} Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
         )
     names = ["_".join(folder.relative_to(path).parts) or folder.resolve().name for folder in series]
     return [Case(name, (folder,), None, name) for name, folder in zip(names, series, strict=True)]
@@ -232,6 +232,12 @@ def passed_over(path: Path) -> list[str]:
     loose = [file.name for file in _dcm_in(path) if not is_no_image(file)]
     folders = [f"{f.name}/" for f in _folders_in(path) if image_files(f) or _with_dicom([f])]
     return [*([f"{len(loose)} .dcm files"] if loose else []), *folders]
+
+
+def _inner(folder: Path) -> str:
+    """A sentence that names the folders of images in a data set."""
+    found = [str(folder / name) for name in ("imagesTs", "imagesTr", "images") if (folder / name).is_dir()]
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 def _may_be_dicom(path: Path) -> bool:

@@ -34,7 +34,10 @@ def parse_mirror(text: str | None) -> list[int] | None:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
         raise UsageError(f"--mirror '{text}' is no list of axes such as 0 or 0,1,2, nor {NONE}.")
-    return sorted({int(part) for part in parts})
+    axes = sorted({int(part) for part in parts})
+    if axes[-1] > 2:
+        raise UsageError(f"--mirror {axes[-1]}: the axes of 3D images are {AXES[3]}, or {NONE}.")
+    return axes
 
 
 def mirror_axes(image_dims: int, label_names: Sequence[str], asked: Sequence[int] | None) -> list[int]:

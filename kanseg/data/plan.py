@@ -42,6 +42,7 @@ LEAST_VOXELS = {2: 128**2, 3: 40**3}  # a patch that sees less (and less than th
 LEAST_FEATURES = 8
 LEAST_SHARE = 1 / 64  # of a volume that such a patch should see; coarser voxels are better than less
 TRIALS = 4
+BOUNDLESS = 1e15  # voxels
 LEAST_STEPS = 250  # that a training of a given time should have; a smaller patch is better than fewer
 THICK = 3  # times the other spacings: slices from there on count as thick
 # Lists of a plan that have one entry for each entry of another.
@@ -178,6 +179,7 @@ def plan_run(dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None,
     """
     from kanseg.training.files import make_folder
 
+    check_wishes(dataset, **how)
     seen = seen or fingerprint(dataset)
     plan = make_plan(dataset, seen=seen, **how)
     save_fingerprint(seen, make_folder(run))
@@ -217,20 +219,7 @@ def make_plan(
         measure: memory and time of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
         seconds: that a training will last; where steps were measured, `LEAST_STEPS` of them fit into it.
     """
-    dims = dim or dataset.spatial_dims
-    if dims > dataset.spatial_dims:
-        raise UserError(
-            f"{dataset.name} is {dataset.spatial_dims}D and dim={dim} was asked for. Leave --dim away (auto), or give "
-            f"{dim}D images."
-        )
-    if size not in SIZES:
-        raise UsageError(f"Unknown size '{size}'.{did_you_mean(size, SIZES)}")
-    if slices < 1 or slices % 2 == 0 or (slices > 1 and dims == dataset.spatial_dims):
-        raise UsageError(
-            f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
-            "by slice (--dim 2)."
-        )
-    mirrored = mirror_axes(dataset.spatial_dims, dataset.label_names, mirror)
+    dims, mirrored = check_wishes(dataset, dim=dim, size=size, slices=slices, mirror=mirror)
     seen = seen or fingerprint(dataset)
     spacings = np.array([case["spacing"] for case in seen["cases"].values()])
     sizes = np.array([case["size"] for case in seen["cases"].values()])
@@ -303,6 +292,41 @@ def make_plan(
     return plan
 
 
+def check_size(size: str) -> None:
+    """Raise `UsageError` with the nearest name unless a size is one of `SIZES`."""
+    if size not in SIZES:
+        raise UsageError(f"Unknown size '{size}'.{did_you_mean(size, SIZES)}")
+
+
+def check_wishes(
+    dataset: Dataset,
+    *,
+    dim: int | None = None,
+    size: str = "standard",
+    slices: int = 1,
+    mirror: Sequence[int] | None = None,
+    **_others: Any,
+) -> tuple[int, list[int]]:
+    """Dimension of the network and axes of the image to mirror along; see `make_plan`. No image is read.
+
+    Raises:
+        UserError: what is asked for does not fit the data set.
+    """
+    dims = dim or dataset.spatial_dims
+    if dims > dataset.spatial_dims:
+        raise UserError(
+            f"{dataset.name} is {dataset.spatial_dims}D and dim={dim} was asked for. Leave --dim away (auto), or give "
+            f"{dim}D images."
+        )
+    check_size(size)
+    if slices < 1 or slices % 2 == 0 or (slices > 1 and dims == dataset.spatial_dims):
+        raise UsageError(
+            f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
+            "by slice (--dim 2)."
+        )
+    return dims, mirror_axes(dataset.spatial_dims, dataset.label_names, mirror)
+
+
 @dataclass(frozen=True)
 class Need:
     """What training needs, in bytes: base + per_voxel * voxels of the batch, and at any patch at least `least`.
@@ -338,7 +362,7 @@ def _within_memory(
     need = Need(0, 0)
     features = SIZES[plan.size].features
     per_voxel = float(BYTES_A_VOXEL * features)
-    sized = _sized(plan, image, features, plan.memory_bytes * SHARE / per_voxel)
+    sized = most = _sized(plan, image, features, plan.memory_bytes * SHARE / per_voxel)
     budget = f"{plan.memory_bytes / 2**30:.1f} GiB"
     said = f"{budget}, at {per_voxel / 1e3:.0f} kB a voxel as a rule"
     for _ in range(TRIALS if measure else 0):
@@ -360,9 +384,10 @@ def _within_memory(
         )
         last = sized
         if missing > 0:  # the network itself is too large, whatever the patch
-            sized = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
+            sized = most = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
             continue
         voxels = rest / (need.per_voxel + LOADERS * _loader_bytes_a_voxel(plan))
+        most = _sized(plan, image, features, voxels)
         if seconds and need.seconds:
             voxels = min(voxels, need.voxels_within(seconds / LEAST_STEPS))
         sized = _sized(plan, image, features, voxels)
@@ -371,7 +396,7 @@ def _within_memory(
             break
     size = [round(float(s)) for s in image]
     why = f"patch {sized.patch_size} of a median image {size} at that spacing, batch {sized.batch_size}, "
-    reasons = [why + f"{sized.features_per_stage} features: what fits into {said}"]
+    reasons = [why + f"{sized.features_per_stage} features: {_limit(sized, most, image, seconds)} {said}"]
     if need.seconds:
         step = need.overhead + need.seconds * _voxels(sized)
         within = f"; {seconds / step:.0f} fit into the time" if seconds else ""
@@ -379,6 +404,17 @@ def _within_memory(
     if sized.features_per_stage[0] < SIZES[plan.size].features:
         reasons.append(f"narrower than size '{plan.size}', so that a patch sees enough of the image")
     return sized, reasons
+
+
+def _limit(plan: Plan, most: Plan, image: np.ndarray, seconds: float | None) -> str:
+    """What keeps a plan from a larger patch, in words that go on with a memory; `most` is what fits into that."""
+    found, allowed, whole = (
+        (one.patch_size, one.batch_size, one.features_per_stage)
+        for one in (plan, most, _sized(plan, image, plan.features_per_stage[0], BOUNDLESS))
+    )
+    if found != allowed:
+        return f"small enough for many steps in {in_words(seconds or 0)} of training; more would fit into"
+    return "the whole image in the largest batch, which fits into" if found == whole else "what fits into"
 
 
 def loader_bytes(plan: Plan, batch_size: int | None = None) -> int:

@@ -19,7 +19,7 @@ from scipy.stats import wilcoxon
 
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.errors import UserError
-from kanseg.evaluation.metrics import METRICS, RESAMPLES, Label, evaluate_folders
+from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
 from kanseg.evaluation.report import Whole
 from kanseg.training.files import make_folder, read_json, write_bytes, write_json
 
@@ -38,17 +38,17 @@ def compare(
     out: Path | str | None = None,
     *,
     reference: Path | str | None = None,
-    labels: Mapping[str, Label] | None = None,
     groups: Mapping[str, str] | None = None,
     seed: int = 0,
+    **how: Any,
 ) -> dict[str, Any]:
     """Compare two runs, two folders of scores, or, with their references, two folders of label maps.
 
     Args:
         out: folder for comparison.json, comparison.csv and comparison.png.
         reference: folder of references; then `one` and `other` hold label maps.
-        labels: see `kanseg.evaluation.metrics.evaluate_folders`.
         groups: patient of each case; default what the runs' fingerprints say.
+        how: labels, segments, ignore, with `reference`; see `kanseg.evaluation.metrics.evaluate_folders`.
 
     Returns:
         {"a", "b", "cases", "patients", "only_in_a", "only_in_b", "rows"}; a row has class, metric, mean_a, mean_b,
@@ -57,7 +57,7 @@ def compare(
     Raises:
         UserError: no scores, or no case that both have.
     """
-    first, second = (load_scores(path, reference, labels) for path in (one, other))
+    first, second = (load_scores(path, reference, **how) for path in (one, other))
     groups = groups or {**_groups(Path(other)), **_groups(Path(one))}
     cases = [_cases(scores) for scores in (first, second)]
     shared = sorted(cases[0] & cases[1])
@@ -95,9 +95,7 @@ def compare(
     return result
 
 
-def load_scores(
-    path: Path | str, reference: Path | str | None = None, labels: Mapping[str, Label] | None = None
-) -> Scores:
+def load_scores(path: Path | str, reference: Path | str | None = None, **how: Any) -> Scores:
     """Scores of every case: of a table, an evaluated folder, a run, or label maps with their references.
 
     A reference whose label map is missing or unreadable is no case.
@@ -105,7 +103,7 @@ def load_scores(
     path = Path(path)
     if reference is not None:
         with tempfile.TemporaryDirectory() as folder:
-            failed = evaluate_folders(path, reference, folder, labels=labels)["failed"]
+            failed = evaluate_folders(path, reference, folder, **how)["failed"]
             found = _from_table(Path(folder) / TABLES[0])
         for by_class in (column for metric in found.values() for column in metric.values()):
             for case in failed:  # counts as 0 in an evaluation, and tells nothing of a difference

@@ -27,7 +27,7 @@ from scipy import ndimage
 from kanseg.data.beside import is_beside
 from kanseg.data.formats import find_images, repeated, segmentations_in
 from kanseg.data.images import Image, check_pair, label_from, read_image, read_label, stem_of
-from kanseg.data.labels import Labels, class_values
+from kanseg.data.labels import Labels, class_values, unions
 from kanseg.data.plan import Plan
 from kanseg.data.segmentations import read_segments, require_highdicom
 from kanseg.errors import UsageError, UserError
@@ -40,6 +40,7 @@ UNIONS = "unions.csv"
 RESAMPLES = 2000
 TOLERANCE = 1.0
 ENDINGS = ("_mask", "_label", "_seg")
+MOST_ALONE = 100  # values that one side alone has; grey values of an image are more
 
 
 Label = int | tuple[int, ...]  # the value of a class, or all values of a region
@@ -159,31 +160,38 @@ def _overlap_and_distance(
     }
 
 
-def parse_labels(text: str) -> dict[str, Label]:
-    """Label values by name, from "1,2", from "tumour=1,edema=2", or from the plan of a run folder or plan.json.
+def label_options(text: str | None) -> dict[str, Any]:
+    """Options of `evaluate_folders` from "1,2", from "tumour=1,edema=2", or from a run folder or its plan.json.
 
-    >>> parse_labels("1,edema=2,whole=1+2")
-    {'label 1': 1, 'edema': 2, 'whole': (1, 2)}
+    >>> label_options("1,edema=2,whole=1+2")
+    {'labels': {'label 1': 1, 'edema': 2, 'whole': (1, 2)}}
     """
+    if text is None:
+        return {}
     pairs = [part.rpartition("=") for part in text.split(",")]
     if twice := repeated(name.strip() for name, equals, _ in pairs if equals):
         raise UsageError(
             f"Labels '{text}' name {', '.join(twice)} twice. Give every class a name of its own."
         )
     if all(re.fullmatch(r"\d+(\+\d+)*", value.strip()) for _, _, value in pairs):
-        return {name.strip() or f"label {value.strip()}": _label(value) for name, _, value in pairs}
+        return {
+            "labels": {name.strip() or f"label {value.strip()}": _label(value) for name, _, value in pairs}
+        }
     path = Path(text)
     if not path.exists():
         raise UsageError(f"Labels '{text}' are not of the form 1,2 or name=1,name=2, nor a run folder.")
-    plan = Plan.load(_plan_file(path))
-    return {name: values if len(values) > 1 else values[0] for name, values in class_values(plan).items()}
+    return options_of(Plan.load(_plan_file(path)))
 
 
-def planned_labels(text: str | None) -> Labels | None:
-    """What the plan knows of its labels, where `parse_labels` is given one."""
-    path = Path(text or "")
-    file = _plan_file(path)
-    return Plan.load(file) if text and file.is_file() and file.suffix == ".json" else None
+def options_of(labels: Labels) -> dict[str, Any]:
+    """Options of `evaluate_folders` for the classes of a plan: labels, their unions and segments, what to ignore."""
+    values = class_values(labels)
+    return {
+        "labels": {name: found if len(found) > 1 else found[0] for name, found in values.items()},
+        "unions": unions(labels),
+        "segments": dict(zip(values, labels.label_values[1:], strict=True)),
+        "ignore": labels.ignore_value,
+    }
 
 
 def _plan_file(path: Path) -> Path:
@@ -230,7 +238,7 @@ def evaluate_folders(
 
     Raises:
         UserError: nothing to score, a reference that cannot be read, label maps on different grids (all such cases are
-            looked for), or DICOM-SEG without `labels` or `segments`.
+            looked for), images in place of label maps, or DICOM-SEG without `labels` or `segments`.
     """
     references = {_stem(case.id): case.images[0] for case in find_images(reference, channels=1)}
     single = {name: value for name, value in (labels or {}).items() if isinstance(value, int)}
@@ -239,7 +247,7 @@ def evaluate_folders(
         predictions = dict(zip(references, predictions.values(), strict=True))
     failures = {name: "no prediction" for name in references if name not in predictions}
     paired = [path for name, path in predictions.items() if name in references]
-    found = labels or _found_labels([*references.values(), *paired])
+    found = labels or _found_labels({reference: list(references.values()), prediction: paired})
     names = {name: value for name, value in found.items() if value != ignore}
     if not names:
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
@@ -333,13 +341,24 @@ def _stem(name: str) -> str:
     return name
 
 
-def _found_labels(paths: Sequence[Path]) -> dict[str, Label]:
-    """Every value but 0 that stands in any file; a file that cannot be read is reported when it is scored."""
-    found: set[int] = set()
-    for path in progress(paths, "Reading"):
+def _found_labels(sides: Mapping[Path | str, Sequence[Path]]) -> dict[str, Label]:
+    """Every value but 0 in the files of both sides; a file that cannot be read is reported when it is scored.
+
+    Raises:
+        UserError: one side has many values and few of them are the other's, so it holds images.
+    """
+    found: dict[Path | str, set[int]] = {side: set() for side in sides}
+    for side, path in progress([(side, path) for side, paths in sides.items() for path in paths], "Reading"):
         with contextlib.suppress(UserError):
-            found |= set(np.unique(read_label(path)).tolist())
-    return {f"label {value}": value for value in sorted(found - {0})}
+            found[side] |= set(np.unique(read_label(path)).tolist())
+    shared, every = set.intersection(*found.values()), set.union(*found.values()) - {0}
+    for side, values in found.items():
+        if all(found.values()) and len(values - shared) > max(MOST_ALONE, len(shared)):
+            raise UserError(
+                f"{side} has {len(values)} different values, the other side {len(shared)} of them: are these images "
+                "instead of label maps? Give the folder of label maps, or name the classes by --labels."
+            )
+    return {f"label {value}": value for value in sorted(every)}
 
 
 def summarize_rows(

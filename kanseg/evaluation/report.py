@@ -153,7 +153,7 @@ def draw_curves(trainings: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     right.set(xlabel="epoch", ylabel="mean Dice of validation cases", ylim=(0, 1))
     last = max(records[-1]["epoch"] for records in trainings.values())
     for axes in (left, right):
-        axes.set_xlim(-0.5, last + 0.5)
+        axes.set_xlim(-0.5, max(last, 1) + 0.5)  # of one epoch alone, ticks would be fractions
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.ticklabel_format(axis="y", useOffset=False)
     left.legend()

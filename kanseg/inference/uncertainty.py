@@ -89,7 +89,7 @@ def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{row['class']} " + ("not found" if row["expected_dice"] is None else f"{row['expected_dice']:.3f}")
         for row in rows
     )
-    return f"expected Dice: {', '.join(told)}"
+    return f"expected Dice (not calibrated): {', '.join(told)}"
 
 
 def read_quality(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import Case, Dataset, few, list_dataset, read_dataset
 from kanseg.data.images import suffix_of, write_label
-from kanseg.data.plan import Plan, plan_run
+from kanseg.data.plan import Plan, check_size, check_wishes, plan_run
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.evaluation.report import score_table
 from kanseg.inference.postprocess import load_rules, save_rules
@@ -103,6 +103,7 @@ def run_pipeline(
         raise UsageError(f"--final is {' or '.join(FINALS)}, got '{final}'.")
     if not Path(data).exists():
         raise UserError(f"There is no {data}. Give a folder or list of labelled images.")
+    check_size(size)
     checked, wanted = load_config(config, overrides), _configurations(configurations)
     asked: dict[str, Any] = {
         "data": str(Path(data).resolve()),
@@ -220,7 +221,7 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         return Path(done["trained_on"]), {int(k): v for k, v in done.get("label_values", {}).items()}
     found = diagnose(data, id_pattern=id_pattern)
     if found.dataset is None:
-        raise UserError(found.findings[0].message)
+        raise UserError(next(f for f in found.findings if not f.case and f.repair is None).message)
     console.print(
         f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
     )
@@ -256,6 +257,7 @@ def _files(data: Path, run: Path) -> dict[str, Any]:
 def _plan(job: Pipeline, **how: Any) -> None:
     """Plan the configurations that have no plan yet; the images are read once for all."""
     missing = [name for name in job.names if not (job.run / name / PLAN).exists()]
+    check_wishes(job.dataset, **how)  # before every image is read
     seen = fingerprint(job.dataset) if missing else {}
     for name in missing:
         dim = CONFIGURATIONS[name]

@@ -22,9 +22,9 @@ Splits = list[dict[str, list[str]]]
 
 
 def require_plan(run: Path, otherwise: str) -> None:
-    """Raise `UsageError` where a folder has no plan, with the trainings in it where it is one of `kanseg run`."""
+    """Raise where a folder is missing or has no plan, with the trainings in it where it is one of `kanseg run`."""
     if not run.exists():
-        raise UsageError(f"There is no {run}. Give a folder that `kanseg plan` made.")
+        raise UserError(f"There is no {run}. Give a folder that `kanseg plan` made.")
     trainings = [str(path.parent) for path in sorted(run.glob(f"*/{PLAN}"))]
     if not (run / PLAN).exists():
         hint = f"Its trainings are {', '.join(trainings)}; give one of them." if trainings else otherwise
@@ -77,6 +77,12 @@ def run_splits(dataset: Dataset, config: Config, run: Path, fold: int | str = 0)
     return splits
 
 
+def check_fold(fold: int | str, count: int) -> None:
+    """Raise `UsageError` unless it is one of so many folds."""
+    if not isinstance(fold, int) or not 0 <= fold < count:
+        raise UsageError(f"There is no fold {fold}. Folds are 0 ... {count - 1}, '{ALL}' and '{FINAL}'.")
+
+
 def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[Case], list[Case]]:
     """Training and validation cases of a fold; fold "final" trains on every case.
 
@@ -86,10 +92,8 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[
     """
     if fold == FINAL:
         return list(dataset.cases), []
-    if not isinstance(fold, int) or not 0 <= fold < len(splits):
-        raise UsageError(
-            f"There is no fold {fold}. Folds are 0 ... {len(splits) - 1}, '{ALL}' and '{FINAL}'."
-        )
+    check_fold(fold, len(splits))
+    assert isinstance(fold, int)
     cases = {case.id: case for case in dataset.cases}
     names = [*splits[fold]["train"], *splits[fold]["val"]]
     unknown = [name for name in names if name not in cases]

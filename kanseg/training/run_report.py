@@ -303,10 +303,10 @@ class _Report:
             dice = f"{summary['dice']['mean']:.3f}" if "dice" in summary else ""
             rows.append([fold.relative_to(self.run), dice, summary.get("epochs", ""), f"{minutes:.1f}"])
             rows[-1] += ["" if wait is None else f"{wait:.1%}", f"{memory / 1024:.2f}", len(sessions)]
-            rows[-1].append("not told" if energy is None else f"{energy / 3600:.1f}")
+            rows[-1].append("not measured" if energy is None else f"{energy / 3600:.1f}")
         heading = [
             "training",
-            "Dice",
+            "Dice before post-processing",
             "epochs",
             "minutes",
             "waiting for data",
@@ -321,11 +321,11 @@ class _Report:
         facts = {
             **hardware,
             "seed": last["seed"],
-            "git": last["git"],
+            "git": _revision(last["git"]),
             "data sha256": last["data"]["sha256"],
         }
         facts |= {"command": " ".join(last["command"]), **last["versions"]}
-        facts["options"] = json.dumps((read_json(self.run / SETTINGS) or {}).get("overrides", []))
+        facts["options"] = " ".join((read_json(self.run / SETTINGS) or {}).get("overrides", [])) or None
         yield table(["what", "which"], [[key, value] for key, value in facts.items() if value is not None])
 
     def split(self) -> Iterator[str]:
@@ -351,6 +351,11 @@ class _Report:
 
 def _range(limits: Sequence[float]) -> str:
     return f"[{limits[0]:.3f}, {limits[1]:.3f}]"
+
+
+def _revision(git: Mapping[str, Any] | None) -> str | None:
+    """Of the code, in words."""
+    return f"{git['commit']}{' with changes' if git['changed'] else ''}" if git else None
 
 
 def _rule(rule: Mapping[str, Any], plan: Plan) -> str:

@@ -8,11 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from kanseg.errors import UsageError
+from kanseg.errors import UserError
 from kanseg.progress import is_main
 
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or file) to write.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")]
+OutFile = Annotated[Path, typer.Option("-o", "--out", help="Folder, or file for one image, to write to.")]
+Memory = Annotated[str | None, typer.Option(help="Memory limit, e.g. 8G; default: what is free.")]
+Size = Annotated[str, typer.Option(help="Size of the network: small, standard or large.")]
+ConfigName = Annotated[
+    str,
+    typer.Option(
+        help="Options to begin with: default, hippocampus, ham10000, medmnist, mnist, cifar10, cifar100, "
+        "tiny_imagenet, imagenet."
+    ),
+]
 Pattern = Annotated[str | None, typer.Option(help="Regular expression, one group: the patient in an id.")]
 Mirror = Annotated[
     str | None,
@@ -21,23 +31,13 @@ Mirror = Annotated[
 Regions = Annotated[
     str | None, typer.Option(help="whole=1+2+4,core=1+4: classes that overlap, the large ones first.")
 ]
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def size_in_bytes(text: str | None) -> int | None:
-    """ "8G" -> bytes; None stays None."""
-    if text is None:
-        return None
-    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
-    if number and number[-1] in UNITS:
-        number, unit = number[:-1], number[-1]
-    try:
-        size = float(number) * UNITS[unit]
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise UsageError(f"--memory '{text}' is not a size such as 8G or 500M.")
-    return int(size)
+def require(expected: str, *paths: Path | None) -> None:
+    """Raise `UserError` for the first path that does not exist."""
+    for path in paths:
+        if path is not None and not path.exists():
+            raise UserError(f"There is no {path}. Give {expected}.")
 
 
 def console(to_stderr: bool) -> Any:

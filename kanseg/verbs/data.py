@@ -61,7 +61,9 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A data set in any layout; with --from a file of weights.")],
     out: Out,
     to: Annotated[str, typer.Option(help="msd (Medical Segmentation Decathlon) or nnunet.")] = "msd",
-    origin: Annotated[str | None, typer.Option("--from", help="Whose weights: torch-conv-kan.")] = None,
+    origin: Annotated[
+        str | None, typer.Option("--from", help="Source of published weights: torch-conv-kan.")
+    ] = None,
     architecture: Annotated[str | None, typer.Option(help="Published name of the weights' network.")] = None,
     id_pattern: Pattern = None,
     json_: Json = False,

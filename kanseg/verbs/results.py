@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from kanseg import __version__
-from kanseg.errors import UsageError, UserError
-from kanseg.verbs.common import Json, Out, console, emit
+from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.verbs.common import Json, Out, OutFile, console, emit, require
 
 app = typer.Typer()
 Paths = Annotated[list[Path], typer.Argument(help="Folders of predictions; with -i: runs or models.")]
@@ -18,10 +18,14 @@ Paths = Annotated[list[Path], typer.Argument(help="Folders of predictions; with 
 @app.command()
 def compare(
     one: Annotated[Path, typer.Argument(metavar="A", help="Run, scores of kanseg evaluate, or label maps.")],
-    other: Annotated[Path, typer.Argument(metavar="B", help="The like.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with, of the same cases.")],
     reference: Annotated[Path | None, typer.Option(help="References, for folders of label maps.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="For table, numbers and picture.")] = None,
-    labels: Annotated[str | None, typer.Option(help="With --reference: as in kanseg evaluate.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for comparison.csv, .json and .png.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="With --reference: classes, 1,2 or tumour=1 or a run folder.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Say whether A is better than B on the same cases: paired bootstrap and Wilcoxon test a class and metric.
@@ -30,10 +34,12 @@ def compare(
     """
     from kanseg.evaluation.compare import compare as compare_scores
     from kanseg.evaluation.compare import comparison_table
-    from kanseg.evaluation.metrics import parse_labels
+    from kanseg.evaluation.metrics import label_options
 
-    named = None if labels is None else parse_labels(labels)
-    result = compare_scores(one, other, out, reference=reference, labels=named)
+    if labels is not None and reference is None:
+        raise UsageError("--labels is for folders of label maps; give their references by --reference.")
+    require("a run, scores of kanseg evaluate, or label maps", one, other, reference)
+    result = compare_scores(one, other, out, reference=reference, **label_options(labels))
     talk = console(json_)
     talk.print(comparison_table(result))
     for side in ("a", "b"):
@@ -45,8 +51,10 @@ def compare(
 @app.command()
 def ensemble(
     members: Paths,
-    out: Out,
-    images: Annotated[Path | None, typer.Option("-i", "--input", help="Images; then models predict.")] = None,
+    out: OutFile,
+    images: Annotated[
+        Path | None, typer.Option("-i", "--input", help="Images to segment by the runs or models.")
+    ] = None,
     tta: Annotated[bool, typer.Option("--tta", help="With -i: average over the mirror axes.")] = False,
     json_: Json = False,
 ) -> None:
@@ -95,6 +103,10 @@ def export(
 
     Example: kanseg export runs/mine -o exported/ -i scan.nii.gz
     """
+    from kanseg.export import FORMATS
+
+    if to not in FORMATS:
+        raise UsageError(f"Unknown format '{to}'.{did_you_mean(to, FORMATS)}")
     from kanseg.export.network import export_network
 
     talk = console(json_)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kanseg.verbs.common import Json, Mirror, Out, Pattern, Regions, console, emit, size_in_bytes
+from kanseg.verbs.common import ConfigName, Json, Memory, Mirror, Out, Pattern, Regions, Size, console, emit
 
 app = typer.Typer()
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value: training.optimizer=sgd")]
@@ -20,17 +20,20 @@ def run(
     overrides: Overrides = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Of training in all, without validation; default by epochs.", min=0.01),
+        typer.Option(
+            help="Minutes of all trainings together, without validation; default: 100 epochs of 100 steps each.",
+            min=0.01,
+        ),
     ] = None,
     configurations: Annotated[str, typer.Option(help="auto, 3d, 2d, or several: 3d,2d.")] = "auto",
     final: Annotated[
         str, typer.Option(help="Final model: folds (all of them) or all (trained on all).")
     ] = "folds",
-    memory: Annotated[str | None, typer.Option(help="To stay within, e.g. 8G; default what is free.")] = None,
-    size: Annotated[str, typer.Option(help="Of the network: small, standard or large.")] = "standard",
+    memory: Memory = None,
+    size: Size = "standard",
     regions: Regions = None,
     mirror: Mirror = None,
-    config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
+    config: ConfigName = "default",
     id_pattern: Pattern = None,
     override: Annotated[bool, typer.Option("--override", help="Go on with other options.")] = False,
     json_: Json = False,
@@ -41,10 +44,12 @@ def run(
     """
     from kanseg.data.labels import parse_regions
     from kanseg.data.mirror import parse_mirror
+    from kanseg.memory import size_in_bytes
     from kanseg.training.pipeline import run_pipeline
 
     how: dict[str, Any] = {"minutes": minutes, "configurations": configurations, "final": final}
-    how |= {"memory": size_in_bytes(memory), "size": size, "config": config, "id_pattern": id_pattern}
+    how |= {"memory": size_in_bytes(memory) if memory else None, "size": size}
+    how |= {"config": config, "id_pattern": id_pattern}
     how |= {"mirror": parse_mirror(mirror), "regions": parse_regions(regions) if regions else None}
     found = run_pipeline(data, out, overrides or [], override=override, console=console(json_), **how)
     emit(found, json_)
@@ -56,10 +61,12 @@ def search(
     options: Annotated[
         list[str], typer.Argument(help="training.lr=loguniform(1e-4,1e-2) and fixed key=value.")
     ],
-    trials: Annotated[int, typer.Option(min=1)] = 20,
+    trials: Annotated[int, typer.Option(help="Number of trials.", min=1)] = 20,
     concurrent: Annotated[int, typer.Option(help="Trials at the same time.", min=1)] = 1,
-    fold: Annotated[int, typer.Option("-f", "--fold", help="Whose cases tell.", min=0)] = 0,
-    config: Annotated[str, typer.Option(help="Name of a config of kanseg.")] = "default",
+    fold: Annotated[
+        int, typer.Option("-f", "--fold", help="Fold whose validation cases judge a trial.", min=0)
+    ] = 0,
+    config: ConfigName = "default",
     prune: Annotated[bool, typer.Option(help="End trials early that fall behind.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of this folder.")] = False,
     json_: Json = False,

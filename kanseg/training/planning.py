@@ -1,0 +1,90 @@
+"""From data to a plan in a run folder, told as it goes: what `kanseg plan`, `kanseg train` and `Segmenter.fit` do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kanseg.config import Config
+from kanseg.data.class_plan import plan_classes
+from kanseg.data.formats import Dataset, few, list_dataset, read_dataset
+from kanseg.data.image_classes import is_classes, read_classes
+from kanseg.data.labels import parse_regions
+from kanseg.data.mirror import parse_mirror
+from kanseg.data.plan import check_size, plan_run
+from kanseg.data.plans import AnyPlan
+from kanseg.errors import UsageError
+from kanseg.memory import size_in_bytes
+from kanseg.training.run_folder import check_fold
+from kanseg.training.trial import measure_step
+
+
+def plan_data(
+    data: Path,
+    run: Path,
+    *,
+    console: Console,
+    dim: int | None = None,
+    memory: int | str | None = None,
+    size: str = "standard",
+    slices: int = 1,
+    mirror: Sequence[int] | str | None = None,
+    regions: Mapping[str, Sequence[int]] | str | None = None,
+    id_pattern: str | None = None,
+    trial: bool = True,
+) -> AnyPlan:
+    """Read, plan, say what was decided and why, and write plan.json and fingerprint.json.
+
+    Args:
+        dim, size, slices: see `kanseg.data.plan.make_plan`; mirror, regions and memory (bytes) too, or as words of the
+            command line, e.g. "8G".
+        id_pattern: see `kanseg.data.formats.read_dataset`.
+        trial: measure the memory of a step.
+    """
+    check_size(size)
+    memory = size_in_bytes(memory) if isinstance(memory, str) else memory
+    mirror = parse_mirror(mirror) if isinstance(mirror, str) else mirror
+    regions = parse_regions(regions) if isinstance(regions, str) else regions
+    if is_classes(data):
+        if dim or size != "standard" or slices != 1 or mirror is not None or regions:
+            raise UsageError(
+                f"{data} has a class for each image; --dim, --slices, --size, --mirror and --regions are for "
+                "segmentation."
+            )
+        classes = read_classes(data, id_pattern=id_pattern)
+        shown = ", ".join(classes.label_names[:12])
+        _tell(console, classes, f"{len(classes.label_names)} classes: {shown}")
+        plan: AnyPlan = plan_classes(classes, run)
+    else:
+        named = None if regions is None else {name: list(values) for name, values in regions.items()}
+        dataset = read_dataset(data, id_pattern=id_pattern, regions=named)
+        patients = len({case.group for case in dataset.cases})
+        found = f"{len(dataset.cases)} labelled images of {patients} patients"
+        _tell(console, dataset, f"{found}; {few(dataset.label_names)}")
+        plan = plan_run(
+            dataset,
+            run,
+            dim=dim,
+            memory=memory,
+            size=size,
+            slices=slices,
+            mirror=mirror,
+            regions=named,
+            measure=measure_step if trial else None,
+        )
+    for reason in plan.reasons:
+        console.print(f"- {reason}", highlight=False, markup=False)
+    return plan
+
+
+def require_fold(data: Path, fold: int | str, config: Config) -> None:
+    """Raise `UsageError` where a split of the data would not have this fold; no image is read."""
+    if isinstance(fold, int) and fold >= config.data.folds and not is_classes(data):
+        check_fold(fold, len(list_dataset(data).splits) or config.data.folds)
+
+
+def _tell(console: Console, dataset: Dataset, found: str) -> None:
+    console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
+    console.print(found, highlight=False, soft_wrap=True)
