@@ -28,6 +28,7 @@ from kanseg.data.plan import Plan, make_plan, planned_dataset
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_folders, label_dice, parse_labels
 from kanseg.inference.predict import decide, predict_case
+from kanseg.training.cross_validation import pool
 from kanseg.training.losses import LOSSES, create_loss
 from kanseg.training.validate import validate_batch
 
@@ -154,6 +155,18 @@ def test_while_training_too_what_nobody_annotated_is_not_scored(plan: Plan, over
 
     scores = validate_batch(network, batch, plan if overlapping else classes, torch.device("cpu"))  # type: ignore[arg-type]
     assert scores == [1.0, 1.0]
+
+
+def test_cross_validation_leaves_the_unknown_out(plan: Plan, regions: Path, tmp_path: Path) -> None:
+    dataset, kept = read_dataset(regions), {}
+    for case in dataset.cases[:2]:
+        image = read_image(case.images)
+        truth = read_label(regions / "labelsTr" / f"{case.id}.nii.gz")
+        kept[case.id] = tmp_path / f"{case.id}.nii.gz"
+        write_label(kept[case.id], np.where(truth == 9, 2, truth), image, "uint8")
+    found = pool(plan, dataset, kept)
+    assert found["dice_without_postprocessing"] == found["metrics"]["mean"]["dice"]["mean"] == 1
+    assert found["postprocessing"] == []
 
 
 class Known(nn.Module):
