@@ -61,6 +61,19 @@ def test_image_and_label_move_together_and_no_class_is_made_up(plans, dims, kind
     assert moved.all()
 
 
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_thick_slices_are_turned_within_them_alone(plans, thick, monkeypatch):
+    """An image that is one number a slice stays as it is; one that changes within them does not."""
+    only(monkeypatch, affine=(1.0, 1.0), scale=(0.0, 0.0))
+    plan = replace(plans[3], mirror_axes=[], spacing=[5.0 if axis == thick else 1.0 for axis in range(3)])
+    change, batch = BatchAugmentation(plan), batch_of(3)
+    for axis in range(3):
+        places = torch.arange(SIZES[3][axis]).float().view([-1 if a == axis else 1 for a in range(3)])
+        image = places.expand(16, 1, *SIZES[3])
+        still = torch.isclose(change({**batch, "image": image})["image"], image, atol=1e-3)
+        assert still.all() == (axis == thick)
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_without_chance_nothing_changes_but_the_flips(plans, dims, monkeypatch):
     only(monkeypatch)

@@ -25,7 +25,13 @@ from kanseg.data.class_plan import plan_classes
 from kanseg.data.image_classes import read_classes
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.classification import class_scores, evaluate_classes, label_scores, read_predictions
+from kanseg.evaluation.classification import (
+    class_scores,
+    evaluate_classes,
+    label_scores,
+    read_predictions,
+    write_predictions,
+)
 from kanseg.inference.classify import is_classifier, predict_classes
 from kanseg.layers import take_balance_loss
 from kanseg.training.checkpoint import load_model
@@ -358,6 +364,32 @@ def test_the_scores_are_those_of_scikit_learn() -> None:
     assert found["balanced_accuracy"] == pytest.approx(balanced)
     low, high = found["ci95"]
     assert low < found["accuracy"] < high
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_intervals_draw_whole_patients(several: bool, tmp_path: Path) -> None:
+    """Of the two images of each patient one is right: whatever patients are drawn, half of all is right."""
+    column = "classes" if several else "class"
+    rows = [f"image,{column},patient"]
+    for number in range(16):
+        Image.new("L", (4, 4)).save(tmp_path / f"im{number}.png")
+        rows.append(f"im{number}.png,{'ab'[number // 8]},p{number // 2}")
+    (tmp_path / "cases.csv").write_text("\n".join(rows))
+    truth = np.arange(16) // 8
+    answers = np.eye(2)[np.where(np.arange(16) % 2, truth, 1 - truth)]
+    table = write_predictions(
+        tmp_path / "said.csv", [f"im{i}" for i in range(16)], answers, ["a", "b"], multilabel=several
+    )
+    found = evaluate_classes(table, tmp_path / "cases.csv")
+    assert found["accuracy"] == 0.5
+    assert found["ci95"] == [0.5, 0.5]
+    dataset, config = read_classes(tmp_path / "cases.csv"), load_config(overrides=SMALL)
+    cases, plan = dataset.cases, plan_classes(dataset)
+    trained = Classification(config, plan, cases, cases, torch.device("cpu"), dataset=dataset)
+    assert trained.summarize([answers.tolist()])["ci95"] == [0.5, 0.5]
+    scores = label_scores if several else class_scores
+    low, high = scores(answers, np.eye(2)[truth] if several else truth, ["a", "b"])["ci95"]  # of images
+    assert low < 0.3 < 0.7 < high
 
 
 def test_a_class_that_is_not_there_leaves_the_scores_finite() -> None:

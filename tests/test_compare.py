@@ -50,6 +50,8 @@ def test_numbers_are_those_of_the_formulas(tmp_path: Path) -> None:
         assert row["difference"] == pytest.approx(difference.mean())
         assert row["p"] == pytest.approx(wilcoxon(difference).pvalue)
         assert (row["wins"], row["losses"]) == ((difference > 0).sum(), (difference < 0).sum())
+        far = rows[f"organ {number}", "hd95"]  # which falls as Dice rises, so the same cases are won
+        assert (far["wins"], far["losses"]) == (row["wins"], row["losses"])
         low, high = ttest_rel(one[:, number], other[:, number]).confidence_interval()
         np.testing.assert_allclose(row["ci95"], [low, high], atol=0.006)  # close to normal with 30 cases
     ps = sorted(rows[f"organ {number}", "dice"]["p"] for number in range(2))

@@ -33,6 +33,8 @@ def same(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(images[0].array, images[1].array)
         np.testing.assert_allclose(images[0].affine, images[1].affine, atol=1e-5)
         labels = [read_label(c.label) for c in (case, there)]  # type: ignore[arg-type]
+        unknown = [label == d.ignore_value for label, d in zip(labels, (first, second), strict=True)]
+        np.testing.assert_array_equal(*unknown)
         for name in names[0]:
             masks = [np.isin(label, values[name]) for label, values in zip(labels, names, strict=True)]
             np.testing.assert_array_equal(*masks)
@@ -73,10 +75,19 @@ def test_regions_the_ignore_label_and_channels_survive(blobs: Path, tmp_path: Pa
         "regions_class_order": [1, 2],
     }
     (root / "dataset.json").write_text(json.dumps(described))
+    for path in (root / "labelsTr").iterdir():
+        file = nib.load(path)
+        label = np.asarray(file.dataobj).copy()
+        label[:2] = 5
+        nib.save(nib.Nifti1Image(label, file.affine), path)
     convert(read_dataset(root), tmp_path / "out", to)
     same(root, tmp_path / "out")
     again = read_dataset(tmp_path / "out")
     assert len(again.regions) == 3
+    if to == "nnunet":  # the values of its labels are consecutive, the one to ignore is the highest
+        values = np.unique(read_label(tmp_path / "out" / "labelsTr" / "case_0.nii.gz"))
+        np.testing.assert_array_equal(values, np.arange(len(values)))
+        assert again.ignore_value == values.max()
     assert "subjects" in json.loads((tmp_path / "out" / "dataset.json").read_text())
 
 

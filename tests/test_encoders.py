@@ -172,6 +172,11 @@ def test_encoder_weights_come_from_files(tmp_path: Path) -> None:
     model = create_model("ukanet", 2, 1, 2, encoder_weights=path, **options)
     for ours, theirs in zip(model.encoder.parameters(), source.encoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    both = {f"average.{name}": value for name, value in source.state_dict().items()}
+    both |= {f"model.{name}": value + 1 for name, value in source.state_dict().items()}
+    load_encoder(model, _written(both, tmp_path / "last.safetensors"))
+    for ours, theirs in zip(model.encoder.parameters(), source.encoder.parameters(), strict=True):
+        assert torch.equal(ours, theirs)  # the average is what predicts
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     load_encoder(model, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"do not fit this VGGKAN: missing \['stages.0.0.conv.base_weight'"):

@@ -197,6 +197,19 @@ def test_folders_with_probabilities_are_averaged_others_vote(plan: Plan, blobs: 
     np.testing.assert_allclose(nib_map.affine, nib.load(cases[0].images[0]).affine)
 
 
+def test_a_tie_of_votes_goes_to_the_earliest_folder(tmp_path: Path) -> None:
+    maps = [np.random.default_rng(seed).permutation(np.arange(27) % 3) for seed in range(2)]
+    folders = [tmp_path / name for name in "ab"]
+    for folder, labels in zip(folders, maps, strict=True):
+        folder.mkdir()
+        image = nib.Nifti1Image(labels.reshape(3, 3, 3).astype(np.uint8), np.eye(4))
+        nib.save(image, folder / "case.nii.gz")
+    for number, order in enumerate((folders, folders[::-1])):
+        combine_folders(order, tmp_path / f"out{number}")
+        found, first = (read_image(f / "case.nii.gz").array for f in (tmp_path / f"out{number}", order[0]))
+        np.testing.assert_array_equal(found, first)
+
+
 def test_folders_that_cannot_be_combined_are_refused(plan: Plan, blobs: Path, tmp_path: Path) -> None:
     for folder, count in (("a", 2), ("b", 1)):
         predict_folder(Brightness(0.5), plan, find_images(blobs / "imagesTr")[:count], tmp_path / folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -67,6 +68,19 @@ def test_a_plan_for_data_that_changed_is_refused_with_the_difference(
     plan_run(read_dataset(copy), tmp_path / "run", memory=2**31)
     change(copy)  # type: ignore[operator]
     with pytest.raises(UserError, match=f"is not as it was planned in .*{message}"):
+        check_unchanged(read_dataset(copy), tmp_path / "run")
+
+
+def test_a_label_that_changed_within_its_size_is_refused(copy: Path, tmp_path: Path) -> None:
+    path, sizes = copy / "labelsTr" / "case_2.nii.gz", []
+    for change in (lambda root: None, change_label):
+        change(copy)
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=0))
+        sizes.append(path.stat().st_size)
+        if len(sizes) == 1:
+            plan_run(read_dataset(copy), tmp_path / "run", memory=2**31)
+    assert sizes[0] == sizes[1]
+    with pytest.raises(UserError, match=r"case_2\.nii\.gz of case_2 has changed"):
         check_unchanged(read_dataset(copy), tmp_path / "run")
 
 

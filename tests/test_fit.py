@@ -386,6 +386,19 @@ def test_the_average_of_constant_weights_is_those_weights():
     assert average["weight"].tolist() == pytest.approx([1.2, 1.2])
 
 
+def test_a_young_average_is_the_mean_over_few_steps():
+    """Were it as slow as later on, the random weights of the start would still be in it."""
+    model = torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(model.weight)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.nn.init.ones_(model.weight)
+    left = 1.0
+    for step in range(1, 9):
+        update_average(average, model, 0.999, step)
+        left *= (1 + step) / (10 + step)
+        assert average["weight"].item() == pytest.approx(1 - left)
+
+
 def test_dice_of_classes_absent_from_both_is_one_and_missed_ones_zero():
     prediction, reference = np.array([[0, 1, 1]]), np.array([[0, 1, 2]])
     assert dice_of_values(prediction, reference, [1, 2, 3]) == pytest.approx([2 / 3, 0.0, 1.0])

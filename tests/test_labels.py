@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,9 @@ from kanseg.data.plan import Plan, make_plan, planned_dataset
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_folders, label_dice, label_options
 from kanseg.inference.predict import decide, predict_case
+from kanseg.training.cross_validation import pool
 from kanseg.training.losses import LOSSES, create_loss
+from kanseg.training.validate import validate_batch
 
 BRATS = {"whole": [1, 2, 3, 4], "core": [1, 3, 4], "enhancing": [4]}
 
@@ -41,8 +44,6 @@ def regions(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     described["labels"] = {"background": 0, "both": [1, 2], "far": [2], "ignore": 9}
     described["regions_class_order"] = [1, 2]
     (root / "dataset.json").write_text(json.dumps(described))
-    import nibabel as nib
-
     for path in (root / "labelsTr").iterdir():
         file = nib.load(path)
         label = np.asarray(file.dataobj).copy()
@@ -125,6 +126,49 @@ def test_what_nobody_annotated_has_no_gradient(name: str, overlapping: bool) -> 
         torch.testing.assert_close(create_loss(name)(other, label), loss.detach())
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_what_nobody_annotated_adds_what_a_right_answer_without_doubt_adds(
+    name: str, overlapping: bool
+) -> None:
+    logits = torch.randn(2, 3, 6, 6, 6)
+    label = torch.randint(3, (2, 1, 6, 6, 6)).float()
+    if overlapping:
+        label = (torch.rand(2, 3, 6, 6, 6) > 0.5).float()
+    sure, background = logits.clone(), label.clone()
+    sure[:, 0, :2], sure[:, 1:, :2], background[:, :, :2] = 1e3, -1e3, 0
+    label[:, :, :2] = -1
+    torch.testing.assert_close(create_loss(name)(logits, label), create_loss(name)(sure, background))
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_while_training_too_what_nobody_annotated_is_not_scored(plan: Plan, overlapping: bool) -> None:
+    """A network that sees every class (or its last one) everywhere is right where the label says so."""
+    numbers = torch.full((1, 16, 16, 16), 2)
+    numbers[:, :9] = -1
+    classes = replace(plan, regions=[], label_names=["background", "near", "far"])
+    label = targets(numbers, plan if overlapping else classes)
+    batch = {"image": torch.randn(1, 1, 16, 16, 16), "label": label[None]}
+
+    def network(x: Tensor) -> Tensor:
+        return torch.ones(len(x), 3, *x.shape[2:]).cumsum(1)
+
+    scores = validate_batch(network, batch, plan if overlapping else classes, torch.device("cpu"))  # type: ignore[arg-type]
+    assert scores == [1.0, 1.0]
+
+
+def test_cross_validation_leaves_the_unknown_out(plan: Plan, regions: Path, tmp_path: Path) -> None:
+    dataset, kept = read_dataset(regions), {}
+    for case in dataset.cases[:2]:
+        image = read_image(case.images)
+        truth = read_label(regions / "labelsTr" / f"{case.id}.nii.gz")
+        kept[case.id] = tmp_path / f"{case.id}.nii.gz"
+        write_label(kept[case.id], np.where(truth == 9, 2, truth), image, "uint8")
+    found = pool(plan, dataset, kept)
+    assert found["dice_without_postprocessing"] == found["metrics"]["mean"]["dice"]["mean"] == 1
+    assert found["postprocessing"] == []
+
+
 class Known(nn.Module):
     """A network whose answer is known: "both" where the image is high, "far" where it is highest."""
 
@@ -154,29 +198,43 @@ def test_scores_count_regions_as_wholes_and_leave_the_unknown_out(
     truth = read_label(regions / "labelsTr" / "case_0.nii.gz")
     near = np.where(truth == 2, 1, truth)
     assert label_dice(near, truth, plan) == [1.0, 0.0]
+    drawn = np.where(truth == 9, 2, truth)
+    classes = replace(plan, regions=[], label_names=["background", "near", "far"])
+    for known in (plan, classes):
+        assert label_dice(drawn, truth, known) == [1.0, 1.0]
     assert label_options("whole=1+2,core=2")["labels"] == {"whole": (1, 2), "core": 2}
 
 
 def test_a_network_learns_regions_and_ignores(
     plan: Plan, regions: Path, tmp_path: Path, quick_learner: list[str]
 ) -> None:
-    """From a folder with regions to a label map, by the ordinary ways."""
+    """From a folder with regions to a label map, by the ordinary ways; nobody says what a bright slab is.
+
+    It looks like the balls, so it is taken for them, which it were not if it counted as background.
+    """
     from kanseg.config import load_config
     from kanseg.inference.ensemble import Loaded
     from kanseg.training.fit import fit
 
-    config = load_config(
-        overrides=[
-            *quick_learner,
-            "training.steps_per_epoch=30",
-        ]
-    )
-    summary = fit(config, plan, read_dataset(regions), tmp_path / "run", fold=0)
+    root = tmp_path / "set"
+    shutil.copytree(regions, root)
+    for path in root.glob("*Tr/*.nii.gz"):
+        file = nib.load(path)
+        array = np.asarray(file.dataobj).copy()
+        if path.parent.name == "labelsTr":
+            array[:6] = 9
+        else:
+            array[:5] += 4
+        nib.save(nib.Nifti1Image(array, file.affine), path)
+    config = load_config(overrides=[*quick_learner, "training.steps_per_epoch=30"])
+    dataset = read_dataset(root)
+    summary = fit(config, plan, dataset, tmp_path / "run", fold=0)
     assert set(summary["dice"]) == {"both", "far", "mean"}
     assert summary["dice"]["both"] > 0.6
     loaded = Loaded([tmp_path / "run"])
-    labels, _ = predict_case(loaded.networks, read_dataset(regions).cases[0], loaded.plans)
+    labels, _ = predict_case(loaded.networks, dataset.cases[0], loaded.plans)
     assert set(np.unique(labels)) <= {0, 1, 2}
+    assert (labels[:4] > 0).mean() > 0.5 > (labels[6:] > 0).mean()
 
 
 def named(*names: str) -> Dataset:

@@ -6,6 +6,7 @@ import itertools
 from functools import partial
 from importlib import import_module
 
+import literature
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,34 @@ def test_is_its_formula(spatial_dims: int, basis: str, geometry: dict) -> None:
     conv = KANConv(spatial_dims, 4, 6, basis=basis, **geometry).double()
     x = torch.randn(2, 4, *SIZES[spatial_dims], dtype=torch.float64)
     torch.testing.assert_close(conv(x), by_the_formula(conv, x))
+
+
+def of_the_literature(family: str, layer: ConvLayer, x: Tensor, drop: literature.Drop) -> Tensor:
+    weights = {name.removeprefix("conv."): value for name, value in layer.named_parameters()}
+    return literature.CONVOLUTIONS[family](x, weights, drop)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_family_is_the_formula_of_the_literature(family: str, groups: int) -> None:
+    """Base branch, its activation, that of the basis, norm and activation."""
+    layer = conv_layer(family)(2, 4, 6, groups=groups).double()
+    for parameter in layer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), of_the_literature(family, layer, x, lambda kept: kept))
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if "bottleneck" not in name]
+)  # those have noise
+def test_dropout_of_every_family_acts_where_the_literature_has_it(family: str) -> None:
+    """Where every channel is dropped the place shows: both branches, one of them, its functions, or the output."""
+    layer = conv_layer(family, dropout=1.0)(2, 4, 6).double()
+    for parameter in layer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), of_the_literature(family, layer, x, torch.zeros_like))
 
 
 @pytest.mark.parametrize("basis", BASES.names())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import literature
 import pytest
 import torch
 from test_layers import saved_bytes
@@ -34,6 +35,17 @@ def test_wavelets_are_those_of_the_convolution_that_mixes_nothing() -> None:
     conv.wavelet_weight.data = layer.wavelet_weight.data.unsqueeze(2)
     x = torch.randn(5, 4, dtype=torch.float64)
     torch.testing.assert_close(layer(x), conv(x.unsqueeze(2)).squeeze(2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_the_formula_of_the_literature(family: str) -> None:
+    """Base branch, its activation, that of the basis, bias, norm and activation."""
+    layer = linear_layer(family)(4, 6).double()
+    for parameter in layer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    weights = {name.removeprefix("linear."): value for name, value in layer.named_parameters()}
+    x = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), literature.LINEAR[family](x, weights))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

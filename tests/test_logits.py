@@ -113,6 +113,14 @@ def test_label_map_and_probabilities_do_not_depend_on_where_logits_lie(
     np.testing.assert_allclose(restore(alone[2:], item, other)[0], chances[1][2], atol=1e-4)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_answers_that_are_not_finite_are_refused(plan: Plan, value: float) -> None:
+    model = network(3)
+    next(model.parameters()).data.view(-1)[0] = value
+    with pytest.raises(UserError, match="values that are not finite"):
+        whole_logits(model, torch.randn(1, 1, 16, 16, 16), plan)
+
+
 def test_what_is_free_or_allowed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fits(100 * MEGA)
     assert not fits(free_memory())

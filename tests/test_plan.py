@@ -15,7 +15,7 @@ import torch
 
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Need, Plan, make_plan, plan_run
+from kanseg.data.plan import BYTES_A_CASE_VOXEL, Need, Plan, loader_bytes, make_plan, plan_run
 from kanseg.errors import UserError
 from kanseg.models import create_model
 from kanseg.training.checkpoint import model_spec
@@ -59,6 +59,15 @@ def test_thick_slices_are_halved_within_first(tmp_path: Path) -> None:
     assert all(n % f == 0 for n, f in zip(plan.patch_size, np.prod(plan.strides, axis=0), strict=True))
 
 
+def test_the_distance_of_thick_slices_goes_by_its_tenth_percentile(tmp_path: Path) -> None:
+    root, distances = volumes(tmp_path, (32, 32, 12), (1.0, 1.0, 5.0)), (5.0, 10.0, 15.0)
+    for path in root.glob("*/*.nii.gz"):
+        affine = np.diag([1.0, 1.0, distances[int(path.name[0])], 1.0])
+        nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), affine), path)
+    plan = make_plan(read_dataset(root), memory=8 * GIB)
+    assert plan.spacing == pytest.approx([1.0, 1.0, np.percentile(distances, 10)])
+
+
 def test_a_few_slices_do_not_stop_the_halving_within_them(tmp_path: Path) -> None:
     plan = make_plan(read_dataset(volumes(tmp_path, (256, 256, 2), (1.0, 1.0, 3.0))), memory=8 * GIB)
     assert plan.strides[1:] == [[2, 2, 1]] * 5
@@ -74,8 +83,9 @@ def test_axes_are_counted_in_ras_order(tmp_path: Path) -> None:
     assert plan.spacing == [3.0, 1.0, 1.0]
 
 
-def test_ct_is_clipped_to_its_foreground(tmp_path: Path) -> None:
-    plan = make_plan(read_dataset(volumes(tmp_path, (32, 32, 32), (1.0, 1.0, 1.0), "CT")))
+@pytest.mark.parametrize("channel", ["CT", "ct", " Ct "])
+def test_ct_is_clipped_to_its_foreground(tmp_path: Path, channel: str) -> None:
+    plan = make_plan(read_dataset(volumes(tmp_path, (32, 32, 32), (1.0, 1.0, 1.0), channel)))
     (scheme,) = plan.normalization
     assert scheme["scheme"] == "ct"
     assert 100 < scheme["lower"] < scheme["mean"] < scheme["upper"] < 180
@@ -182,6 +192,20 @@ def test_a_measured_step_fits_into_the_memory(tmp_path: Path) -> None:
         assert "trial steps took" in " ".join(plan.reasons)
     with pytest.raises(UserError, match="900 MiB are too few"):
         make_plan(dataset, memory=900 * 2**20, measure=steps_of(GIB, 500))
+
+
+def test_the_memory_is_enough_for_step_prepared_cases_and_loader_together(tmp_path: Path) -> None:
+    size = (96, 96, 96)
+    dataset = read_dataset(volumes(tmp_path, size, (1.0, 1.0, 1.0)))
+    machine = steps_of(10 * 2**20, 10)
+    cases = len(dataset.cases) * math.prod(size) * (4 + BYTES_A_CASE_VOXEL)
+    for budget in (144 * 2**20, 192 * 2**20):
+        assert cases < 0.25 * budget  # all of them stay in memory
+        plan = make_plan(dataset, memory=budget, measure=machine)
+        need, voxels = machine(plan), math.prod(plan.patch_size) * plan.batch_size
+        step = need.base + need.per_voxel * voxels
+        assert plan.training_bytes == pytest.approx(step + cases)
+        assert 0.7 * budget < step + cases + loader_bytes(plan) < budget
 
 
 def test_a_short_training_gets_smaller_steps_rather_than_few(tmp_path: Path) -> None:

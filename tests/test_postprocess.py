@@ -36,6 +36,18 @@ def test_each_rule_changes_what_it_names_and_nothing_else(dims: int) -> None:
     np.testing.assert_array_equal(labels, before)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_touches_by_a_corner_is_one_component(dims: int) -> None:
+    labels = np.zeros((12,) * dims, np.uint8)
+    labels[(slice(1, 5),) * dims] = labels[(slice(5, 8),) * dims] = 1
+    touching = labels.copy()
+    labels[(slice(9, 11),) * dims] = 1  # a voxel lies between
+    largest = apply_postprocessing(labels, [{"labels": [1], "largest": True}])
+    np.testing.assert_array_equal(largest, touching)
+    sized = apply_postprocessing(labels, [{"labels": [1], "min_mm3": 4.0**dims + 1}])
+    np.testing.assert_array_equal(sized, touching)
+
+
 def test_the_smallest_size_is_in_cubic_millimetres() -> None:
     labels = scene()
     rule = [{"labels": [1], "min_mm3": 9.0}]

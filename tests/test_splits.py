@@ -66,6 +66,16 @@ def test_a_rare_class_is_spread_over_the_folds(blobs: Path) -> None:
         assert {len(fold["val"]) for fold in folds} == {16}
 
 
+def test_a_patient_of_many_scans_leaves_the_folds_of_one_size(blobs: Path) -> None:
+    """One of six scans and twelve of one: dealt out in any other order, the last fold would be too large."""
+    case = read_dataset(blobs).cases[0]
+    groups = ["many"] * 6 + [f"p{i}" for i in range(12)]
+    cases = tuple(replace(case, id=f"c{i:02d}", group=group) for i, group in enumerate(groups))
+    for seed in range(5):
+        folds = split(replace(read_dataset(blobs), cases=cases), folds=3, seed=seed)
+        assert [len(fold["val"]) for fold in folds] == [6] * 3
+
+
 def test_copies_of_one_image_stay_together(blobs: Path) -> None:
     dataset = read_dataset(blobs)
     for seed in range(4):

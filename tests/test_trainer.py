@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kanseg.config import load_config
 from kanseg.errors import UsageError
@@ -89,6 +90,23 @@ def test_every_schedule_rises_to_the_full_rate_and_never_above(name):
     assert factors[2:100] == sorted(factors[2:100])
     assert factors[100:] == sorted(factors[100:], reverse=True)
     assert lr_factor(0.5, 0, "cosine") == pytest.approx(0.5)
+
+
+def test_the_gradient_of_a_step_is_no_longer_than_the_clip(fit_balls):
+    lengths = []
+
+    def measure(optimizer, *_):
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        lengths.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    watching = register_optimizer_step_post_hook(measure)
+    try:
+        fit_balls("training.max_epochs=1", "training.gradient_clip=0.001")
+    finally:
+        watching.remove()
+    assert lengths == pytest.approx([0.001] * 4, rel=1e-2)  # every step would have been longer
 
 
 def test_accumulated_batches_make_the_step_of_the_large_batch(fit_balls, tmp_path):

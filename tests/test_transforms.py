@@ -16,6 +16,7 @@ from kanseg.data.images import read_image, read_label, write_label
 from kanseg.data.labels import class_numbers
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.transforms import (
+    STRENGTHS,
     Item,
     augmentation,
     load_case,
@@ -159,6 +160,21 @@ def test_augmentation_turns_image_and_label_together_and_repeats_by_seed(
         assert set(one["label"].unique().tolist()) <= {0, 1, 2}
         if (one["label"] == 2).sum() > 50:
             assert one["image"][one["label"] == 2].mean() > one["image"][one["label"] == 0].mean() + 1
+
+
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_thick_slices_are_turned_within_them_alone(
+    plan: Plan, thick: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that is one number a slice stays as it is; one that changes within them does not."""
+    monkeypatch.setitem(STRENGTHS, "standard", replace(STRENGTHS["none"], affine=(1.0, 1.0), rotation=0.3))
+    thin = replace(plan, mirror_axes=[], spacing=[5.0 if axis == thick else 1.0 for axis in range(3)])
+    for axis in range(3):
+        places = torch.arange(16).float().view([-1 if a == axis else 1 for a in range(3)])
+        image = places.expand(1, 16, 16, 16).contiguous()
+        item = preparation(thin)({key: MetaTensor(image.clone()) for key in ("image", "label")})
+        (changed,) = augmentation(thin).set_random_state(seed=0)(item)
+        assert torch.isclose(changed["image"].as_tensor(), image, atol=1e-3).all() == (axis == thick)
 
 
 def test_the_other_albumentations_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
