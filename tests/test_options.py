@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from safetensors.torch import save_file
 from torch import nn
 
@@ -230,3 +231,18 @@ def test_focal_losses_have_finite_gradients_at_certain_answers(gamma: float) -> 
     loss(volume, label).backward()
     assert volume.grad is not None
     assert volume.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("basis", ["gram", "bspline", "fastkan", "wavkan", "grkan", "bottleneck_kagn", None])
+def test_the_tensors_of_monais_loaders_train_as_plain_ones(basis: str | None, spatial_dims: int) -> None:
+    net = UKANet(spatial_dims, 1, 2, basis=basis, **SMALL)
+    x = torch.randn(1, 1, *[8] * spatial_dims)
+    gradients = []
+    for image in (x, MetaTensor(x)):
+        net.zero_grad()
+        net(image).square().mean().backward()
+        gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(net.parameters()))
+    for plain, meta in zip(*gradients, strict=True):
+        torch.testing.assert_close(meta.as_subclass(torch.Tensor), plain, rtol=1e-3, atol=1e-5)

@@ -210,4 +210,6 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any)
         or torch.jit.is_tracing()
     ):
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, **options)
+    # A subclass (MONAI's MetaTensor) makes views of its own, which the second run would not make alike.
+    plain = (x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x for x in inputs)
+    return checkpoint(function, *plain, use_reentrant=False, **options)
