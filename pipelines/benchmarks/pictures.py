@@ -28,6 +28,22 @@ SETS = {
 }
 KAN, PLAIN, RIVAL = "tab:blue", "0.45", "tab:orange"
 COLOURS = {KAN: "with KAN layers", PLAIN: "the same networks with plain layers", RIVAL: "DynUNet, smp's Unet"}
+NAMES = {  # rows and families as the README names them; others stay as they are
+    "ukanet": "UKANet as planned",
+    "plain twin": "UKANet's plain twin",
+    "plain, as many parameters": "plain, as many parameters as UKANet",
+    "dynunet": "DynUNet, 32 to 256 channels",
+    "dynunet, a quarter of its parameters": "DynUNet, 16 to 128 channels",
+    "shared functions": "UKANet, shared functions, all stages",
+    "shared functions, coarse stages": "UKANet, shared functions, coarse stages",
+    "half resolution first": "UKANet, half resolution first",
+    "half resolution first, plain": "plain twin, half resolution first",
+    "all but full resolution": "UKANet, KAN in all but the finest stage",
+    "smp unet resnet34": "smp's Unet, ResNet34",
+    "ukan, rational functions": "ukan with rational functions",
+    "ukan, plain": "ukan with plain layers",
+    "shared gram": "gram, shared_by=8",
+}
 RIVALS = ("dynunet", "smp")  # first words of the names of rows
 WIDTH = 9.0  # inches
 
@@ -53,17 +69,18 @@ def cost(results: Path) -> Figure:
         here = sorted(
             (layer for layer in layers if layer["case"] == case), key=lambda layer: -layer["training"]
         )
-        names = [layer["family"] for layer in here]
-        for layer in here:
-            axis.plot(layer["training_range"], [layer["family"]] * 2, color=KAN, linewidth=2, alpha=0.4)
+        names = [name_of(layer["family"]) for layer in here]
+        for name, layer in zip(names, here, strict=True):
+            axis.plot(layer["training_range"], [name] * 2, color=KAN, linewidth=2, alpha=0.4)
         axis.plot([layer["training"] for layer in here], names, "o", color=KAN, markersize=5)
         axis.axvline(1, color=PLAIN, linewidth=1)
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel("training step / that of a plain convolution", fontsize=8)
+        axis.set_xlabel("training step / that of a plain convolution (left is faster)", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color="0.9")
+    figure.suptitle("Dot: median of the rounds. Bar: lowest to highest round. Line at 1: plain.", fontsize=8)
     return figure
 
 
@@ -81,18 +98,26 @@ def accuracy(results: Path) -> Figure:
                 colour, mean, interval = colour_of(row["row"]), row["dice"][name], row["ci95"][name]
                 axis.plot(interval, [place + shift[name]] * 2, color=colour, linewidth=2, alpha=0.4)
                 axis.plot(mean, place + shift[name], marker, color=colour, markersize=4)
-        axis.set_yticks(range(len(table)), [f"{row['row']} ({row['cases']})" for row in table], fontsize=8)
+        axis.set_yticks(
+            range(len(table)), [f"{name_of(row['row'])} ({row['cases']})" for row in table], fontsize=8
+        )
         axis.invert_yaxis()
         named = f": {classes[0]} (circles), {classes[1]} (squares)" if len(classes) == 2 else ""
         axis.set_title(f"{title}{named}", fontsize=9, loc="left")
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", color="0.9")
     axes[-1].set_xlabel(
-        "Dice of unseen cases, their number in brackets: mean and 95 % interval by patient", fontsize=8
+        "Dice of unseen cases (their number in brackets): mean and 95 % interval by patient; right is better",
+        fontsize=8,
     )
     handles = [axes[0].plot([], [], "o", color=colour, label=name)[0] for colour, name in COLOURS.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return figure
+
+
+def name_of(row: str) -> str:
+    """A row of results or a family as the README names it."""
+    return NAMES.get(row, row)
 
 
 def colour_of(row: str) -> str:
