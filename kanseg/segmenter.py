@@ -146,7 +146,8 @@ class Segmenter:
             out: file to write the labels to; its suffix decides the format.
             spacing: of an array, mm, one number an axis; default the plan's.
             postprocess: apply the rules that a cross-validation chose.
-            options: overlap, blending, tta, memory, device; see `kanseg.inference.logits.whole_logits`.
+            options: overlap, blending, tta, memory, device (default where the networks are); see
+                `kanseg.inference.logits.whole_logits`.
         """
         from kanseg.data.images import write_label
         from kanseg.inference.postprocess import apply_postprocessing
@@ -155,6 +156,7 @@ class Segmenter:
         _refuse_unknown("Segmenter.predict", options, ("out", "spacing", "postprocess", *PREDICT))
         network, plan = self._trained()
         networks, plans = zip((network, plan), *self._others, strict=True)
+        options.setdefault("device", next(network.parameters()).device)
         with tempfile.TemporaryDirectory() as folder:
             case = _as_case(image, plan, Path(folder), spacing)
             labels, source = predict_case(networks, case, plans, **options)
