@@ -33,6 +33,7 @@ from kanseg.evaluation.classification import (
     write_predictions,
 )
 from kanseg.inference.classify import is_classifier, predict_classes
+from kanseg.inference.ensemble import Loaded
 from kanseg.layers import take_balance_loss
 from kanseg.training.checkpoint import load_model
 from kanseg.training.classification import (
@@ -506,6 +507,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 def test_a_classifier_is_not_for_segmentation(fit_balls: Any) -> None:
     with pytest.raises(UsageError, match="The model 'classifier' is not for segmentation"):
         fit_balls("model.name=classifier")
+
+
+def test_a_classifier_is_no_member_of_an_ensemble_that_segments(
+    trained: Path, fit_balls: Any, tmp_path: Path
+) -> None:
+    fit_balls("training.max_epochs=1", run=tmp_path / "balls")
+    for models in ([tmp_path / "balls", trained], [trained]):
+        with pytest.raises(UserError, match="tells the class of an image"):
+            Loaded(models)
 
 
 def test_what_a_classifier_learned_moves_into_a_segmenter(balls: Any, fit_balls: Any, tmp_path: Path) -> None:

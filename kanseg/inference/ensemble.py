@@ -69,6 +69,10 @@ class Loaded:
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
             network, plan, info = load_model(file, device)
+            if not isinstance(plan, Plan):
+                raise UserError(
+                    f"{file} tells the class of an image, and makes no ensemble with networks that segment."
+                )
             self.infos.append(info)
             if stored is None and len(self.infos) <= first:
                 stored = info.get("postprocessing")
