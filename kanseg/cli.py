@@ -294,7 +294,7 @@ def evaluate(
     ] = 1.0,
     json_: Json = False,
 ) -> None:
-    """Score label maps: Dice, IoU, HD95, NSD and volumes a case, means with 95 % intervals.
+    """Score label maps: Dice, IoU, HD95, NSD and volumes per case, means with 95 % intervals.
 
     The predictions.csv of a classifier is scored against images with classes: accuracy, top-5, AUC, recall.
     A missing or unreadable prediction counts as a failure with Dice 0; the exit code is then 1.

@@ -1,4 +1,4 @@
-"""Every layout is recognised and said aloud; what does not fit is explained."""
+"""Every layout is recognised and told; what does not fit is explained."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_one_folder_for_all_and_a_folder_a_case(shared_data: Path, tmp_path: Pat
     assert [(case.id, len(case.images)) for case in dataset.cases] == [("x", 2), ("y", 2)]
     real = read_dataset(shared_data / "volumes_misc")
     assert len(real.cases) == 7
-    assert "a folder a case" in real.layout
+    assert "one folder per case" in real.layout
     (tmp_path / "nested" / "x" / "mask.nii.gz").unlink()
     with pytest.raises(UserError, match="x has 0 label maps"):
         read_dataset(tmp_path / "nested")

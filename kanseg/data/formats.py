@@ -1,7 +1,7 @@
 """Folders of labelled images in the layouts that people have, read into one `Dataset`.
 
 Medical Segmentation Decathlon and nnU-Net (`dataset.json`), `images/` beside `labels/` or `masks/`, one folder with
-`x` and `x_mask`, a folder a case, a CSV, a MONAI datalist. What was recognised is said aloud in `layout` and `notes`;
+`x` and `x_mask`, one folder per case, a CSV, a MONAI datalist. What was recognised stands in `layout` and `notes`;
 nothing is guessed in silence.
 """
 
@@ -41,8 +41,8 @@ MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), one folder with x and x_mask (or x_label), a folder a case with image and label, a .csv with the columns "
-    "image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
+    "masks/), one folder with x and x_mask (or x_label), one folder per case with image and label, a .csv with the "
+    "columns image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
 )
 
 
@@ -582,7 +582,7 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         cases.append(Case(folder.name, tuple(images), label, folder.name))
     if not any(case.label for case in cases):
         raise UserError(f"{root} has no layout that kanseg knows. Expected: {LAYOUTS}.")
-    return _dataset(root.name, root, "a folder a case with image and label", cases, [], None, [])
+    return _dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])
 
 
 def _named(cases: Sequence[Case]) -> list[Case]:

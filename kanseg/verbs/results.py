@@ -28,7 +28,7 @@ def compare(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Say whether A is better than B on the same cases: paired bootstrap and Wilcoxon test a class and metric.
+    """Say whether A is better than B on the same cases: paired bootstrap and Wilcoxon test per class and metric.
 
     Example: kanseg compare scores_kan/ scores_plain/ -o comparison/
     """

@@ -7,7 +7,7 @@
 DATA is the folder of the set. Rules, the same for every row of the table:
 
 - Folds by patient; each case is scored once, by a network that never saw its patient. No epoch is chosen: the average
-  of weights (EMA) at the end of the budget is scored, on the image's own grid, a Dice a case.
+  of weights (EMA) at the end of the budget is scored, on the image's own grid, one Dice per case.
 - A budget is processor time of one thread: what a step of each network takes is measured first, all in turns in one
   process, and each trains as many steps as fit (`--minutes`), in later folds as many as in its finished ones. Patches,
   augmentation, loss, optimizer and its schedule are the same; `RECIPES` says which. `--steps` gives every row the same
