@@ -12,16 +12,23 @@ from kanseg.errors import UsageError, did_you_mean
 T = TypeVar("T", bound=Callable[..., Any])
 
 
+OPTIONS_OF = {"encoder_options": "encoder", "layer_options": "basis"}
+
+
 class Preset(partial[Any]):
-    """Other defaults of a constructor; what is given as a dictionary goes into the default one, key by key."""
+    """Other defaults of a constructor; what is given as a dictionary goes into the default one, key by key.
+
+    None in its place takes the default away, and options of a part are those of the default part alone (`OPTIONS_OF`).
+    """
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        joined = {
-            key: {**default, **(kwargs[key] or {})}
-            for key, default in self.keywords.items()
-            if isinstance(default, dict) and key in kwargs
-        }
-        return super().__call__(*args, **{**kwargs, **joined})
+        for key, default in self.keywords.items():
+            part = OPTIONS_OF.get(key, "")
+            if part in kwargs and kwargs[part] != self.keywords.get(part):
+                kwargs.setdefault(key, None)
+            elif isinstance(default, dict) and kwargs.get(key) is not None:
+                kwargs[key] = {**default, **kwargs[key]}
+        return super().__call__(*args, **kwargs)
 
 
 class Registry:

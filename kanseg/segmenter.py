@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kanseg.errors import UsageError, unknown_option
+from kanseg.memory import size_in_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,6 +158,8 @@ class Segmenter:
         network, plan = self._trained()
         networks, plans = zip((network, plan), *self._others, strict=True)
         options.setdefault("device", next(network.parameters()).device)
+        if isinstance(memory := options.get("memory"), str):
+            options["memory"] = size_in_bytes(memory)
         with tempfile.TemporaryDirectory() as folder:
             case = _as_case(image, plan, Path(folder), spacing)
             labels, source = predict_case(networks, case, plans, **options)
@@ -237,16 +240,17 @@ class Segmenter:
         file = run / "plan.json"
         known = inspect.signature(plan_data).parameters.keys() - {"data", "run", "console", "dim"}
         _refuse_unknown("Segmenter.fit", asked, ["fold", "overrides", "config", "resume", "override", *known])
-        if not file.exists():
+        there = file.exists()
+        if not there:
             if is_classes(data):
                 raise UsageError(f"{data} has a class for each image, no label maps; use `kanseg train`.")
             how = {"console": console or Console(), "dim": self.spatial_dims, **asked}
             once(lambda: plan_data(data, run, **how))
-        elif late := sorted(asked.keys() - {"trial"}):
+        plan = Plan.load(file)
+        if there and (late := _other_wishes(plan, asked)):
             raise UsageError(
                 f"{file} is there already and would not follow {late[0]}. Choose another run folder."
             )
-        plan = Plan.load(file)
         if self.spatial_dims not in (None, plan.spatial_dims):
             raise UsageError(
                 f"{file} is {plan.spatial_dims}D, the Segmenter {self.spatial_dims}D. "
@@ -268,6 +272,25 @@ def _refuse_unknown(owner: str, options: Mapping[str, Any], known: Sequence[str]
             raise unknown_option(owner, option, known)
 
 
+def _other_wishes(plan: Plan, asked: Mapping[str, Any]) -> list[str]:
+    """What was asked of a plan and is not what a plan that is there was made by."""
+    from kanseg.data.labels import parse_regions
+    from kanseg.data.mirror import parse_mirror
+
+    def same(name: str, value: Any) -> bool:
+        if name == "memory":
+            return (size_in_bytes(value) if isinstance(value, str) else value) in (None, plan.memory_bytes)
+        if name == "mirror":
+            axes = parse_mirror(value) if isinstance(value, str) else value
+            return axes is None or plan.slice_axis is not None or sorted(axes) == sorted(plan.mirror_axes)
+        if name == "regions":
+            named = parse_regions(value) if isinstance(value, str) else value
+            return not named or list(named) == list(plan.label_names[1:])
+        return name == "trial" or value == getattr(plan, name)
+
+    return sorted(name for name, value in asked.items() if not same(name, value))
+
+
 def _as_pairs(overrides: Sequence[str] | Mapping[str, Any] | str) -> list[str]:
     """Overrides as key=value; one alone may be a string, several a dictionary, also with dictionaries within.
 
@@ -283,7 +306,9 @@ def _as_pairs(overrides: Sequence[str] | Mapping[str, Any] | str) -> list[str]:
         if isinstance(value, Mapping):
             pairs += _as_pairs({f"{key}.{inner}": one for inner, one in value.items()})
         else:
-            pairs.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+            value = value.item() if isinstance(value, np.generic) else value
+            text = str(value) if isinstance(value, str | Path) else json.dumps(value)
+            pairs.append(f"{key}='{text}'" if isinstance(value, Path) else f"{key}={text}")
     return pairs
 
 

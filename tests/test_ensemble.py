@@ -158,6 +158,10 @@ def test_images_are_told_from_the_maps_of_a_prediction_by_their_headers(
         if is_beside(file):
             shutil.copy(file, folder)
     assert predict_with([model], folder, tmp_path / "again", **how)["predicted"] == 3
+    left = {path.name for path in (folder / "masks").iterdir()}
+    predict_with([model], folder, folder / "masks", **how, again=True)
+    assert {path.name for path in (folder / "masks").iterdir() if not is_beside(path)} < left
+    assert not any(is_beside(path) for path in (folder / "masks").iterdir())
     assert "Passed over: 12 maps of an earlier prediction" in said.getvalue()
     assert "Not looked at, for there are image files: masks/" in said.getvalue()
 

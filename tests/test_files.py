@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,19 @@ def test_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
     dead = multiprocessing.get_context("fork").Process(target=int)
     dead.start()
     dead.join()
-    parts = [tmp_path / f".a.json.{pid}-0.part" for pid in (dead.pid, os.getpid())]
+    here, age = os.uname().nodename, time.time() - 2 * STALE
+    writers = [f"{here}-{dead.pid}", f"{here}-{os.getpid()}", f"another-{dead.pid}"]
+    parts = [tmp_path / f".a.json.{writer}-0.part" for writer in writers]
     for part in parts:
         part.write_text("{")
-        os.utime(part, (0, 0))
+        os.utime(part, (age, age))
     write_bytes(tmp_path / "a.json", b"{}")
-    assert STALE > 0
-    assert [part.exists() for part in parts] == [False, True]
+    assert [part.exists() for part in parts] == [False, True, True]
+
+
+def test_names_that_a_file_system_just_takes_are_written(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / f"{'x' * 240}.json", b"{}")
+    assert path.read_bytes() == b"{}"
 
 
 def test_a_lock_that_another_took_meanwhile_is_left(tmp_path: Path) -> None:

@@ -66,6 +66,22 @@ def test_classes_of_the_same_name_keep_their_weights():
     assert "heads.0.weight" in told
 
 
+def test_classes_in_another_order_take_their_weights_along():
+    old, new, other = net(classes=3), net(classes=3), net(classes=3)
+    started(old, new, ["background", "a", "b"], ["T1"], ["background", "b", "a"], ["T1"])
+    assert torch.equal(new.heads[0].weight, old.heads[0].weight[[0, 2, 1]])
+    fresh = other.heads[0].weight.clone()
+    _, afresh = started(old, other, ["background", "a", "b"], ["T1"], ["background", "c", "d"], ["T1"])
+    assert afresh == ["heads.0.weight", "heads.0.bias"]
+    assert torch.equal(other.heads[0].weight[1:], fresh[1:])
+    named = net(classes=3)
+    _, afresh = started(
+        old, named, ["background", "label 1", "label 2"], ["T1"], ["background", "a", "b"], ["T1"]
+    )
+    assert afresh == []
+    assert torch.equal(named.heads[0].weight, old.heads[0].weight)
+
+
 @pytest.mark.parametrize("basis", ["gram", None])
 def test_further_channels_start_from_the_mean_and_known_ones_keep_their_weights(basis):
     old, new = net(channels=2, basis=basis), net(channels=3, basis=basis)

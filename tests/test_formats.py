@@ -175,6 +175,9 @@ def test_pictures_with_0_and_255(tmp_path: Path) -> None:
         ("id;Patient ID\na;x\nb;x\nc;y\n", "xxy"),
         ("file\tsubject_id\na.nii.gz\tx\nb.nii.gz\tx\nc.nii.gz\ty\n", "xxy"),
         ("image,PatientID\na,x\nb,x\n", "xxc"),
+        ("id,group,patient\na,,x\nb,,x\nc,,y\n", "xxy"),
+        ("id,Group,patient\na,control,x\nb,sick,x\nc,sick,y\n", "xxy"),
+        ("id, patient\na,x\nb ,x \nc,y\n", "xxy"),
     ],
 )
 @pytest.mark.parametrize("layout", ["folders", "nnunet", "msd"])
@@ -206,6 +209,7 @@ def test_a_table_of_patients_that_fits_no_case_is_refused_and_one_without_them_n
     with pytest.raises(UserError, match=r"names the patient of 0, 1, but the cases are called 000, 001"):
         read_dataset(tmp_path)
     assert "patients" in {finding.kind for finding in diagnose(tmp_path).findings}
+    assert [case.group for case in read_dataset(tmp_path, id_pattern="(..)").cases] == ["00", "00"]
     (tmp_path / "cases.csv").write_text("id,scanner\n000,x\n")
     assert any("cases.csv is not used" in note for note in read_dataset(tmp_path).notes)
     assert "patients in part" in {finding.kind for finding in diagnose(tmp_path).findings}
@@ -221,16 +225,25 @@ def test_channels_of_a_list_stand_in_the_order_of_their_numbers(tmp_path: Path) 
     assert [path.name.partition(".")[0] for path in case.images] == names
 
 
+def test_channels_of_a_list_may_have_names(tmp_path: Path) -> None:
+    volumes(tmp_path, ["t1", "flair"])
+    volumes(tmp_path / "truth", ["a"], (1,))
+    (tmp_path / "list.csv").write_text("image,image_FLAIR,label\nt1.nii.gz,flair.nii.gz,truth/a.nii.gz\n")
+    (case,) = read_dataset(tmp_path / "list.csv").cases
+    assert [path.name for path in case.images] == ["t1.nii.gz", "flair.nii.gz"]
+
+
 def test_frames_of_videos_are_images_of_their_own(tmp_path: Path) -> None:
     volumes(tmp_path, ["a_0000", "b_0000", "b_0001"])
     assert [case.id for case in find_images(tmp_path, channels=1)] == ["a_0000", "b_0000", "b_0001"]
 
 
 def test_an_image_that_lacks_a_channel_does_not_stop_the_others(tmp_path: Path) -> None:
-    volumes(tmp_path, ["a_0000", "a_0001", "b_0001", "c_0000", "odd"])
+    volumes(tmp_path, ["a_0000", "a_0001", "b_0001", "c_0000", "odd", "a"])
     cases = {case.id: [path.name for path in case.images] for case in find_images(tmp_path, channels=2)}
     assert cases == {
         "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
+        "a_nii_gz": ["a.nii.gz"],
         "b": ["b_0001.nii.gz"],
         "c": ["c_0000.nii.gz"],
         "odd": ["odd.nii.gz"],

@@ -281,6 +281,11 @@ def ambiguous_image(folder: Path) -> None:
     (folder / "cases.csv").write_text("image,class\n1,cat\n")
 
 
+def nameless_class(folder: Path) -> None:
+    save(folder / "1.png", pictures(1, 4, 4)[0])
+    (folder / "cases.csv").write_text("image,class\n1, \n")
+
+
 def empty_class(folder: Path) -> None:
     mnist(folder)
     for name in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
@@ -297,6 +302,7 @@ BROKEN = {
     flat_validation: "has no class folders. Sort",
     foreign_class: "is a class that is not in train",
     ambiguous_image: r"names the image '1', and .* has a/1.png, b/1.png",
+    nameless_class: "names no class for 1",
     missing_image: "names the image 'a.png'",
     empty_class: "no image to train on for: 0, 1, 2",
 }

@@ -224,6 +224,11 @@ def test_every_frame_of_a_video_is_scored(tmp_path: Path) -> None:
     summary = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
     assert summary["cases"] == 4
     assert summary["metrics"]["label 1"]["dice"]["mean"] == 0.25
+    for frame in range(1, 4):
+        (tmp_path / "pred" / f"video_{frame:04d}.png").unlink()
+    alone = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
+    assert sorted(alone["failed"]) == [f"video_{frame:04d}" for frame in range(1, 4)]
+    assert alone["metrics"]["label 1"]["dice"]["mean"] == 0.25
 
 
 def test_a_name_of_two_classes_is_refused() -> None:

@@ -41,6 +41,17 @@ def test_presets_take_options_beside_their_own() -> None:
     assert wide.encoder.out_channels[-1] == 2 * narrow.encoder.out_channels[-1]
     grouped = create_model("fast_ukanet_18", 2, 3, 1, layer_options={"groups": 1})
     assert degrees(grouped) == degrees(create_model("fast_ukanet_18", 2, 3, 1)) == {5}
+    assert degrees(create_model("fast_ukanet_18", 2, 3, 1, layer_options=None)) == {8}
+    other = create_model("fast_ukanet_18", 2, 3, 1, basis="gram", layer_options={"degree": 2})
+    assert degrees(other) == {3}
+
+
+@pytest.mark.parametrize(
+    "encoder", ["densekanet_tiny", "vggkan11", "plainkanet4", "timm/resnet18", "smp/resnet18"]
+)
+def test_a_preset_takes_any_encoder(encoder: str) -> None:
+    net = create_model("ukagnet_18", 2, 1, 2, encoder=encoder).eval()
+    assert net(torch.zeros(1, 1, 32, 32)).shape == (1, 2, 32, 32)
 
 
 @pytest.mark.parametrize("mixer", ["focal", "self-attention", "conv"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,15 @@ def is_beside(path: Path) -> bool:
         return False
     said = read_description(path)
     return said == UNCERTAINTY or PROBABILITY.fullmatch(said) is not None
+
+
+def remove_beside(path: Path) -> None:
+    """Remove the maps beside a label map: they do not belong to one that is made anew."""
+    stem = path.name[: -len(suffix_of(path))]
+    named = (file for file in path.parent.glob(f"{glob.escape(stem)}_*") if suffix_of(file))
+    for file in named:
+        if file.name.startswith((f"{stem}_prob_", f"{stem}_uncertainty.")) and is_beside(file):
+            file.unlink()
 
 
 def find_probabilities(path: Path) -> tuple[list[Path], list[int], bool] | None:

@@ -157,7 +157,7 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
         dataset = _read_folders(path, problem)
     if not dataset.cases:
         raise UserError(f"{path} holds no labelled images. Expected: {LAYOUTS}.")
-    if path.is_dir() and all(case.group == case.id for case in dataset.cases):
+    if path.is_dir() and id_pattern is None and all(case.group == case.id for case in dataset.cases):
         dataset = _with_patients(dataset, path / "cases.csv", problem)
     for name in repeated(case.id for case in dataset.cases):
         problem(
@@ -216,13 +216,16 @@ def _joined(files: Sequence[Path], channels: int) -> list[Case]:
             numbered.setdefault(match[1], {})[int(stem_of(file)[-4:])] = file
     if not any(sorted(found) == list(range(channels)) for found in numbered.values()):
         return _cases(files, join=False)
-    cases = [
-        Case(name, tuple(found[n] for n in sorted(found)), None, name) for name, found in numbered.items()
-    ]
-    inside = {path for case in cases for path in case.images}
-    return sorted(
-        [*cases, *_cases([f for f in files if f not in inside], join=False)], key=lambda case: case.id
-    )
+    cases = {
+        name: Case(name, tuple(found[n] for n in sorted(found)), None, name)
+        for name, found in numbered.items()
+    }
+    inside = {path for case in cases.values() for path in case.images}
+    for file in (file for file in files if file not in inside):
+        name = stem_of(file)
+        name = file.name.replace(".", "_") if name in cases else name
+        cases[name] = Case(name, (file,), None, name)
+    return sorted(cases.values(), key=lambda case: case.id)
 
 
 def passed_over(path: Path) -> list[str]:
@@ -469,7 +472,7 @@ def _listed(root: Path, entry: Any, groups: dict[str, str]) -> Case:
     paths = tuple(_inside(root, image) for image in images)
     stem = CHANNEL.sub(r"\1", stem_of(paths[0])) if len(paths) > 1 else stem_of(paths[0])
     name = str(entry.get("id") or stem)
-    group = entry.get(group_column(entry) or "") or groups.get(name, name)
+    group = group_in(entry, group_columns(entry)) or groups.get(name, name)
     return Case(name, paths, _inside(root, label) if label else None, str(group))
 
 
@@ -591,15 +594,25 @@ def _named(cases: Sequence[Case]) -> list[Case]:
     return [replace(case, id=name, group=name) for case, name in zip(cases, names, strict=True)]
 
 
-def group_column(columns: Iterable[Any], *more: str) -> str | None:
-    """The column of a table that says whose image it is: patient, Patient_ID, subject, group, ... or one of `more`."""
-    return _column(columns, "group", "patient", "patientid", "subject", "subjectid", *more)
+def group_columns(columns: Iterable[Any], *more: str) -> list[str]:
+    """The columns of a table that say whose image it is: group, patient, Patient_ID, subject, ... or one of `more`.
+
+    A column Group may well be that of a study; only one that is called just group, kanseg's own word, is taken.
+    """
+    columns = list(columns)
+    own = ["group"] if "group" in columns else []
+    return own + _columns(columns, "patient", "patientid", "subject", "subjectid", *more)
 
 
-def _column(columns: Iterable[Any], *names: str) -> str | None:
-    """The first column of those names, whatever its capitals, blanks and signs."""
+def group_in(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """What the first of the columns that says something says."""
+    return next((str(row[column]) for column in columns if row.get(column)), "")
+
+
+def _columns(columns: Iterable[Any], *names: str) -> list[str]:
+    """The columns of those names, whatever their capitals, blanks and signs."""
     plain = {re.sub(r"[^a-z]", "", str(column).lower()): str(column) for column in columns}
-    return next((plain[name] for name in names if name in plain), None)
+    return [plain[name] for name in names if name in plain]
 
 
 def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
@@ -607,11 +620,17 @@ def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
     rows = read_rows(table) if table.is_file() else []
     if not rows:
         return dataset
-    column, key = group_column(rows[0]), _column(rows[0], "id", "case", "image", "name", "file")
-    if not column or not key:
-        lacking = "of patients (patient, subject or group)" if key else "of cases (id, case or image)"
+    columns, keys = group_columns(rows[0]), _columns(rows[0], "id", "case", "image", "name", "file")
+    if not columns or not keys:
+        lacking = "of patients (patient, subject or group)" if keys else "of cases (id, case or image)"
         return _noted(dataset, f"{table.name} is not used, {PATIENTS_IN_PART} a column {lacking}")
-    groups = {stem_of(Path(row[key])): row[column] for row in rows if row[key] and row[column]}
+    key, column = keys[0], columns[0]
+    found = {stem_of(Path(row[key])): group_in(row, columns) for row in rows if row[key]}
+    groups = {name: group for name, group in found.items() if group}
+    if not groups:
+        return _noted(
+            dataset, f"{table.name} is not used, {PATIENTS_IN_PART} a patient in its column '{column}'"
+        )
     known = [case.id for case in dataset.cases if case.id in groups]
     others = [case.id for case in dataset.cases if case.id not in groups]
     if not known:
@@ -619,7 +638,7 @@ def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
             "patients",
             "",
             f"{table} names the {column} of {few(list(groups), 3)}, but the cases are called {few(others, 3)}. Give "
-            "both the same names (spreadsheets like to remove leading zeros).",
+            "both the same names (spreadsheets like to remove leading zeros), or give --id-pattern.",
         )
     cases = tuple(replace(case, group=groups.get(case.id, case.id)) for case in dataset.cases)
     patients = len({groups[name] for name in known})
@@ -641,9 +660,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             heading = file.readline()
             file.seek(0)
-            return list(csv.DictReader(file, delimiter=max("\t;,", key=heading.count)))
+            rows = csv.DictReader(file, delimiter=max("\t;,", key=heading.count))
+            return [{(key or "").strip(): _cell(value) for key, value in row.items()} for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}).") from error
+
+
+def _cell(value: Any) -> str:
+    """A cell without blanks around it; of a row that is too short "", of one that is too long what is over, joined."""
+    return ",".join(map(str, value)).strip() if isinstance(value, list) else (value or "").strip()
 
 
 def _read_csv(path: Path) -> Dataset:
@@ -653,8 +678,10 @@ def _read_csv(path: Path) -> Dataset:
         raise UserError(
             f"{path} needs the columns image and label (also image_2, ..., group, id), found: {found}."
         )
-    numbered = (column for column in rows[0] if re.fullmatch(r"image_\d+", column or ""))
-    columns = ["image", *sorted(numbered, key=lambda column: int(column.rpartition("_")[2]))]
+    further = [column for column in rows[0] if column.startswith("image_")]
+    numbers = {column: int(column[6:]) for column in further if column[6:].isdecimal()}
+    named = [column for column in further if column not in numbers]
+    columns = ["image", *sorted(numbers, key=lambda column: numbers[column]), *named]
     entries = [{**row, "image": [row[c] for c in columns if row.get(c)]} for row in rows]
     return _listed_dataset(path, "CSV (columns image, label)", entries, [])
 

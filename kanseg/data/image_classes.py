@@ -24,7 +24,8 @@ from kanseg.data.formats import (
     Dataset,
     by_pattern,
     few,
-    group_column,
+    group_columns,
+    group_in,
     image_files,
     read_rows,
     repeated,
@@ -211,7 +212,7 @@ def _column(row: Mapping[str, str], names: Sequence[str]) -> str | None:
 def _read_table(path: Path, table: Path) -> ImageClasses:
     rows = read_rows(table)
     key, kind = _column(rows[0], ("image", "image_id")) or "", _column(rows[0], CLASS_COLUMNS) or ""
-    group, root = group_column(rows[0], "lesionid"), table.parent
+    groups, root = group_columns(rows[0], "lesionid"), table.parent
     files: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
         if suffix_of(file) not in ("", ".dcm"):
@@ -219,6 +220,8 @@ def _read_table(path: Path, table: Path) -> ImageClasses:
     shown = HAM10000 if kind == "dx" else {}
     several = kind == CLASSES
     of_row = [split_classes(row[kind]) if several else [row[kind]] for row in rows]
+    if empty := [row[key] for row, found in zip(rows, of_row, strict=True) if not several and not found[0]]:
+        raise UserError(f"{table} names no class for {few(empty, 3)}. Fill it in, or take the row out.")
     classes = sorted(set().union(*of_row))
     cases: dict[str, list[Case]] = {"train": []}
     for row, found in zip(rows, of_row, strict=True):
@@ -228,6 +231,8 @@ def _read_table(path: Path, table: Path) -> ImageClasses:
             raise UserError(
                 f"{table} names the image '{row[key]}', which is not in {root}. Add it, or take the row out."
             )
+        named = [file for file in fitting if file.name == exact.name] or fitting
+        fitting = named[:1] if len({file.read_bytes() for file in named}) == 1 else named
         if len(fitting) > 1:
             names = few([str(file.relative_to(root)) for file in fitting])
             raise UserError(
@@ -238,11 +243,11 @@ def _read_table(path: Path, table: Path) -> ImageClasses:
         if part is None:
             raise UserError(f"{table}: split '{row['split']}' is none of train, val, test.")
         name = row.get("id") or stem_of(file)
-        patient = row[group] if group else name
+        patient = group_in(row, groups) or name
         values = tuple(sorted(classes.index(one) for one in found))
         cases.setdefault(part, []).append(Case(name, (file,), None, patient, values))
     layout = "HAM10000" if shown else "a table of images and classes"
-    notes = [f"column '{group}' keeps the images of one {group} together"] if group else []
+    notes = [f"column '{groups[0]}' keeps the images of one {groups[0]} together"] if groups else []
     dataset = make(path, layout, [shown.get(name, name) for name in classes], cases, notes)
     return replace(dataset, multilabel=several)
 

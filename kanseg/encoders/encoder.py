@@ -16,7 +16,13 @@ from kanseg.registry import Registry
 ENCODERS = Registry("encoder")
 # Libraries whose encoders are taken by LIBRARY/NAME, filled by `kanseg.encoders.pretrained`.
 LIBRARIES = Registry("encoder library")
-OWN = {"smp": ("depth",)}  # options that encoders of a library have
+NOT_OWN = (
+    "name",
+    "spatial_dims",
+    "in_channels",
+    "pretrained",
+    "options",
+)  # of the options of a library's encoders
 DOWNLOAD = "download"
 SHAPE = ("features_per_stage", "blocks_per_stage", "strides", "kernel_sizes")
 
@@ -82,8 +88,9 @@ def create_encoder(
     own = own or {}
     if isinstance(name, str) and "/" in name:
         library, _, theirs = name.partition("/")
+        known = [key for key in LIBRARIES.parameters(library) if key not in NOT_OWN]
         for option in own:
-            if option not in (known := OWN.get(library, ())):
+            if option not in known:
                 raise unknown_option(f"Encoder '{name}'", option, known)
         options |= {**own, "pretrained": weights == DOWNLOAD}
         encoder = LIBRARIES.get(library)(theirs, spatial_dims, in_channels, **options)

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from kanseg.data.fingerprint import load_fingerprint
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
 from kanseg.evaluation.report import Whole
 from kanseg.training.files import make_folder, read_json, write_bytes, write_json
@@ -48,7 +48,7 @@ def compare(
         out: folder for comparison.json, comparison.csv and comparison.png.
         reference: folder of references; then `one` and `other` hold label maps.
         groups: patient of each case; default what the runs' fingerprints say.
-        how: labels, segments, ignore, with `reference`; see `kanseg.evaluation.metrics.evaluate_folders`.
+        how: labels, unions, segments, ignore, with `reference`; see `kanseg.evaluation.metrics.evaluate_folders`.
 
     Returns:
         {"a", "b", "cases", "patients", "only_in_a", "only_in_b", "rows"}; a row has class, metric, mean_a, mean_b,
@@ -57,6 +57,8 @@ def compare(
     Raises:
         UserError: no scores, or no case that both have.
     """
+    if reference is None and how:
+        raise UsageError(f"{', '.join(how)} go with label maps: give the reference, too.")
     first, second = (load_scores(path, reference, **how) for path in (one, other))
     groups = groups or {**_groups(Path(other)), **_groups(Path(one))}
     cases = [_cases(scores) for scores in (first, second)]

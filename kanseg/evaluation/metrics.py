@@ -25,7 +25,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from scipy import ndimage
 
 from kanseg.data.beside import is_beside
-from kanseg.data.formats import find_images, repeated, segmentations_in
+from kanseg.data.formats import few, find_images, image_files, repeated, segmentations_in
 from kanseg.data.images import Image, check_pair, label_from, read_image, read_label, stem_of
 from kanseg.data.labels import Labels, class_values, unions
 from kanseg.data.plan import Plan
@@ -41,6 +41,7 @@ RESAMPLES = 2000
 TOLERANCE = 1.0
 ENDINGS = ("_mask", "_label", "_seg")
 MOST_ALONE = 100  # values that one side alone has; grey values of an image are more
+ALIKE = 0.5  # share of equal neighbours, of which label maps have more
 
 
 Label = int | tuple[int, ...]  # the value of a class, or all values of a region
@@ -240,9 +241,11 @@ def evaluate_folders(
         UserError: nothing to score, a reference that cannot be read, label maps on different grids (all such cases are
             looked for), images in place of label maps, or DICOM-SEG without `labels` or `segments`.
     """
-    references = {_stem(case.id): case.images[0] for case in find_images(reference, channels=1)}
+    references = _label_maps(Path(reference))
     single = {name: value for name, value in (labels or {}).items() if isinstance(value, int)}
     predictions, read = _predictions(Path(prediction), segments or single)
+    references = _called_alike(references, predictions)
+    predictions = _called_alike(predictions, references)
     if Path(prediction).is_file() and Path(reference).is_file():
         predictions = dict(zip(references, predictions.values(), strict=True))
     failures = {name: "no prediction" for name in references if name not in predictions}
@@ -303,9 +306,11 @@ def _predictions(prediction: Path, segments: Mapping[str, int]) -> tuple[dict[st
     """Label maps by name, or DICOM-SEG where there are some, and how they are read."""
     files = segmentations_in(prediction)
     if not files:
-        cases = find_images(prediction, channels=1) if _any(prediction) else []
-        cases = [case for case in cases if not is_beside(case.images[0])]
-        return {_stem(case.id): case.images[0] for case in cases}, lambda path, _: read_image(path)
+        return _label_maps(prediction) if _any(prediction) else {}, lambda path, _: read_image(path)
+    if prediction.is_dir() and (others := [p.name for p in image_files(prediction) if not is_beside(p)]):
+        raise UserError(
+            f"{prediction} holds DICOM-SEG and label maps ({few(others, 3)}). Give one kind at a time."
+        )
     if not segments:
         raise UserError(
             f"{prediction} is DICOM-SEG, whose segments have names and no values. Say which value of the references "
@@ -313,6 +318,23 @@ def _predictions(prediction: Path, segments: Mapping[str, int]) -> tuple[dict[st
         )
     require_highdicom(prediction)
     return {_stem(stem_of(path)): path for path in files}, partial(_laid_on, segments)
+
+
+def _label_maps(path: Path) -> dict[str, Path]:
+    """Label maps by name, each file for itself: one numbered _0000 may be the frame of a video."""
+    files = [file for file in image_files(path) if not is_beside(file)] if path.is_dir() else []
+    if not files:
+        return {_stem(case.id): case.images[0] for case in find_images(path)}
+    return {_stem(stem_of(file)): file for file in files}
+
+
+def _called_alike(maps: Mapping[str, Path], others: Mapping[str, Path]) -> dict[str, Path]:
+    """Label maps, those called as their images are (x_0000) without that number where the other side has x."""
+    short = {name: name.removesuffix("_0000") for name in maps}
+    return {
+        short[name] if name not in others and short[name] in others else name: path
+        for name, path in maps.items()
+    }
 
 
 def _laid_on(segments: Mapping[str, int], path: Path, target: Image) -> Image:
@@ -353,12 +375,22 @@ def _found_labels(sides: Mapping[Path | str, Sequence[Path]]) -> dict[str, Label
             found[side] |= set(np.unique(read_label(path)).tolist())
     shared, every = set.intersection(*found.values()), set.union(*found.values()) - {0}
     for side, values in found.items():
-        if all(found.values()) and len(values - shared) > max(MOST_ALONE, len(shared)):
+        many = all(found.values()) and len(values - shared) > max(MOST_ALONE, len(shared))
+        if many and any(_changes_everywhere(path) for path in sides[side][:3]):
             raise UserError(
                 f"{side} has {len(values)} different values, the other side {len(shared)} of them: are these images "
                 "instead of label maps? Give the folder of label maps, or name the classes by --labels."
             )
     return {f"label {value}": value for value in sorted(every)}
+
+
+def _changes_everywhere(path: Path) -> bool:
+    """Whether neighbours differ more often than not, as in an image; within a structure labels are all alike."""
+    with contextlib.suppress(UserError):
+        label = read_label(path)
+        inside = (label[1:] != 0) & (label[:-1] != 0)
+        return bool(inside.any()) and float((label[1:] == label[:-1])[inside].mean()) < ALIKE
+    return False
 
 
 def summarize_rows(

@@ -18,7 +18,14 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from kanseg.data.beside import DICOM_SEG, NIFTI, UNCERTAINTY, probability_path, uncertainty_path
+from kanseg.data.beside import (
+    DICOM_SEG,
+    NIFTI,
+    UNCERTAINTY,
+    probability_path,
+    remove_beside,
+    uncertainty_path,
+)
 from kanseg.data.digests import signature
 from kanseg.data.fingerprint import unlike_training
 from kanseg.data.formats import Case
@@ -216,6 +223,7 @@ def predict_folder(
                 )
                 look = partial(_remark_on, console, case.id, first)
                 predicted = predict(model, case, plan, watch=watch, look=look, **how)
+                remove_beside(path)  # of another prediction
                 labels = predicted.labels()
                 if rules:
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)

@@ -54,9 +54,7 @@ class WaveletConv(ConvGeometry):
     ) -> None:
         for option in geometry:
             if option not in GEOMETRY:
-                raise unknown_option(
-                    "A layer of wavelets", option, (*GEOMETRY, "wavelet", "base_act", "dropout")
-                )
+                raise unknown_option("A layer of wavelets", option, ("wavelet", "base_act", "dropout"))
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, **geometry)
         check_dropout(dropout_at)
         inputs = in_channels // self.groups
@@ -88,7 +86,7 @@ class WaveletConv(ConvGeometry):
         tensors = (x, kept, *edges, self.base_weight)
         plain = torch.compiler.is_compiling() or transformed() or torch.jit.is_tracing()
         whole = plain or not self.recompute or x.is_meta
-        learned = self._learned()
+        learned = torch.is_grad_enabled() and self._learned()
         cut = [WHOLE] if whole or learned else self._slabs(x)
         terms: list[Term] = [(WHOLE, self._base_term)]
         for first in range(0, self._edges(), self.step):

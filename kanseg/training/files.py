@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import socket
@@ -15,7 +14,12 @@ from typing import Any
 
 from kanseg.errors import UserError
 
-STALE = 60  # seconds after which a temporary file of a dead writer is nobody's
+STALE, LONG_STALE = (
+    60,
+    2 * 86400,
+)  # seconds after which a temporary file of a dead, or an unknown, writer is nobody's
+MOST_OF_A_NAME = 100  # characters, for a file system takes 255
+_swept: set[Path] = set()
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -26,8 +30,9 @@ def write_bytes(path: Path, content: bytes) -> Path:
     Raises:
         UserError: the disk is full or the folder cannot be written; the temporary file is removed.
     """
-    _sweep(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    _sweep(path.parent)
+    writer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    part = path.with_name(f".{path.name[:MOST_OF_A_NAME]}.{writer}.part")
     try:
         with part.open("xb") as file:
             file.write(content)
@@ -45,12 +50,17 @@ def write_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
-def _sweep(path: Path) -> None:
-    """Remove what writers that are dead left of this file."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+def _sweep(folder: Path) -> None:
+    """Remove, once a folder, what dead writers of this machine left there, and what others left days ago."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    for part in folder.glob(".*.part"):
         with suppress(OSError, ValueError):
-            pid = int(part.name.split(".")[-2].partition("-")[0])
-            if not _alive(pid) and time.time() - part.stat().st_mtime > STALE:
+            host, pid, _ = part.name.removesuffix(".part").rsplit("-", 2)
+            own = host.endswith(f".{socket.gethostname()}")
+            dead = own and not _alive(int(pid))
+            if time.time() - part.stat().st_mtime > (STALE if dead else LONG_STALE):
                 part.unlink()
 
 
@@ -119,9 +129,13 @@ def _drop(lock: Path, content: str) -> None:
     """Remove the lock if it is the one with this content; another that was taken meanwhile is put back."""
     aside = lock.with_name(f".lock.{uuid.uuid4().hex[:8]}")
     with suppress(OSError):
+        if lock.read_text() != content:
+            return
         lock.rename(aside)
-        if aside.read_text() != content:
-            os.link(aside, lock)
+        if aside.read_text() != content:  # it was taken in between
+            if not lock.exists():
+                aside.rename(lock)
+            return
     aside.unlink(missing_ok=True)
 
 

@@ -9,6 +9,7 @@ changes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -151,7 +152,7 @@ def transfer(
     taken, adapted, fresh = [], [], []
     for name, value in own.items():
         given = start.weights.get(name)
-        if given is not None and given.shape == value.shape:
+        if given is not None and given.shape == value.shape and not _renamed(name, given, start, classes):
             taken.append(name)
             own[name] = given
         elif given is not None and (fitted := _fitted(given, value, start, classes, channels)) is not None:
@@ -188,6 +189,14 @@ def _shown(names: list[str], what: str) -> str:
     return "" if what == "taken" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
+def _renamed(name: str, given: Tensor, start: Start, classes: Sequence[str]) -> bool:
+    """Whether a tensor of the head has a row for each of as many classes of other names, or in another order."""
+    names = [*start.classes, *classes]
+    known = all(names) and not any(re.fullmatch(r"label \d+", name) for name in names)
+    head = "head" in name and given.dim() > 0 and len(given) == len(classes) == len(start.classes)
+    return head and known and list(start.classes) != list(classes)
+
+
 def _fitted(
     given: Tensor, own: Tensor, start: Start, classes: Sequence[str], channels: Sequence[str]
 ) -> Tensor | None:
@@ -195,7 +204,7 @@ def _fitted(
     if given.dim() != own.dim() or not own.is_floating_point():
         return None
     differing = [axis for axis in range(own.dim()) if given.shape[axis] != own.shape[axis]]
-    if differing == [0] and (len(given), len(own)) == (len(start.classes), len(classes)):
+    if differing in ([], [0]) and (len(given), len(own)) == (len(start.classes), len(classes)):
         return _by_name(given, own, start.classes, classes, own)
     old, new = len(start.channels), len(channels)
     if len(differing) != 1 or not old or given.shape[differing[0]] % old:

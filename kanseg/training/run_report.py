@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -281,7 +282,9 @@ class _Report:
             logs = {fold.name.replace("_", " "): read_log(fold / LOG) for fold in folds}
             if logs := {name: records for name, records in logs.items() if records}:
                 draw_curves(logs, self.run / PICTURES / f"curves_{folder.name}.png")
-                drawn.append(f"![Loss and Dice of {folder.name}](./{PICTURES}/curves_{folder.name}.png)")
+                drawn.append(
+                    f"![Loss and Dice of {folder.name}](./{PICTURES}/{quote(f'curves_{folder.name}.png')})"
+                )
         if drawn:
             yield "## Training"
             yield from drawn
