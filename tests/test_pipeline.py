@@ -127,6 +127,16 @@ def test_a_report_is_made_anew_from_what_is_there(balls, done, tmp_path):
         write_report(folder / "model")
 
 
+def test_a_report_says_when_folds_were_scored_after_the_pooling(balls, done, tmp_path):
+    folder = Path(shutil.copytree(done[0] / "3d", tmp_path / "a run"))
+    before = write_report(folder).read_text()
+    assert "cases have scores now" not in before
+    assert before.count("<img") == 6  # a blank in the name breaks no picture
+    file = folder / "cross_validation.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cases": 4}))
+    assert "6 cases have scores now" in write_report(folder).read_text()
+
+
 def test_called_again_it_does_nothing_anew_and_says_the_same(balls, done):
     folder, found = done
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")}

@@ -29,7 +29,7 @@ from kanseg.training.cross_validation import RESULT, TABLE
 from kanseg.training.files import read_json, write_bytes
 from kanseg.training.manifest import MANIFEST
 from kanseg.training.monitor import LOG, read_log
-from kanseg.training.run_folder import PLAN, PREDICTIONS, SPLITS
+from kanseg.training.run_folder import PLAN, PREDICTIONS, SPLITS, SUMMARY
 from kanseg.training.validate import kept_prediction
 
 MARKDOWN, HTML, PICTURES = "report.md", "report.html", "report"
@@ -159,6 +159,12 @@ class _Report:
             result = one.result
             yield f"### {one.name}"
             yield f"{result['cases']} unseen cases, mean [95 % interval by patient]:"
+            scored = sum(len((read_json(fold / SUMMARY) or {}).get("cases") or {}) for fold in one.folds)
+            if scored > result["cases"]:
+                yield (
+                    f"**Not all are among them:** {scored} cases have scores now. `kanseg train RUN -f all --resume` "
+                    "pools them."
+                )
             yield table(*score_rows(result["metrics"] | result.get("unions", {}), self.plan.unit))
             rules = (
                 "; ".join(_rule(rule, self.plan) for rule in result["postprocessing"]) or "none that helps"

@@ -99,6 +99,10 @@ def search(
         write_json(folder / "search.json", asked)
         results = _tune(run, plan, fixed, space, asked, first.training.epochs, concurrent, resume)
         rows = [_row(result, space, folder, fold) for result in results]
+    if len(rows) < trials:  # Ray ends so when it is interrupted
+        raise UserError(
+            f"The search in {folder} stopped after {len(rows)} of {trials} trials. Go on with --resume."
+        )
     rows.sort(key=lambda row: -(row["dice"] if row["dice"] is not None else -1.0))
     if not rows or rows[0]["dice"] is None:
         raise UserError(

@@ -50,6 +50,8 @@ def doctor(
             f"{count} of {found.cases} cases written to {fix}. Next: kanseg plan {fix} -o RUN",
             highlight=False,
         )
+        if found.dataset is not None and found.dataset.test_cases:
+            talk.print(f"{len(found.dataset.test_cases)} test images stay where they are.", highlight=False)
     emit(result, json_)
     if found.errors and fix is None:
         advice = "Write a repaired copy with --fix OUT." if found.dataset else "See the table."
