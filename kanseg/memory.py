@@ -12,6 +12,7 @@ from pathlib import Path
 from kanseg.errors import UsageError
 
 FITS = 0.5  # of the room that is left: the rest is for what computes
+NEAR = 0.6  # of the memory: from there on what is freed is not kept for later
 LITTLE = 0.05  # of the memory: always fits, for freed memory that the process keeps counts as taken
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -78,6 +79,12 @@ def _fits(size: int, memory: int | None) -> bool:
     if memory is None:
         return size <= FITS * free_memory()
     return size <= max(FITS * (memory - (taken() or 0)), LITTLE * memory)
+
+
+def settle(memory: int | None) -> None:
+    """Return freed memory to the system where this process nears what it may take in all (bytes; None: no limit)."""
+    if memory and (taken() or 0) > NEAR * memory:
+        give_back()
 
 
 def give_back() -> bool:

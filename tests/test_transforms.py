@@ -19,6 +19,7 @@ from kanseg.data.transforms import (
     STRENGTHS,
     Item,
     augmentation,
+    highest,
     load_case,
     normalize,
     preparation,
@@ -182,3 +183,12 @@ def test_the_other_albumentations_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.0")
     with pytest.raises(UserError, match="albumentationsx 2.1.0 .* pip uninstall albumentationsx"):
         require_albumentations()
+
+
+def test_the_highest_class_is_found_without_lists_of_voxels() -> None:
+    """Such a list, of a volume that a scanner gives, is six times the map."""
+    maps = list(torch.randn(3, 40, 50, 60))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        found = highest(maps)
+    np.testing.assert_array_equal(found, torch.stack(maps).argmax(0))
+    assert max(event.self_cpu_memory_usage for event in profile.events()) <= maps[0].nbytes

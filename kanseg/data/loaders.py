@@ -22,7 +22,7 @@ from kanseg.data.plan import CACHE_SHARE, Plan, loader_bytes
 from kanseg.data.shelf import Shelf
 from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
 from kanseg.errors import UserError
-from kanseg.memory import for_data, free_memory
+from kanseg.memory import for_data, free_memory, settle
 from kanseg.progress import note, progress
 
 Batch = dict[str, Tensor]
@@ -134,6 +134,8 @@ class TrainLoader(EndlessLoader):
         for case in progress(cases, "Loading cases"):
             item = prepare(load_case(case, plan)[0])
             items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
+            del item
+            settle(for_data(plan.memory_bytes))
         how["workers"] = affordable_workers(
             plan, how.get("workers", 0), how["batch_size"], how.get("pin", False)
         )
@@ -184,6 +186,8 @@ class ValidationCases(Sequence[Batch]):
         for case in cases:
             item = load_case(case, plan)[0]
             self.items.append({key: item[key] for key in KEYS})
+            del item
+            settle(for_data(plan.memory_bytes))
 
     def __len__(self) -> int:
         return len(self.items)

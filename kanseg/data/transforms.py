@@ -188,9 +188,9 @@ def highest(maps: Iterable[Tensor], threshold: float | None = None) -> Tensor:
             best = values.clone() if threshold is None else torch.full_like(values, threshold)
             continue
         higher = values > best
-        labels[higher] = number
+        labels.masked_fill_(higher, number)  # by an index it would take six times the map
         if threshold is None:
-            best[higher] = values[higher]
+            torch.where(higher, values, best, out=best)
     return labels
 
 

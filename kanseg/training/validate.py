@@ -18,6 +18,7 @@ from kanseg.data.transforms import highest
 from kanseg.evaluation.metrics import dice, dice_of_values, label_dice
 from kanseg.inference.logits import whole_logits
 from kanseg.inference.predict import predict_case
+from kanseg.memory import settle
 
 RESAMPLES = 2000
 OVERLAP, FEWEST = 0.25, 2  # of windows, and cases that are watched at least, while training goes on
@@ -29,12 +30,15 @@ def validate_batch(
 ) -> list[float]:
     """Dice a class of one preprocessed case: image (1, C, *S), label as the loss takes it; windows overlap little."""
     memory = allowed_memory(plan, device)
+    settle(memory)
     logits = whole_logits(model, batch["image"], plan, overlap=OVERLAP, device=device, memory=memory)
     label = batch["label"][0].to(logits[0].device)
     known = label[0] >= 0  # voxels that nobody annotated do not count
     if plan.regions:
         return [dice((logits[k] > 0) & known, (label[k] > 0) & known) for k in range(1, len(logits))]
-    maps = (highest(logits)[known], label[0][known].to(torch.int16))
+    maps = (highest(logits), label[0].to(torch.int16))
+    if not known.all():
+        maps = (maps[0][known], maps[1][known])
     prediction, reference = (labels.cpu().numpy() for labels in maps)
     return dice_of_values(prediction, reference, range(1, len(logits)))
 
@@ -52,6 +56,7 @@ def validate_case(
     Args:
         folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
     """
+    settle(allowed_memory(plan, device))
     labels, source = predict_case(model, case, plan, **inference_options(options, plan, device))
     if folder is not None:
         write_label(kept_prediction(folder, case, plan), labels, source, plan.label_dtype)
