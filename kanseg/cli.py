@@ -257,7 +257,7 @@ def predict(
     how: dict[str, Any] = {"suffix": suffix, "overlap": overlap, "blending": blending, "tta": tta}
     how |= {"probabilities": probabilities, "uncertainty": uncertainty}
     how |= {"postprocess": postprocess, "again": again}
-    how["memory"] = None if memory is None else size_in_bytes(memory)
+    how["memory"] = size_in_bytes(memory)
     if is_classifier(model[0]):
         if tta or suffix or uncertainty:
             raise UsageError(

@@ -17,12 +17,14 @@ LITTLE = 0.05  # of the memory: always fits, for freed memory that the process k
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def size_in_bytes(text: str) -> int:
-    """A size as --memory takes it.
+def size_in_bytes(text: str | int | None) -> int | None:
+    """A size as --memory takes it; bytes, and None for no limit, stay as they are.
 
     >>> size_in_bytes("8G"), size_in_bytes("500 MiB")
     (8589934592, 524288000)
     """
+    if not isinstance(text, str):
+        return text
     number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
     if number and number[-1] in UNITS:
         number, unit = number[:-1], number[-1]

@@ -158,8 +158,7 @@ class Segmenter:
         network, plan = self._trained()
         networks, plans = zip((network, plan), *self._others, strict=True)
         options.setdefault("device", next(network.parameters()).device)
-        if isinstance(memory := options.get("memory"), str):
-            options["memory"] = size_in_bytes(memory)
+        options["memory"] = size_in_bytes(options.get("memory"))
         with tempfile.TemporaryDirectory() as folder:
             case = _as_case(image, plan, Path(folder), spacing)
             labels, source = predict_case(networks, case, plans, **options)
@@ -279,7 +278,7 @@ def _other_wishes(plan: Plan, asked: Mapping[str, Any]) -> list[str]:
 
     def same(name: str, value: Any) -> bool:
         if name == "memory":
-            return (size_in_bytes(value) if isinstance(value, str) else value) in (None, plan.memory_bytes)
+            return size_in_bytes(value) in (None, plan.memory_bytes)
         if name == "mirror":
             axes = parse_mirror(value) if isinstance(value, str) else value
             return axes is None or plan.slice_axis is not None or sorted(axes) == sorted(plan.mirror_axes)

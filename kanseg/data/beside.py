@@ -20,18 +20,18 @@ def probability_path(path: Path, names: Sequence[str], number: int) -> Path:
 
     Names that are alike then have the number of the class before them.
     """
-    safe = ["".join(c if c.isalnum() else "_" for c in name).lower() for name in names]
-    own = "".join(c if c.isalnum() else "_" for c in names[number])
-    return beside(path, f"_prob_{f'{number}_' * (safe.count(safe[number]) > 1)}{own}{suffix_of(path)}")
+    safe = ["".join(c if c.isalnum() else "_" for c in name) for name in names]
+    alike = [name.lower() for name in safe].count(safe[number].lower()) > 1
+    return _beside(path, f"_prob_{f'{number}_' * alike}{safe[number]}{suffix_of(path)}")
 
 
-def beside(path: Path, ending: str) -> Path:
+def _beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name[: -len(suffix_of(path))] + ending.replace(DICOM_SEG, NIFTI))
 
 
 def uncertainty_path(path: Path) -> Path:
     """Where the uncertainty lies beside a label map."""
-    return beside(path, f"_uncertainty{suffix_of(path)}")
+    return _beside(path, f"_uncertainty{suffix_of(path)}")
 
 
 def is_beside(path: Path) -> bool:
@@ -45,8 +45,7 @@ def is_beside(path: Path) -> bool:
 def remove_beside(path: Path) -> None:
     """Remove the maps beside a label map: they do not belong to one that is made anew."""
     stem = path.name[: -len(suffix_of(path))]
-    named = (file for file in path.parent.glob(f"{glob.escape(stem)}_*") if suffix_of(file))
-    for file in named:
+    for file in path.parent.glob(f"{glob.escape(stem)}_*"):
         if file.name.startswith((f"{stem}_prob_", f"{stem}_uncertainty.")) and is_beside(file):
             file.unlink()
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kanseg.data.class_arrays import Found, find_arrays
+from kanseg.data.digests import file_digest
 from kanseg.data.formats import (
     COLOURS,
     LABEL_FOLDERS,
@@ -231,9 +232,8 @@ def _read_table(path: Path, table: Path) -> ImageClasses:
             raise UserError(
                 f"{table} names the image '{row[key]}', which is not in {root}. Add it, or take the row out."
             )
-        named = [file for file in fitting if file.name == exact.name] or fitting
-        fitting = named[:1] if len({file.read_bytes() for file in named}) == 1 else named
-        if len(fitting) > 1:
+        fitting = [file for file in fitting if file.name == exact.name] or fitting
+        if len(fitting) > 1 and len(set(map(file_digest, fitting))) > 1:
             names = few([str(file.relative_to(root)) for file in fitting])
             raise UserError(
                 f"{table} names the image '{row[key]}', and {root} has {names}. Name it by its path there."

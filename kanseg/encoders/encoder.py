@@ -16,13 +16,8 @@ from kanseg.registry import Registry
 ENCODERS = Registry("encoder")
 # Libraries whose encoders are taken by LIBRARY/NAME, filled by `kanseg.encoders.pretrained`.
 LIBRARIES = Registry("encoder library")
-NOT_OWN = (
-    "name",
-    "spatial_dims",
-    "in_channels",
-    "pretrained",
-    "options",
-)  # of the options of a library's encoders
+# What the constructors of a library's encoders take beside options of their own.
+NOT_OWN = ("name", "spatial_dims", "in_channels", "pretrained", "options")
 DOWNLOAD = "download"
 SHAPE = ("features_per_stage", "blocks_per_stage", "strides", "kernel_sizes")
 
@@ -100,9 +95,11 @@ def create_encoder(
             f"There are no weights of encoder '{name if isinstance(name, str) else type(name).__name__}' to download. "
             "Give a file, or a timm or smp encoder."
         )
-    encoder = name if isinstance(name, Encoder) else _made(name, spatial_dims, in_channels, own, options)
-    if encoder is name:
+    if isinstance(name, Encoder):
+        encoder = name
         _check_ready(encoder, spatial_dims, in_channels, own)
+    else:
+        encoder = _made(name, spatial_dims, in_channels, own, options)
     return encoder if weights is None else load_encoder(encoder, weights)
 
 

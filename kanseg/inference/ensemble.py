@@ -29,7 +29,6 @@ from kanseg.training.devices import keep_freed_memory
 from kanseg.training.run_folder import WHOLE
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
-
 FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 
 
@@ -61,10 +60,10 @@ class Loaded:
     """
 
     def __init__(self, paths: Sequence[Path], device: str | torch.device = "cpu") -> None:
-        self.files = [file for path in paths for file in find_members(path)]
+        found = [find_members(path) for path in paths]
+        self.files = [file for files in found for file in files]
         self.digests = [file_digest(file) for file in self.files]
         stored = _rules(Path(paths[0]))
-        first = len(find_members(paths[0]))
         alike: dict[str, list[tuple[nn.Module, Plan]]] = {}
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
@@ -74,7 +73,7 @@ class Loaded:
                     f"{file} tells the class of an image, and makes no ensemble with networks that segment."
                 )
             self.infos.append(info)
-            if stored is None and len(self.infos) <= first:
+            if stored is None and len(self.infos) <= len(found[0]):
                 stored = info.get("postprocessing")
             alike.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
         self.rules: list[Rule] = stored or []

@@ -44,7 +44,7 @@ def plan_data(
         trial: measure the memory of a step.
     """
     check_size(size)
-    memory = size_in_bytes(memory) if isinstance(memory, str) else memory
+    memory = size_in_bytes(memory)
     mirror = parse_mirror(mirror) if isinstance(mirror, str) else mirror
     regions = parse_regions(regions) if isinstance(regions, str) else regions
     if is_classes(data):

@@ -41,20 +41,6 @@ SMALL = 1_000_000  # numbers of a batch whose passes take less time on a GPU tha
 OPTIMIZED = ("optimizer", "freeze", "lr_scale", "layer_decay")
 
 
-class Numbered(Sequence[tuple[int, Any]]):
-    """Some items of a sequence with their numbers, each made when it is asked for."""
-
-    def __init__(self, items: Sequence[Any], numbers: Sequence[int]) -> None:
-        self.items, self.numbers = items, numbers
-
-    def __getitem__(self, index: Any) -> Any:
-        number = self.numbers[index]
-        return number, self.items[number]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-
 class Trainer:
     """One training of a model in a folder. `load` goes on from the folder's last checkpoint."""
 
@@ -272,9 +258,10 @@ class Trainer:
         """Scores of the watched items together, each process its share."""
         self._take_average()
         scores = []
-        for index, item in self._share(self.task.watched()):
+        items = self.task.watched()
+        for index in self._share(items):
             with self.accelerator.autocast():
-                scores.append((index, self.task.score(self.evaluated, item, self.accelerator.device)))
+                scores.append((index, self.task.score(self.evaluated, items[index], self.accelerator.device)))
             if self.accelerator.num_processes == 1:
                 self._tick()
                 self._leave_if_asked()
@@ -285,8 +272,9 @@ class Trainer:
     def _final_scores(self) -> list[list[Any]]:
         folder = make_folder(self.folder / PREDICTIONS)
         scores = []
-        for index, item in self.monitor.walk(self._share(self.task.held_out()), "validating"):
-            found = self.task.final_score(self.evaluated, item, self.accelerator.device, folder)
+        items = self.task.held_out()
+        for index in self.monitor.walk(self._share(items), "validating"):
+            found = self.task.final_score(self.evaluated, items[index], self.accelerator.device, folder)
             scores.append((index, found))
             if self.stop:
                 self.monitor.say("Stopped. --resume makes the final validation again.")
@@ -333,10 +321,9 @@ class Trainer:
             self._leave_if_asked()
             raise
 
-    def _share(self, items: Any) -> Numbered:
-        """This process's items with their numbers."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        return Numbered(items, range(rank, len(items), ranks))
+    def _share(self, items: Sequence[Any]) -> range:
+        """Numbers of this process's items; each item is made when it is asked for."""
+        return range(self.accelerator.process_index, len(items), self.accelerator.num_processes)
 
     def _standing(self) -> dict[str, Any]:
         return self.state.standing(self.task.metric)

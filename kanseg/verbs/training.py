@@ -48,7 +48,7 @@ def run(
     from kanseg.training.pipeline import run_pipeline
 
     how: dict[str, Any] = {"minutes": minutes, "configurations": configurations, "final": final}
-    how |= {"memory": size_in_bytes(memory) if memory else None, "size": size}
+    how |= {"memory": size_in_bytes(memory or None), "size": size}
     how |= {"config": config, "id_pattern": id_pattern}
     how |= {"mirror": parse_mirror(mirror), "regions": parse_regions(regions) if regions else None}
     found = run_pipeline(data, out, overrides or [], override=override, console=console(json_), **how)
