@@ -89,6 +89,9 @@ SHARED: Rows = {
     f"shared functions{where}": {"name": "ukanet", "options": {"kan_stages": stages, **SHARED_LAYERS}}
     for where, stages in {"": "all", ", coarse stages": "coarse"}.items()
 }
+# Each convolution takes a learned rational function of its input, SiLU at the start, in place of the activation before.
+GRKAN: dict[str, Any] = {"basis": "grkan", "bottleneck": False, "layer_options": {"act": None}}
+LEARNED: Rows = {"rational functions": {"name": "ukanet", "options": {"kan_stages": "deep", **GRKAN}}}
 DEEP: Rows = {"all but full resolution": {"name": "ukanet", "options": {"kan_stages": "deep"}}}
 # The first stage at half resolution, as encoders for photographs have it; chosen on fold 2 of busi.
 HALF = {"strides": [2] * 5, "kernel_sizes": [3] * 5, "features_per_stage": [32, 64, 128, 256, 256]}
@@ -98,6 +101,7 @@ PICTURES: Rows = {
     "half resolution first, plain": {"name": "ukanet", "options": {**HALF, "basis": None}},
     **DEEP,
     **SHARED,
+    **LEARNED,
     **PLAIN,
     "smp unet resnet34": {"name": "smp", "options": {"network": "Unet", "encoder": "resnet34"}},
     "ukan": {"name": "ukan", "options": {}},
@@ -111,6 +115,7 @@ PLACES: Rows = {
     "all stages": {"name": "ukanet", "options": {"kan_stages": "all"}},
     **DEEP,
     **SHARED,
+    **LEARNED,
     "coarsest alone": {"name": "ukanet", "options": {"kan_stages": [3]}},
     **{
         f"{basis} basis": {"name": "ukanet", "options": {"basis": basis}}
