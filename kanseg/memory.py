@@ -45,18 +45,23 @@ def free_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free
 
 
+def on_gpu() -> bool:
+    """Whether networks compute on a GPU here, so that what is planned with is its memory."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def memory_at_hand() -> int:
     """Bytes that are free: of the GPU where there is one, else of the main memory."""
     import torch
 
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_memory()
+    return torch.cuda.mem_get_info()[0] if on_gpu() else free_memory()
 
 
 def for_data(planned: int | None) -> int | None:
     """Bytes of main memory for data: what was planned with, or where that is a GPU's memory, what is free here."""
-    import torch
-
-    return free_memory() if planned and torch.cuda.is_available() else planned
+    return free_memory() if planned and on_gpu() else planned
 
 
 def taken(key: str = "VmRSS") -> int | None:

@@ -208,6 +208,19 @@ def test_the_memory_is_enough_for_step_prepared_cases_and_loader_together(tmp_pa
         assert 0.7 * budget < step + cases + loader_bytes(plan) < budget
 
 
+def test_the_memory_of_a_gpu_is_for_the_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared cases and loaders are in main memory there."""
+    dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
+    machine, budget = steps_of(10 * 2**20, 10), 144 * 2**20
+    beside = make_plan(dataset, memory=budget, measure=machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plan = make_plan(dataset, memory=budget, measure=machine)
+    need, voxels = machine(plan), math.prod(plan.patch_size) * plan.batch_size
+    assert voxels > math.prod(beside.patch_size) * beside.batch_size
+    assert 0.7 * budget < plan.training_bytes == need.base + need.per_voxel * voxels < budget
+    assert "prepared cases" not in " ".join(plan.reasons)
+
+
 def test_a_short_training_gets_smaller_steps_rather_than_few(tmp_path: Path) -> None:
     dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
 

@@ -20,7 +20,7 @@ from kanseg.data.formats import Dataset, read_dataset
 from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
-from kanseg.memory import FITS, memory_at_hand
+from kanseg.memory import FITS, for_data, memory_at_hand, on_gpu
 from kanseg.progress import in_words
 
 VERSION = 1
@@ -280,7 +280,8 @@ def make_plan(
         many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
         plan.reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[axis]}{many}")
     plan.reasons.append(why_mirror(dataset.spatial_dims, dataset.label_names, mirrored))
-    if (whole := _whole_image_bytes(seen, plan)) > FITS * plan.memory_bytes:
+    room = for_data(plan.memory_bytes)
+    if room and (whole := _whole_image_bytes(seen, plan)) > FITS * room:
         plan.reasons.append(
             f"the largest image has {whole / 2**30:.1f} GiB of logits ({len(plan.label_names)} classes): where they do "
             "not fit into the memory, predictions keep them on the disk"
@@ -356,10 +357,12 @@ def _within_memory(
 
     Args:
         image: median size of an image at the plan's spacing.
-        cache: bytes that prepared cases will take.
+        cache: bytes that prepared cases will take; they and their loaders are in main memory, also beside a GPU.
         seconds: see `make_plan`.
     """
     need = Need(0, 0)
+    loaders = 0 if on_gpu() else LOADERS
+    cache = 0 if on_gpu() else cache
     features = SIZES[plan.size].features
     per_voxel = float(BYTES_A_VOXEL * features)
     sized = most = _sized(plan, image, features, plan.memory_bytes * SHARE / per_voxel)
@@ -368,25 +371,25 @@ def _within_memory(
     for _ in range(TRIALS if measure else 0):
         assert measure is not None
         need, features = measure(sized), sized.features_per_stage[0]
-        fixed = need.base + cache + LOADERS * LOADER_BYTES
+        fixed = need.base + cache + loaders * LOADER_BYTES
         rest = plan.memory_bytes * MEASURED_SHARE - fixed
         least = fixed + max(0.0, need.least - need.base)
         missing = least - plan.memory_bytes * MEASURED_SHARE
         if missing > 0 and features <= LEAST_FEATURES:
+            parts = "the program, the prepared cases" if loaders else "the program"
             raise UserError(
-                f"{plan.memory_bytes / 2**20:.0f} MiB are too few: the program, the prepared cases and the narrowest "
-                f"network take {least / 2**20:.0f} MiB, and a tenth is kept free. Give at least "
-                f"{least / MEASURED_SHARE / 2**20:.0f} MiB with --memory, or --size small."
+                f"{plan.memory_bytes / 2**20:.0f} MiB are too few: {parts} and the narrowest network take {least / 2**20:.0f} "
+                f"MiB, and a tenth is kept free. Give at least {least / MEASURED_SHARE / 2**20:.0f} MiB with --memory."
             )
         said = (
-            f"{budget}: trial steps took {need.per_voxel / 1e3:.1f} kB a voxel beside {need.base / 2**30:.2f} GiB, "
-            f"prepared cases take {cache / 2**30:.2f} GiB"
+            f"{budget}: trial steps took {need.per_voxel / 1e3:.1f} kB a voxel beside {need.base / 2**30:.2f} GiB"
+            + (f", prepared cases take {cache / 2**30:.2f} GiB" if loaders else "")
         )
         last = sized
         if missing > 0:  # the network itself is too large, whatever the patch
             sized = most = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
             continue
-        voxels = rest / (need.per_voxel + LOADERS * _loader_bytes_a_voxel(plan))
+        voxels = rest / (need.per_voxel + loaders * _loader_bytes_a_voxel(plan))
         most = _sized(plan, image, features, voxels)
         if seconds and need.seconds:
             voxels = min(voxels, need.voxels_within(seconds / LEAST_STEPS))
