@@ -377,9 +377,10 @@ def _within_memory(
         missing = least - plan.memory_bytes * MEASURED_SHARE
         if missing > 0 and features <= LEAST_FEATURES:
             parts = "the program, the prepared cases" if loaders else "the program"
+            given, taken, enough = (b / 2**20 for b in (plan.memory_bytes, least, least / MEASURED_SHARE))
             raise UserError(
-                f"{plan.memory_bytes / 2**20:.0f} MiB are too few: {parts} and the narrowest network take {least / 2**20:.0f} "
-                f"MiB, and a tenth is kept free. Give at least {least / MEASURED_SHARE / 2**20:.0f} MiB with --memory."
+                f"{given:.0f} MiB are too few: {parts} and the narrowest network take {taken:.0f} MiB, and a tenth is "
+                f"kept free. Give at least {enough:.0f} MiB with --memory."
             )
         said = (
             f"{budget}: trial steps took {need.per_voxel / 1e3:.1f} kB a voxel beside {need.base / 2**30:.2f} GiB"
