@@ -275,20 +275,12 @@ def make_plan(
         plan = replace(plan, spacing=[float(s) for s in coarse])
         resampled = np.median(sizes * spacings / coarse, axis=0)
         plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure, seconds)
-    plan.reasons = [why_spacing, *why, _why_strides(plan), _why_normalization(plan)]
-    if axis is not None:
-        many = f", each with its neighbours, {slices} in all" if slices > 1 else ""
-        plan.reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[axis]}{many}")
-    plan.reasons.append(why_mirror(dataset.spatial_dims, dataset.label_names, mirrored))
-    room = for_data(plan.memory_bytes)
-    if room and (whole := _whole_image_bytes(seen, plan)) > FITS * room:
-        plan.reasons.append(
-            f"the largest image has {whole / 2**30:.1f} GiB of logits ({len(plan.label_names)} classes): where they do "
-            "not fit into the memory, predictions keep them on the disk"
-        )
-    if seen["same"]:
-        shown = ", ".join(f"{one} = {other}" for one, other in seen["same"][:3])
-        plan.reasons.append(f"{len(seen['same'])} pairs of images are the same and stay together: {shown}")
+    plan.reasons = [
+        why_spacing,
+        *why,
+        *_further_reasons(plan, seen),
+        why_mirror(dataset.spatial_dims, dataset.label_names, mirrored),
+    ]
     plan.reasons += dataset.notes
     return plan
 
@@ -504,12 +496,26 @@ def _why_spacing(plan: Plan, cases: int) -> str:
     return why
 
 
-def _why_strides(plan: Plan) -> str:
-    return f"strides {plan.strides}: an axis is halved while it is within twice the finest spacing and long enough"
-
-
-def _why_normalization(plan: Plan) -> str:
-    return f"normalization {[n['scheme'] for n in plan.normalization]} by channel {plan.channel_names}"
+def _further_reasons(plan: Plan, seen: dict[str, Any]) -> list[str]:
+    """Of what goes neither by spacing nor by memory, and what else there is to know."""
+    schemes = [n["scheme"] for n in plan.normalization]
+    reasons = [
+        f"strides {plan.strides}: an axis is halved while it is within twice the finest spacing and long enough",
+        f"normalization {schemes} by channel {plan.channel_names}",
+    ]
+    if plan.slice_axis is not None:
+        many = f", each with its neighbours, {plan.slices} in all" if plan.slices > 1 else ""
+        reasons.append(f"volumes are learnt slice by slice across axis {'RAS'[plan.slice_axis]}{many}")
+    room = for_data(plan.memory_bytes)
+    if room and (whole := _whole_image_bytes(seen, plan)) > FITS * room:
+        reasons.append(
+            f"the largest image has {whole / 2**30:.1f} GiB of logits ({len(plan.label_names)} classes): where they do "
+            "not fit into the memory, predictions keep them on the disk"
+        )
+    if seen["same"]:
+        shown = ", ".join(f"{one} = {other}" for one, other in seen["same"][:3])
+        reasons.append(f"{len(seen['same'])} pairs of images are the same and stay together: {shown}")
+    return reasons
 
 
 def _target_spacing(spacings: np.ndarray) -> np.ndarray:
