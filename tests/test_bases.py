@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -200,10 +202,14 @@ def test_fourier_functions_are_cosines_and_sines(degree: int) -> None:
     torch.testing.assert_close(ours, torch.stack([torch.ones_like(t), *waves]))
 
 
-def test_rational_functions_start_as_silu_and_follow_their_coefficients() -> None:
-    basis = create_basis("rational", channels=4, groups=2).double()
+@pytest.mark.parametrize(("start", "function"), [("silu", nn.functional.silu), ("identity", nn.Identity())])
+def test_rational_functions_start_as_asked_and_follow_their_coefficients(start: str, function: Any) -> None:
+    basis = create_basis("rational", channels=4, groups=2, start=start).double()
     t = torch.linspace(-3, 3, 31, dtype=torch.float64)
-    assert (basis(t.view(1, 1, -1).expand(1, 4, -1)) - nn.functional.silu(t)).abs().max() < 0.01
+    start_values = basis(t.view(1, 1, -1).expand(1, 4, -1))
+    assert (start_values - function(t)).abs().max() < 0.01
+    start_values.square().sum().backward()
+    assert all(p.grad.abs().min() > 0 for p in basis.parameters())  # nothing is stuck
     nn.init.normal_(basis.numerator)
     nn.init.normal_(basis.denominator)
     values = basis(t.view(1, 1, -1).expand(1, 4, -1))[0, :, 0].detach().numpy()
@@ -231,6 +237,8 @@ def test_groups_that_do_not_divide_the_channels_are_made_to() -> None:
 def test_unknown_names_and_options_are_explained() -> None:
     with pytest.raises(UsageError, match="'grm'.*Did you mean 'gram'"):
         create_basis("grm", channels=1)
+    with pytest.raises(UsageError, match="Unknown start 'sliu'.*Did you mean 'silu'"):
+        create_basis("rational", channels=1, start="sliu")
     with pytest.raises(UsageError, match="basis 'gram' has no option 'grid_size'. Known: degree"):
         create_basis("gram", channels=1, grid_size=3)
     with pytest.raises(UsageError, match="degree must be 0 or more"):

@@ -106,6 +106,10 @@ PICTURES: Rows = {
     "smp unet resnet34": {"name": "smp", "options": {"network": "Unet", "encoder": "resnet34"}},
     "ukan": {"name": "ukan", "options": {}},
     "ukan, rational functions": {"name": "ukan", "options": {"basis": "rational"}},
+    "ukan, rational functions from the identity": {
+        "name": "ukan",
+        "options": {"basis": "rational", "layer_options": {"start": "identity"}},
+    },
     "ukan, plain": {"name": "ukan", "options": {"basis": None}},
 }
 # What a processor can train on in minutes: hundreds of steps over parts of images, not tens over whole ones.
