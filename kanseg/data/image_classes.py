@@ -109,7 +109,9 @@ def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageCla
     if len(dataset.label_names) < 2 and not dataset.multilabel:
         raise UserError(f"{path} has one class, {dataset.label_names}; there is nothing to tell apart.")
     if id_pattern is not None:
-        dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
+        both = (dataset.cases, dataset.test_cases)
+        cases, tests = (tuple(by_pattern(case, id_pattern) for case in part) for part in both)
+        dataset = replace(dataset, cases=cases, test_cases=tests)
     return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
 
 
