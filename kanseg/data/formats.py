@@ -584,7 +584,7 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         label = labels[0] if labels else None
         cases.append(Case(folder.name, tuple(images), label, folder.name))
     if not any(case.label for case in cases):
-        classes = len({case.images[0].parent for case in cases if len(case.images) > 1}) > 1
+        classes = sum(len(image_files(folder)) > 1 for folder in _folders_in(root)) > 1
         hint = f" If its folders are classes, put them into {root / 'train'}." if classes else ""
         raise UserError(f"{root} has no layout that kanseg knows.{hint} Expected: {LAYOUTS}.")
     return _dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])

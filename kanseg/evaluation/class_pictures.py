@@ -46,8 +46,8 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path | str) -
         axes.set_xticks(range(classes), labels, fontsize=size, **turn)
         axes.set_yticks(range(classes), labels, fontsize=size)
     axes.set(
-        xlabel="predicted class" if classes <= MOST_NAMED else "number of the predicted class",
-        ylabel="true class" if classes <= MOST_NAMED else "number of the true class",
+        xlabel="predicted class" if classes <= MOST_NAMED else "predicted class (number in plan.json)",
+        ylabel="true class" if classes <= MOST_NAMED else "true class (number in plan.json)",
     )
     for row, column in np.argwhere(counts > 0) if classes <= MOST_COUNTED else ():
         colour = "white" if shares[row, column] > 0.6 else "black"

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from kanseg.data.fingerprint import load_fingerprint
+from kanseg.data.image_classes import read_classes
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.classification import answers, evaluate_classes, is_predictions, read_scored
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
@@ -63,6 +64,9 @@ def compare(
     if reference is None and how:
         raise UsageError(f"{', '.join(how)} go with label maps: give the reference, too.")
     first, second = (load_scores(path, reference, **how) for path in (one, other))
+    if groups is None and reference is not None and _class_table(Path(one)):
+        classes = read_classes(reference)
+        groups = {case.id: case.group for case in (*classes.cases, *classes.test_cases)}
     groups = groups or {**_groups(Path(other)), **_groups(Path(one))}
     cases = [_cases(scores) for scores in (first, second)]
     shared = sorted(cases[0] & cases[1])

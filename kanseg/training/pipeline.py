@@ -117,7 +117,11 @@ def run_pipeline(
     asked |= {"config": config, "id_pattern": id_pattern, "mirror": mirror}
     asked["regions"] = None if regions is None else {name: list(values) for name, values in regions.items()}
     if is_classes(data):
-        alone = {"configurations": configurations != "auto", "final": final != "folds", "memory": memory}
+        alone: dict[str, Any] = {
+            "configurations": configurations != "auto",
+            "final": final != "folds",
+            "memory": memory,
+        }
         alone |= {"size": size != "standard", "regions": regions, "mirror": mirror is not None}
         if given := [f"--{name}" for name, value in alone.items() if value]:
             raise UsageError(
