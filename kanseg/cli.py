@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from kanseg.verbs.common import (
     Pattern,
     Regions,
     Size,
+    refuse_given,
     require,
 )
 from kanseg.verbs.common import console as _console
@@ -33,6 +35,11 @@ from kanseg.verbs.common import emit as _emit
 # Of the verbs in the help: the short way first.
 ORDER = "demo doctor run predict evaluate report plan train search compare ensemble export convert download".split()
 ORDER += ["models", "info"]
+
+# Options of predict that say how windows become label maps.
+MASKS_ALONE = {"format_": "--format", "overlap": "--overlap", "blending": "--blending", "memory": "--memory"}
+MASKS_ALONE |= {"postprocess": "--no-postprocess"}
+SCORED_MASKS = {"labels": "--labels", "ignore": "--ignore", "tolerance": "--tolerance"}  # of evaluate
 
 app = typer.Typer(
     name="kanseg",
@@ -97,6 +104,9 @@ def plan(
 ) -> None:
     """Look at the data and decide spacing, patches, normalisation and network; writes RUN/plan.json.
 
+    Images with classes (a folder a class, of volumes below train/; a CSV with image,class; MNIST, CIFAR, MedMNIST) are
+    planned for a classifier; --dim, --slices, --size, --memory, --mirror and --regions are for segmentation alone.
+
     Example: kanseg plan Task04_Hippocampus -o runs/hippocampus --memory 8G
 
     Example: kanseg plan Task04_Hippocampus -o runs/slices --dim 2 --slices 3 --size small
@@ -135,6 +145,9 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train a planned run: one fold, or all of them (cross-validation). A data set without a plan is planned first.
+
+    Of images with classes a classifier is trained; its keys are classification.*, and training.balanced=true draws all
+    classes equally often.
 
     Every key has its meaning and default in kanseg/config.py, and its value in RUN/config.json; a wrong one is answered
     by the nearest.
@@ -192,6 +205,7 @@ def train(
 
 @app.command()
 def predict(
+    context: typer.Context,
     model: Annotated[
         list[Path],
         typer.Option("-m", "--model", help="Run, fold, checkpoint or name of weights; may be repeated."),
@@ -230,13 +244,17 @@ def predict(
     A run with several trained folds, and several -m, predict as one by their mean probability. A folder that was not
     finished is gone on with. A case that fails is reported and the others go on; the exit code is then 1.
 
-    A classifier writes OUT/predictions.csv: the class of each image and the probability of every class.
+    A classifier writes OUT/predictions.csv (or -o TABLE.csv): the class of each image, always with the probability of
+    every class. --uncertainty adds their entropy, --tta averages over the mirrored images that its training drew, and
+    --format, --overlap, --blending, --no-postprocess and --memory are for segmentation alone.
 
     Example: kanseg predict -m runs/hippocampus -i scans/ -o masks/
 
     Example: kanseg predict -m hippocampus -i scan.nii.gz -o mask.nii.gz
 
     Example: kanseg predict -m runs/liver -i series/ -o liver.dcm --uncertainty
+
+    Example: kanseg predict -m runs/moles -i pictures/ -o moles.csv
     """
     from kanseg.data.beside import DICOM_SEG
     from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D
@@ -259,11 +277,9 @@ def predict(
     how |= {"postprocess": postprocess, "again": again}
     how["memory"] = size_in_bytes(memory)
     if is_classifier(model[0]):
-        if tta or suffix or uncertainty:
-            raise UsageError(
-                "--tta, --format and --uncertainty are for segmentation; a classifier writes a table."
-            )
-        result = predict_classes(model, images, out, console=_console(True))
+        refuse_given(context, MASKS_ALONE, "a classifier takes images whole and writes a table")
+        how = {"tta": tta, "uncertainty": uncertainty, "again": again}
+        result = predict_classes(model, images, out, console=_console(True), **how)
     else:
         result = predict_with(model, images, out, console=_console(True), version=__version__, **how)
     _emit(result, json_)
@@ -276,6 +292,7 @@ def predict(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     prediction: Annotated[
         Path, typer.Argument(help="Folder of label maps (or DICOM-SEG), one file, or predictions.csv.")
     ],
@@ -296,23 +313,30 @@ def evaluate(
 ) -> None:
     """Score label maps: Dice, IoU, HD95, NSD and volumes per case, means with 95 % intervals.
 
-    The predictions.csv of a classifier is scored against images with classes: accuracy, top-5, AUC, recall.
+    The table of a classifier (or a folder with its predictions.csv) is scored against images with classes, or a table
+    of them: accuracy, top-5 and AUC with intervals, recall and precision of each class; --labels, --ignore and
+    --tolerance are for label maps alone.
     A missing or unreadable prediction counts as a failure with Dice 0; the exit code is then 1.
     Predictions that are DICOM-SEG need the names of their segments, from a run folder or name=1,name=2.
 
     Example: kanseg evaluate masks/ labelsTs/ -o scores/
 
     Example: kanseg evaluate segmentations/ labelsTs/ --labels runs/mine
+
+    Example: kanseg evaluate predictions.csv pictures/ -o scores/
     """
     from kanseg.data.formats import few
     from kanseg.evaluation.metrics import evaluate_folders, label_options
     from kanseg.evaluation.report import score_table
+    from kanseg.inference.classify import find_tables
 
-    if prediction.suffix == ".csv":
-        from kanseg.evaluation.classification import evaluate_classes, score_lines
+    require("predictions, and references with the same names", prediction, reference)
+    if prediction.suffix == ".csv" or (tables := find_tables([prediction])):
+        from kanseg.evaluation.classification import evaluate_classes
 
-        scores = evaluate_classes(prediction, reference, out)
-        _console(json_).print(score_lines(scores), highlight=False)
+        refuse_given(context, SCORED_MASKS, "a table of classes is scored as it is")
+        scores = evaluate_classes(prediction if prediction.suffix == ".csv" else tables[0], reference, out)
+        _tell_classes(scores, _console(json_))
         _emit(scores, json_)
         return
     how = label_options(labels) | ({} if ignore is None else {"ignore": ignore})
@@ -330,6 +354,26 @@ def evaluate(
         shown = "; ".join(f"{case}: {why}" for case, why in list(summary["failed"].items())[:5])
         count = f"{len(summary['failed'])} of {summary['cases']} cases"
         raise UserError(f"{count} failed and count as Dice 0: {shown}")
+
+
+def _tell_classes(scores: Mapping[str, Any], console: Any) -> None:
+    """Scores of a classifier: a line, a table of the classes, and what is not scored."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from kanseg.data.formats import few
+    from kanseg.evaluation.classification import score_lines, shown_classes
+
+    console.print(score_lines(scores), highlight=False)
+    heading, rows = shown_classes(scores)
+    table = Table(*heading)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for key, said in (("without_reference", "a class"), ("without_prediction", "a prediction")):
+        if names := scores[key]:
+            text = f"{len(names)} images without {said} are not scored: {few(names, 5)}"
+            console.print(text, highlight=False, soft_wrap=True)
 
 
 @app.command()

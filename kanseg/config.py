@@ -214,6 +214,13 @@ class Config(Section):
         return self.data.seed if self.training.seed is None else self.training.seed
 
 
+def with_options(config: Config, section: str, **options: Any) -> Config:
+    """The config with other options in one of its sections, checked anew."""
+    values = config.model_dump()
+    values[section] |= options
+    return make_config(values)
+
+
 def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
     """Compose `configs/NAME.yaml` with `key=value` overrides and check every key and name in it.
 

@@ -423,7 +423,9 @@ def test_plan_train_predict_and_evaluate_by_the_command_line(data: Path, tmp_pat
     assert {key: scores[key] for key in ("images", "accuracy")} == {
         key: summary[key] for key in ("images", "accuracy")
     }
-    code, said = kanseg("predict", "-m", tmp_path / "run", "-i", data, "-o", tmp_path / "out", "--tta")
+    code, said = kanseg(
+        "predict", "-m", tmp_path / "run", "-i", data, "-o", tmp_path / "out", "--overlap", "0.1"
+    )
     assert code == 2
     assert "for segmentation" in said
     code, said = kanseg("plan", data, "-o", tmp_path / "other", "--dim", "2")

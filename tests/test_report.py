@@ -174,7 +174,7 @@ def test_epochs_are_counted_in_whole_numbers_also_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = []
-    monkeypatch.setattr("kanseg.evaluation.report._saved", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("kanseg.evaluation.report.saved", lambda figure, path: figures.append(figure))
     draw_curves({"fold 0": [{"epoch": 0, "loss": 1.0, "mean_dice": 0.5}]}, tmp_path / "a.png")
     for axes in figures[0].axes:
         low, high = axes.get_xlim()

@@ -28,6 +28,11 @@ CHANGES = Registry("change of images")
 NO_CLASS = -1  # images that have none are drawn as if that was one
 SHIFT = 8  # a share of 1 / SHIFT of an axis
 INTERPOLATION = {2: "bilinear", 3: "trilinear"}
+# Axes of an image, (C, *S), that a change turns round, by the dimension: what `kanseg predict --tta` looks at, too.
+MIRRORING: dict[str, Callable[[int], Sequence[int]]] = {
+    "flip": lambda dims: [dims],
+    "flips": lambda dims: range(1, dims + 1),
+}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kanseg.data.formats import few
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UserError
@@ -23,6 +25,7 @@ SMALL = 64  # from there on an encoder goes down faster
 ENCODERS = ("reskanet10", "reskanet18x224p")  # for small images, and for larger ones
 BATCH = {2: 64, 3: 16}
 LEAST_STD = 1e-6
+UNEVEN = 3  # times as many images in the largest class as in the smallest
 
 
 @dataclass
@@ -99,9 +102,19 @@ class ClassPlan(StoredPlan):
 
 
 def plan_classes(dataset: ImageClasses, run: Path | None = None) -> ClassPlan:
-    """Look at some images to train on and decide; RUN/plan.json is written where a run folder is given."""
+    """Look at some images to train on and decide; RUN/plan.json is written where a run folder is given.
+
+    With it RUN/fingerprint.json, of all images: copies stay on one side of a split that kanseg makes.
+
+    Raises:
+        UserError: a patient has images to train on and to test on, or an image cannot be read.
+    """
+    from kanseg.data.class_copies import across_parts, class_fingerprint, patients_across
+    from kanseg.data.fingerprint import save_fingerprint
     from kanseg.training.files import make_folder
 
+    if shared := patients_across(dataset):
+        raise UserError(f"{dataset.source}: {shared}. The scores would be too good. Move them to one part.")
     dims = dataset.spatial_dims
     train = dataset.splits[0]["train"] if dataset.splits else [case.id for case in dataset.cases]
     known = {case.id: case for case in dataset.cases}
@@ -132,12 +145,42 @@ def plan_classes(dataset: ImageClasses, run: Path | None = None) -> ClassPlan:
             f"images of {size}: {why}",
             f"channels by mean and spread of {len(chosen)} images",
             *(["an image may have several classes, or none"] if dataset.multilabel else []),
+            *filter(None, [uneven(dataset)]),
             *dataset.notes,
         ],
     )
     if run is not None:
+        seen = class_fingerprint(dataset)
+        if seen is None:
+            plan.reasons.append(f"{len(dataset.cases)} images are too many to look for copies among them")
+        else:
+            apart = across_parts(dataset, seen["same"])
+            if apart:
+                told = few([f"'{one}' and '{other}'" for one, other in apart], 2)
+                plan.reasons.append(
+                    f"{len(apart)} images lie in two parts of the data (train, val, test), as copies, which makes "
+                    f"scores too good: {told}"
+                )
+            if dataset.splits:  # they are the data's own, and only told of
+                seen["same"] = [pair for pair in seen["same"] if pair not in set(apart)]
+            save_fingerprint(seen, make_folder(run))
         plan.save(make_folder(run) / "plan.json")
     return plan
+
+
+def uneven(dataset: ImageClasses) -> str:
+    """What to do where some class has far more images than another; "" where none has."""
+    if dataset.multilabel:
+        return ""
+    counts = Counter(case.values[0] for case in dataset.cases)
+    (most, high), (least, low) = counts.most_common()[0], counts.most_common()[-1]
+    if high < UNEVEN * low:
+        return ""
+    names = dataset.label_names
+    return (
+        f"classes are uneven, {names[most]} has {high} images and {names[least]} {low}: training.balanced=true draws "
+        "all classes equally often"
+    )
 
 
 def as_channels(image: np.ndarray, channels: int) -> np.ndarray:

@@ -14,6 +14,7 @@ THUMBNAIL = {2: 32, 3: 16}  # cells an axis
 # alike (retinas), so what all have in common is taken away first, where there are enough images to know it; then
 # different ones stay below .94 on hippocampi, breast ultrasound, glands and retinas.
 SAME, SAME_BESIDE_THE_COMMON, ENOUGH = 0.999, 0.97, 10
+BLOCK = 2048  # images that are compared with all at once
 
 
 def signature(path: Path) -> dict[str, Any]:
@@ -55,11 +56,16 @@ def near_duplicates(thumbnails: Mapping[str, np.ndarray]) -> list[tuple[str, str
     if len(names) < 2:
         return []
     rows = np.stack([thumbnails[name] for name in names])
-    same = rows @ rows.T >= SAME
-    if len(names) >= ENOUGH:
-        own = _unit(rows - rows.mean(axis=0))
-        same |= own @ own.T >= SAME_BESIDE_THE_COMMON
-    return [(names[i], names[j]) for i, j in zip(*np.nonzero(np.triu(same, 1)), strict=True)]
+    own = _unit(rows - rows.mean(axis=0)) if len(names) >= ENOUGH else None
+    found = []
+    for start in range(0, len(names), BLOCK):
+        block = slice(start, start + BLOCK)
+        same = rows[block] @ rows.T >= SAME
+        if own is not None:
+            same |= own[block] @ own.T >= SAME_BESIDE_THE_COMMON
+        pairs = zip(*np.nonzero(np.triu(same, start + 1)), strict=True)
+        found += [(names[start + i], names[j]) for i, j in pairs]
+    return found
 
 
 def joined(groups: Mapping[str, str], pairs: Iterable[Sequence[str]]) -> dict[str, str]:

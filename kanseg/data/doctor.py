@@ -98,6 +98,15 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "folds share a patient": (ERROR, "the folds of the list are left aside"),
     "copied label": (WARNING, None),
     "left and right": (NOTE, None),
+    # of images with classes (`kanseg.data.class_doctor`)
+    "unreadable image": (ERROR, None),
+    "values not finite": (ERROR, None),
+    "patients in two parts": (ERROR, None),
+    "copy with another class": (WARNING, None),
+    "copy in another part": (WARNING, None),
+    "few images of a class": (WARNING, None),
+    "copy": (NOTE, None),
+    "uneven classes": (NOTE, None),
 }
 CROOKED = 1e-4  # of the angles' cosines: what rounding leaves, and readers such as ITK refuse
 SHEARED = 0.02

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from kanseg.data.digests import file_digest, near_duplicates, signature, thumbnail
-from kanseg.data.formats import Case, Dataset, label_path
+from kanseg.data.formats import Case, Dataset, files_of, label_path
 from kanseg.data.images import SUFFIXES_NIFTI, check_pair, header_dtype, label_from, read_image, suffix_of
 from kanseg.data.labels import known_values
 from kanseg.errors import UserError
@@ -99,7 +99,7 @@ def check_unchanged(dataset: Dataset, run: Path) -> None:
     seen = load_fingerprint(run)
     if seen is None:
         return
-    planned, found = seen["cases"], {case.id: case for case in dataset.cases}
+    planned, found = seen["cases"], {case.id: case for case in dataset.sources}
     differences = [f"{name} is gone" for name in planned if name not in found]
     differences += [f"{name} is new" for name in found if name not in planned]
     for name in found:
@@ -118,14 +118,16 @@ def _differences(name: str, planned: dict[str, Any], case: Case) -> list[str]:
     found = []
     if planned["group"] != case.group:
         found.append(f"{name} belonged to '{planned['group']}' and belongs to '{case.group}' now")
-    paths = [*case.images, label_path(case)]
+    if planned.get("classes", list(case.values)) != list(case.values):
+        found.append(f"the class of {name} has changed")
+    paths = files_of(case)
     if len(paths) != len(planned["files"]):
         return [*found, f"{name} had {len(planned['files'])} files and has {len(paths)} now"]
     for path, file in zip(paths, planned["files"].values(), strict=True):
         now = signature(path)
         same = now == {key: file[key] for key in now}
         if not same and (now["bytes"] != file["bytes"] or file_digest(path) != file["sha256"]):
-            what = "label" if path == paths[-1] else "image"
+            what = "label" if path == case.label else "image"
             found.append(f"the {what} {path.name} of {name} has changed")
     return found
 

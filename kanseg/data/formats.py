@@ -584,7 +584,9 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         label = labels[0] if labels else None
         cases.append(Case(folder.name, tuple(images), label, folder.name))
     if not any(case.label for case in cases):
-        raise UserError(f"{root} has no layout that kanseg knows. Expected: {LAYOUTS}.")
+        classes = sum(len(image_files(folder)) > 1 for folder in _folders_in(root)) > 1
+        hint = f" If its folders are classes, put them into {root / 'train'}." if classes else ""
+        raise UserError(f"{root} has no layout that kanseg knows.{hint} Expected: {LAYOUTS}.")
     return _dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])
 
 
@@ -911,6 +913,11 @@ def few(names: Sequence[str], count: int = 12) -> str:
     return (
         ", ".join(names) if len(names) <= count else f"{', '.join(names[:count])}, ... ({len(names)} in all)"
     )
+
+
+def files_of(case: Case) -> list[Path]:
+    """The images of a case, and its label where it has one."""
+    return [*case.images, *([case.label] if case.label else [])]
 
 
 def label_path(case: Case) -> Path:

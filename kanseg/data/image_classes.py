@@ -38,6 +38,7 @@ PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "t
 SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that hold no class
 CLASSES = "classes"
 CLASS_COLUMNS = ("class", "dx", "diagnosis", "target", CLASSES)
+IMAGE_COLUMNS, LABEL = ("image", "image_id"), "label"
 SEPARATOR = "|"  # between the classes of one image
 HAM10000 = {
     "akiec": "actinic keratosis",
@@ -50,8 +51,8 @@ HAM10000 = {
 }
 LAYOUTS = (
     "a folder a class (of volumes below train/, also val/, test/), Tiny ImageNet, HAM10000 (metadata and images), a "
-    ".csv with the columns image and class (or classes, with | between them), MNIST's idx files, the binary version of "
-    "CIFAR, or MedMNIST's .npz"
+    ".csv with the columns image and class (or label; or classes, with | between them), MNIST's idx files, the binary "
+    "version of CIFAR, or MedMNIST's .npz"
 )
 
 
@@ -109,7 +110,9 @@ def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageCla
     if len(dataset.label_names) < 2 and not dataset.multilabel:
         raise UserError(f"{path} has one class, {dataset.label_names}; there is nothing to tell apart.")
     if id_pattern is not None:
-        dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
+        both = (dataset.cases, dataset.test_cases)
+        cases, tests = (tuple(by_pattern(case, id_pattern) for case in part) for part in both)
+        dataset = replace(dataset, cases=cases, test_cases=tests)
     return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
 
 
@@ -200,10 +203,18 @@ def _table(path: Path) -> Path | None:
     for file in files:
         if file.is_file() and (file.suffix.lower() == ".csv" or file.name.startswith("HAM10000_metadata")):
             rows = read_rows(file)
-            columns = (("image", "image_id"), CLASS_COLUMNS)
-            if rows and "label" not in rows[0] and all(_column(rows[0], names) for names in columns):
+            if rows and _column(rows[0], IMAGE_COLUMNS) and _class_column(rows, file.parent):
                 return file
     return None
+
+
+def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
+    """The column of the classes; a column label has them where it names no files, and fewer things than images."""
+    if LABEL not in rows[0]:
+        return _column(rows[0], CLASS_COLUMNS)
+    found = {row[LABEL] for row in rows}
+    named = any(set("/\\.") & set(name) or (root / name).exists() for name in found)
+    return None if named or "" in found or len(found) == len(rows) else LABEL
 
 
 def _column(row: Mapping[str, str], names: Sequence[str]) -> str | None:
@@ -212,7 +223,7 @@ def _column(row: Mapping[str, str], names: Sequence[str]) -> str | None:
 
 def _read_table(path: Path, table: Path) -> ImageClasses:
     rows = read_rows(table)
-    key, kind = _column(rows[0], ("image", "image_id")) or "", _column(rows[0], CLASS_COLUMNS) or ""
+    key, kind = _column(rows[0], IMAGE_COLUMNS) or "", _class_column(rows, table.parent) or ""
     groups, root = group_columns(rows[0], "lesionid"), table.parent
     files: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):

@@ -6,12 +6,14 @@ import csv
 import io
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.metrics import compute_roc_auc
+from scipy.special import entr
 
 from kanseg.data.formats import read_rows
 from kanseg.data.image_classes import CLASSES, SEPARATOR
@@ -20,10 +22,16 @@ from kanseg.training.files import write_bytes
 from kanseg.training.validate import bootstrap_interval
 
 TOP = 5
+AREAS, MOST_RANKED = (
+    500,
+    2_000_000,
+)  # resamples of an AUC, and probabilities from which on that takes too long
 THRESHOLD = 0.5  # of the probability of a class of which an image may have several
 SCORES = ("accuracy", "exact", "top5", "balanced_accuracy", "auc")  # those in one line, where they are
-IMAGE, CLASS = "image", "class"
+IMAGE, CLASS, REFERENCE, PATIENT = "image", "class", "reference", "patient"
+CASES = "cases.csv"  # of an evaluation
 PREFIX = "p "  # before the name of a class, over the column of its probabilities
+DIGEST = "made_from"  # over the column that tells what a row depends on
 
 
 def as_truth(values: Sequence[Sequence[int]], count: int) -> np.ndarray:
@@ -50,19 +58,22 @@ def class_scores(
     Returns:
         "images", "accuracy" with its 95 % interval "ci95", "top5" (where there are more classes), "auc" (one class
         against the rest, the mean over the classes that are there; None where one is alone), "balanced_accuracy"
-        (mean recall), "recall" by class.
+        (mean recall), "recall" by class, and "classes": {"images", "recall", "precision", "auc"} of each, None where
+        there is nothing to tell it by.
     """
     ranks = np.argsort(-probabilities, axis=1, kind="stable")
     hits = ranks == classes[:, None]
     top1 = hits[:, 0].astype(float)
+    truth = classes[:, None] == np.arange(len(names))
     recall = {name: float(top1[classes == k].mean()) for k, name in enumerate(names) if (classes == k).any()}
     found = {
         "images": len(classes),
         "accuracy": float(top1.mean()),
         "ci95": _interval(top1, groups, seed),
         "balanced_accuracy": float(np.mean(list(recall.values()))),
-        "auc": mean_auc(probabilities, classes[:, None] == np.arange(len(names))),
+        "auc": mean_auc(probabilities, truth),
         "recall": recall,
+        "classes": class_rows(probabilities, truth, names),
     }
     return {**found, "top5": float(hits[:, :TOP].any(1).mean())} if len(names) > TOP else found
 
@@ -83,11 +94,10 @@ def label_scores(
     Returns:
         "images", "accuracy" (share of right answers, over images and classes) with its 95 % interval "ci95", "exact"
         (share of images with all answers right), "auc" (mean over the classes that some images have and some have
-        not), "classes": {"auc", "accuracy", "images" that have it} of each.
+        not), "classes": {"images" that have it, "accuracy", "recall", "precision", "auc"} of each.
     """
     right = (probabilities >= THRESHOLD) == truth
-    areas = class_aucs(probabilities, truth)
-    each = zip(names, areas, right.mean(0), truth.sum(0), strict=True)
+    rows = class_rows(probabilities, truth, names, multilabel=True)
     return {
         "images": len(truth),
         "accuracy": float(right.mean()),
@@ -95,14 +105,98 @@ def label_scores(
         "exact": float(right.all(1).mean()),
         "auc": mean_auc(probabilities, truth),
         "classes": {
-            name: {
-                "auc": None if np.isnan(area) else float(area),
-                "accuracy": float(share),
-                "images": int(count),
-            }
-            for name, area, share, count in each
+            name: {**rows[name], "accuracy": float(share)}
+            for name, share in zip(names, right.mean(0), strict=True)
         },
     }
+
+
+def answers(probabilities: np.ndarray, *, multilabel: bool = False) -> np.ndarray:
+    """Which classes are said of each image, (N, K) of booleans: the likeliest, or all from a probability of 0.5 on."""
+    if multilabel:
+        return probabilities >= THRESHOLD
+    return np.asarray(probabilities.argmax(1)[:, None] == np.arange(probabilities.shape[1]))
+
+
+def class_rows(
+    probabilities: np.ndarray, truth: np.ndarray, names: Sequence[str], *, multilabel: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Of each class "images", "recall", "precision" and "auc"; None where there is nothing to tell it by."""
+    truth = truth.astype(bool)
+    said, areas = answers(probabilities, multilabel=multilabel), class_aucs(probabilities, truth)
+    right, there, claimed = (said & truth).sum(0), truth.sum(0), said.sum(0)
+    return {
+        name: {
+            "images": int(there[k]),
+            "recall": float(right[k] / there[k]) if there[k] else None,
+            "precision": float(right[k] / claimed[k]) if claimed[k] else None,
+            "auc": None if np.isnan(areas[k]) else float(areas[k]),
+        }
+        for k, name in enumerate(names)
+    }
+
+
+def score_intervals(
+    probabilities: np.ndarray,
+    truth: np.ndarray,
+    groups: Sequence[str],
+    seed: int = 0,
+    *,
+    multilabel: bool = False,
+) -> dict[str, list[float]]:
+    """95 % bootstrap intervals of the scores of `SCORES` that there are; whole groups (patients) are drawn.
+
+    The AUC is that of weighted images; it has no interval where there are more than `MOST_RANKED` probabilities.
+    """
+    images, classes = truth.shape
+    said = answers(probabilities, multilabel=multilabel)
+    right = said == truth
+    means = {"accuracy": right.mean(1) if multilabel else right.all(1).astype(float)}
+    if multilabel:
+        means["exact"] = right.all(1).astype(float)
+    elif classes > TOP:
+        ranks = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
+        means["top5"] = np.take_along_axis(truth, ranks, 1).any(1).astype(float)
+    found = {name: bootstrap_interval(values, groups, seed) for name, values in means.items()}
+    _, index = np.unique(list(groups), return_inverse=True)
+    count, generator = int(index.max()) + 1, np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {"balanced_accuracy": [], "auc": []}
+    ranked = images * classes <= MOST_RANKED
+    orders = [np.argsort(column, kind="stable") for column in probabilities.T] if ranked else []
+    for _ in range(AREAS):
+        weight = np.bincount(generator.integers(0, count, count), minlength=count)[index].astype(float)
+        if not multilabel:
+            there = weight @ truth
+            recalls = (weight @ (said & truth))[there > 0] / there[there > 0]
+            drawn["balanced_accuracy"].append(float(recalls.mean()))
+        areas = (
+            [_weighted_auc(*column, weight) for column in zip(probabilities.T, truth.T, orders, strict=True)]
+            if ranked
+            else []
+        )
+        if known := [area for area in areas if area is not None]:
+            drawn["auc"].append(float(np.mean(known)))
+    return found | {
+        name: np.percentile(values, (2.5, 97.5)).tolist() for name, values in drawn.items() if values
+    }
+
+
+def _weighted_auc(
+    chances: np.ndarray, truth: np.ndarray, order: np.ndarray, weight: np.ndarray
+) -> float | None:
+    """Area under the ROC curve of images that count `weight` times; ties count half. None where a side is empty."""
+    chances, truth, weight = chances[order], truth[order], weight[order]
+    _, tie = np.unique(chances, return_inverse=True)
+    ours, theirs = np.bincount(tie, weight * truth), np.bincount(tie, weight * ~truth)
+    total = ours.sum() * theirs.sum()
+    below = np.cumsum(theirs) - theirs / 2
+    return float(ours @ below / total) if total else None
+
+
+def confusion(probabilities: np.ndarray, classes: np.ndarray, count: int) -> np.ndarray:
+    """Images by true class (row) and said class (column), (K, K)."""
+    found = np.bincount(classes * count + probabilities.argmax(1), minlength=count * count)
+    return np.asarray(found.reshape(count, count))
 
 
 def score_values(
@@ -148,6 +242,7 @@ def predictions_as_csv(
     values: Sequence[Sequence[int]] | None = None,
     *,
     multilabel: bool = False,
+    more: Mapping[str, Sequence[Any]] | None = None,
 ) -> str:
     """A row an image: its id, the likeliest class, the probabilities, and the true class where it is known.
 
@@ -155,16 +250,19 @@ def predictions_as_csv(
 
     Args:
         values: numbers of the classes that each image has; none where they are not known.
+        more: further columns by name.
     """
+    more = more or {}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{PREFIX}{name}" for name in names]
-    reference = [] if values is None else ["reference"]
-    writer.writerow([IMAGE, CLASSES if multilabel else CLASS, *columns, *reference])
+    reference = [] if values is None else [REFERENCE]
+    writer.writerow([IMAGE, CLASSES if multilabel else CLASS, *columns, *reference, *more])
     for number, (image, row) in enumerate(zip(ids, probabilities, strict=True)):
         said = np.flatnonzero(row >= THRESHOLD) if multilabel else [row.argmax()]
         known = [] if values is None else [_joined(values[number], names)]
-        writer.writerow([image, _joined(said, names), *(f"{value:.6g}" for value in row), *known])
+        further = [column[number] for column in more.values()]
+        writer.writerow([image, _joined(said, names), *(f"{value:.6g}" for value in row), *known, *further])
     return text.getvalue()
 
 
@@ -187,6 +285,88 @@ def read_predictions(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
     return [row[IMAGE] for row in rows], values, names
 
 
+def is_predictions(path: Path) -> bool:
+    """Whether a CSV is a table of a classifier, by its first line; a file that cannot be read is none."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            columns = next(csv.reader(file), [])
+    except (OSError, ValueError, csv.Error):
+        return False
+    return columns[:1] == [IMAGE] and any(column.startswith(PREFIX) for column in columns)
+
+
+@dataclass
+class Scored:
+    """Predicted images whose classes are known: `values` are their numbers in `names`, `groups` the patients."""
+
+    ids: list[str]
+    probabilities: np.ndarray
+    names: list[str]
+    values: list[tuple[int, ...]]
+    groups: list[str]
+    multilabel: bool = False
+
+    @property
+    def truth(self) -> np.ndarray:
+        """Which classes each image has, (N, K) of booleans."""
+        return as_truth(self.values, len(self.names))
+
+    def scores(self, seed: int = 0) -> dict[str, Any]:
+        """As `score_values`, with the "intervals" of its scores."""
+        how: dict[str, Any] = {"multilabel": self.multilabel}
+        found = score_values(self.probabilities, self.values, self.names, self.groups, seed, **how)
+        return found | {
+            "intervals": score_intervals(self.probabilities, self.truth, self.groups, seed, **how)
+        }
+
+    def write(self, path: Path, more: Mapping[str, Sequence[Any]] | None = None) -> Path:
+        """A table as `predictions_as_csv` makes it, with the column patient."""
+        more = {PATIENT: self.groups, **(more or {})}
+        how: dict[str, Any] = {"multilabel": self.multilabel, "more": more}
+        return write_predictions(path, self.ids, self.probabilities, self.names, self.values, **how)
+
+
+def read_scored(path: Path) -> Scored:
+    """A table that knows the true classes: of a training's held-out images, or what `Scored.write` wrote."""
+    ids, probabilities, names = read_predictions(path)
+    rows = read_rows(path)
+    if REFERENCE not in rows[0]:
+        raise UserError(
+            f"{path} does not tell the true classes. Score it first: kanseg evaluate {path} DATA -o SCORES."
+        )
+    several = CLASSES in rows[0]
+    said = [[*filter(None, row[REFERENCE].split(SEPARATOR))] if several else [row[REFERENCE]] for row in rows]
+    if foreign := sorted({name for one in said for name in one} - set(names)):
+        raise UserError(f"{path} has the class '{foreign[0]}', which has no column of probabilities.")
+    values = [tuple(names.index(name) for name in one) for one in said]
+    groups = [row.get(PATIENT) or name for name, row in zip(ids, rows, strict=True)]
+    return Scored(ids, probabilities, names, values, groups, several)
+
+
+def read_made(path: Path) -> tuple[list[str] | None, dict[str, tuple[np.ndarray, str]]]:
+    """Classes of a table that is there, and by image its probabilities and what they were made from ("" unknown).
+
+    None in place of the classes: it is no table of `kanseg predict`.
+    """
+    try:
+        ids, probabilities, names = read_predictions(path)
+    except UserError:
+        return None, {}
+    made = (row.get(DIGEST) or "" for row in read_rows(path))
+    return names, {name: (row, one) for name, row, one in zip(ids, probabilities, made, strict=True)}
+
+
+def entropy(probabilities: np.ndarray, *, multilabel: bool = False) -> np.ndarray:
+    """Shannon's of each row (N, K) -> (N,), 0 where one class is certain, 1 where all are alike.
+
+    With `multilabel` the largest of the classes, of which each is there or not.
+    """
+    if multilabel:
+        both = np.stack([probabilities, 1 - probabilities])
+        return np.asarray(entr(both).sum(0).max(1) / np.log(2))
+    return np.asarray(entr(probabilities).sum(1) / np.log(probabilities.shape[1]))
+
+
 def evaluate_classes(
     prediction: Path, reference: Path, out: Path | None = None, *, seed: int = 0
 ) -> dict[str, Any]:
@@ -194,10 +374,11 @@ def evaluate_classes(
 
     Args:
         reference: a table (image, class), or any data set with classes.
-        out: folder for summary.json.
+        out: folder for summary.json and cases.csv, which is the table with the true classes.
 
     Returns:
-        As `class_scores` or `label_scores`, and "without_reference", the images that are not scored.
+        As `Scored.scores`, "without_reference", the images that are not scored, and "without_prediction", those of the
+        reference (of its test images where only such were predicted) that the table lacks.
 
     Raises:
         UserError: no image in common, a class that the classifier does not know, or one class an image in one of them
@@ -226,12 +407,17 @@ def evaluate_classes(
         raise UserError(
             f"{reference} has classes that the classifier does not know: {', '.join(foreign[:5])}."
         )
-    values = [[names.index(name) for name in one] for one in found]
+    values = [tuple(names.index(name) for name in one) for one in found]
     patients = [cases[ids[i]].group for i in known]
-    scores = score_values(probabilities[known], values, names, patients, seed, multilabel=several)
+    scored = Scored([ids[i] for i in known], probabilities[known], names, values, patients, several)
+    scores = scored.scores(seed)
     scores["without_reference"] = [name for name in ids if name not in cases]
+    predicted = set(ids)
+    part = dataset.test_cases if predicted.isdisjoint(c.id for c in dataset.cases) else cases.values()
+    scores["without_prediction"] = [case.id for case in part if case.id not in predicted]
     if out is not None:
         write_json(make_folder(Path(out)) / "summary.json", scores)
+        scored.write(Path(out) / CASES)
     return scores
 
 
@@ -243,15 +429,39 @@ def write_predictions(
     values: Sequence[Sequence[int]] | None = None,
     *,
     multilabel: bool = False,
+    more: Mapping[str, Sequence[Any]] | None = None,
 ) -> Path:
     """Write `predictions_as_csv`, atomically."""
-    text = predictions_as_csv(ids, probabilities, names, values, multilabel=multilabel)
+    text = predictions_as_csv(ids, probabilities, names, values, multilabel=multilabel, more=more)
     return write_bytes(path, text.encode())
 
 
 def score_lines(scores: Mapping[str, Any]) -> str:
     """The scores in one line."""
-    low, high = scores["ci95"]
-    words = [f"{scores['images']} images: accuracy {scores['accuracy']:.4f} [{low:.4f}, {high:.4f}]"]
-    words += [f"{name} {scores[name]:.4f}" for name in SCORES[1:] if scores.get(name) is not None]
-    return ", ".join(words)
+    shown = (f"{name} {score}" for name, score in shown_scores(scores).items())
+    return f"{scores['images']} images: {', '.join(shown)}"
+
+
+def shown_scores(scores: Mapping[str, Any], digits: int = 4) -> dict[str, str]:
+    """Each score of `SCORES` that there is, as mean [95 % interval] where that is known."""
+    limits = {"accuracy": scores["ci95"], **scores.get("intervals", {})}
+    found = {}
+    for name in SCORES:
+        if scores.get(name) is not None:
+            between = ", ".join(f"{limit:.{digits}f}" for limit in limits.get(name, ()))
+            found[name] = f"{scores[name]:.{digits}f}{f' [{between}]' if between else ''}"
+    return found
+
+
+def shown_classes(scores: Mapping[str, Any], digits: int = 3) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a table of the classes."""
+    columns = [
+        key
+        for key in ("recall", "precision", "accuracy", "auc")
+        if key in next(iter(scores["classes"].values()))
+    ]
+    rows = [
+        [name, str(row["images"]), *("" if row[key] is None else f"{row[key]:.{digits}f}" for key in columns)]
+        for name, row in scores["classes"].items()
+    ]
+    return ["class", "images", *(key.upper() if key == "auc" else key for key in columns)], rows

@@ -18,7 +18,9 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from kanseg.data.fingerprint import load_fingerprint
+from kanseg.data.image_classes import read_classes
 from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.classification import answers, evaluate_classes, is_predictions, read_scored
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
 from kanseg.evaluation.report import Whole
 from kanseg.training.files import make_folder, read_json, write_bytes, write_json
@@ -26,7 +28,8 @@ from kanseg.training.files import make_folder, read_json, write_bytes, write_jso
 if TYPE_CHECKING:
     from rich.table import Table
 
-TABLES = ("cases.csv", "cross_validation.csv")
+TABLES = ("cases.csv", "cross_validation.csv", "validation/predictions.csv", "predictions.csv")
+ACCURACY = "accuracy"  # of classifiers: 1 for an image whose class is the likeliest, else 0
 LOWER_IS_BETTER = ("hd95",)
 ALPHA = 0.05
 Scores = dict[str, dict[str, dict[str, float]]]  # metric -> class -> case -> score
@@ -46,7 +49,8 @@ def compare(
 
     Args:
         out: folder for comparison.json, comparison.csv and comparison.png.
-        reference: folder of references; then `one` and `other` hold label maps.
+        reference: folder of references; then `one` and `other` hold label maps, or are tables of classifiers and it is
+            the data set with the classes.
         groups: patient of each case; default what the runs' fingerprints say.
         how: labels, unions, segments, ignore, with `reference`; see `kanseg.evaluation.metrics.evaluate_folders`.
 
@@ -60,6 +64,9 @@ def compare(
     if reference is None and how:
         raise UsageError(f"{', '.join(how)} go with label maps: give the reference, too.")
     first, second = (load_scores(path, reference, **how) for path in (one, other))
+    if groups is None and reference is not None and _class_table(Path(one)):
+        classes = read_classes(reference)
+        groups = {case.id: case.group for case in (*classes.cases, *classes.test_cases)}
     groups = groups or {**_groups(Path(other)), **_groups(Path(one))}
     cases = [_cases(scores) for scores in (first, second)]
     shared = sorted(cases[0] & cases[1])
@@ -69,7 +76,7 @@ def compare(
             "of the same cases."
         )
     rows = []
-    for metric in METRICS:
+    for metric in (*METRICS, ACCURACY):
         pairs = {
             label: (column, second[metric][label])
             for label, column in first.get(metric, {}).items()
@@ -103,6 +110,12 @@ def load_scores(path: Path | str, reference: Path | str | None = None, **how: An
     A reference whose label map is missing or unreadable is no case.
     """
     path = Path(path)
+    if reference is not None and (table := _class_table(path)):
+        if how:
+            raise UsageError(f"{', '.join(how)} go with label maps; {table} is a table of classes.")
+        with tempfile.TemporaryDirectory() as folder:
+            evaluate_classes(table, Path(reference), Path(folder))
+            return _of_classes(Path(folder) / TABLES[0])
     if reference is not None:
         with tempfile.TemporaryDirectory() as folder:
             failed = evaluate_folders(path, reference, folder, **how)["failed"]
@@ -119,6 +132,14 @@ def load_scores(path: Path | str, reference: Path | str | None = None, **how: An
     for name in TABLES:
         if (path / name).is_file():
             return _from_table(path / name)
+    if tables := sorted(
+        path.glob(f"fold_[0-9]*/{TABLES[2]}")
+    ):  # of a classifier that is not cross-validated to its end
+        if len(tables) > 1:
+            raise UserError(
+                f"{path} has several folds that are not pooled yet: kanseg train {path} -f all --resume."
+            )
+        return _of_classes(tables[0])
     summaries = sorted(path.glob("fold_*/summary.json")) or sorted(path.glob("summary.json"))
     scores: Scores = {}
     for file in summaries:
@@ -145,7 +166,28 @@ def _json(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def _class_table(path: Path) -> Path | None:
+    """The table of a classifier's predictions that is given, or lies in a folder."""
+    return next((file for file in (path, path / TABLES[-1]) if file.is_file() and is_predictions(file)), None)
+
+
+def _of_classes(file: Path) -> Scores:
+    """Which images are right, in all ("mean") and of each class, whose mean is its recall."""
+    table = read_scored(file)
+    right = (answers(table.probabilities, multilabel=table.multilabel) == table.truth).mean(1)
+    if not table.multilabel:
+        right = np.floor(right)
+    columns: dict[str, dict[str, float]] = {name: {} for name in table.names}
+    for case, score, values in zip(table.ids, right, table.values, strict=True):
+        for value in values:
+            columns[table.names[value]][case] = float(score)
+    there = {name: column for name, column in columns.items() if column and not table.multilabel}
+    return {ACCURACY: {**there, "mean": dict(zip(table.ids, map(float, right), strict=True))}}
+
+
 def _from_table(file: Path) -> Scores:
+    if is_predictions(file):
+        return _of_classes(file)
     scores: Scores = {}
     try:
         with file.open(newline="", encoding="utf-8") as stream:
@@ -191,6 +233,10 @@ def _groups(path: Path) -> dict[str, str]:
     for folder in (chosen, chosen.parent, *beside):  # of an ensemble, that of any of its members
         if folder.is_dir() and (seen := load_fingerprint(folder)):
             return {case: entry["group"] for case, entry in seen["cases"].items()}
+    for table in (path, *(chosen / name for name in TABLES)):
+        if table.is_file() and is_predictions(table):
+            scored = read_scored(table)
+            return dict(zip(scored.ids, scored.groups, strict=True))
     return {}
 
 
@@ -287,7 +333,7 @@ def draw(
     scatter: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]],
     cases: Sequence[str],
 ) -> bytes:
-    """PNG: Dice of A against B case by case, and the mean differences with their intervals."""
+    """PNG: Dice of A against B case by case (of classifiers accuracy by class), and mean differences with intervals."""
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if row["metric"] == "dice"] or result["rows"]
@@ -297,8 +343,12 @@ def draw(
         if label != "mean" or len(scatter) == 1:
             both = [case for case in cases if case in first and case in second]
             left.plot([second[c] for c in both], [first[c] for c in both], ".", label=label, alpha=0.7)
+    name, point = ("Dice", "case") if scatter else (rows[0]["metric"], "class")
+    if not scatter:
+        left.plot([row["mean_b"] for row in rows], [row["mean_a"] for row in rows], ".", alpha=0.7)
     left.axline((0, 0), slope=1, color="grey", linewidth=0.8)
-    left.set(xlabel="Dice of B", ylabel="Dice of A", title="each point is a case; above the line A is better")
+    title = f"each point is a {point}; above the line A is better"
+    left.set(xlabel=f"{name} of B", ylabel=f"{name} of A", title=title)
     if scatter:
         left.legend()
     for place, row in enumerate(reversed(rows)):

@@ -98,7 +98,7 @@ def picture(
         handles=legend, loc="outside lower center", ncols=min(NAMES_A_ROW, max(1, len(legend))), frameon=False
     )
     figure.suptitle(title)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, title: str = "") -> Path:
@@ -131,15 +131,23 @@ def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, titl
     axes.set_xticks(places, list(shown), rotation=60 if turned else 0, ha="right" if turned else "center")
     axes.set(ylabel="Dice", ylim=(0, 1), title=title)
     axes.grid(axis="y", alpha=0.3)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
-def draw_curves(trainings: Mapping[str, Sequence[Mapping[str, Any]]], path: Path | str) -> Path:
-    """Save a PNG: loss and mean Dice over the epochs, a line a training.
+def draw_curves(
+    trainings: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: Path | str,
+    *,
+    metric: str = "dice",
+    label: str = "mean Dice of validation cases",
+) -> Path:
+    """Save a PNG: loss and validation score over the epochs, a line a training.
 
     Args:
         trainings: records of `kanseg.training.monitor.Monitor`, by name.
+        metric: the score of these records, and `label` its words for the axis.
     """
+    mean = f"mean_{metric}"
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
@@ -147,20 +155,21 @@ def draw_curves(trainings: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     for name, records in trainings.items():
         marker = "." if len(records) < FEW_POINTS else ""
         left.plot([r["epoch"] for r in records], [r["loss"] for r in records], marker=marker, label=name)
-        scored = [r for r in records if r["mean_dice"] is not None]
-        right.plot([r["epoch"] for r in scored], [r["mean_dice"] for r in scored], marker=marker, label=name)
+        scored = [r for r in records if r[mean] is not None]
+        right.plot([r["epoch"] for r in scored], [r[mean] for r in scored], marker=marker, label=name)
     left.set(xlabel="epoch", ylabel="training loss")
-    right.set(xlabel="epoch", ylabel="mean Dice of validation cases", ylim=(0, 1))
+    right.set(xlabel="epoch", ylabel=label, ylim=(0, 1))
     last = max(records[-1]["epoch"] for records in trainings.values())
     for axes in (left, right):
         axes.set_xlim(-0.5, max(last, 1) + 0.5)  # of one epoch alone, ticks would be fractions
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.ticklabel_format(axis="y", useOffset=False)
     left.legend()
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
-def _saved(figure: Figure, path: Path | str) -> Path:
+def saved(figure: Figure, path: Path | str) -> Path:
+    """Write a figure as PNG, atomically."""
     buffer, path = io.BytesIO(), Path(path)
     figure.savefig(buffer, format="png")
     make_folder(path.parent)

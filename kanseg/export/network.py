@@ -122,7 +122,10 @@ def export_network(
     if others := [f.file for f in FORMATS.values() if f.file != kind.file and (out / f.file).exists()]:
         raise UsageError(f"{out} holds {others[0]}, which model.json there tells of. Choose another folder.")
     if is_classifier(models[0]):
-        raise UsageError(f"{models[0]} is a classifier; networks for segmentation are exported.")
+        raise UsageError(
+            f"{models[0]} is a classifier; networks for segmentation are exported. From Python, kanseg.export.network."
+            "program_of makes a program of torch.export of any network, also of a classifier's."
+        )
     loaded = Loaded(models)
     if len(loaded.plans) > 1:
         raise UserError(

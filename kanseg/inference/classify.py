@@ -1,22 +1,40 @@
-"""Prediction by classifiers: the class of each image with the probability of every class, as a table."""
+"""Prediction by classifiers: the class of each image with the probability of every class, as a table.
+
+The last column of the table tells what a row was made from (networks, options, image), so that a later call goes on
+where one stopped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
-from kanseg.data.class_loader import ImageBatches
+from kanseg.data.class_loader import MIRRORING, ImageBatches
 from kanseg.data.class_plan import ClassPlan
-from kanseg.data.formats import Case, few, find_images, repeated
-from kanseg.data.image_classes import is_classes, read_classes
+from kanseg.data.digests import file_digest, signature
+from kanseg.data.formats import Case, few, find_images, read_rows, repeated
+from kanseg.data.image_classes import CLASSES, is_classes, read_classes
 from kanseg.data.images import read_image
 from kanseg.errors import UserError
-from kanseg.evaluation.classification import write_predictions
+from kanseg.evaluation.classification import (
+    DIGEST,
+    entropy,
+    is_predictions,
+    read_made,
+    read_predictions,
+    write_predictions,
+)
 from kanseg.inference.ensemble import find_members
 from kanseg.progress import progress
 from kanseg.training.checkpoint import load_model, read_info
@@ -24,6 +42,7 @@ from kanseg.training.classification import PREDICTIONS
 from kanseg.training.files import make_folder
 
 THREADS = 2  # that read images
+PAUSE = 30  # seconds after which what is done is written
 
 
 def is_classifier(path: Path | str) -> bool:
@@ -31,11 +50,41 @@ def is_classifier(path: Path | str) -> bool:
     return read_info(find_members(path)[0]).get("plan", {}).get("task") == ClassPlan.task
 
 
+@dataclass
+class Member:
+    """A network of those that predict together.
+
+    Attributes:
+        mirrored: axes of the image, (C, *S), along which both ends are looked at from.
+    """
+
+    network: nn.Module
+    prepared: ImageBatches
+    mirrored: Sequence[int]
+
+    def probabilities(self, cases: Sequence[Case], device: Any) -> np.ndarray:
+        """(N, K), the mean over the images as they are and mirrored."""
+        images = self.prepared(cases).to(device)
+        turns = [
+            axes
+            for count in range(len(self.mirrored) + 1)
+            for axes in itertools.combinations(self.mirrored, count)
+        ]
+        chances = [self._of(images.flip([axis + 1 for axis in axes])) for axes in turns]
+        return np.mean(chances, axis=0)
+
+    def _of(self, images: Tensor) -> np.ndarray:
+        return self.prepared.plan.probabilities(self.network(images)).cpu().numpy()
+
+
 def predict_classes(
     models: Sequence[Path | str],
     images: Path | str,
     out: Path | str,
     *,
+    tta: bool = False,
+    uncertainty: bool = False,
+    again: bool = False,
     device: torch.device | str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -45,17 +94,24 @@ def predict_classes(
         models: runs, folds or checkpoints; several folds or models predict by their mean probability.
         images: an image, a folder of them, or a data set with classes, whose test images are predicted where it has
             some, else all.
+        tta: average over the mirrored images that the training drew (classification.changes).
+        uncertainty: add the entropy of the probabilities, 0 where one class is certain, 1 where all are alike.
+        again: predict also what an earlier call finished with the same networks, options and images, and replace a
+            table of other images.
         device: default the GPU where there is one.
 
     Returns:
         {"predicted": how many, "failed": message by image, "out"}.
 
     Raises:
-        UserError: models of other classes, or no image could be read.
+        UserError: models of other classes, an `out` that is no such table or one of other images, or no image could be
+            read.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    members = [load_model(file, device)[:2] for path in models for file in find_members(path)]
-    plans = [plan for _, plan in members]
+    say = (console or Console(quiet=True)).print
+    files = [file for path in models for file in find_members(path)]
+    loaded = [load_model(file, device) for file in files]
+    plans = [plan for _, plan, _ in loaded]
     names, several = plans[0].label_names, plans[0].multilabel
     if any(
         not isinstance(plan, ClassPlan) or (plan.label_names, plan.multilabel) != (names, several)
@@ -64,56 +120,167 @@ def predict_classes(
         raise UserError(
             f"{', '.join(map(str, models))} do not tell the same classes. Combine models of one task."
         )
-    cases, read = _images(Path(images), plans[0])
-    each = [(network, ImageBatches(read, plan, THREADS)) for network, plan in members]
+    if len(files) > 1:
+        say(f"An ensemble of {len(files)} networks", highlight=False)
+    if tta and not any(_mirrored(info, plan) for _, plan, info in loaded):
+        say("--tta changes nothing: the training mirrored no images (classification.changes).")
+    cases, read, known = _images(Path(images), plans[0])
+    if known and any(Path(plan.data) == Path(images).resolve() for plan in plans):
+        say(
+            "note: the networks were trained on these images, and scores of them are too good. Unseen ones are in "
+            "fold_*/validation of the run.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    path = Path(out) if Path(out).suffix == ".csv" else Path(out) / PREDICTIONS
+    settings = {"models": [file_digest(file) for file in files], "tta": tta, "uncertainty": uncertainty}
+    made_from = _digests(cases, settings)
+    rows = _done(path, made_from, names, again)
+    if rows:
+        say(f"{len(rows)} images are there already", highlight=False)
+    members = [
+        Member(network, ImageBatches(read, plan, THREADS), _mirrored(info, plan) if tta else ())
+        for network, plan, info in loaded
+    ]
     failed: dict[str, str] = {}
-    rows: dict[str, np.ndarray] = {}
-    size = plans[0].batch_size
-    for start in progress(range(0, len(cases), size), "Predicting"):
-        batch = cases[start : start + size]
+
+    def keep() -> None:
+        make_folder(path.parent)
+        kept = [case.id for case in cases if case.id in rows]
+        chances = np.stack([rows[name] for name in kept])
+        more: dict[str, list[Any]] = {}
+        if uncertainty:
+            more["entropy"] = [f"{value:.5f}" for value in entropy(chances, multilabel=several)]
+        more[DIGEST] = [made_from[name] for name in kept]
+        write_predictions(path, kept, chances, names, multilabel=several, more=more)
+
+    missing, size, kept_at = (
+        [case for case in cases if case.id not in rows],
+        plans[0].batch_size,
+        time.monotonic(),
+    )
+    for start in progress(range(0, len(missing), size), "Predicting"):
+        batch = missing[start : start + size]
         try:
-            rows |= _probabilities(each, batch, device)
+            rows |= _probabilities(members, batch, device)
         except UserError:  # one of them cannot be read; the others can
             for case in batch:
                 try:
-                    rows |= _probabilities(each, [case], device)
+                    rows |= _probabilities(members, [case], device)
                 except UserError as error:
                     failed[case.id] = str(error)
+        if rows and time.monotonic() - kept_at > PAUSE:
+            keep()
+            kept_at = time.monotonic()
     if not rows:
         raise UserError(
             f"No image of {images} could be predicted: {next(iter(failed.values()), 'there is none')}"
         )
-    path = Path(out) if Path(out).suffix == ".csv" else Path(out) / PREDICTIONS
-    make_folder(path.parent)
-    write_predictions(path, list(rows), np.stack(list(rows.values())), names, multilabel=several)
-    if console is not None:
-        console.print(f"{len(rows)} images -> {path}", highlight=False, soft_wrap=True)
+    keep()
+    say(f"{len(rows)} images -> {path}", highlight=False, soft_wrap=True)
     return {"predicted": len(rows), "failed": failed, "out": str(path)}
 
 
-def _images(path: Path, plan: ClassPlan) -> tuple[Sequence[Case], Any]:
-    """Cases, and what reads the image of one."""
+def find_tables(paths: Sequence[Path]) -> list[Path]:
+    """The tables of classifiers, of given ones or folders with one; none where a path is neither."""
+    places = [next((p for p in (path, path / PREDICTIONS) if is_predictions(p)), None) for path in paths]
+    return [] if None in places else [place for place in places if place is not None]
+
+
+def combine_tables(tables: Sequence[Path], out: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Combine tables of the same images by their mean probability, as `predict_classes` does with models.
+
+    Returns:
+        {"cases", "out"}.
+
+    Raises:
+        UserError: less than two, other images or classes, or an output that replaces an input.
+    """
+    path = out if out.suffix == ".csv" else out / PREDICTIONS
+    if len(tables) < 2:
+        raise UserError("An ensemble needs at least two tables of predictions.")
+    if path.resolve() in [table.resolve() for table in tables]:
+        raise UserError(f"{path} is one of the tables to combine. Choose another for the result.")
+    _done(path, {}, (), again=True)
+    ids, first, names = read_predictions(tables[0])
+    several = CLASSES in read_rows(tables[0])[0]
+    chances = [first]
+    for table in tables[1:]:
+        theirs, probabilities, classes = read_predictions(table)
+        if classes != names or (CLASSES in read_rows(table)[0]) != several:
+            raise UserError(
+                f"{tables[0]} and {table} do not tell the same classes. Combine models of one task."
+            )
+        if differing := sorted(set(theirs) ^ set(ids)):
+            raise UserError(
+                f"{tables[0]} and {table} do not hold the same images: only one has {few(differing, 5)}."
+            )
+        row_of = dict(zip(theirs, probabilities, strict=True))
+        chances.append(np.stack([row_of[name] for name in ids]))
+    make_folder(path.parent)
+    write_predictions(path, ids, np.mean(chances, axis=0), names, multilabel=several)
+    if console is not None:
+        console.print(f"{len(ids)} images of {len(tables)} tables -> {path}", highlight=False, soft_wrap=True)
+    return {"cases": len(ids), "out": str(path)}
+
+
+def _mirrored(info: Mapping[str, Any], plan: ClassPlan) -> Sequence[int]:
+    """Axes of an image, (C, *S), that the training of a checkpoint turned round."""
+    changes = info["config"]["classification"]["changes"]
+    return sorted(
+        {axis for name in changes if name in MIRRORING for axis in MIRRORING[name](plan.spatial_dims)}
+    )
+
+
+def _digests(cases: Sequence[Case], settings: Mapping[str, Any]) -> dict[str, str]:
+    """What each row depends on, in 24 hexadecimal digits."""
+    files = {file: signature(file) for case in cases for file in case.images}
+    found = {}
+    for case in cases:
+        images = [{"path": str(file.resolve()), **files[file]} for file in case.images]
+        known = json.dumps([settings, case.id, images], sort_keys=True)
+        found[case.id] = hashlib.sha256(known.encode()).hexdigest()[:24]
+    return found
+
+
+def _done(
+    path: Path, made_from: Mapping[str, str], names: Sequence[str], again: bool
+) -> dict[str, np.ndarray]:
+    """Probabilities of the images that an earlier call finished; what it would not be right to replace is refused."""
+    if not path.exists():
+        return {}
+    columns, kept = read_made(path)
+    if columns is None:
+        raise UserError(f"{path} is there and no table of predictions. Choose another -o.")
+    if again:
+        return {}
+    if others := [name for name in kept if name not in made_from]:
+        raise UserError(
+            f"{path} holds predictions of {len(others)} other images, e.g. {others[0]}. Choose another -o, or replace "
+            "it by --again."
+        )
+    if columns != list(names):
+        return {}
+    return {name: row for name, (row, digest) in kept.items() if digest == made_from[name]}
+
+
+def _images(path: Path, plan: ClassPlan) -> tuple[Sequence[Case], Any, bool]:
+    """Cases, what reads the image of one, and whether a data set has them to train on and validate."""
     if not is_classes(path):
         cases = find_images(path, channels=plan.in_channels)
         if twice := repeated(case.id for case in cases):
             raise UserError(
                 f"{path} has several images called {few(twice, 3)}, and a table has one row each. Rename them."
             )
-        return cases, lambda case: read_image(case.images, plan.spatial_dims).array
+        return cases, lambda case: read_image(case.images, plan.spatial_dims).array, False
     dataset = read_classes(path)
-    return dataset.test_cases or dataset.cases, dataset.read
+    return dataset.test_cases or dataset.cases, dataset.read, not dataset.test_cases
 
 
 @torch.inference_mode()
-def _probabilities(
-    each: Sequence[tuple[Any, ImageBatches]], cases: Sequence[Case], device: Any
-) -> dict[str, Any]:
+def _probabilities(members: Sequence[Member], cases: Sequence[Case], device: Any) -> dict[str, Any]:
     """Mean probabilities of the members, by case."""
-    chances = [
-        prepared.plan.probabilities(network(prepared(cases).to(device))).cpu().numpy()
-        for network, prepared in each
-    ]
-    mean = np.mean(chances, axis=0)
+    mean = np.mean([member.probabilities(cases, device) for member in members], axis=0)
     if not np.isfinite(mean).all():
         raise UserError("The network gives values that are not finite. Train it again.")
     return {case.id: row for case, row in zip(cases, mean, strict=True)}

@@ -20,7 +20,7 @@ from kanseg.data.labels import class_values, painted, unions
 from kanseg.data.plan import CACHE_SHARE
 from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.classification import SCORES
+from kanseg.evaluation.classification import SCORES, Scored, read_scored
 from kanseg.evaluation.metrics import (
     evaluate_case,
     label_dice,
@@ -33,6 +33,7 @@ from kanseg.inference.postprocess import apply_postprocessing, choose_postproces
 from kanseg.memory import for_data, give_back
 from kanseg.progress import is_main, progress
 from kanseg.training.checkpoint import LAST
+from kanseg.training.classification import PREDICTIONS as CLASS_TABLE
 from kanseg.training.files import locked, write_json
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
@@ -61,7 +62,7 @@ def cross_validate(
         "folds" (summary of each), "failed" (message of each fold that failed), "metrics" (class -> metric -> mean,
         95 % interval by patient), "unions" (the like, see `kanseg.data.labels.unions`), "postprocessing" and the mean
         Dice without it. Of classifiers, in place of the last four, "scores" (score -> mean and standard deviation over
-        the folds).
+        the folds), "held_out" and "pooled", the scores of all held-out images together (see `pool_classes`).
 
     Raises:
         UsageError: a fold holds a training and nobody said to resume it.
@@ -99,15 +100,53 @@ def cross_validate(
             raise UserError(f"Every fold of {run} failed, the first by: {failed[0]}")
         facts = {"folds": folds, "failed": failed}
         if not isinstance(plan, Plan):
-            return once(lambda: _conclude_classes(run, **facts))
+            return once(lambda: _conclude_classes(run, dataset, config.data.seed, **facts))
         unseen = held_out(run, splits, plan, dataset)
         return once(lambda: conclude(run, plan, dataset, unseen, **facts))
 
 
-def _conclude_classes(run: Path, **facts: Any) -> dict[str, Any]:
-    found = {**facts, "scores": spread_of(list(facts["folds"].values()))}
+def _conclude_classes(run: Path, dataset: Dataset, seed: int, **facts: Any) -> dict[str, Any]:
+    pooled = pool_classes(run, dataset)
+    pooled.write(run / TABLE)
+    found = {**facts, "scores": spread_of(list(facts["folds"].values())), "pooled": pooled.scores(seed)}
+    found["held_out"] = next(iter(facts["folds"].values()))["held_out"]
     write_json(run / RESULT, found)
     return found
+
+
+def pool_classes(run: Path, dataset: Dataset) -> Scored:
+    """The held-out images of all finished folds; those of several (the test images) by their mean probability.
+
+    Raises:
+        UserError: no fold is finished, or they do not tell the same classes.
+    """
+    tables = [
+        fold / PREDICTIONS / CLASS_TABLE
+        for fold in sorted(run.glob("fold_[0-9]*"))
+        if (fold / SUMMARY).exists()
+    ]
+    found = [read_scored(table) for table in tables if table.exists()]
+    if not found:
+        raise UserError(
+            f"{run} holds no scored images: no fold is trained to its end. Go on: kanseg train {run} -f all --resume."
+        )
+    if any((one.names, one.multilabel) != (found[0].names, found[0].multilabel) for one in found):
+        raise UserError(f"The folds of {run} do not tell the same classes. Train them anew.")
+    rows: dict[str, list[np.ndarray]] = {}
+    values: dict[str, tuple[int, ...]] = {}
+    for one in found:
+        for name, row, value in zip(one.ids, one.probabilities, one.values, strict=True):
+            rows.setdefault(name, []).append(row)
+            values[name] = value
+    patients = {case.id: case.group for case in (*dataset.cases, *dataset.test_cases)}
+    return Scored(
+        list(rows),
+        np.stack([np.mean(several, axis=0) for several in rows.values()]),
+        found[0].names,
+        list(values.values()),
+        [patients.get(name, name) for name in rows],
+        found[0].multilabel,
+    )
 
 
 def spread_of(folds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ import torch
 
 from kanseg import __version__
 from kanseg.data.digests import file_digest
-from kanseg.data.formats import Case
+from kanseg.data.formats import Case, files_of
 from kanseg.training.files import read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -98,13 +98,10 @@ def digests(cases: Iterable[Case], seen: Mapping[str, Any] | None = None) -> dic
         for path, file in case["files"].items()
     }
     by_case = {
-        case.id: _joined(known.get(str(path)) or file_digest(path) for path in _files(case)) for case in cases
+        case.id: _joined(known.get(str(path)) or file_digest(path) for path in files_of(case))
+        for case in cases
     }
     return {"sha256": _joined(by_case.values()), "cases": by_case}
-
-
-def _files(case: Case) -> list[Path]:
-    return [*case.images, *([case.label] if case.label else [])]
 
 
 def _joined(found: Iterable[str]) -> str:

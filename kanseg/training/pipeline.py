@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kanseg.config import Config, load_config, make_config
+from kanseg.config import Config, load_config, with_options
 from kanseg.data.digests import signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import Case, Dataset, few, list_dataset, read_dataset
+from kanseg.data.image_classes import is_classes
 from kanseg.data.images import suffix_of, write_label
 from kanseg.data.plan import Plan, check_size, check_wishes, plan_run
 from kanseg.errors import UsageError, UserError, did_you_mean
@@ -30,6 +31,7 @@ from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case
 from kanseg.progress import in_words, is_main, progress
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
+from kanseg.training.class_pipeline import run_classes
 from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
@@ -92,7 +94,8 @@ def run_pipeline(
         override: go on although options differ from those of the first call.
 
     Returns:
-        {"choice", "dice" (None for a single patient), "model", "report", "configurations": Dice of each}.
+        {"choice", "dice" (None for a single patient), "model", "report", "configurations": Dice of each}. Of images
+        with classes what `run_classes` gives.
 
     Raises:
         UsageError: unknown names, or options that differ from those of the first call.
@@ -113,6 +116,20 @@ def run_pipeline(
     asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
     asked |= {"config": config, "id_pattern": id_pattern, "mirror": mirror}
     asked["regions"] = None if regions is None else {name: list(values) for name, values in regions.items()}
+    if is_classes(data):
+        alone: dict[str, Any] = {
+            "configurations": configurations != "auto",
+            "final": final != "folds",
+            "memory": memory,
+        }
+        alone |= {"size": size != "standard", "regions": regions, "mirror": mirror is not None}
+        if given := [f"--{name}" for name, value in alone.items() if value]:
+            raise UsageError(
+                f"{data} has a class for each image, and {', '.join(given)} only serve segmentation."
+            )
+        own: dict[str, Any] = {"minutes": minutes, "id_pattern": id_pattern, "override": override}
+        kept = {key: asked[key] for key in ("data", "overrides", "minutes", "config", "id_pattern")}
+        return run_classes(Path(data), run, checked, kept, console=console, **own)
     _check_asked(run, asked, override)
     with locked(make_folder(run), is_main()):
         source, values = once(lambda: _examined(Path(data), run, id_pattern, console))
@@ -128,8 +145,8 @@ def run_pipeline(
         if share is not None:
             told = f"{count} trainings of {in_words(60 * share)}; planning, validation and scores take time"
             console.print(f"{told} beside", highlight=False, soft_wrap=True)
-            checked = _with(checked, "training", max_minutes=share, max_epochs=None)
-        checked = _with(checked, "data", folds=max(2, folds))
+            checked = with_options(checked, "training", max_minutes=share, max_epochs=None)
+        checked = with_options(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)
         how: dict[str, Any] = {"memory": memory, "size": size, "mirror": mirror, "regions": regions}
         once(lambda: _plan(job, seconds=None if share is None else 60 * share, **how))
@@ -193,12 +210,6 @@ def _folds(config: Config, dataset: Dataset, console: Console) -> int:
     if folds < config.data.folds:
         console.print(f"{patients} patients: {folds or 'no'} folds", highlight=False)
     return folds
-
-
-def _with(config: Config, section: str, **options: Any) -> Config:
-    values = config.model_dump()
-    values[section] |= options
-    return make_config(values)
 
 
 def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> tuple[Path, dict[int, int]]:

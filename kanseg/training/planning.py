@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -48,14 +49,15 @@ def plan_data(
     mirror = parse_mirror(mirror) if isinstance(mirror, str) else mirror
     regions = parse_regions(regions) if isinstance(regions, str) else regions
     if is_classes(data):
-        if dim or size != "standard" or slices != 1 or mirror is not None or regions:
+        if dim or size != "standard" or slices != 1 or mirror is not None or regions or memory:
             raise UsageError(
-                f"{data} has a class for each image; --dim, --slices, --size, --mirror and --regions are for "
-                "segmentation."
+                f"{data} has a class for each image; --dim, --slices, --size, --memory, --mirror and --regions are for "
+                "segmentation. The network is chosen by model.options, the batch by training.batch_size."
             )
         classes = read_classes(data, id_pattern=id_pattern)
-        shown = ", ".join(classes.label_names[:12])
-        _tell(console, classes, f"{len(classes.label_names)} classes: {shown}")
+        counts = Counter(number for case in classes.cases for number in case.values)
+        shown = few([f"{name} ({counts[number]})" for number, name in enumerate(classes.label_names)], 12)
+        _tell(console, classes, f"{len(classes.label_names)} classes (images): {shown}")
         plan: AnyPlan = plan_classes(classes, run)
     else:
         named = None if regions is None else {name: list(values) for name, values in regions.items()}

@@ -15,11 +15,11 @@ from urllib.parse import quote
 
 import numpy as np
 
-from kanseg.data.fingerprint import load_fingerprint
-from kanseg.data.formats import Case, Dataset, label_path
+from kanseg.data.formats import Case, Dataset, few, label_path
 from kanseg.data.images import in_ras, label_from, read_image, read_label
 from kanseg.data.labels import painted
-from kanseg.data.plan import Plan, planned_dataset
+from kanseg.data.plan import Plan
+from kanseg.data.plans import AnyPlan, dataset_of, load_plan
 from kanseg.errors import UserError
 from kanseg.evaluation.compare import Scores, compare, load_scores
 from kanseg.evaluation.document import as_html, table
@@ -90,35 +90,170 @@ def write_report(run: Path | str, dataset: Dataset | None = None) -> Path:
     planned = [path for path in places if (path / PLAN).exists()]
     if not planned:
         raise UserError(f"{run} holds no plan.json, so there is nothing to report. Give the folder of a run.")
-    found = [Configuration(path.name, path) for path in places if (path / RESULT).exists()]
-    plan = Plan.load(planned[0] / PLAN)
-    told = _Report(run, planned, found, plan, dataset or planned_dataset(plan))
+    plan = load_plan(planned[0] / PLAN)
+    dataset = dataset or dataset_of(plan)
+    told: Told
+    if isinstance(plan, Plan):
+        found = [Configuration(path.name, path) for path in places if (path / RESULT).exists()]
+        told = _Report(run, planned, plan, dataset, found)
+    else:
+        from kanseg.training.class_report import ClassReport
+
+        told = ClassReport(run, planned, plan, dataset)
     text = "\n\n".join(told.parts()) + "\n"
     write_bytes(run / MARKDOWN, text.encode())
     return write_bytes(run / HTML, as_html(text, run).encode())
 
 
 @dataclass
-class _Report:
+class Told:
+    """What reports of all tasks tell: the plans, the course and the cost of trainings, the splits.
+
+    Attributes:
+        planned: folders with a plan, each of one configuration.
+    """
+
     run: Path
     planned: Sequence[Path]
-    found: Sequence[Configuration]
-    plan: Plan
-    dataset: Dataset
+    plan: Any  # of the first folder, of the kind of the task
+    dataset: Any
+
+    metric, curve = "dice", "mean Dice of validation cases"  # of the epochs of a training
+    score = "Dice before post-processing"  # of its end
+    most_named = 500  # cases of a split
+
+    def parts(self) -> Iterator[str]:
+        """The document, paragraph by paragraph."""
+        raise NotImplementedError
+
+    def trained_score(self, summary: Mapping[str, Any]) -> str:
+        """The score of a training, from its summary."""
+        return f"{summary['dice']['mean']:.3f}" if "dice" in summary else ""
 
     @cached_property
-    def chosen(self) -> Configuration | None:
-        name = (read_json(self.run / CHOICE) or {}).get("choice")
-        return next((one for one in self.found if one.name == name), self.found[0] if self.found else None)
-
-    @cached_property
-    def seen(self) -> dict[str, Any]:
-        return load_fingerprint(self.planned[0]) or {"cases": {}}
+    def groups(self) -> dict[str, str]:
+        """Patient of each case."""
+        return {case.id: case.group for case in self.dataset.cases}
 
     @property
     def trainings(self) -> list[Path]:
         """Folders of all trainings."""
         return [fold for path in self.planned for fold in sorted(path.glob("fold_*")) if fold.is_dir()]
+
+    def findings(self) -> Iterator[str]:
+        """What the doctor found, where it was asked."""
+        told = (read_json(self.run / DOCTOR) or {}).get("findings", [])
+        words = ([f["severity"] + ":", f["case"], f["message"]] for f in told[:FINDINGS])
+        if told:
+            yield "\n".join(f"- {' '.join(filter(None, said))}" for said in words)
+        if len(told) > FINDINGS:
+            yield f"{len(told) - FINDINGS} more findings are in {DOCTOR}."
+
+    def plans(self) -> Iterator[str]:
+        """Every plan with its reasons."""
+        yield "## Plan"
+        for folder in self.planned:
+            plan: AnyPlan = load_plan(folder / PLAN)
+            if len(self.planned) > 1:
+                yield f"### {folder.name}"
+            options = ", ".join(f"{key} {value}" for key, value in plan.model_options.items())
+            yield f"{plan.model} in {plan.spatial_dims}D: {options}."
+            yield "\n".join(f"- {reason}" for reason in plan.reasons)
+
+    def courses(self) -> Iterator[str]:
+        """Curves of loss and validation score."""
+        drawn = []
+        for folder in self.planned:
+            folds = [fold for fold in self.trainings if fold.parent == folder]
+            logs = {fold.name.replace("_", " "): read_log(fold / LOG) for fold in folds}
+            if logs := {name: records for name, records in logs.items() if records}:
+                picture = self.run / PICTURES / f"curves_{folder.name}.png"
+                draw_curves(logs, picture, metric=self.metric, label=self.curve)
+                drawn.append(
+                    f"![Loss and {self.curve}: {folder.name}](./{PICTURES}/{quote(f'curves_{folder.name}.png')})"
+                )
+        if drawn:
+            yield "## Training"
+            yield from drawn
+
+    def cost(self) -> Iterator[str]:
+        """Time, memory, energy, and by what it was computed."""
+        made = {fold: read_json(fold / MANIFEST) or {} for fold in self.trainings}
+        made = {fold: manifest for fold, manifest in made.items() if manifest.get("sessions")}
+        if not made:
+            return
+        yield "## Time, memory, versions"
+        rows: list[list[Any]] = []
+        for fold, manifest in made.items():
+            sessions = manifest["sessions"]
+            summary = read_json(fold / "summary.json") or {}
+            minutes = max((s.get("minutes") or 0 for s in sessions), default=0)  # counted over resumes
+            memory = max((s.get("peak_memory_mb") or 0 for s in sessions), default=0)
+            energy, wait = manifest.get("energy_joules"), summary.get("data_wait")
+            score = self.trained_score(summary)
+            rows.append([fold.relative_to(self.run), score, summary.get("epochs", ""), f"{minutes:.1f}"])
+            rows[-1] += ["" if wait is None else f"{wait:.1%}", f"{memory / 1024:.2f}", len(sessions)]
+            rows[-1].append("not measured" if energy is None else f"{energy / 3600:.1f}")
+        heading = [
+            "training",
+            self.score,
+            "epochs",
+            "minutes",
+            "waiting for data",
+            "peak memory of the process (GiB)",
+            "sessions",
+        ]
+        heading.append("energy (Wh)")
+        yield table(heading, rows)
+        last = next(reversed(made.values()))
+        hardware = dict(last["hardware"])
+        hardware["memory"] = f"{hardware.pop('memory_bytes') / 2**30:.1f} GiB"
+        facts = {
+            **hardware,
+            "seed": last["seed"],
+            "git": _revision(last["git"]),
+            "data sha256": last["data"]["sha256"],
+        }
+        facts |= {"command": " ".join(last["command"]), **last["versions"]}
+        facts["options"] = " ".join((read_json(self.run / SETTINGS) or {}).get("overrides", [])) or None
+        yield table(["what", "which"], [[key, value] for key, value in facts.items() if value is not None])
+
+    def split(self) -> Iterator[str]:
+        """Who validated where; patients are never parted."""
+        splits = self._splits()
+        if not splits:
+            return
+        yield "## Splits"
+        own = self.dataset.splits and not isinstance(self.plan, Plan)  # whose copies are told of, not moved
+        yield (
+            "The split is that of the data. No patient is on both sides."
+            if own
+            else "Cases of one patient, and copies of one image, are never on both sides."
+        )
+        rows = []
+        for number, fold in enumerate(splits):
+            sides = [
+                f"{len(fold[key])} of {len({self.groups.get(c, c) for c in fold[key]})}"
+                for key in ("train", "val")
+            ]
+            rows.append([number, *sides, few(fold["val"], self.most_named)])
+        yield table(["fold", "trained on (cases of patients)", "validated on", "validation cases"], rows)
+
+    def _splits(self) -> list[dict[str, list[str]]]:
+        path = self.planned[0] / SPLITS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+@dataclass
+class _Report(Told):
+    """The report of networks that segment."""
+
+    found: Sequence[Configuration]
+
+    @cached_property
+    def chosen(self) -> Configuration | None:
+        name = (read_json(self.run / CHOICE) or {}).get("choice")
+        return next((one for one in self.found if one.name == name), self.found[0] if self.found else None)
 
     def parts(self) -> Iterator[str]:
         """The document, paragraph by paragraph."""
@@ -212,7 +347,7 @@ class _Report:
         for case in cases:
             by_class = {name: one.scores["dice"][name][case] for name in classes}
             lowest = min(by_class, key=by_class.__getitem__)
-            rows.append([case, self._patient(case), where.get(case, ""), f"{one.dice()[case]:.3f}"])
+            rows.append([case, self.groups.get(case, case), where.get(case, ""), f"{one.dice()[case]:.3f}"])
             if len(classes) > 1:
                 rows[-1] += [f"{by_class[name]:.3f}" for name in few] or [f"{lowest} {by_class[lowest]:.3f}"]
             rows[-1].append(f"{np.mean([one.scores['hd95'][name][case] for name in classes]):.1f}")
@@ -220,9 +355,6 @@ class _Report:
         return table(
             ["case", "patient", "fold", "mean Dice", *columns, f"mean HD95 ({self.plan.unit})"], rows
         )
-
-    def _patient(self, case: str) -> str:
-        return self.seen["cases"].get(case, {}).get("group", case)
 
     def _draw(self, one: Configuration, case: Case, path: Path) -> None:
         image = read_image(case.images, self.plan.image_dims)
@@ -262,100 +394,7 @@ class _Report:
         )
         if len(names) > CLASSES + 1:
             yield f"{len(names) - CLASSES - 1} more classes are in plan.json."
-        told = (read_json(self.run / DOCTOR) or {}).get("findings", [])
-        words = ([f["severity"] + ":", f["case"], f["message"]] for f in told[:FINDINGS])
-        if told:
-            yield "\n".join(f"- {' '.join(filter(None, said))}" for said in words)
-        if len(told) > FINDINGS:
-            yield f"{len(told) - FINDINGS} more findings are in {DOCTOR}."
-
-    def plans(self) -> Iterator[str]:
-        """Every plan with its reasons."""
-        yield "## Plan"
-        for folder in self.planned:
-            plan = Plan.load(folder / PLAN)
-            if len(self.planned) > 1:
-                yield f"### {folder.name}"
-            options = ", ".join(f"{key} {value}" for key, value in plan.model_options.items())
-            yield f"{plan.model} in {plan.spatial_dims}D: {options}."
-            yield "\n".join(f"- {reason}" for reason in plan.reasons)
-
-    def courses(self) -> Iterator[str]:
-        """Curves of loss and Dice."""
-        drawn = []
-        for folder in self.planned:
-            folds = [fold for fold in self.trainings if fold.parent == folder]
-            logs = {fold.name.replace("_", " "): read_log(fold / LOG) for fold in folds}
-            if logs := {name: records for name, records in logs.items() if records}:
-                draw_curves(logs, self.run / PICTURES / f"curves_{folder.name}.png")
-                drawn.append(
-                    f"![Loss and Dice of {folder.name}](./{PICTURES}/{quote(f'curves_{folder.name}.png')})"
-                )
-        if drawn:
-            yield "## Training"
-            yield from drawn
-
-    def cost(self) -> Iterator[str]:
-        """Time, memory, energy, and by what it was computed."""
-        made = {fold: read_json(fold / MANIFEST) or {} for fold in self.trainings}
-        made = {fold: manifest for fold, manifest in made.items() if manifest.get("sessions")}
-        if not made:
-            return
-        yield "## Time, memory, versions"
-        rows: list[list[Any]] = []
-        for fold, manifest in made.items():
-            sessions = manifest["sessions"]
-            summary = read_json(fold / "summary.json") or {}
-            minutes = max((s.get("minutes") or 0 for s in sessions), default=0)  # counted over resumes
-            memory = max((s.get("peak_memory_mb") or 0 for s in sessions), default=0)
-            energy, wait = manifest.get("energy_joules"), summary.get("data_wait")
-            dice = f"{summary['dice']['mean']:.3f}" if "dice" in summary else ""
-            rows.append([fold.relative_to(self.run), dice, summary.get("epochs", ""), f"{minutes:.1f}"])
-            rows[-1] += ["" if wait is None else f"{wait:.1%}", f"{memory / 1024:.2f}", len(sessions)]
-            rows[-1].append("not measured" if energy is None else f"{energy / 3600:.1f}")
-        heading = [
-            "training",
-            "Dice before post-processing",
-            "epochs",
-            "minutes",
-            "waiting for data",
-            "peak memory of the process (GiB)",
-            "sessions",
-        ]
-        heading.append("energy (Wh)")
-        yield table(heading, rows)
-        last = next(reversed(made.values()))
-        hardware = dict(last["hardware"])
-        hardware["memory"] = f"{hardware.pop('memory_bytes') / 2**30:.1f} GiB"
-        facts = {
-            **hardware,
-            "seed": last["seed"],
-            "git": _revision(last["git"]),
-            "data sha256": last["data"]["sha256"],
-        }
-        facts |= {"command": " ".join(last["command"]), **last["versions"]}
-        facts["options"] = " ".join((read_json(self.run / SETTINGS) or {}).get("overrides", [])) or None
-        yield table(["what", "which"], [[key, value] for key, value in facts.items() if value is not None])
-
-    def split(self) -> Iterator[str]:
-        """Who validated where; patients are never parted."""
-        splits = self._splits()
-        if not splits:
-            return
-        yield "## Splits"
-        yield "Cases of one patient, and copies of one image, are never on both sides."
-        rows = []
-        for number, fold in enumerate(splits):
-            sides = [
-                f"{len(fold[key])} of {len({self._patient(c) for c in fold[key]})}"
-                for key in ("train", "val")
-            ]
-            rows.append([number, *sides, ", ".join(fold["val"])])
-        yield table(["fold", "trained on (cases of patients)", "validated on", "validation cases"], rows)
-
-    def _splits(self) -> list[dict[str, list[str]]]:
-        path = self.planned[0] / SPLITS
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        yield from self.findings()
 
 
 def _range(limits: Sequence[float]) -> str:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from kanseg.config import load_config
 from kanseg.data.plan import Plan, planned_dataset
+from kanseg.data.plans import load_plan
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
@@ -91,7 +92,12 @@ def search(
         config, [*fixed, *(f"{key}={_text(values[0])}" for key, (_, values) in space.items())]
     )
     require_plan(run, f"Make one: kanseg plan DATA -o {run}.")
-    plan = Plan.load(run / "plan.json")
+    plan = load_plan(run / "plan.json")
+    if not isinstance(plan, Plan):
+        raise UsageError(
+            f"{run} is for classification, and options are searched for segmentation alone. Train with each of them in "
+            "a run of its own, and compare those by kanseg compare."
+        )
     folder = make_folder(run / "search")
     asked = {"words": list(words), "fold": fold, "config": config, "trials": trials, "prune": prune}
     _check_asked(folder, asked, resume)

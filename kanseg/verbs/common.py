@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
 from kanseg.progress import is_main
 
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
@@ -38,6 +39,19 @@ def require(expected: str, *paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.exists():
             raise UserError(f"There is no {path}. Give {expected}.")
+
+
+def refuse_given(context: typer.Context, options: Mapping[str, str], instead: str) -> None:
+    """Raise `UsageError` for those of the options (parameter -> as it is written) that the user gave."""
+    given = [
+        shown
+        for name, shown in options.items()
+        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    ]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for segmentation: {instead}."
+        )
 
 
 def console(to_stderr: bool) -> Any:

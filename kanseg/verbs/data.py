@@ -22,6 +22,9 @@ def doctor(
 ) -> None:
     """Find what is wrong with a data set, explain it, and write a repaired copy; the source stays as it is.
 
+    Of images with classes it tells unreadable ones, copies, patients in two parts, and classes with few images. Those
+    are mended by hand.
+
     The exit code is 1 while there is an error that no repair was made for.
 
     Example: kanseg doctor scans/ --fix scans_repaired/
@@ -29,9 +32,16 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
+    from kanseg.data.class_doctor import diagnose_classes
     from kanseg.data.doctor import diagnose, rows
+    from kanseg.data.image_classes import is_classes
 
-    found = diagnose(data, id_pattern=id_pattern)
+    classes = is_classes(data)
+    if classes and fix is not None:
+        raise UsageError(
+            f"{data} has a class for each image, and --fix repairs label maps. Mend by hand what kanseg doctor tells."
+        )
+    found = (diagnose_classes if classes else diagnose)(data, id_pattern=id_pattern)
     table = Table("", "what", "found", "repair (--fix)", title=f"{data}: {found.layout}, {found.cases} cases")
     table.columns[2].overflow = "fold"
     for row in rows(found):

@@ -12,14 +12,24 @@ from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.verbs.common import Json, Out, OutFile, console, emit, require
 
 app = typer.Typer()
-Paths = Annotated[list[Path], typer.Argument(help="Folders of predictions; with -i: runs or models.")]
+Paths = Annotated[
+    list[Path],
+    typer.Argument(help="Folders of predictions, or tables of classifiers; with -i: runs or models."),
+]
 
 
 @app.command()
 def compare(
-    one: Annotated[Path, typer.Argument(metavar="A", help="Run, scores of kanseg evaluate, or label maps.")],
+    one: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A", help="Run, scores of kanseg evaluate, label maps, or a table of classes."
+        ),
+    ],
     other: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with, of the same cases.")],
-    reference: Annotated[Path | None, typer.Option(help="References, for folders of label maps.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="References, for folders of label maps and tables of classes.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder for comparison.csv, .json and .png.")
     ] = None,
@@ -30,7 +40,11 @@ def compare(
 ) -> None:
     """Say whether A is better than B on the same cases: paired bootstrap and Wilcoxon test per class and metric.
 
+    Classifiers are compared by accuracy: of all images ("mean"), and of those of each class.
+
     Example: kanseg compare scores_kan/ scores_plain/ -o comparison/
+
+    Example: kanseg compare kan.csv plain.csv --reference pictures/
     """
     from kanseg.evaluation.compare import compare as compare_scores
     from kanseg.evaluation.compare import comparison_table
@@ -53,30 +67,44 @@ def ensemble(
     members: Paths,
     out: OutFile,
     images: Annotated[
-        Path | None, typer.Option("-i", "--input", help="Images to segment by the runs or models.")
+        Path | None, typer.Option("-i", "--input", help="Images to predict by the runs or models.")
     ] = None,
     tta: Annotated[bool, typer.Option("--tta", help="With -i: average over the mirror axes.")] = False,
     json_: Json = False,
 ) -> None:
     """Combine several predictions of the same cases, or several models on images, by their mean probability.
 
-    Label maps without the maps of `kanseg predict --probabilities` are combined by vote.
+    Label maps without the maps of `kanseg predict --probabilities` are combined by vote. Of classifiers tables
+    (predictions.csv, or folders with one) are combined, or runs and models with -i.
 
     Example: kanseg ensemble masks_2d/ masks_3d/ -o masks/
 
     Example: kanseg ensemble runs/2d runs/3d -i scans/ -o masks/
+
+    Example: kanseg ensemble one.csv other.csv -o both.csv
     """
     talk = console(True)
     if images is None:
         if tta:
             raise UsageError("--tta needs models and images; give -i.")
+        from kanseg.inference.classify import combine_tables, find_tables
         from kanseg.inference.ensemble import combine_folders
 
+        require("folders of predictions, or tables of classifiers", *members)
+        if tables := find_tables(members):
+            emit(combine_tables(tables, out, console=talk), json_)
+            return
         emit(combine_folders(members, out, console=talk), json_)
         return
+    from kanseg.inference.classify import is_classifier, predict_classes
     from kanseg.inference.ensemble import predict_with
 
-    result: dict[str, Any] = predict_with(members, images, out, console=talk, version=__version__, tta=tta)
+    require("an image, a folder of images, or a folder with a DICOM series", images)
+    result: dict[str, Any]
+    if is_classifier(members[0]):
+        result = predict_classes(members, images, out, console=talk, tta=tta)
+    else:
+        result = predict_with(members, images, out, console=talk, version=__version__, tta=tta)
     emit(result, json_)
     if result["failed"]:
         from kanseg.data.formats import few
@@ -98,7 +126,8 @@ def export(
 ) -> None:
     """Write a network for software without kanseg: ONNX, torch.export or a MONAI bundle, and model.json about it.
 
-    Several models, or the folds of a run, become one network, their mean. The file is run beside the original, and the
+    Networks that segment, not classifiers. Several models, or the folds of a run, become one network, their mean. The
+    file is run beside the original, and the
     difference is written down; a file that differs is not kept. ONNX needs the extra `onnx`.
 
     Example: kanseg export runs/mine -o exported/ -i scan.nii.gz
@@ -128,10 +157,13 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of kanseg run, or of kanseg train -f all.")],
+    run: Annotated[Path, typer.Argument(help="Folder of kanseg run or kanseg train.")],
     json_: Json = False,
 ) -> None:
     """Write the report of a run anew: RUN/report.md with pictures, and RUN/report.html, one file to hand on.
+
+    Of a classifier, also of one fold alone: accuracy, top-5 and AUC with intervals, recall and precision of each class,
+    the confusion matrix, ROC curves, the most confident mistakes.
 
     Example: kanseg report runs/hippocampus
     """

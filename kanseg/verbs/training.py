@@ -15,7 +15,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value: training
 
 @app.command()
 def run(
-    data: Annotated[Path, typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV or datalist JSON.")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="MSD, nnU-Net raw, images/ + labels/, CSV, datalist JSON, or images by class."),
+    ],
     out: Out,
     overrides: Overrides = None,
     minutes: Annotated[
@@ -40,7 +43,12 @@ def run(
 ) -> None:
     """From a labelled folder to a cross-validated model with its report. Stopped, it goes on when called again.
 
+    Images with classes make a classifier: --configurations, --final, --memory, --size, --regions and --mirror are for
+    segmentation alone.
+
     Example: kanseg run Task04_Hippocampus -o runs/hippocampus --minutes 120
+
+    Example: kanseg run pictures_by_class/ -o runs/moles --minutes 30 training.balanced=true
     """
     from kanseg.data.labels import parse_regions
     from kanseg.data.mirror import parse_mirror
@@ -72,6 +80,8 @@ def search(
     json_: Json = False,
 ) -> None:
     """Search options on Ray Tune with Optuna's sampler: uniform, loguniform, randint (a,b), choice(a,b,...).
+
+    For networks that segment; the options of classifiers are tried in runs of their own.
 
     Example: kanseg search runs/hippocampus "training.lr=loguniform(1e-4,1e-2)" training.max_epochs=20 --trials 16
     """

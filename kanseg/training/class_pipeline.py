@@ -1,0 +1,96 @@
+"""`kanseg run` for images with classes: plan, every fold, report; RUN is then what `kanseg train RUN -f all` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kanseg.config import Config, with_options
+from kanseg.data.class_doctor import diagnose_classes
+from kanseg.data.class_plan import ClassPlan
+from kanseg.data.plans import dataset_of
+from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.classification import score_lines
+from kanseg.progress import in_words, is_main
+from kanseg.training.cross_validation import cross_validate
+from kanseg.training.files import locked, make_folder, read_json, write_json
+from kanseg.training.parallel import once
+from kanseg.training.planning import plan_data
+from kanseg.training.run_folder import PLAN
+from kanseg.training.run_report import DOCTOR, SETTINGS, write_report
+
+SHOWN = 20  # findings of the doctor
+
+
+def run_classes(
+    data: Path,
+    run: Path,
+    config: Config,
+    asked: Mapping[str, Any],
+    *,
+    minutes: float | None = None,
+    id_pattern: str | None = None,
+    override: bool = False,
+    console: Console,
+) -> dict[str, Any]:
+    """Look at the data, plan, train every fold, report; called again it goes on where it stood.
+
+    Args:
+        asked: what the user asked for; kept in RUN/run.json, and the same again unless `override`.
+        minutes: of training in all, shared out evenly over the folds.
+
+    Returns:
+        {"accuracy", "model", "report", "pooled": scores of all held-out images}.
+
+    Raises:
+        UsageError: options that differ from those of the first call.
+        UserError: the data have errors, or a fold failed.
+    """
+    before = read_json(run / SETTINGS)
+    if before is None and (run / PLAN).exists():
+        raise UsageError(
+            f"{run} is a run of kanseg plan and train. Choose another folder, or go on there by kanseg train {run} -f "
+            "all --resume."
+        )
+    changed = [key for key in asked if before is not None and before.get(key) != asked[key]]
+    if changed and (not override or "data" in changed):
+        told = ", ".join(f"{key}={(before or {}).get(key)!r}, not {asked[key]!r}" for key in changed)
+        way = "Choose another folder" if "data" in changed else "Give the same, or say --override"
+        raise UsageError(f"{run} was begun with {told}. {way}.")
+    if not (run / PLAN).exists():
+        once(lambda: _examined(data, run, id_pattern, console))
+    once(lambda: write_json(run / SETTINGS, dict(asked)))
+    if not (run / PLAN).exists():
+        once(lambda: plan_data(data, run, console=console, id_pattern=id_pattern))
+    plan = ClassPlan.load(run / PLAN)
+    dataset = dataset_of(plan)
+    folds = len(dataset.splits) or config.data.folds
+    if minutes is not None:
+        told = f"{folds} trainings of {in_words(60 * minutes / folds)}" if folds > 1 else "One training"
+        console.print(f"{told}; planning, validation and scores take time beside", highlight=False)
+        config = with_options(config, "training", max_minutes=minutes / folds, max_epochs=None)
+    found = cross_validate(config, plan, dataset, run, resume=True, override=override, console=console)
+    report = once(lambda: write_report(run, dataset))
+    if found["failed"]:
+        raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}. The same command goes on.")
+    said = f"{score_lines(found['pooled'])}. Model: {run}. Report: {report}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    accuracy = found["pooled"]["accuracy"]
+    return {"accuracy": accuracy, "model": str(run), "report": str(report), "pooled": found["pooled"]}
+
+
+def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> None:
+    """What the doctor finds, in RUN/doctor.json; errors stop the run."""
+    found = diagnose_classes(data, id_pattern=id_pattern)
+    for finding in found.findings[:SHOWN]:
+        case = f"{finding.case}: " if finding.case else ""
+        console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
+    if found.errors:
+        more = f" and {len(found.errors) - 1} more" if len(found.errors) > 1 else ""
+        first = found.errors[0]
+        raise UserError(f"{data} has an error: {first.case} {first.message}{more}. See kanseg doctor {data}.")
+    with locked(make_folder(run), is_main()):
+        write_json(run / DOCTOR, found.to_dict())
