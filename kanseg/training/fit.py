@@ -31,7 +31,7 @@ from kanseg.training.files import locked, make_folder, read_json
 from kanseg.training.finetune import Ends, read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
-from kanseg.training.parameters import matching, trained_share
+from kanseg.training.parameters import check_trained, shares_of, trained_share
 from kanseg.training.regularization import check_penalty
 from kanseg.training.run_folder import SUMMARY, check_data, fold_cases, prepare_run, run_config, run_splits
 from kanseg.training.stop import StopRequest
@@ -81,8 +81,7 @@ def fit(
     if config.training.adapt.wanted:
         check_adapt(model, **adaptation(config.training.adapt.model_dump(), fresh))
     check_penalty(model, config.training.penalty)
-    for pattern in config.training.freeze:
-        matching(model, pattern)
+    check_trained(model, config.training.freeze, shares_of(config.training.lr_scale))
     check_patch(model, plan.patch_size)
     task = create_task(config, plan, dataset, training, validation, accelerator)
     main = accelerator.is_main_process
