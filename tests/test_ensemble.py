@@ -76,7 +76,8 @@ def test_networks_of_different_plans_meet_on_the_grid_of_the_image(plan: Plan, b
 def checkpoint(plan: Plan, folder: Path, seed: int, **changes: object) -> Path:
     torch.manual_seed(seed)
     options = {"features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [3, 3]}
-    spec = {"name": "ukanet", "spatial_dims": 3, "in_channels": 1, "out_channels": 3, "options": options}
+    sizes = {"in_channels": plan.in_channels, "out_channels": len(plan.label_names)}
+    spec = {"name": "ukanet", "spatial_dims": plan.spatial_dims, **sizes, "options": options}
     folder.mkdir(parents=True)
     info = json.loads(json.dumps({"model": spec, "plan": replace(plan, **changes).to_dict()}))  # type: ignore[arg-type]
     return save_checkpoint(folder / BEST, named("model", build_model(spec).state_dict()), info)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -17,11 +20,12 @@ from test_ensemble import checkpoint
 
 from kanseg import create_model
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Plan
+from kanseg.data.plan import Plan, make_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.export import network as exporting
 from kanseg.export.network import FORMATS, TOLERANCE, compare, export_network, program_of
 from kanseg.inference.ensemble import Loaded
+from kanseg.inference.postprocess import save_rules
 from kanseg.inference.predict import predict_case
 from kanseg.layers import FAMILIES, conv_layer
 
@@ -161,6 +165,62 @@ def test_a_bundle_run_by_monai_writes_what_kanseg_predicts(
     np.testing.assert_allclose(found.affine, nib.load(case.images[0]).affine, atol=1e-5)
     about = json.loads((out / "configs" / "metadata.json").read_text())
     assert about["network_data_format"]["outputs"]["pred"]["channel_def"]["1"] == plan.label_names[1]
+
+
+def test_a_bundle_says_how_it_is_run_and_what_it_leaves_to_do(plan: Plan, tmp_path: Path) -> None:
+    checkpoint(plan, tmp_path / "fold_0", 0)
+    rules = [{"labels": [1], "largest": True}]
+    save_rules(tmp_path / "fold_0", rules)
+    said = export_network([tmp_path / "fold_0"], tmp_path / "bundle", "monai")
+    text = (tmp_path / "bundle/docs/README.md").read_text()
+    assert 'pip install "monai[fire]"' in text
+    assert all(name in text for name in (*plan.label_names, *plan.channel_names, "postprocessing"))
+    assert all((tmp_path / "bundle" / part).is_file() for part in text.split() if part.startswith("configs/"))
+    about = json.loads((tmp_path / "bundle/model.json").read_text())
+    assert about["postprocessing"] == said["postprocessing"] == rules
+    assert "rules of `postprocessing`" in about["steps"][-1]
+
+
+@pytest.mark.parametrize("size", [(40, 61), (20, 45), (32, 32)])
+def test_the_steps_of_model_json_give_the_mask_of_a_picture(size: tuple[int, int], tmp_path: Path) -> None:
+    (tmp_path / "data/images").mkdir(parents=True)
+    (tmp_path / "data/labels").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        picture = generator.integers(0, 256, (*size, 3), np.uint8)
+        PIL.Image.fromarray(picture).save(tmp_path / f"data/images/{number}.png")
+        label = (picture[..., 0] > 128).astype(np.uint8) * 255
+        PIL.Image.fromarray(label).save(tmp_path / f"data/labels/{number}.png")
+    dataset = read_dataset(tmp_path / "data")
+    flat = replace(make_plan(dataset, memory=2**30), patch_size=[32, 32])
+    checkpoint(flat, tmp_path / "fold_0", 0)
+    export_network([tmp_path / "fold_0"], tmp_path / "out", "onnx")
+    about = json.loads((tmp_path / "out/model.json").read_text())
+    run = FORMATS["onnx"].open(tmp_path / "out/model.onnx")
+
+    picture = np.asarray(PIL.Image.open(tmp_path / "data/images/0.png"), np.float32).transpose(2, 0, 1)
+    x = np.stack([(channel - channel.mean()) / channel.std() for channel in picture])
+    window = about["input"]["shape"][2:]
+    missing = [max(w - n, 0) for n, w in zip(size, window, strict=True)]
+    x = np.pad(x, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
+    bells = [np.exp(-((np.arange(w) - (w - 1) / 2) ** 2) / (2 * (w / 8) ** 2)) for w in window]
+    weight = np.maximum(np.outer(*bells), 1e-3)
+    total = np.zeros((len(about["classes"]), *x.shape[1:]))
+    ends = [n - w for n, w in zip(x.shape[1:], window, strict=True)]
+    starts = [[*range(0, end, w // 2), end] for end, w in zip(ends, window, strict=True)]
+    shares = np.zeros(x.shape[1:])
+    for i, j in itertools.product(*starts):
+        place = (slice(i, i + window[0]), slice(j, j + window[1]))
+        total[(slice(None), *place)] += weight * run(np.float32(x[(slice(None), *place)])[None])[0]
+        shares[place] += weight
+    inside = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, size, strict=True))
+    best = (total / shares)[(slice(None), *inside)].argmax(0)
+    mask = np.array([entry["value"] for entry in about["classes"]])[best]
+
+    loaded = Loaded([tmp_path / "fold_0"])
+    expected, _ = predict_case(loaded.networks, dataset.cases[0], loaded.plans)
+    assert set(np.unique(expected)) == {0, 255}
+    assert (mask == expected).mean() > 0.999
 
 
 def test_a_bundle_for_what_it_cannot_express_is_refused(plan: Plan, tmp_path: Path) -> None:

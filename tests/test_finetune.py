@@ -14,21 +14,30 @@ from safetensors.torch import save_file
 
 from kanseg.config import load_config
 from kanseg.errors import UsageError, UserError
-from kanseg.models import create_model
-from kanseg.training.checkpoint import load_checkpoint, load_model, part
-from kanseg.training.finetune import Start, read_start, transfer
+from kanseg.export.network import export_network
+from kanseg.layers import FAMILIES
+from kanseg.training.checkpoint import build_model, load_checkpoint, load_model, part
+from kanseg.training.finetune import Ends, Start, read_start, transfer
 from kanseg.training.fit import fit
 
 SMALL = {"features_per_stage": (4, 8), "strides": (1, 2), "kernel_sizes": (3, 3)}
 
 
-def net(channels=1, classes=2, **options):
-    return create_model("ukanet", 2, channels, classes, **{**SMALL, **options})
+def described(channels=1, classes=2, name="ukanet", **options):
+    sizes = {"spatial_dims": 2, "in_channels": channels, "out_channels": classes}
+    return {"name": name, **sizes, "options": {**SMALL, **options} if name == "ukanet" else options}
 
 
-def started(old, new, classes=(), channels=(), new_classes=(), new_channels=()):
-    start = Start("weights", old.state_dict(), None, classes, channels)
-    return transfer(new, start, new_classes, new_channels)
+def started(spec, start, classes=(), channels=(), sigmoid=None):
+    """A new network of this description after `transfer`, what was said, and what begins afresh."""
+    model = build_model(spec).eval()
+    return model, *transfer(model, spec, start, Ends(channels, classes, sigmoid))
+
+
+def known(spec, classes=(), channels=(), sigmoid=None):
+    """Weights of a network of this description with names, and the network."""
+    model = build_model(spec).eval()
+    return Start("weights", model.state_dict(), spec, Ends(channels, classes, sigmoid)), model
 
 
 def test_a_run_goes_on_from_another_one_with_its_network(fit_balls, tmp_path):
@@ -55,68 +64,153 @@ def test_weights_of_another_dimension_are_refused(fit_balls, balls, tmp_path):
 
 
 def test_classes_of_the_same_name_keep_their_weights():
-    old, new = net(classes=3), net(classes=4)
-    fresh = new.heads[0].weight.clone()
-    told, afresh = started(old, new, ["background", "a", "b"], ["T1"], ["background", "b", "c", "a"], ["T1"])
+    start, old = known(described(classes=3), ["background", "a", "b"], ["T1"])
+    torch.manual_seed(1)
+    untouched = build_model(described(classes=4))
+    torch.manual_seed(1)
+    new, told, afresh = started(described(classes=4), start, ["background", "b", "c", "a"], ["T1"])
     assert afresh == ["heads.0.weight", "heads.0.bias"]
-    rows = new.heads[0].weight
-    assert torch.equal(rows[[0, 1, 3]], old.heads[0].weight[[0, 2, 1]])
-    assert torch.equal(rows[2], fresh[2])
-    assert "2 adapted" in told
-    assert "heads.0.weight" in told
+    assert torch.equal(new.heads[0].weight[[0, 1, 3]], old.heads[0].weight[[0, 2, 1]])
+    assert torch.equal(new.heads[0].weight[2], untouched.heads[0].weight[2])
+    assert "2 adapted (heads.0.weight" in told
+    assert "Classes by name: background, b, a; new: c." in told
+    assert "Channels" not in told
 
 
 def test_classes_in_another_order_take_their_weights_along():
-    old, new, other = net(classes=3), net(classes=3), net(classes=3)
-    started(old, new, ["background", "a", "b"], ["T1"], ["background", "b", "a"], ["T1"])
+    start, old = known(described(classes=3), ["background", "a", "b"], ["T1"])
+    new, _, afresh = started(described(classes=3), start, ["background", "b", "a"], ["T1"])
     assert torch.equal(new.heads[0].weight, old.heads[0].weight[[0, 2, 1]])
-    fresh = other.heads[0].weight.clone()
-    _, afresh = started(old, other, ["background", "a", "b"], ["T1"], ["background", "c", "d"], ["T1"])
+    assert afresh == []
+    other, _, afresh = started(described(classes=3), start, ["background", "c", "d"], ["T1"])
     assert afresh == ["heads.0.weight", "heads.0.bias"]
-    assert torch.equal(other.heads[0].weight[1:], fresh[1:])
-    named = net(classes=3)
-    _, afresh = started(
-        old, named, ["background", "label 1", "label 2"], ["T1"], ["background", "a", "b"], ["T1"]
-    )
+    assert not torch.equal(other.heads[0].weight[1:], old.heads[0].weight[1:])
+    start.ends.classes = ["background", "label 1", "label 2"]
+    named, told, afresh = started(described(classes=3), start, ["background", "a", "b"], ["T1"])
     assert afresh == []
     assert torch.equal(named.heads[0].weight, old.heads[0].weight)
+    assert "Classes in their order: background as background, a as label 1, b as label 2." in told
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["classes to regions", "regions to classes"])
+def test_a_head_of_another_kind_begins_afresh_and_the_log_says_so(before):
+    names = ["background", "whole", "core"]
+    start, old = known(described(classes=3), names, ["T1"], before)
+    new, told, afresh = started(described(classes=3), start, names, ["T1"], not before)
+    assert set(afresh) == {"heads.0.weight", "heads.0.bias"}
+    assert not torch.equal(new.heads[0].weight, old.heads[0].weight)
+    assert "Classes begin afresh" in told
+    assert told.index("sigmoid") < told.index("softmax") if before else told.index("softmax")
+    _, told, afresh = started(described(classes=3), start, names, ["T1"], before)
+    assert not afresh
+    assert "Classes" not in told
+
+
+NETWORKS = [
+    *(described(basis=basis) for basis in (*FAMILIES, None)),
+    described(basis="gram", layer_options={"shared_by": 8, "base": False}),
+    described(encoder="timm/resnet18"),  # its first map is coarser, so a second layer sees the image
+    described(name="ukan", features=(8, 8, 8, 8)),
+    described(name="u2kanet_small", width=0.25),
+    described(name="ukagnet", width=0.25),
+    described(
+        name="monai", network="UNet", arguments={"channels": (4, 8), "strides": (2,), "num_res_units": 1}
+    ),
+]
+
+
+@pytest.mark.parametrize("spec", NETWORKS, ids=lambda spec: f"{spec['name']} {spec['options']}"[:60])
+@pytest.mark.parametrize("order", [[1, 0], [2, 0, 1]])
+def test_the_same_channels_and_classes_in_another_order_are_the_same_function(spec, order):
+    channels, names, classes = ["T1", "T2", "FLAIR"][: len(order)], ["background", "a", "b"], [0, 2, 1]
+    spec = {**spec, "in_channels": len(order), "out_channels": 3}
+    start, old = known(spec, names, channels)
+    names, channels = [names[c] for c in classes], [channels[c] for c in order]
+    new, told, afresh = started(spec, start, names, channels)
+    x = torch.randn(2, len(order), 32, 32, dtype=torch.float64)
+    expected = old.double()(x)[:, classes]
+    torch.testing.assert_close(
+        new.double()(x[:, order]), expected, rtol=0, atol=1e-4 * expected.abs().max().item()
+    )
+    assert not afresh
+    assert f"Channels by name: {', '.join(channels)}." in told
 
 
 @pytest.mark.parametrize("basis", ["gram", None])
 def test_further_channels_start_from_the_mean_and_known_ones_keep_their_weights(basis):
-    old, new = net(channels=2, basis=basis), net(channels=3, basis=basis)
-    started(old, new, ["b", "x"], ["T1", "T2"], ["b", "x"], ["T2", "FLAIR", "T1"])
-    x = torch.randn(2, 2, 16, 16)
-    differing = [k for k, v in old.state_dict().items() if v.shape != new.state_dict()[k].shape]
+    start, _ = known(described(2, basis=basis), ["b", "x"], ["T1", "T2"])
+    new, told, afresh = started(described(3, basis=basis), start, ["b", "x"], ["T2", "FLAIR", "T1"])
+    differing = [k for k, v in start.weights.items() if v.shape != new.state_dict()[k].shape]
     assert differing
+    assert set(differing) == set(afresh)
     for name in differing:
-        before, after = old.state_dict()[name], new.state_dict()[name]
+        before, after = start.weights[name], new.state_dict()[name]
         axis = next(a for a in range(before.dim()) if before.shape[a] != after.shape[a])
         before, after = (t.movedim(axis, 0).unflatten(0, (n, -1)) for t, n in ((before, 2), (after, 3)))
         assert torch.equal(after[[2, 0]], before)
         assert torch.allclose(after[1], before.mean(0))
-    assert new(torch.cat([x, x[:, :1]], 1)).shape == (2, 2, 16, 16)
+    assert "Channels by name: T2, T1; as the mean of all: FLAIR." in told
+
+
+def test_channels_without_a_name_in_common_are_taken_in_their_order():
+    start, old = known(described(2), ["b", "x"], ["T1", "T2"])
+    new, told, afresh = started(described(2), start, ["b", "x"], ["CT", "PET"])
+    assert not afresh
+    assert all(torch.equal(new.state_dict()[name], value) for name, value in old.state_dict().items())
+    assert "Channels in their order: CT as T1, PET as T2." in told
+    new, told, afresh = started(described(2), start, ["b", "x"], ["T2", "PET"])
+    first = "encoder.stages.0.0.layers.0.conv.base_weight"
+    assert first in afresh
+    assert torch.equal(new.state_dict()[first][:, 0], old.state_dict()[first][:, 1])
+    assert "Channels by name: T2; as the mean of all: PET." in told
+
+
+def test_more_degrees_of_channels_in_another_order_are_the_same_function():
+    start, old = known(described(2, basis="legendre"), ["b", "x"], ["T1", "T2"])
+    spec = described(2, basis="legendre", layer_options={"degree": 5})
+    new, told, _ = started(spec, start, ["b", "x"], ["T2", "T1"])
+    x = torch.randn(2, 2, 16, 16)
+    assert torch.allclose(new(x.flip(1)), old(x), atol=1e-4)
+    assert "moved to other bases" in told
+
+
+def test_the_neighbours_of_a_slice_are_channels_of_their_own():
+    plan = {"channel_names": ["T1", "T2"], "label_names": ["b", "x"]}
+    five, three, one = (Ends.of({**plan, "slices": n}) for n in (5, 3, 1))
+    assert three.channels[2:4] == five.channels[4:6] == one.channels
+    assert three.channels == five.channels[2:8]
+    assert len(set(five.channels)) == 10
+    start, old = known(described(6), three.classes, three.channels)
+    new, _, _ = started(described(2), start, one.classes, one.channels)
+    first = "encoder.stages.0.0.layers.0.conv.base_weight"
+    assert torch.equal(new.state_dict()[first], old.state_dict()[first][:, 2:4])
+
+
+def test_the_plain_twin_of_a_kan_network_says_what_of_it_is_left_aside():
+    start, old = known(described(basis="gram"), ["b", "x"], ["T1"])
+    twin, told, _ = started(described(basis=None), start, ["b", "x"], ["T1"])
+    common = old.state_dict().keys() & twin.state_dict().keys()
+    aside = [name for name in old.state_dict() if name not in common]
+    assert f"{len(common)} of {len(old.state_dict())} tensors taken" in told
+    assert f"{len(aside)} left aside ({aside[0]}" in told
 
 
 def test_repeated_unnamed_channels_give_the_same_output():
-    old, new = (
-        net(channels=1, basis=None, norm="batch").eval(),
-        net(channels=3, basis=None, norm="batch").eval(),
-    )
-    started(old, new, ["", ""], [""], ["", ""], ["", "", ""])
+    start, old = known(described(1, basis=None, norm="batch"), ["", ""], [""])
+    new, _, _ = started(described(3, basis=None, norm="batch"), start, ["", ""], ["", "", ""])
     x = torch.randn(1, 1, 16, 16)
     assert torch.allclose(old(x), new(x.expand(1, 3, 16, 16)), atol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", ["", "state_dict"])
 def test_a_state_dict_file_is_read_and_one_with_code_is_refused(tmp_path, wrap):
-    weights = net().state_dict()
+    weights = build_model(described()).state_dict()
     torch.save({wrap: weights} if wrap else weights, tmp_path / "w.pth")
     found = read_start(tmp_path / "w.pth").weights
     assert all(torch.equal(found[name], value) for name, value in weights.items())
     save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "w.safetensors")
     assert read_start(tmp_path / "w.safetensors").weights.keys() == weights.keys()
-    torch.save(net(), tmp_path / "model.pth")
+    torch.save(build_model(described()), tmp_path / "model.pth")
     with pytest.raises(UserError, match="no plain state_dict"):
         read_start(tmp_path / "model.pth")
     with pytest.raises(UserError, match="There are no weights"):
@@ -128,7 +222,7 @@ def test_a_state_dict_file_is_read_and_one_with_code_is_refused(tmp_path, wrap):
 
 def test_weights_of_another_network_are_refused():
     with pytest.raises(UserError, match="No weight of weights fits"):
-        started(torch.nn.Linear(2, 2), net())
+        started(described(), Start("weights", torch.nn.Linear(2, 2).state_dict()))
 
 
 def bundle(folder, definition):
@@ -144,16 +238,7 @@ def bundle(folder, definition):
 
 
 def test_a_training_starts_from_a_monai_bundle_with_other_classes(fit_balls, tmp_path):
-    definition = {
-        "_target_": "SegResNet",
-        "spatial_dims": 3,
-        "in_channels": 1,
-        "out_channels": 3,
-        "init_filters": 8,
-        "blocks_down": [1, 1],
-        "blocks_up": [1],
-    }
-    network = bundle(tmp_path / "bundle", {**definition})
+    network = bundle(tmp_path / "bundle", SEGRESNET)
     fit_balls("training.max_epochs=1", "training.lr=1e-12", f"training.weights={tmp_path / 'bundle'}")
     tensors, info = load_checkpoint(tmp_path / "run/fold_0/last.safetensors")
     assert info["model"]["name"] == "monai"
@@ -169,6 +254,50 @@ def test_a_bundle_whose_network_needs_code_is_explained(tmp_path):
         read_start(tmp_path)
 
 
+SEGRESNET = {
+    "_target_": "monai.networks.nets.SegResNet",
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "out_channels": 3,
+    "init_filters": 8,
+    "blocks_down": [1, 1],
+    "blocks_up": [1],
+}
+
+
+def test_the_classes_that_a_bundle_names_go_by_name(tmp_path):
+    network = bundle(tmp_path, SEGRESNET)
+    classes = {"0": "background", "1": "Liver", "2": "tumour"}
+    formats = {
+        "outputs": {"pred": {"channel_def": classes}},
+        "inputs": {"image": {"channel_def": {"0": "CT"}}},
+    }
+    (tmp_path / "configs/metadata.json").write_text(json.dumps({"network_data_format": formats}))
+    (tmp_path / "configs/inference.json").rename(tmp_path / "configs/inference.yaml")  # JSON is YAML, too
+    start = read_start(tmp_path)
+    new, told, _ = started(start.spec, start, ["background", "tumour", "liver"], ["CT"])
+    last = "conv_final.2.conv.weight"
+    assert torch.equal(new.network.state_dict()[last], network.state_dict()[last][[0, 2, 1]])
+    assert "Classes by name: background, tumour, liver." in told
+
+
+def test_a_bundle_of_another_dimension_is_refused(balls, tmp_path):
+    dataset, plan = balls
+    bundle(tmp_path / "bundle", SEGRESNET)
+    flat = replace(plan, spatial_dims=2, patch_size=[16, 16], slice_axis=2)
+    config = load_config(overrides=[*SHORT, f"training.weights={tmp_path / 'bundle'}"])
+    with pytest.raises(UsageError, match="a 3D network, the plan is 2D"):
+        fit(config, flat, dataset, tmp_path / "new", console=Console(quiet=True))
+
+
+def test_an_exported_program_is_refused_with_what_to_give_instead(fit_balls, tmp_path):
+    fit_balls("training.max_epochs=1")
+    export_network([tmp_path / "run"], tmp_path / "bundle", "monai")
+    for given in (tmp_path / "bundle", tmp_path / "bundle/models/model.pt2"):
+        with pytest.raises(UserError, match=r"model\.pt2 is an exported program.*Start from the run"):
+            read_start(given)
+
+
 @pytest.mark.parametrize("network", ["SegResNet", "DynUNet"])
 def test_networks_of_monai_take_any_size(network):
     arguments = {"SegResNet": {"init_filters": 8}}.get(
@@ -180,22 +309,21 @@ def test_networks_of_monai_take_any_size(network):
             "filters": [4, 8, 8],
         },
     )
-    model = create_model("monai", 2, 1, 3, network=network, arguments=arguments)
+    model = build_model(described(1, 3, "monai", network=network, arguments=arguments))
     assert model.eval()(torch.zeros(1, 1, 37, 50)).shape == (1, 3, 37, 50)
 
 
 def test_a_classifier_lends_its_encoder_to_a_segmenter(tmp_path):
     from kanseg.training.checkpoint import named, save_checkpoint
 
-    segmenter = create_model("ukanet", 2, 1, 3, encoder="reskanet18", features_per_stage=(4, 8))
+    spec = described(1, 3, encoder="reskanet18")
+    segmenter = build_model(spec)
     classifier = torch.nn.Module()
     classifier.encoder = segmenter.encoder
     info = {"model": {"name": "classifier", "options": {}, "in_channels": 1, "out_channels": 10}}
     path = save_checkpoint(tmp_path / "model.safetensors", named("model", classifier.state_dict()), info)
     start = read_start(path)
-    assert start.model is None
-    fresh = create_model("ukanet", 2, 1, 3, encoder="reskanet18", features_per_stage=(4, 8))
-    told, _ = transfer(fresh, start, ["b", "x", "y"], ["T1"])
+    fresh, told, _ = started(spec, start, ["b", "x", "y"], ["T1"])
     assert "new" in told
     for name, value in fresh.encoder.state_dict().items():
         assert torch.equal(value, segmenter.encoder.state_dict()[name])

@@ -169,10 +169,18 @@ def test_frozen_parameters_stay_and_the_others_learn(fit_balls, tmp_path):
     first = part(load_checkpoint(tmp_path / "run/fold_0/last.safetensors")[0], "model")
     with pytest.raises(UsageError, match="leaves no parameter"):
         fit_balls("training.freeze=['*']", run=tmp_path / "none")
+    with pytest.raises(UsageError, match="leaves no parameter"):
+        fit_balls("training.freeze=['encoder.*']", "training.lr_scale=['*=0']", run=tmp_path / "none")
+    for wrong in ("encoder.*=-1", "encoder.*=1e-"):
+        with pytest.raises(UsageError, match="needs a share of 0 or more"):
+            fit_balls(f"training.lr_scale=['{wrong}']", run=tmp_path / "none")
+    with pytest.raises(UsageError, match=r"'encodr\.\*'.*Did you mean"):
+        fit_balls("training.lr_scale=['encodr.*=0.1']", run=tmp_path / "none")
     with pytest.raises(UsageError, match=r"'encodr\.\*'.*Did you mean"):
         fit_balls("training.freeze=['encodr.*']", run=tmp_path / "none")
     with pytest.raises(UsageError, match=r"say 'encoder\.\*'"):
         fit_balls("training.freeze=['encoder']", run=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     from kanseg.training.checkpoint import build_model
 
     torch.manual_seed(0)

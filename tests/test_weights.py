@@ -92,7 +92,7 @@ def test_a_packed_checkpoint_predicts_in_half_the_bytes_what_the_whole_one_does(
         whole, half = (load_model(path)[0](x) for path in (best, "ball"))
     assert (whole - half).abs().max() < 2e-3 * whole.abs().max()
     assert Segmenter.load("ball").plan.label_values == [0, 7]
-    assert read_start("ball").model["name"] == "ukanet"
+    assert read_start("ball").spec["name"] == "ukanet"
     (tmp_path / "ball").mkdir()  # a folder of data may have that name
     assert find_checkpoint("ball") == file
     assert table_of_weights()[0]["title"] == "a ball"

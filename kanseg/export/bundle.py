@@ -1,7 +1,7 @@
 """A MONAI bundle around an exported network: MONAI's transforms and inferer, in JSON, do what `kanseg predict` does.
 
-Run by `python -m monai.bundle run --config_file configs/inference.json --bundle_root . --dataset_dir FOLDER` in its
-folder, without kanseg. Format: MONAI Bundle Specification.
+Run in its folder by `RUN`, without kanseg. What is done to label maps after that (`kanseg.inference.postprocess`) is no
+part of it. Format: MONAI Bundle Specification.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from kanseg import __version__
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
-from kanseg.training.files import make_folder, write_json
+from kanseg.training.files import make_folder, write_bytes, write_json
 
 NETWORK = "models/model.pt2"
-CONFIG, METADATA = "configs/inference.json", "configs/metadata.json"
+CONFIG, METADATA, README = "configs/inference.json", "configs/metadata.json", "docs/README.md"
+RUN = f"python -m monai.bundle run --config_file {CONFIG} --bundle_root . --dataset_dir FOLDER"
 
 
 def check_bundle(plan: Plan) -> None:
@@ -38,10 +39,36 @@ def check_bundle(plan: Plan) -> None:
 
 
 def write_bundle(out: Path, plan: Plan) -> None:
-    """OUT/configs/inference.json and OUT/configs/metadata.json, for the network in OUT/models/model.pt2."""
-    make_folder(out / "configs")
+    """OUT/configs and OUT/docs/README.md, for the network in OUT/models/model.pt2."""
+    for folder in ("configs", "docs"):
+        make_folder(out / folder)
     write_json(out / CONFIG, inference(plan))
     write_json(out / METADATA, metadata(plan))
+    write_bytes(out / README, readme(plan).encode())
+
+
+def readme(plan: Plan) -> str:
+    """How the bundle is run, for its docs."""
+    values = (f"{v} {name}" for v, name in zip(plan.label_values, plan.label_names, strict=True))
+    axis = " (a fourth axis, in this order)" if plan.in_channels > 1 else ""
+    version = torch.__version__.partition("+")[0]
+    return f"""# {plan.dataset_name}, exported by kanseg {__version__}
+
+Run it in this folder on a folder of NIfTI images; label maps are written to `eval/`:
+
+    pip install "monai[fire]" nibabel
+    {RUN}
+
+- It was written with monai {monai.__version__} and torch {version}.
+- Without the package `fire` MONAI's command stops with an error.
+- Channels of an image: {", ".join(plan.channel_names)}{axis}.
+- Values of a label map: {", ".join(values)}.
+- Post-processing of label maps is not part of the bundle: where `postprocessing` in `model.json` lists rules,
+  `kanseg predict` applies them as well.
+- The network is a program of `torch.export`. To train on, take the run that it was exported from.
+
+Research software; not a medical device.
+"""
 
 
 def inference(plan: Plan) -> dict[str, Any]:

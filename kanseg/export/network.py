@@ -107,7 +107,7 @@ def export_network(
         image: an image; then the file is also run over it by the sliding window, and the label maps are compared.
 
     Returns:
-        What model.json says of the comparison, and the path of the file.
+        What model.json says of the comparison and of post-processing, and the path of the file.
 
     Raises:
         UserError: models of several plans, or a file that does not give the numbers of the network; it is not kept.
@@ -150,13 +150,15 @@ def export_network(
                 f"The exported network differs from its original by {found['relative_difference']:.1e} of its largest "
                 f"output ({TOLERANCE:g} is allowed), so it was not kept. Report this with the output of `kanseg info`."
             )
-        about = {**describe(plan, to, kind), "postprocessing": loaded.rules, "parity": found}
+        about = {**describe(plan, to, kind, bool(loaded.rules)), "postprocessing": loaded.rules}
+        about["parity"] = found
         kind.beside(out, plan)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return {"file": str(path), "megabytes": round(path.stat().st_size / 2**20, 1), "parity": found}
+    size = round(path.stat().st_size / 2**20, 1)
+    return {"file": str(path), "megabytes": size, "parity": found, "postprocessing": loaded.rules}
 
 
 def program_of(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
@@ -218,8 +220,12 @@ def compare_labels(network: nn.Module, run: Run, case: Case, plan: Plan) -> dict
     return {"case": case.id, "voxels": int(one.size), "equal_labels": float((one == other).mean())}
 
 
-def describe(plan: Plan, to: str, kind: Format) -> dict[str, Any]:
-    """What whoever runs the file has to do around it, in words and numbers."""
+def describe(plan: Plan, to: str, kind: Format, cleaned: bool = False) -> dict[str, Any]:
+    """What whoever runs the file has to do around it, in words and numbers.
+
+    Args:
+        cleaned: whether label maps are post-processed in the end.
+    """
     axes = ["rows", "columns"] if plan.image_dims == 2 else list(plan.orientation)
     window = ["windows", plan.in_channels, *plan.patch_size]
     classes = [
@@ -233,7 +239,7 @@ def describe(plan: Plan, to: str, kind: Format) -> dict[str, Any]:
         "input": {"name": INPUT, "type": "float32", "shape": window},
         "output": {"name": OUTPUT, "type": "float32", "shape": [window[0], len(classes), *plan.patch_size]},
         "classes": classes,
-        "steps": steps(plan, axes),
+        "steps": [*steps(plan, axes), *([CLEANED] if cleaned else [])],
     }
 
 
@@ -242,7 +248,10 @@ def steps(plan: Plan, axes: Sequence[str]) -> list[str]:
     found = []
     if plan.image_dims == 3:
         found.append(f"Turn the image so that its axes run to {', '.join(axes)} (the ends of the letters).")
-        found.append(f"Resample it to {' x '.join(f'{s:g}' for s in plan.spacing)} mm, linearly.")
+        within = "" if plan.slice_axis is None else f" within the slices across axis {axes[plan.slice_axis]}"
+        found.append(f"Resample it to {' x '.join(f'{s:g}' for s in plan.spacing)} mm{within}, linearly.")
+    else:
+        found.append("Take the pixels as they are stored (0 to 255 in most pictures), rows before columns.")
     for name, scheme in zip(plan.channel_names, plan.normalization, strict=True):
         found.append(f"Channel {name}: {NORMALISED[scheme['scheme']].format(**scheme)}.")
     if plan.slice_axis is not None:
@@ -252,7 +261,13 @@ def steps(plan: Plan, axes: Sequence[str]) -> list[str]:
         )
     patch = " x ".join(map(str, plan.patch_size))
     found.append(
-        f"Slide a window of {patch} over it by half its size and average, the middle of a window weighs most."
+        f"Where it is smaller than {patch}, pad it with 0 on both sides, the odd one at the end, and cut the outputs "
+        "again."
+    )
+    found.append(
+        f"Slide a window of {patch} over it by half its size, the last one up to the end, and average the outputs. "
+        "They weigh by a Gaussian about the middle of the window: standard deviation an eighth of its size, 1 in the "
+        "middle, nowhere less than 0.001."
     )
     if plan.regions:
         found.append("Sigmoid; where a region is above 1/2 paint its value, region by region in their order.")
@@ -263,6 +278,7 @@ def steps(plan: Plan, axes: Sequence[str]) -> list[str]:
     return found
 
 
+CLEANED = "Then clean the label map by the rules of `postprocessing`, which `kanseg predict` does as well."
 NORMALISED = {
     "zscore": "subtract the mean of the image and divide by its standard deviation",
     "zscore_nonzero": "subtract the mean of what is not 0 and divide by its standard deviation; 0 stays 0",

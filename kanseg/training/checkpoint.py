@@ -164,10 +164,8 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn
 
 def restored(tensors: Mapping[str, Tensor], info: Mapping[str, Any], source: Path) -> nn.Module:
     """The network that tensors and JSON of a checkpoint describe, with its averaged weights if there are any."""
-    spec, weights = dict(info["model"]), part(tensors, "average") or part(tensors, "model")
-    started = {"encoder_weights": None}  # what training started from is no longer needed, nor perhaps there
-    spec["options"] = {key: started.get(key, value) for key, value in spec["options"].items()}
-    model = build_model(spec)
+    weights = part(tensors, "average") or part(tensors, "model")
+    model = build_model(unstarted(info["model"]))
     adapted = any(PLACE in name for name in weights)  # the last weights of a training under way
     if adapted:
         adapt(model, **adaptation(info["config"]["training"]["adapt"], info.get("fresh", [])))
@@ -178,6 +176,12 @@ def restored(tensors: Mapping[str, Tensor], info: Mapping[str, Any], source: Pat
 def adaptation(options: Mapping[str, Any], fresh: Sequence[str]) -> dict[str, Any]:
     """Arguments of `adapt` from those of the config; what began afresh is trained as it is."""
     return {**options, "train": [*options["train"], *fresh]}
+
+
+def unstarted(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A description of a model without what its training started from: no longer needed, nor perhaps there."""
+    nothing = {"encoder_weights": None, "pretrained": False}
+    return {**spec, "options": {key: nothing.get(key, value) for key, value in spec["options"].items()}}
 
 
 def build_model(spec: Mapping[str, Any]) -> nn.Module:

@@ -1,27 +1,26 @@
 """Starting from weights that exist: of a kanseg run or model, of a state_dict, or of a MONAI bundle.
 
-Channels and classes may differ: a class or channel of the same name keeps its weights, a further channel gets the mean
-of the known ones, a further class starts afresh. Bases may differ as well (more degrees, a finer grid): the learned
-functions of the basis branch are kept as far as the new ones can (`kanseg.study.refit`), not what else another family
-changes.
+Channels and classes may differ in number, names and order: a class or channel of the same name keeps its weights, a
+further channel gets the mean of the known ones, a further class starts afresh. Which axes of which tensors are theirs
+is seen by a network of many times as many. Bases may differ as well (more degrees, a finer grid): the learned functions
+of the basis branch are kept as far as the new ones can (`kanseg.study.refit`), not what else another family changes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from kanseg.encoders.transfer import read_weights
 from kanseg.errors import UserError
-from kanseg.models import list_models
 from kanseg.study.peft import PLACE
 from kanseg.study.refit import refit
 from kanseg.study.visualize import kan_layers
@@ -29,16 +28,47 @@ from kanseg.training.checkpoint import (
     BEST,
     EXPORTED,
     LAST,
+    build_model,
     find_checkpoint,
     is_checkpoint,
     load_checkpoint,
     part,
     restored,
     shipped,
+    unstarted,
 )
 
 BUNDLE_WEIGHTS = ("models/model.safetensors", "models/model.pt")
-BUNDLE_CONFIGS = ("configs/inference.json", "configs/train.json", "configs/evaluate.json")
+BUNDLE_CONFIGS = tuple(
+    f"configs/{name}.{kind}"
+    for name in ("inference", "train", "evaluate")
+    for kind in ("json", "yaml", "yml")
+)
+TIMES = 53  # a prime that no width of a network is a multiple of
+PROGRAMS = (".pt2", ".onnx", ".ts")  # of networks, which run but are not trained
+Places = Sequence[int | None]  # of each new channel or class among the old ones, None where there is no such
+
+
+@dataclass
+class Ends:
+    """What a network takes and gives.
+
+    Attributes:
+        channels, classes: names, "" where unknown; empty where not even their number is known.
+        sigmoid: whether each class is told by itself (regions, several classes an image), None where unknown.
+    """
+
+    channels: Sequence[str] = ()
+    classes: Sequence[str] = ()
+    sigmoid: bool | None = None
+
+    @classmethod
+    def of(cls, plan: Mapping[str, Any]) -> Ends:
+        """Those of a plan's network; the neighbours of a slice are channels with their distance in the name."""
+        slices = range(plan.get("slices", 1))
+        distances = [place - len(slices) // 2 for place in slices]
+        channels = [f"{name}{d:+d}" if d else name for d in distances for name in plan["channel_names"]]
+        return cls(channels, plan["label_names"], bool(plan.get("regions") or plan.get("multilabel")))
 
 
 @dataclass
@@ -46,19 +76,13 @@ class Start:
     """Weights to start from.
 
     Attributes:
-        model: {"name", "options"} of the network that they belong to, None where the file does not say it.
-        classes, channels: their names, where known; else as many as the weights' network has, unnamed.
-        build: makes that network with its weights, where it is one of ours.
-        spatial_dims: of it, where known.
+        spec: of the network that they belong to, what `build_model` takes, None where the file does not say it.
     """
 
     source: Path
     weights: dict[str, Tensor]
-    model: dict[str, Any] | None = None
-    classes: Sequence[str] = field(default_factory=list)
-    channels: Sequence[str] = field(default_factory=list)
-    build: Callable[[], nn.Module] | None = None
-    spatial_dims: int | None = None
+    spec: dict[str, Any] | None = None
+    ends: Ends = field(default_factory=Ends)
 
 
 def read_start(path: Path | str) -> Start:
@@ -76,6 +100,8 @@ def read_start(path: Path | str) -> Start:
         raise UserError(
             f"There are no weights {path}. Give a run, a saved model, a file of weights or a MONAI bundle."
         )
+    if path.suffix in PROGRAMS:
+        raise UserError(_only_a_program(path))
     if path.suffix == ".safetensors" and is_checkpoint(path):
         return _read_checkpoint(path)
     return Start(path, _without("module.", read_weights(path)))
@@ -84,32 +110,52 @@ def read_start(path: Path | str) -> Start:
 def _read_checkpoint(path: Path) -> Start:
     tensors, info = load_checkpoint(path)
     spec, plan = info.get("model", {}), info.get("plan", {})
-    segments = spec.get("name") in list_models()  # else it is a classifier, whose encoder alone may fit
-    model = {"name": spec["name"], "options": spec.get("options", {})} if segments else None
-    classes = list(info.get("labels", [])) or [""] * spec.get("out_channels", 0)
-    channels = plan.get("channel_names") or [""] * spec.get("in_channels", 0)
-    whole = {"spatial_dims", "in_channels", "out_channels", "options"} <= spec.keys()
-    build = partial(restored, tensors, info, path) if whole else None
+    inputs, outputs = ([""] * spec.get(name, 0) for name in ("in_channels", "out_channels"))
+    ends = Ends.of(plan) if {"channel_names", "label_names"} <= plan.keys() else Ends(inputs, outputs)
     weights = part(tensors, "average") or part(tensors, "model")
-    if build and any(PLACE in name for name in weights):
-        weights = build().state_dict()
-    return Start(path, weights, model, classes, channels, build, spec.get("spatial_dims"))
+    if any(PLACE in name for name in weights):
+        weights = restored(tensors, info, path).state_dict()
+    whole = {"name", "spatial_dims", "in_channels", "out_channels", "options"} <= spec.keys()
+    return Start(path, weights, spec if whole else None, ends)
 
 
 def _read_bundle(folder: Path) -> Start:
     """Weights of a bundle and MONAI's network as its config describes it, if it does so without code."""
     file = next((folder / name for name in BUNDLE_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
+        program = next((path for path in (folder / "models").glob("*") if path.suffix in PROGRAMS), None)
         raise UserError(
-            f"The bundle {folder} has no {' or '.join(BUNDLE_WEIGHTS)}. Download its weights first."
+            _only_a_program(program)
+            if program
+            else f"The bundle {folder} has no {' or '.join(BUNDLE_WEIGHTS)}. Download its weights first."
         )
     weights = {f"network.{name}": value for name, value in _without("module.", read_weights(file)).items()}
     definition = _network_definition(folder)
     target = str(definition.pop("_target_")).rpartition(".")[2]
     sizes = {name: definition.pop(name, None) for name in ("spatial_dims", "in_channels", "out_channels")}
-    model = {"name": "monai", "options": {"network": target, "arguments": definition}}
-    classes, channels = ([""] * int(sizes[name] or 0) for name in ("out_channels", "in_channels"))
-    return Start(folder, weights, model, classes, channels)
+    spec = {"name": "monai", **sizes, "options": {"network": target, "arguments": definition}}
+    inputs, outputs = (
+        _channel_definition(folder, side, int(sizes[name] or 0))
+        for side, name in (("inputs", "in_channels"), ("outputs", "out_channels"))
+    )
+    return Start(folder, weights, spec, Ends(inputs, outputs))
+
+
+def _only_a_program(path: Path) -> str:
+    return (
+        f"{path} is an exported program: it runs, but holds no weights by the names of a network. Start from the run "
+        "or model that it was exported from, or from a bundle with models/model.pt."
+    )
+
+
+def _channel_definition(folder: Path, side: str, count: int) -> list[str]:
+    """Names of the channels or classes of a bundle's network by its metadata, "" where it does not name them all."""
+    try:
+        described = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))
+        (data,) = described["network_data_format"][side].values()
+        return [str(data["channel_def"][str(number)]) for number in range(count)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return [""] * count
 
 
 def _without(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,8 +165,8 @@ def _without(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _network_definition(folder: Path) -> dict[str, Any]:
     for name in BUNDLE_CONFIGS:
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("network_def")
-        except (OSError, ValueError, AttributeError):
+            found = ConfigParser.load_config_file(folder / name).get("network_def")
+        except Exception:  # no such file, or whatever the reader of the format makes of a broken one
             continue
         if isinstance(found, dict) and "_target_" in found and not _has_code(found):
             return found
@@ -136,93 +182,208 @@ def _has_code(value: Any) -> bool:
     return isinstance(value, str) and value[:1] in ("$", "@", "%")
 
 
-def transfer(
-    model: nn.Module, start: Start, classes: Sequence[str], channels: Sequence[str]
-) -> tuple[str, list[str]]:
+def transfer(model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends) -> tuple[str, list[str]]:
     """Put the weights that fit into a model; said is which did, and given are the names of those that begin afresh,
     wholly or in part.
 
     Args:
-        classes, channels: the new names, background first.
+        spec: of the model, what `build_model` takes.
+        ends: of the model; classes with the background first.
 
     Raises:
         UserError: not one weight fits.
     """
     own = model.state_dict()
-    taken, adapted, fresh = [], [], []
-    for name, value in own.items():
-        given = start.weights.get(name)
-        if given is not None and given.shape == value.shape and not _renamed(name, given, start, classes):
-            taken.append(name)
-            own[name] = given
-        elif given is not None and (fitted := _fitted(given, value, start, classes, channels)) is not None:
-            adapted.append(name)
-            own[name] = fitted
-        else:
-            fresh.append(name)
-    if not taken:
+    weights, partly, told = _at_their_places(model, spec, start, ends)
+    fitting = {n: value for n, value in weights.items() if n in own and value.shape == own[n].shape}
+    if not fitting:
         raise UserError(
             f"No weight of {start.source} fits the model: it has {', '.join(list(start.weights)[:3])}, the model "
             f"{', '.join(list(own)[:3])}. Choose the network that they belong to (model.name, model.options)."
         )
-    model.load_state_dict(own)
-    refitted = _refitted(model, start)
+    model.load_state_dict({**own, **fitting})
+    refitted = _refitted(model, start, weights, ends)
     model.load_state_dict(refitted, strict=False)
     bases = tuple(name.removesuffix("_weight") for name in refitted)
-    taken, fresh = ([name for name in names if not name.startswith(bases)] for names in (taken, fresh))
-    parts = {"taken": taken, "adapted": adapted, "moved to other bases": list(refitted), "new": fresh}
-    shown = (f"{len(names)} {what}{_shown(names, what)}" for what, names in parts.items() if names)
-    return f"Weights of {start.source}: {', '.join(shown)}.", [*adapted, *fresh]
+    settled = {name for name in {**own, **start.weights} if name.startswith(bases)}
+    fresh = [name for name in own if name not in fitting and name not in settled]
+    parts = {
+        "adapted": [name for name in own if name in fitting and name in partly],
+        "moved to other bases": list(refitted),
+        "left aside": [name for name in start.weights if name not in fitting and name not in settled],
+        "new in the network": fresh,
+    }
+    shown = (
+        f", {len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in parts.items()
+        if names
+    )
+    taken = sum(name not in partly and name not in settled for name in fitting)
+    counted = f"{taken} of {len(start.weights)} tensors taken{''.join(shown)}"
+    return " ".join([f"Weights of {start.source}: {counted}.", *told]), [*parts["adapted"], *fresh]
 
 
-def _refitted(model: nn.Module, start: Start) -> dict[str, Tensor]:
-    """Weights of KAN layers whose bases are others than those of the network that was started from."""
-    if start.build is None or not kan_layers(model):
-        return {}
+def _at_their_places(
+    model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends
+) -> tuple[dict[str, Tensor], set[str], list[str]]:
+    """The weights with the channels and classes of a model, names of those that are new in part, and what to say."""
+    own, weights, partly = model.state_dict(), dict(start.weights), set()
+    channels, classes = _channel_places(start.ends, ends), _class_places(start.ends, ends)
+    if not _all_in_place(channels, start.ends.channels):
+        found = _axes(model, spec, "in_channels")
+        if not found and len(channels) == len(start.ends.channels):
+            channels = range(len(channels))
+        for name in found.keys() & weights.keys():
+            moved = _with_channels(weights.pop(name), name, found[name], channels, len(start.ends.channels))
+            weights |= {} if moved is None else {name: moved}
+            partly |= {name} if None in channels else set()
+    if not _all_in_place(classes, start.ends.classes):
+        found = _axes(model, spec, "out_channels")
+        for name in found.keys() & weights.keys():
+            moved = _with_classes(weights.pop(name), own[name], found[name], classes, len(start.ends.classes))
+            weights |= {} if moved is None else {name: moved}
+            partly |= {name} if None in classes else set()
+    said = [_said("Channels", start.ends.channels, ends.channels, channels, "as the mean of all")]
+    if _other_kind(start.ends, ends):
+        kinds = "each by itself (sigmoid)", "one of all (softmax)"
+        before, now = kinds if start.ends.sigmoid else kinds[::-1]
+        said.append(f"Classes begin afresh: the weights tell {before}, the plan asks for {now}.")
+    else:
+        said.append(_said("Classes", start.ends.classes, ends.classes, classes, "new"))
+    return weights, partly, [sentence for sentence in said if sentence]
+
+
+def _channel_places(old: Ends, new: Ends) -> Places:
+    """By name; in their order where there are as many and no name is in both."""
+    found = _by_name(old.channels, new.channels)
+    same = len(old.channels) == len(new.channels) and not any(place is not None for place in found)
+    return range(len(new.channels)) if same else found
+
+
+def _class_places(old: Ends, new: Ends) -> Places:
+    """By name; in their order where there are as many and some have no name of their own."""
+    if _other_kind(old, new):
+        return [None] * len(new.classes)
+    names = [*old.classes, *new.classes]
+    known = all(names) and not any(re.fullmatch(r"label \d+", name) for name in names)
+    if len(old.classes) == len(new.classes) and not known:
+        return range(len(new.classes))
+    return _by_name(old.classes, new.classes)
+
+
+def _other_kind(old: Ends, new: Ends) -> bool:
+    return None not in (old.sigmoid, new.sigmoid) and old.sigmoid != new.sigmoid
+
+
+def _by_name(old: Sequence[str], new: Sequence[str]) -> Places:
+    places = {name.strip().casefold(): place for place, name in enumerate(old) if name}
+    return [places.get(name.strip().casefold()) for name in new]
+
+
+def _all_in_place(places: Places, old: Sequence[str]) -> bool:
+    """Whether nothing moves, also because nothing is known of the old ones."""
+    return not old or list(places) == list(range(len(old)))
+
+
+def _said(what: str, old: Sequence[str], new: Sequence[str], places: Places, rest: str) -> str:
+    if not old or list(old) == list(new):
+        return ""
+    kept = [name for name, place in zip(new, places, strict=True) if place is not None]
+    others = [name for name, place in zip(new, places, strict=True) if place is None]
+    if list(places) == list(range(len(old))) and _by_name(old, new) != list(places):
+        pairs = (f"{n} as {o}" if o else n for n, o in zip(new, old, strict=True))
+        return f"{what} in their order: {', '.join(pairs)}."
+    parts = [f"by name: {', '.join(kept)}"] if kept else []
+    return f"{what} {'; '.join([*parts, *([f'{rest}: ' + ', '.join(others)] if others else [])])}."
+
+
+def _axes(model: nn.Module, spec: Mapping[str, Any], key: str) -> dict[str, list[int]]:
+    """Axes of the image's channels ("in_channels") or of the classes ("out_channels"), by tensor: those that grow with
+    them. Of a grouped convolution none, and nothing of a network that takes no other number.
+    """
+    more = {**unstarted(spec), key: TIMES * spec[key]}
     try:
-        return refit(start.build(), model)
+        with torch.device("meta"):
+            grown = build_model(more)
+    except UserError:
+        return {}
+    except (RuntimeError, NotImplementedError):  # a constructor that computes
+        with torch.random.fork_rng():
+            grown = build_model(more)
+    sizes, found = grown.state_dict(), {}
+    for name, value in model.state_dict().items():
+        if name not in sizes or sizes[name].dim() != value.dim():
+            continue
+        pairs = zip(value.shape, sizes[name].shape, strict=True)
+        axes = [axis for axis, (size, larger) in enumerate(pairs) if size and larger == TIMES * size]
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if axes:
+            found[name] = [] if getattr(layer, "groups", 1) > 1 and max(axes) else axes
+    for name in [name for name in found if name.endswith("basis_weight")]:
+        inside = f"{name.removesuffix('basis_weight')}basis."
+        for part_of, value in model.state_dict().items():  # functions of groups of channels, here of one each
+            if part_of.startswith(inside) and value.dim() == 2 and len(value) == spec[key] > 1:
+                found[part_of] = [0]
+    return found
+
+
+def _with_channels(given: Tensor, name: str, axes: Sequence[int], places: Places, old: int) -> Tensor | None:
+    """A tensor along whose axes the channels are others; None where it is not known how."""
+    for axis in axes:
+        each, odd = divmod(
+            given.shape[axis], old
+        )  # numbers a channel: those of a basis lie beside each other
+        if odd or (each > 1 and not name.endswith("basis_weight")):
+            return None
+        parted = given.movedim(axis, 0).unflatten(0, (old, each))
+        mean = parted.mean(0)
+        if all(place is None for place in places) and axis:
+            mean = mean * (old / len(places))  # sums over channels keep their size
+        rows = [mean if place is None else parted[place] for place in places]
+        given = torch.stack(rows).flatten(0, 1).movedim(0, axis).contiguous()
+    return given if axes else None
+
+
+def _with_classes(given: Tensor, own: Tensor, axes: Sequence[int], places: Places, old: int) -> Tensor | None:
+    """A tensor with the rows of known classes of `given` at their places, those of `own` elsewhere; None without any.
+
+    Inputs of several maps of all classes are known by one map after the other.
+    """
+    kept = [place for place in places if place is not None]
+    if given.dim() != own.dim() or not axes or not kept:
+        return None
+    index, target = [], []
+    for axis in range(own.dim()):
+        maps = own.shape[axis] // len(places) if axis in axes else 0
+        known = (maps * old, maps * len(places)) if maps else (own.shape[axis],) * 2
+        if (given.shape[axis], own.shape[axis]) != known or (axis == 0 and maps > 1):
+            return None
+        if maps:
+            new = [number for number, place in enumerate(places) if place is not None]
+            index.append(torch.tensor([m * old + place for m in range(maps) for place in kept]))
+            target.append(torch.tensor([m * len(places) + number for m in range(maps) for number in new]))
+    for axis, chosen in zip(axes, index, strict=True):
+        given = given.index_select(axis, chosen)
+    return _put(own, given.to(own.dtype), axes, target)
+
+
+def _put(target: Tensor, block: Tensor, axes: Sequence[int], places: Sequence[Tensor]) -> Tensor:
+    """A copy of target with a block at the given places of each of the axes."""
+    if len(axes) > 1:
+        block = _put(target.index_select(axes[0], places[0]), block, axes[1:], places[1:])
+    return target.index_copy(axes[0], places[0], block)
+
+
+def _refitted(model: nn.Module, start: Start, weights: Mapping[str, Tensor], ends: Ends) -> dict[str, Tensor]:
+    """Weights of KAN layers whose bases are others than those of the network that was started from."""
+    if start.spec is None or not kan_layers(model):
+        return {}
+    sizes = {"in_channels": len(ends.channels), "out_channels": len(ends.classes)}
+    try:
+        old = build_model({**unstarted(start.spec), **sizes})
+        own = old.state_dict()
+        fitting = {n: value for n, value in weights.items() if n in own and value.shape == own[n].shape}
+        old.load_state_dict({**own, **fitting})
+        return {name: weight for name, weight in refit(old, model).items() if name in fitting}
     except UserError:  # of another version, say: what fits by name has been taken
         return {}
-
-
-def _shown(names: list[str], what: str) -> str:
-    return "" if what == "taken" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
-def _renamed(name: str, given: Tensor, start: Start, classes: Sequence[str]) -> bool:
-    """Whether a tensor of the head has a row for each of as many classes of other names, or in another order."""
-    names = [*start.classes, *classes]
-    known = all(names) and not any(re.fullmatch(r"label \d+", name) for name in names)
-    head = "head" in name and given.dim() > 0 and len(given) == len(classes) == len(start.classes)
-    return head and known and list(start.classes) != list(classes)
-
-
-def _fitted(
-    given: Tensor, own: Tensor, start: Start, classes: Sequence[str], channels: Sequence[str]
-) -> Tensor | None:
-    """A tensor that differs in its classes (first axis) or its image channels (second, else first axis), or None."""
-    if given.dim() != own.dim() or not own.is_floating_point():
-        return None
-    differing = [axis for axis in range(own.dim()) if given.shape[axis] != own.shape[axis]]
-    if differing in ([], [0]) and (len(given), len(own)) == (len(start.classes), len(classes)):
-        return _by_name(given, own, start.classes, classes, own)
-    old, new = len(start.channels), len(channels)
-    if len(differing) != 1 or not old or given.shape[differing[0]] % old:
-        return None
-    (axis,) = differing
-    each = given.shape[axis] // old  # numbers a channel: the plain one and those of a basis
-    if own.shape[axis] != each * new or axis > 1:
-        return None
-    parted = (tensor.movedim(axis, 0).unflatten(0, (-1, each)) for tensor in (given, own))
-    before, after = (tensor.contiguous() for tensor in parted)
-    mean = before.mean(0, keepdim=True).expand_as(after)
-    known = any(name and name in start.channels for name in channels)
-    mean = mean if known else mean * (old / new if axis else 1)  # sums over channels keep their size
-    return _by_name(before, after, start.channels, channels, mean).flatten(0, 1).movedim(0, axis)
-
-
-def _by_name(given: Tensor, own: Tensor, old: Sequence[str], new: Sequence[str], rest: Tensor) -> Tensor:
-    """Rows of `given` where a new name is an old one too, rows of `rest` elsewhere."""
-    places = {name: place for place, name in enumerate(old) if name}
-    rows = [given[places[name]].to(own.dtype) if name in places else rest[i] for i, name in enumerate(new)]
-    return torch.stack(rows)

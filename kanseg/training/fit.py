@@ -28,10 +28,10 @@ from kanseg.study.peft import check_adapt
 from kanseg.training.checkpoint import LAST, adaptation, build_model, describe, load_checkpoint, model_spec
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked, make_folder, read_json
-from kanseg.training.finetune import read_start, transfer
+from kanseg.training.finetune import Ends, read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
-from kanseg.training.parameters import matching, trained_share
+from kanseg.training.parameters import check_trained, shares_of, trained_share
 from kanseg.training.regularization import check_penalty
 from kanseg.training.run_folder import SUMMARY, check_data, fold_cases, prepare_run, run_config, run_splits
 from kanseg.training.stop import StopRequest
@@ -81,8 +81,7 @@ def fit(
     if config.training.adapt.wanted:
         check_adapt(model, **adaptation(config.training.adapt.model_dump(), fresh))
     check_penalty(model, config.training.penalty)
-    for pattern in config.training.freeze:
-        matching(model, pattern)
+    check_trained(model, config.training.freeze, shares_of(config.training.lr_scale))
     check_patch(model, plan.patch_size)
     task = create_task(config, plan, dataset, training, validation, accelerator)
     main = accelerator.is_main_process
@@ -139,12 +138,12 @@ def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any],
         spec = model_spec(config, plan, info.get("model"))
         return spec, build_model(spec), "", info.get("fresh", [])
     start = read_start(config.training.weights)
-    if start.spatial_dims not in (None, plan.spatial_dims):
+    dims = (start.spec or {}).get("spatial_dims")
+    if dims not in (None, plan.spatial_dims):
         raise UsageError(
-            f"{start.source} is a {start.spatial_dims}D network, the plan is {plan.spatial_dims}D. "
+            f"{start.source} is a {dims}D network, the plan is {plan.spatial_dims}D. "
             f"Start from weights of a {plan.spatial_dims}D one."
         )
-    spec = model_spec(config, plan, start.model)
+    spec = model_spec(config, plan, start.spec)
     model = build_model(spec)
-    channels = plan.channel_names * plan.slices
-    return spec, model, *transfer(model, start, plan.label_names, channels)
+    return spec, model, *transfer(model, spec, start, Ends.of(plan.to_dict()))

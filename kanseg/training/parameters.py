@@ -57,6 +57,34 @@ def matching(model: nn.Module, pattern: str) -> list[str]:
     return found
 
 
+def shares_of(texts: Sequence[str]) -> dict[str, float]:
+    """The share of the learning rate by pattern, of texts PATTERN=SHARE; `UsageError` for a share below 0.
+
+    >>> shares_of(["encoder.*=0.1"])
+    {'encoder.*': 0.1}
+    """
+    shares = {}
+    for text in texts:
+        pattern, _, share = text.rpartition("=")
+        try:
+            shares[pattern] = float(share)
+        except ValueError:
+            shares[pattern] = -1.0
+        if not 0 <= shares[pattern] < float("inf"):
+            raise UsageError(f"training.lr_scale '{text}' needs a share of 0 or more, e.g. '{pattern}=0.1'.")
+    return shares
+
+
+def check_trained(model: nn.Module, frozen: Sequence[str], scales: Mapping[str, float]) -> None:
+    """Raise `UsageError` for a pattern that fits nothing, or where patterns leave no parameter to train."""
+    shares = {name: 1.0 for name, _ in model.named_parameters()}
+    for pattern, share in {**scales, **dict.fromkeys(frozen, 0.0)}.items():
+        shares |= dict.fromkeys(matching(model, pattern), share)
+    if not any(shares.values()):
+        said = f"training.freeze={list(frozen)}" + (f" and lr_scale={dict(scales)}" if scales else "")
+        raise UsageError(f"{said} leaves no parameter to train.")
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Stop the training of all parameters that a pattern fits; `UsageError` if nothing is left to train."""
     frozen = {name for pattern in patterns for name in matching(model, pattern)}

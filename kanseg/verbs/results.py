@@ -152,6 +152,8 @@ def export(
         talk.print(
             f"equal labels {found['image']['equal_labels']:.4%} on {found['image']['case']}", highlight=False
         )
+    if result["postprocessing"]:
+        talk.print("The post-processing of kanseg predict is no part of it: model.json says the rules.")
     emit(result, json_)
 
 
