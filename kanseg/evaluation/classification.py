@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from monai.metrics import compute_roc_auc
 
-from kanseg.data.formats import read_rows
 from kanseg.data.image_classes import CLASSES, SEPARATOR
+from kanseg.data.tables import read_rows
 from kanseg.errors import UserError
 from kanseg.training.files import write_bytes
 from kanseg.training.validate import bootstrap_interval

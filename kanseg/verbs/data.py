@@ -86,16 +86,16 @@ def convert(
         emit(_converted_weights(source, out, origin, architecture, talk), json_)
         return
     from kanseg.data.convert import convert as convert_to
-    from kanseg.data.formats import few, list_dataset, read_dataset
+    from kanseg.data.formats import few, list_dataset, with_values
     from kanseg.data.segmentations import are_segmentations, with_segments
 
     listed = list_dataset(source, id_pattern=id_pattern)
-    segmented = are_segmentations(listed.cases)
-    dataset = with_segments(listed) if segmented else read_dataset(source, id_pattern=id_pattern)
+    dataset = with_segments(listed) if are_segmentations(listed.cases) else with_values(listed)
     made = convert_to(dataset, out, to)
     for said in dataset.notes:
         talk.print(f"- {said}", highlight=False, soft_wrap=True)
-    counts = f"{made['training']} labelled and {made['test']} further images"
+    labelled = f" ({made['test_labels']} of them with labels)" if made["test_labels"] else ""
+    counts = f"{made['training']} labelled and {made['test']} further images{labelled}"
     classes = few(dataset.label_names[1:])
     talk.print(f"{counts} of {classes} -> {out}", highlight=False, soft_wrap=True)
     emit(made, json_)
