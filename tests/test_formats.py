@@ -395,8 +395,9 @@ def test_whole_numbers_in_floats_are_labels(tmp_path: Path) -> None:
 def test_id_pattern_gives_the_patient(blobs: Path) -> None:
     dataset = read_dataset(blobs, id_pattern=r"case_(\d)")
     assert [case.group for case in dataset.cases] == list("012345")
-    with pytest.raises(UserError, match="does not match the case"):
-        read_dataset(blobs, id_pattern=r"patient(\d)")
+    for pattern in (r"patient(\d)", r"(\d*)"):  # without a match, and with an empty one
+        with pytest.raises(UserError, match="finds no patient in the case"):
+            read_dataset(blobs, id_pattern=pattern)
 
 
 def test_images_to_predict(blobs: Path, tmp_path: Path) -> None:
@@ -468,6 +469,24 @@ def test_two_masks_for_one_picture_are_refused(shared_data: Path, tmp_path: Path
         shutil.copy(path, tmp_path / ("masks" if "mask" in path.name else "images"))
     with pytest.raises(UserError, match="has 2 masks .* Merge them"):
         read_dataset(tmp_path)
+
+
+def test_two_files_of_one_name_are_told_apart_by_nobody(tmp_path: Path) -> None:
+    for name in ("folders", "cases"):
+        places = {"folders": ("images/a", "labels/a"), "cases": ("a/image", "a/label")}[name]
+        for place, values in zip(places, ((), (1,)), strict=True):
+            file = tmp_path / name / place
+            volumes(file.parent, [file.name], values)
+    for file, kind in (("folders/labels/a", "several masks"), ("cases/a/label", "several masks"),
+                       ("cases/a/image", "same name")):  # fmt: skip
+        other = tmp_path / f"{file}.nii"
+        nib.save(nib.load(tmp_path / f"{file}.nii.gz"), other)
+        root = tmp_path / file.partition("/")[0]
+        with pytest.raises(UserError):
+            read_dataset(root)
+        assert kind in {finding.kind for finding in diagnose(root).errors}
+        other.unlink()
+        assert read_dataset(root).cases
 
 
 def test_empty_masks_alone_teach_nothing(shared_data: Path, tmp_path: Path) -> None:

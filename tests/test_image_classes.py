@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from kanseg.cli import app
 from kanseg.data.class_loader import CHANGES, TrainingImages, covering, prepare, stored
 from kanseg.data.class_plan import ClassPlan, plan_classes
 from kanseg.data.formats import read_dataset
@@ -269,9 +271,54 @@ def test_masks_beside_a_table_with_a_diagnosis_are_for_segmentation(tmp_path: Pa
     (tmp_path / "cases.csv").write_text("image,diagnosis,patient\na,x,1\nb,y,2\n")
     assert not is_classes(tmp_path)
     assert [case.group for case in read_dataset(tmp_path).cases] == ["1", "2"]
+    for layout in ("case/image", "case/label", "other/image", "other/label"):
+        save(tmp_path / "cases" / f"{layout}.png", pictures(1, 4, 4)[0] // 128)
+    for name in ("benign/a", "benign/a_mask", "normal/b", "normal/b_mask"):
+        save(tmp_path / "sorted" / f"{name}.png", pictures(1, 4, 4)[0] // 128)
+    assert not any(is_classes(tmp_path / name) for name in ("cases", "sorted"))
+    for name in ("with_mask/with_mask_1", "without_mask/without_mask_1"):  # of faces
+        save(tmp_path / "faces" / f"{name}.png", pictures(1, 4, 4)[0])
+    assert read_classes(tmp_path / "faces").label_names == ("with_mask", "without_mask")
     rows = "a.png,a_mask.png\nb.png,b_mask.png\n"
     (tmp_path / "list.csv").write_text(f"image,label\n{rows}")
     assert not is_classes(tmp_path / "list.csv")
+
+
+def test_what_lies_beside_the_folders_of_classes_is_told(tmp_path: Path) -> None:
+    imagenet(tmp_path)
+    save(tmp_path / "train" / "cow" / "deep" / "a.png", pictures(1, 4, 4)[0])
+    save(tmp_path / "train" / "loose.png", pictures(1, 4, 4)[0])
+    assert read_classes(tmp_path).notes == (
+        "folders of train that hold no images themselves are no classes: cow",
+        "1 images of train lie in no folder of a class and are not used",
+    )
+
+
+def test_patients_of_test_images_are_known_by_the_pattern_too(tmp_path: Path) -> None:
+    for part, number in (("Training", 1), ("Training", 2), ("Testing", 2), ("Testing", 3)):
+        for name in ("cat", "dog"):
+            save(tmp_path / part / name / f"p{number}_{name}.png", pictures(1, 4, 4)[0])
+    dataset = read_classes(tmp_path, id_pattern=r"/(p\d)_")
+    assert {case.group for case in dataset.test_cases} == {"p2", "p3"}
+    assert dataset.notes == ("patients who have images to train on and test images: p2",)
+
+
+def test_a_last_axis_of_length_one_holds_the_channel(tmp_path: Path) -> None:
+    images = pictures(4, 6, 5, 1)
+    np.savez(tmp_path / "grey.npz", train_images=images, train_labels=np.array([0, 1, 0, 1]))
+    dataset = read_classes(tmp_path / "grey.npz")
+    assert (dataset.spatial_dims, len(dataset.channel_names)) == (2, 1)
+    np.testing.assert_array_equal(dataset.read(dataset.cases[1])[0], images[1, ..., 0])
+
+
+@pytest.mark.parametrize("verb", ["doctor", "convert", "run"])
+def test_verbs_for_label_maps_say_that_these_are_classes(tmp_path: Path, verb: str) -> None:
+    class_folders(tmp_path / "set")
+    out = [] if verb == "doctor" else ["-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [verb, str(tmp_path / "set"), *out])
+    assert isinstance(done.exception, UsageError)
+    assert "has a class for each image, no label maps" in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_of_another_task_is_refused_by_name(tmp_path: Path) -> None:

@@ -111,6 +111,16 @@ class Dataset:
 FULL, MOST_EDGE_VALUES = 255, 16  # of a mask; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
 COLUMNS = ("image", "label", "id", "fold", "split")  # of a list
+CASE_COLUMNS = (
+    "id",
+    "case",
+    "caseid",
+    "image",
+    "imageid",
+    "name",
+    "file",
+    "filename",
+)  # of a table of patients
 LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
 LISTS = (".csv", ".json")  # suffixes of a data set that is a file
 UNUSED = "labels have no image and are not used"
@@ -553,23 +563,26 @@ def _paired(
     cases: Sequence[Case], labels: Sequence[Path], groups: dict[str, str], problem: Problem
 ) -> tuple[list[Case], list[str]]:
     """Images with the labels of the same name (or name + _mask), and a note on labels that belong to none."""
-    files = {stem_of(p): p for p in labels}
+    files: dict[str, list[Path]] = {}
+    for path in labels:
+        files.setdefault(stem_of(path), []).append(path)
     of_case = {case.id: _label_names(case.id, files) for case in cases}
     unused = set(files) - {names[0] for names in of_case.values() if names}
     paired = []
     for case in cases:
         numbered = re.compile(re.escape(case.id) + r"(_mask|_label|_seg)?_\d+")
         names = [*of_case[case.id], *(name for name in sorted(unused) if numbered.fullmatch(name))]
-        if len(names) > 1:
+        masks = [path for name in names for path in files[name]]
+        if len(masks) > 1:
             problem(
                 "several masks",
                 case.id,
-                f"{case.images[0]} has {len(names)} masks ({', '.join(files[n].name for n in names)}); one label map "
-                "an image is expected. Merge them into one file.",
-                [files[name] for name in names],
+                f"{case.images[0]} has {len(masks)} masks ({', '.join(p.name for p in masks)}); one label map an image "
+                "is expected. Merge them into one file.",
+                masks,
             )
         unused -= set(names)
-        label = files[names[0]] if names else None
+        label = masks[0] if masks else None
         paired.append(replace(case, label=label, group=groups.get(case.id, case.group)))
     without = [case for case in paired if case.label is None]
     for case in without:
@@ -626,9 +639,12 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
     """
     cases = []
     for folder in _folders_in(root):
-        files = {stem_of(file): file for file in image_files(folder)}
-        images = [file for stem, file in files.items() if CASE_IMAGE.fullmatch(stem)]
-        labels = [file for stem, file in files.items() if CASE_LABEL.fullmatch(stem)]
+        files = image_files(folder)
+        images = [file for file in files if CASE_IMAGE.fullmatch(stem_of(file))]
+        labels = [file for file in files if CASE_LABEL.fullmatch(stem_of(file))]
+        for name in repeated(map(stem_of, images)):
+            why = f"{folder} has several files called '{name}'; which is the image? Take the others away."
+            problem("same name", folder.name, why)
         if not images:
             series = _series_of(folder)
             images = [path for path in series if len(series) == 1 or CASE_IMAGE.fullmatch(path.name)]
@@ -663,7 +679,7 @@ def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
     rows = read_rows(table) if table.is_file() else []
     if not rows:
         return dataset
-    columns, keys = group_columns(rows[0]), columns_named(rows[0], "id", "case", "image", "name", "file")
+    columns, keys = group_columns(rows[0]), columns_named(rows[0], *CASE_COLUMNS)
     if unread := columns_named(rows[0], "fold", "split"):
         where = "they count in a list, a .csv with the columns image and label"
         dataset = noted(dataset, f"the columns {' and '.join(unread)} of {table.name} are not read; {where}")
@@ -672,11 +688,11 @@ def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
         return noted(dataset, f"{table.name} is not used, {PATIENTS_IN_PART} a column {lacking}")
     key, column = keys[0], columns[0]
     patients: dict[str, set[str]] = {}
-    for row in rows:
+    for row in (row for row in rows if row[key]):
         patients.setdefault(stem_of(Path(row[key])), set()).update({group_in(row, columns)} - {""})
     for name, found in patients.items():
         _require_one_patient(table, name, found, problem)
-    groups = {name: min(found) for name, found in patients.items() if name and found}
+    groups = {name: min(found) for name, found in patients.items() if found}
     if not groups:
         return noted(
             dataset, f"{table.name} is not used, {PATIENTS_IN_PART} a patient in its column '{column}'"
@@ -826,11 +842,11 @@ def by_pattern(case: Case, pattern: str) -> Case:
     """The case with its group taken from its id."""
     try:
         match = re.search(pattern, case.id)
-        group = match[1] if match else None
+        group = match[1] if match else ""
     except (re.error, IndexError) as error:
         raise UserError(f"id pattern '{pattern}' needs one group, e.g. '(.+)_left' ({error}).") from error
-    if group is None:
-        raise UserError(f"id pattern '{pattern}' does not match the case '{case.id}'.")
+    if not group:
+        raise UserError(f"id pattern '{pattern}' finds no patient in the case '{case.id}'.")
     return replace(case, group=group)
 
 

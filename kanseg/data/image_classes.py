@@ -20,8 +20,10 @@ import numpy as np
 from kanseg.data.class_arrays import Found, find_arrays
 from kanseg.data.digests import file_digest
 from kanseg.data.formats import (
+    CASE_IMAGE,
     CASE_LABEL,
     COLOURS,
+    IMAGE_ENDING,
     LABEL_ENDING,
     LABEL_FOLDERS,
     Case,
@@ -46,7 +48,7 @@ from kanseg.data.tables import (
     part_of,
     read_rows,
 )
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
 
 SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that hold no class
 CLASSES = "classes"
@@ -118,6 +120,15 @@ def is_classes(path: Path | str) -> bool:
     return _recognised(Path(path)) is not None
 
 
+def require_label_maps(path: Path | str) -> None:
+    """Raise `UsageError` for images with classes, where label maps are needed."""
+    if is_classes(path):
+        raise UsageError(
+            f"{path} has a class for each image, no label maps; `kanseg plan`, `train`, `predict` and `evaluate` are "
+            "for it."
+        )
+
+
 def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageClasses:
     """Recognise the layout and list the images; arrays are read now, images in files when they are asked for.
 
@@ -136,7 +147,11 @@ def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageCla
     if len(dataset.label_names) < 2 and not dataset.multilabel:
         raise UserError(f"{path} has one class, {dataset.label_names}; there is nothing to tell apart.")
     if id_pattern is not None:
-        dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
+        cases, tests = (
+            tuple(by_pattern(case, id_pattern) for case in part)
+            for part in (dataset.cases, dataset.test_cases)
+        )
+        dataset = replace(dataset, cases=cases, test_cases=tests)
     dataset = noted(dataset, *patient_notes(dataset.cases, dataset.test_cases))
     return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
 
@@ -162,13 +177,15 @@ def _class_folders(path: Path) -> list[Path]:
 def _part_folders(path: Path) -> dict[str, Path]:
     """train/ and the like with class folders below, by part."""
     found = {PARTS[p.name.lower()]: p for p in sorted(path.glob("*")) if p.name.lower() in PARTS}
-    return found if "train" in found and len(_class_folders(found["train"])) > 1 else {}
+    folders = _class_folders(found["train"]) if "train" in found else []
+    return found if len(folders) > 1 and not _segmented(folders) else {}
 
 
 def _picture_folders(path: Path) -> dict[str, Path]:
     """Class folders without train/ above: of pictures alone, as folders of volumes are rather those of patients."""
-    files = [file for folder in _class_folders(path) for file in image_files(folder)[:1]]
-    return {"train": path} if len(files) > 1 and all(suffix_of(f) in SUFFIXES_2D for f in files) else {}
+    folders = _class_folders(path)
+    pictures = [suffix_of(image_files(folder)[0]) in SUFFIXES_2D for folder in folders]
+    return {"train": path} if len(folders) > 1 and all(pictures) and not _segmented(folders) else {}
 
 
 def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
@@ -179,7 +196,27 @@ def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
             f"{parts['val']} has no class folders. Sort its images into the folders {', '.join(names[:3])}, ... as in "
             f"{parts['train']}, or take it away."
         )
-    return make(path, "a folder a class", names, cases)
+    notes = [said for folder in parts.values() for said in _passed_over(folder, path)]
+    return make(path, "a folder a class", names, cases, notes)
+
+
+def _passed_over(folder: Path, root: Path) -> list[str]:
+    """Notes on what lies beside the class folders and is not read."""
+    classes = {found.name for found in _class_folders(folder)}
+    others = [
+        p.name for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and p.name not in classes
+    ]
+    loose, where = len(image_files(folder)), folder.relative_to(root) if folder != root else root.name
+    notes = (
+        [f"folders of {where} that hold no images themselves are no classes: {few(others, 3)}"]
+        if others
+        else []
+    )
+    return (
+        [*notes, f"{loose} images of {where} lie in no folder of a class and are not used"]
+        if loose
+        else notes
+    )
 
 
 def _folder_cases(folder: Path, names: Sequence[str]) -> Iterable[Case]:
@@ -229,7 +266,8 @@ def _table(path: Path) -> Path | None:
         if file.is_file() and (file.suffix.lower() == ".csv" or file.name.startswith("HAM10000_metadata")):
             rows = read_rows(file)
             if rows and columns_named(rows[0], *IMAGE_COLUMNS) and _class_column(rows, file.parent):
-                return None if file.parent == path and file.name == "cases.csv" and _has_masks(path) else file
+                patients = file == path / "cases.csv" and _segmented([path, *path.rglob("*")])
+                return None if patients else file
     return None
 
 
@@ -245,11 +283,15 @@ def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
     return found[0] if found else None
 
 
-def _has_masks(folder: Path) -> bool:
-    """Whether a folder is one of images to segment, by the names in it."""
-    stems = (stem_of(file) for file in folder.rglob("*") if suffix_of(file))
-    described = (folder / "dataset.json").exists()
-    return described or any(LABEL_ENDING.search(stem) or CASE_LABEL.fullmatch(stem) for stem in stems)
+def _segmented(folders: Iterable[Path]) -> bool:
+    """Whether images lie beside their label maps in a folder, by the names there."""
+    for folder in (folder for folder in folders if folder.is_dir()):
+        stems = {IMAGE_ENDING.sub("", stem_of(file)) for file in image_files(folder)}
+        pairs = any(LABEL_ENDING.search(stem) and LABEL_ENDING.sub("", stem) in stems for stem in stems)
+        whole = any(map(CASE_IMAGE.fullmatch, stems)) and any(map(CASE_LABEL.fullmatch, stems))
+        if pairs or whole or (folder / "dataset.json").exists():
+            return True
+    return False
 
 
 def _read_table(path: Path, table: Path) -> ImageClasses:

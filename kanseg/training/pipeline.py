@@ -22,6 +22,7 @@ from kanseg.data.digests import signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import Case, Dataset, few, list_dataset, read_dataset
+from kanseg.data.image_classes import require_label_maps
 from kanseg.data.images import suffix_of, write_label
 from kanseg.data.plan import Plan, check_size, check_wishes, plan_run
 from kanseg.errors import UsageError, UserError, did_you_mean
@@ -103,6 +104,7 @@ def run_pipeline(
         raise UsageError(f"--final is {' or '.join(FINALS)}, got '{final}'.")
     if not Path(data).exists():
         raise UserError(f"There is no {data}. Give a folder or list of labelled images.")
+    require_label_maps(data)
     check_size(size)
     checked, wanted = load_config(config, overrides), _configurations(configurations)
     asked: dict[str, Any] = {

@@ -30,7 +30,9 @@ def doctor(
     from rich.table import Table
 
     from kanseg.data.doctor import diagnose, rows
+    from kanseg.data.image_classes import require_label_maps
 
+    require_label_maps(data)
     found = diagnose(data, id_pattern=id_pattern)
     table = Table("", "what", "found", "repair (--fix)", title=f"{data}: {found.layout}, {found.cases} cases")
     table.columns[2].overflow = "fold"
@@ -87,8 +89,10 @@ def convert(
         return
     from kanseg.data.convert import convert as convert_to
     from kanseg.data.formats import few, list_dataset, with_values
+    from kanseg.data.image_classes import require_label_maps
     from kanseg.data.segmentations import are_segmentations, with_segments
 
+    require_label_maps(source)
     listed = list_dataset(source, id_pattern=id_pattern)
     dataset = with_segments(listed) if are_segmentations(listed.cases) else with_values(listed)
     made = convert_to(dataset, out, to)
