@@ -166,6 +166,23 @@ def test_test_images_keep_their_labels_and_patients(
     )
 
 
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_names_that_look_like_others_keep_their_labels_and_patients(
+    blobs: Path, tmp_path: Path, to: str
+) -> None:
+    dataset = read_dataset(blobs)
+    names = ["a", "a_mask", "a_1", "a.png", "a_0000", "b.png"]
+    cases = tuple(
+        replace(case, id=name, group=str(i // 2))
+        for i, (case, name) in enumerate(zip(dataset.cases, names, strict=True))
+    )
+    convert(replace(dataset, cases=cases), tmp_path / "out", to)
+    made = {case.id: case for case in read_dataset(tmp_path / "out").cases}
+    assert {name: case.group for name, case in made.items()} == {case.id: case.group for case in cases}
+    for case in cases:
+        np.testing.assert_array_equal(read_label(case.label), read_label(made[case.id].label))  # type: ignore[arg-type]
+
+
 def test_images_that_would_be_written_over_or_outside_are_refused(blobs: Path, tmp_path: Path) -> None:
     dataset = read_dataset(blobs)
     first, second = dataset.cases[:2]
@@ -173,6 +190,7 @@ def test_images_that_would_be_written_over_or_outside_are_refused(blobs: Path, t
         ({"test_cases": (first, replace(second, id=first.id))}, "several images called 'case_0'"),
         ({"test_cases": (replace(second, id=first.id, group="other"),)}, "several images called 'case_0'"),
         ({"cases": (replace(first, id="../x"),)}, "'../x' cannot be the name of a file"),
+        ({"cases": (replace(first, id=".x"),)}, "'.x' cannot be the name of a file"),
         ({"cases": (replace(first, images=first.images * 2),)}, "has 2 channels, expected are 1"),
     ):
         with pytest.raises(UserError, match=message):

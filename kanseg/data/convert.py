@@ -166,8 +166,10 @@ def _check(sample: Sample, dataset: Dataset, key: str, group_of: Mapping[str, Ma
             f"{dataset.name} has several images called '{sample.id}'. Give every image a name of its own (in lists: "
             "'id')."
         )
-    if Path(sample.id).name != sample.id or "\\" in sample.id:
-        raise UserError(f"The case '{sample.id}' cannot be the name of a file. Give it one without slashes.")
+    if Path(sample.id).name != sample.id or sample.id[0] == "." or "\\" in sample.id:
+        raise UserError(
+            f"The case '{sample.id}' cannot be the name of a file. Take its slashes and first dot away."
+        )
 
 
 def _write(out: Path, key: str, sample: Sample, endings: Sequence[str], values: dict[int, int]) -> None:
@@ -180,7 +182,7 @@ def _write(out: Path, key: str, sample: Sample, endings: Sequence[str], values: 
     if sample.label is not None:
         dtype = np.result_type(np.min_scalar_type(max(values.values())), np.uint8)
         path = make_folder(out / f"labels{key}") / f"{sample.id}{suffix}"
-        write_array(path, _mapped(sample.label, values), sample.image, dtype)
+        write_array(path, _mapped(sample.label, values, sample.id), sample.image, dtype)
 
 
 def _dtype_of(array: np.ndarray, suffix: str) -> np.dtype:
@@ -198,13 +200,13 @@ def _dtype_of(array: np.ndarray, suffix: str) -> np.dtype:
     return np.dtype("float32")
 
 
-def _mapped(label: np.ndarray, values: dict[int, int]) -> np.ndarray:
-    """Label map with other values; `UserError` for one that `values` does not have."""
+def _mapped(label: np.ndarray, values: dict[int, int], name: str) -> np.ndarray:
+    """The label map of a case with other values; `UserError` for one that `values` does not have."""
     keys = np.array(sorted(values))
     if (foreign := np.setdiff1d(label, keys)).size:
         raise UserError(
-            f"The label map has the values {foreign.tolist()}, which those of the training cases do not have: "
-            f"{keys.tolist()}. Correct it, or name its class."
+            f"The label map of '{name}' has the values {foreign.tolist()}, which those of the training cases do not "
+            f"have: {keys.tolist()}. Correct it, or name its class."
         )
     return np.array([values[key] for key in keys])[np.searchsorted(keys, label)]
 

@@ -513,14 +513,16 @@ def _subjects(file: Path, subjects: Any) -> dict[str, str]:
         )
     groups: dict[str, str] = {}
     for key, value in subjects.items():
-        if isinstance(value, list):
-            named = {stem_of(Path(str(case))): str(key) for case in value}
-        else:
-            named = {stem_of(Path(str(key))): str(value)}
-        for case in named:
-            _require_one_patient(file, case, {groups.get(case, named[case]), named[case]}, _refuse)
-        groups |= named
-    return groups
+        pairs = (
+            [(str(case), str(key)) for case in value] if isinstance(value, list) else [(str(key), str(value))]
+        )
+        for case, subject in pairs:
+            _require_one_patient(file, case, {groups.get(case, subject), subject}, _refuse)
+            groups[case] = subject
+    by_file = {
+        stem_of(Path(case)): subject for case, subject in groups.items()
+    }  # where files stand for cases
+    return by_file | groups
 
 
 def _require_one_patient(source: Path, case: str, patients: Collection[str], problem: Problem) -> None:
@@ -566,7 +568,10 @@ def _paired(
     files: dict[str, list[Path]] = {}
     for path in labels:
         files.setdefault(stem_of(path), []).append(path)
-    of_case = {case.id: _label_names(case.id, files) for case in cases}
+    ids = {case.id for case in cases}
+    of_case = {  # a_mask belongs to a, unless there is an image a_mask
+        name: [n for n in _label_names(name, files) if n == name or n not in ids] for name in ids
+    }
     unused = set(files) - {names[0] for names in of_case.values() if names}
     paired = []
     for case in cases:
