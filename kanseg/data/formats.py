@@ -111,16 +111,7 @@ class Dataset:
 FULL, MOST_EDGE_VALUES = 255, 16  # of a mask; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
 COLUMNS = ("image", "label", "id", "fold", "split")  # of a list
-CASE_COLUMNS = (
-    "id",
-    "case",
-    "caseid",
-    "image",
-    "imageid",
-    "name",
-    "file",
-    "filename",
-)  # of a table of patients
+CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients
 LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
 LISTS = (".csv", ".json")  # suffixes of a data set that is a file
 UNUSED = "labels have no image and are not used"
@@ -519,10 +510,8 @@ def _subjects(file: Path, subjects: Any) -> dict[str, str]:
         for case, subject in pairs:
             _require_one_patient(file, case, {groups.get(case, subject), subject}, _refuse)
             groups[case] = subject
-    by_file = {
-        stem_of(Path(case)): subject for case, subject in groups.items()
-    }  # where files stand for cases
-    return by_file | groups
+    # files may stand for cases
+    return {stem_of(Path(case)): subject for case, subject in groups.items()} | groups
 
 
 def _require_one_patient(source: Path, case: str, patients: Collection[str], problem: Problem) -> None:

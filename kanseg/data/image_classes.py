@@ -53,17 +53,7 @@ from kanseg.errors import UsageError, UserError
 SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that hold no class
 CLASSES = "classes"
 # Headings of tables, whatever their capitals, blanks and signs.
-IMAGE_COLUMNS = (
-    "image",
-    "imageid",
-    "imageindex",
-    "imagename",
-    "imagepath",
-    "filename",
-    "filepath",
-    "file",
-    "path",
-)
+IMAGE_COLUMNS = "image imageid imageindex imagename imagepath filename filepath file path".split()
 CLASS_COLUMNS = ("class", "dx", "diagnosis", "target", "label")
 SEVERAL_COLUMNS = (CLASSES, "labels", "findinglabels")
 SEPARATOR = "|"  # between the classes of one image
@@ -196,27 +186,19 @@ def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
             f"{parts['val']} has no class folders. Sort its images into the folders {', '.join(names[:3])}, ... as in "
             f"{parts['train']}, or take it away."
         )
-    notes = [said for folder in parts.values() for said in _passed_over(folder, path)]
+    notes = [said for folder in parts.values() for said in _passed_over(folder)]
     return make(path, "a folder a class", names, cases, notes)
 
 
-def _passed_over(folder: Path, root: Path) -> list[str]:
+def _passed_over(folder: Path) -> list[str]:
     """Notes on what lies beside the class folders and is not read."""
     classes = {found.name for found in _class_folders(folder)}
-    others = [
-        p.name for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and p.name not in classes
-    ]
-    loose, where = len(image_files(folder)), folder.relative_to(root) if folder != root else root.name
-    notes = (
-        [f"folders of {where} that hold no images themselves are no classes: {few(others, 3)}"]
-        if others
-        else []
+    others = sorted({p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."} - classes)
+    loose, where = len(image_files(folder)), folder.name
+    notes = [f"folders of {where} that hold no images themselves are no classes: {few(others, 3)}"] * bool(
+        others
     )
-    return (
-        [*notes, f"{loose} images of {where} lie in no folder of a class and are not used"]
-        if loose
-        else notes
-    )
+    return notes + [f"{loose} images of {where} lie in no folder of a class and are not used"] * bool(loose)
 
 
 def _folder_cases(folder: Path, names: Sequence[str]) -> Iterable[Case]:
@@ -265,13 +247,13 @@ def _table(path: Path) -> Path | None:
     for file in files:
         if file.is_file() and (file.suffix.lower() == ".csv" or file.name.startswith("HAM10000_metadata")):
             rows = read_rows(file)
-            if rows and columns_named(rows[0], *IMAGE_COLUMNS) and _class_column(rows, file.parent):
+            if rows and columns_named(rows[0], *IMAGE_COLUMNS) and _class_column(rows):
                 patients = file == path / "cases.csv" and _segmented([path, *path.rglob("*")])
                 return None if patients else file
     return None
 
 
-def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
+def _class_column(rows: Sequence[Mapping[str, str]]) -> str | None:
     """The column of the class, or of the classes; none where a column label names the label maps of the images."""
     found = columns_named(rows[0], *CLASS_COLUMNS, *SEVERAL_COLUMNS)
     for column in columns_named(found, "label"):
@@ -296,7 +278,7 @@ def _segmented(folders: Iterable[Path]) -> bool:
 
 def _read_table(path: Path, table: Path) -> ImageClasses:
     rows = read_rows(table)
-    key, kind = columns_named(rows[0], *IMAGE_COLUMNS)[0], _class_column(rows, table.parent) or ""
+    key, kind = columns_named(rows[0], *IMAGE_COLUMNS)[0], _class_column(rows) or ""
     id_, split, fold = ((columns_named(rows[0], name) or [""])[0] for name in ("id", "split", "fold"))
     groups, root = group_columns(rows[0], "lesionid"), table.parent
     files: dict[str, list[Path]] = {}

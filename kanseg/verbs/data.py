@@ -74,10 +74,10 @@ def convert(
 ) -> None:
     """Write a data set in the layout of the Decathlon or of nnU-Net; or make a model of published weights.
 
-    Patients go along as `subjects`; labels that are DICOM-SEG are joined by the names of their segments. Published
-    weights of torch-conv-kan (a file, or the folder with its model.safetensors) are VGG KAGN 11 v2 and v4, VGG
-    KAGN-BN 11 v4 and the same with attention (vgg_kagn_bn11sa_v4); the encoder then starts a segmenter: kanseg train
-    RUN model.options.encoder=vggkan11v4 ...
+    Patients go along as `subjects`, test images with their labels; labels that are DICOM-SEG are joined by the names of
+    their segments. Published weights of torch-conv-kan (a file, or the folder with its model.safetensors) are VGG
+    KAGN 11 v2 and v4, VGG KAGN-BN 11 v4 and the same with attention (vgg_kagn_bn11sa_v4); the encoder then starts a
+    segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
 
     Example: kanseg convert scans/ -o nnUNet_raw/Dataset001_Scans --to nnunet
 
