@@ -231,7 +231,7 @@ class Segmenter:
     def _plan(self, data: Path, run: Path, console: Console | None, asked: dict[str, Any]) -> Plan:
         from rich.console import Console
 
-        from kanseg.data.image_classes import is_classes
+        from kanseg.data.image_classes import require_label_maps
         from kanseg.data.plan import Plan
         from kanseg.training.parallel import once
         from kanseg.training.planning import plan_data
@@ -241,8 +241,7 @@ class Segmenter:
         _refuse_unknown("Segmenter.fit", asked, ["fold", "overrides", "config", "resume", "override", *known])
         there = file.exists()
         if not there:
-            if is_classes(data):
-                raise UsageError(f"{data} has a class for each image, no label maps; use `kanseg train`.")
+            require_label_maps(data)
             how = {"console": console or Console(), "dim": self.spatial_dims, **asked}
             once(lambda: plan_data(data, run, **how))
         plan = Plan.load(file)

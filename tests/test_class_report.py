@@ -281,6 +281,7 @@ def test_a_column_label_has_the_classes_where_it_names_no_files(tmp_path: Path) 
     rows = ["image,label", *(f"im{number}.png,{'ab'[number % 2]}" for number in range(12))]
     dataset = read_classes(table_of(tmp_path / "data", rows))
     assert [dataset.label_names[case.values[0]] for case in dataset.cases] == ["a", "b"] * 6
+    (tmp_path / "data/masks/a").mkdir(parents=True)
     for names in (["im0.png"] * 12, ["masks/a"] * 12, [f"mask{number}" for number in range(12)]):
         lines = ["image,label", *(f"im{number}.png,{name}" for number, name in enumerate(names))]
         assert not is_classes(table_of(tmp_path / "data", lines))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image as Picture
 
 from kanseg.data.convert import LAYOUTS, convert
 from kanseg.data.formats import read_dataset
@@ -98,6 +100,102 @@ def test_nnunet_values_are_consecutive(shared_data: Path, tmp_path: Path) -> Non
     values = np.unique(read_label(tmp_path / "out" / "labelsTr" / "image.nii.gz"))
     np.testing.assert_array_equal(values, np.arange(42))
     assert read_image(tmp_path / "out" / "imagesTr" / "image_0000.nii.gz").array.min() < 0
+
+
+def pictures(root: Path, channels: int, most: int) -> Path:
+    """Pictures with a file a channel, and labels."""
+    random = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for name in "ab":
+        for number in range(channels):
+            array = random.integers(0, most, (9, 8)).astype(np.uint16 if most > 256 else np.uint8)
+            Picture.fromarray(array).save(root / "images" / f"{name}_{number:04d}.png")
+        Picture.fromarray(random.integers(0, 2, (9, 8)).astype(np.uint8)).save(
+            root / "labels" / f"{name}.png"
+        )
+    return root
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize(("channels", "most"), [(1, 255), (2, 255), (3, 255), (3, 60000), (4, 255)])
+def test_pictures_keep_any_number_of_channels(tmp_path: Path, to: str, channels: int, most: int) -> None:
+    root = pictures(tmp_path / "set", channels, most)
+    convert(read_dataset(root), tmp_path / "out", to)
+    made = read_dataset(tmp_path / "out")
+    for one, other in zip(read_dataset(root).cases, made.cases, strict=True):
+        assert one.id == other.id
+        np.testing.assert_array_equal(read_image(one.images).array, read_image(other.images).array)
+    assert len(made.channel_names) == channels
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("layout", ["nnunet", "folders", "msd"])
+def test_test_images_keep_their_labels_and_patients(
+    blobs: Path, tmp_path: Path, layout: str, to: str
+) -> None:
+    source = tmp_path / "set"
+    convert(read_dataset(blobs), source, "msd" if layout == "msd" else "nnunet")
+    described = json.loads((source / "dataset.json").read_text())
+    ending = ".nii.gz" if layout == "msd" else "_0000.nii.gz"
+    for folder, suffix in (("images", ending), ("labels", ".nii.gz")):
+        (source / f"{folder}Ts").mkdir()
+        for number in (4, 5):
+            (source / f"{folder}Tr" / f"case_{number}{suffix}").rename(
+                source / f"{folder}Ts" / f"case_{number}{suffix}"
+            )
+    (source / "labelsTs" / "case_5.nii.gz").unlink()
+    if layout == "msd":
+        listed = [entry["image"].replace("Tr", "Ts") for entry in described["training"][4:]]
+        described |= {"training": described["training"][:4], "test": listed}
+    (source / "dataset.json").write_text(json.dumps(described))
+    if layout == "folders":
+        (source / "dataset.json").unlink()
+    dataset = read_dataset(source)
+    made = convert(dataset, tmp_path / "out", to)
+    assert (made["training"], made["test"], made["test_labels"]) == (4, 2, 1)
+    again = read_dataset(tmp_path / "out").test_cases
+    assert [case.id for case in again] == ["case_4", "case_5"]
+    assert [case.group for case in again] == [case.group for case in dataset.test_cases]
+    label = again[0].label
+    np.testing.assert_array_equal(read_label(label), read_label(blobs / "labelsTr" / "case_4.nii.gz"))  # type: ignore[arg-type]
+    assert again[1].label is None
+    (source / "labelsTs" / "odd.nii.gz").write_bytes((source / "labelsTs" / "case_4.nii.gz").read_bytes())
+    assert any(
+        "test labels have no image and are not used: odd" in note for note in read_dataset(source).notes
+    )
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_names_that_look_like_others_keep_their_labels_and_patients(
+    blobs: Path, tmp_path: Path, to: str
+) -> None:
+    dataset = read_dataset(blobs)
+    names = ["a", "a_mask", "a_1", "a.png", "a_0000", "b.png"]
+    cases = tuple(
+        replace(case, id=name, group=str(i // 2))
+        for i, (case, name) in enumerate(zip(dataset.cases, names, strict=True))
+    )
+    convert(replace(dataset, cases=cases), tmp_path / "out", to)
+    made = {case.id: case for case in read_dataset(tmp_path / "out").cases}
+    assert {name: case.group for name, case in made.items()} == {case.id: case.group for case in cases}
+    for case in cases:
+        np.testing.assert_array_equal(read_label(case.label), read_label(made[case.id].label))  # type: ignore[arg-type]
+
+
+def test_images_that_would_be_written_over_or_outside_are_refused(blobs: Path, tmp_path: Path) -> None:
+    dataset = read_dataset(blobs)
+    first, second = dataset.cases[:2]
+    for changes, message in (
+        ({"test_cases": (first, replace(second, id=first.id))}, "several images called 'case_0'"),
+        ({"test_cases": (replace(second, id=first.id, group="other"),)}, "several images called 'case_0'"),
+        ({"cases": (replace(first, id="../x"),)}, "'../x' cannot be the name of a file"),
+        ({"cases": (replace(first, id=".x"),)}, "'.x' cannot be the name of a file"),
+        ({"cases": (replace(first, images=first.images * 2),)}, "has 2 channels, expected are 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(replace(dataset, **changes), tmp_path / "out", "msd")
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("to", LAYOUTS)

@@ -145,6 +145,10 @@ DEFECTS: dict[str, Callable[[Path], object]] = {
         (root / "dataset.json").unlink(),
         (root / "cases.csv").write_text("id,scanner\ncase_0,A\n"),
     ),
+    "patients alike": lambda root: (
+        (root / "dataset.json").unlink(),
+        (root / "cases.csv").write_text("id,patient\ncase_0,Pat-007\ncase_1,pat 7\n"),
+    ),
     "same name": lambda root: one_more(root),
     "missing label": lambda root: ((root / "dataset.json").unlink(), label(root).unlink()),
     "missing file": lambda root: label(root).unlink(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image as Picture
 
 from kanseg.data.convert import convert
 from kanseg.data.doctor import diagnose
-from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.formats import Dataset, find_images, read_dataset
 from kanseg.data.labels import regions_of
 from kanseg.data.splits import split
 from kanseg.errors import UserError
@@ -154,6 +155,134 @@ def test_a_copy_keeps_the_folds_of_a_list(tmp_path: Path) -> None:
         assert split(read_dataset(tmp_path / to)) == split(read_dataset(file))
 
 
+FOLDS = [{"fold": i % 2} for i in range(3)]
+SPLITS_OF_LISTS = {  # entries of a, b, c; those of the list validation; folds that come of it, and what is said once
+    "folds of all": (FOLDS, [("d", {"fold": 2})], [["a", "c"], ["b"], ["d"]], "3 folds, those of the list"),
+    "validation is no fold": (FOLDS, [("d", {"fold": 1})], [["a", "c"], ["b", "d"]], "parted as they say"),
+    "folds of some": (
+        FOLDS,
+        [("d", {})],
+        [["d"]],
+        "one fold, which validates on the 1 .* its folds are left aside",
+    ),
+    "one number for all": ([{"fold": 0}] * 3, [], [], "the list's folds are left aside"),
+    "validation alone": ([{}] * 3, [("d", {})], [["d"]], "one fold, which validates on the 1"),
+    "nothing": ([{}] * 3, [], [], None),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS_OF_LISTS)
+@pytest.mark.parametrize("described", [False, True])
+def test_one_note_says_what_the_splits_of_a_list_are(tmp_path: Path, name: str, described: bool) -> None:
+    entries, validation, folds, said = SPLITS_OF_LISTS[name]
+    file = listed(tmp_path, list(zip("abc", entries, strict=True)), validation=validation)
+    if described:  # the same lists in a dataset.json
+        content = json.loads(file.read_text()) | {"labels": {"background": 0, "organ": 1}}
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        file = tmp_path
+    dataset = read_dataset(file)
+    assert [fold["val"] for fold in dataset.splits] == folds
+    for fold in dataset.splits:
+        assert sorted([*fold["train"], *fold["val"]]) == [case.id for case in dataset.cases]
+    notes = [note for note in dataset.notes if "fold" in note or "valid" in note]
+    assert len(notes) == (said is not None)
+    assert not notes or re.search(said, notes[0])  # type: ignore[arg-type]
+
+
+def test_what_a_list_holds_and_is_not_trained_on_is_told(tmp_path: Path) -> None:
+    file = listed(tmp_path, [("a", {}), ("b", {"label": ""})], test=[("c", {})], testing=[("d", {})])
+    content = json.loads(file.read_text())
+    content["val"] = content["test"]
+    absolute = [{**entry, "image": str(tmp_path / entry["image"])} for entry in content["testing"]]
+    file.write_text(json.dumps({**content, "testing": absolute}))
+    dataset = read_dataset(file)
+    assert [case.id for case in dataset.test_cases] == ["c", "d", "b"]
+    assert all(path.is_file() for case in dataset.test_cases for path in case.images)
+    assert [note.partition(":")[0] for note in dataset.notes] == [
+        "the lists val are not read; known are training, validation, test, testing",
+        "1 images of the list have no label and are not trained on",
+    ]
+
+
+def test_a_table_says_parts_and_folds_however_its_columns_are_spelt(tmp_path: Path) -> None:
+    listed(tmp_path, [])
+    rows = [f"scans/{n}.nii.gz,truth/{n}.nii.gz" for n in "abcd"]
+
+    def read(heading: str, *cells: str) -> Dataset:
+        lines = [f"{row},{cell}\n" for row, cell in zip(rows, cells, strict=True)]
+        (tmp_path / "list.csv").write_text("".join([f"{heading}\n", *lines]))
+        return read_dataset(tmp_path / "list.csv")
+
+    parted = read("Image,LABEL,Split", "Train", "", "Validation", "test")
+    assert [case.id for case in parted.test_cases] == ["d"]
+    assert split(parted) == [{"train": ["a", "b"], "val": ["c"]}]
+    folds = read("image,label,split,Fold", ",0", ",1", ",0", "test,")
+    assert [fold["val"] for fold in split(folds)] == [["a", "c"], ["b"]]
+    with pytest.raises(UserError, match="split '1' is none of train, val, test"):
+        read("image,label,split", "1", "2", "3", "3")
+
+
+def test_a_row_with_more_cells_than_columns_is_refused(tmp_path: Path) -> None:
+    listed(tmp_path, [])
+    row = "scans/a.nii.gz,truth/a.nii.gz"
+    (tmp_path / "list.csv").write_text(f"image,label,patient\n{row},Doe, John\n")
+    with pytest.raises(UserError, match=r"has 4 cells in line 2, and 3 columns. Put quotes"):
+        read_dataset(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text(f'image,label,patient\n{row},"Doe, John",,\n,,\n')
+    assert [case.group for case in read_dataset(tmp_path / "list.csv").cases] == ["Doe, John"]
+    (tmp_path / "list.csv").write_text(f"image,image,label\nscans/b.nii.gz,{row}\n")
+    with pytest.raises(UserError, match="several columns called 'image'"):
+        read_dataset(tmp_path / "list.csv")
+
+
+def test_a_case_of_two_patients_is_refused(blobs: Path, tmp_path: Path) -> None:
+    volumes(tmp_path / "images", ["a", "b"])
+    volumes(tmp_path / "labels", ["a", "b"], (1,))
+    (tmp_path / "cases.csv").write_text("id,patient\na,x\na.nii.gz,y\nb,y\n")
+    with pytest.raises(UserError, match="the case 'a' several patients, 'x' and 'y'"):
+        read_dataset(tmp_path)
+    assert [f.case for f in diagnose(tmp_path).errors if f.kind == "patients"] == ["a"]
+    (tmp_path / "cases.csv").write_text("id,patient\na,x\nb,x\na,\na,x\n")
+    assert [case.group for case in read_dataset(tmp_path).cases] == ["x", "x"]
+    shutil.copytree(blobs, tmp_path / "set")
+    described = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    described["subjects"] = {"p": ["case_0", "case_1"], "q": ["case_1"]}
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="the case 'case_1' several patients, 'p' and 'q'"):
+        read_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    "names", [("Pat-007", "pat007"), ("7", "007"), ("Doe John", "doe_john"), ("é", "e\u0301")]
+)
+def test_names_that_are_nearly_one_patient_are_told_and_not_joined(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    file = listed(tmp_path, [(n, {"patient": p}) for n, p in zip("abcd", [*names, "7_1", "71"], strict=True)])
+    dataset = read_dataset(file)
+    assert len({case.group for case in dataset.cases}) == 4
+    (note,) = dataset.notes
+    assert all(f"'{name}'" in note for name in names)
+    assert "71" not in note
+    assert "patients alike" in {finding.kind for finding in diagnose(file).findings}
+
+
+def test_a_patient_called_0_is_one_and_may_not_be_in_the_test_without_a_word(tmp_path: Path) -> None:
+    file = listed(tmp_path, [("a", {"patient": 0}), ("b", {"patient": 0})], testing=[("c", {"patient": 0})])
+    dataset = read_dataset(file)
+    assert [case.group for case in dataset.cases] == ["0", "0"]
+    assert dataset.notes == ("patients who have images to train on and test images: 0",)
+    assert "patients in the test" in {finding.kind for finding in diagnose(file).findings}
+
+
+def test_columns_of_a_table_of_patients_that_are_not_read_are_named(tmp_path: Path) -> None:
+    volumes(tmp_path / "images", ["a", "b"])
+    volumes(tmp_path / "labels", ["a", "b"], (1,))
+    (tmp_path / "cases.csv").write_text("id,patient,Fold,split\na,x,0,train\nb,y,1,test\n")
+    assert any("Fold and split of cases.csv are not read" in note for note in read_dataset(tmp_path).notes)
+    assert any("cases.csv is not used" in n for n in read_dataset(tmp_path, id_pattern="(.)").notes)
+
+
 def test_pictures_with_0_and_255(tmp_path: Path) -> None:
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
@@ -266,8 +395,9 @@ def test_whole_numbers_in_floats_are_labels(tmp_path: Path) -> None:
 def test_id_pattern_gives_the_patient(blobs: Path) -> None:
     dataset = read_dataset(blobs, id_pattern=r"case_(\d)")
     assert [case.group for case in dataset.cases] == list("012345")
-    with pytest.raises(UserError, match="does not match the case"):
-        read_dataset(blobs, id_pattern=r"patient(\d)")
+    for pattern in (r"patient(\d)", r"(\d*)"):  # without a match, and with an empty one
+        with pytest.raises(UserError, match="finds no patient in the case"):
+            read_dataset(blobs, id_pattern=pattern)
 
 
 def test_images_to_predict(blobs: Path, tmp_path: Path) -> None:
@@ -339,6 +469,24 @@ def test_two_masks_for_one_picture_are_refused(shared_data: Path, tmp_path: Path
         shutil.copy(path, tmp_path / ("masks" if "mask" in path.name else "images"))
     with pytest.raises(UserError, match="has 2 masks .* Merge them"):
         read_dataset(tmp_path)
+
+
+def test_two_files_of_one_name_are_told_apart_by_nobody(tmp_path: Path) -> None:
+    for name in ("folders", "cases"):
+        places = {"folders": ("images/a", "labels/a"), "cases": ("a/image", "a/label")}[name]
+        for place, values in zip(places, ((), (1,)), strict=True):
+            file = tmp_path / name / place
+            volumes(file.parent, [file.name], values)
+    for file, kind in (("folders/labels/a", "several masks"), ("cases/a/label", "several masks"),
+                       ("cases/a/image", "same name")):  # fmt: skip
+        other = tmp_path / f"{file}.nii"
+        nib.save(nib.load(tmp_path / f"{file}.nii.gz"), other)
+        root = tmp_path / file.partition("/")[0]
+        with pytest.raises(UserError):
+            read_dataset(root)
+        assert kind in {finding.kind for finding in diagnose(root).errors}
+        other.unlink()
+        assert read_dataset(root).cases
 
 
 def test_empty_masks_alone_teach_nothing(shared_data: Path, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from kanseg.cli import app
 from kanseg.data.class_loader import CHANGES, TrainingImages, covering, prepare, stored
 from kanseg.data.class_plan import ClassPlan, plan_classes
 from kanseg.data.formats import read_dataset
-from kanseg.data.image_classes import is_classes, read_classes
+from kanseg.data.image_classes import ImageClasses, is_classes, read_classes
 from kanseg.data.plan import Plan
 from kanseg.data.plans import load_plan
 from kanseg.data.splits import split
@@ -187,6 +189,136 @@ def test_images_with_any_number_of_classes_are_read_from_arrays_and_tables(tmp_p
     assert images.pools == [[1], [0], [0, 2]]  # without a class, then one a class
 
 
+def table(folder: Path, heading: str, *cells: str) -> ImageClasses:
+    """A table of pictures a, b, ... with further cells."""
+    rows = []
+    for name, cell in zip("abcdefgh", cells, strict=False):
+        save(folder / f"{name}.png", pictures(1, 4, 4)[0])
+        rows.append(f"{name}.png{',' if ',' in heading else ';'}{cell}\n")
+    (folder / "table.csv").write_text("".join([f"{heading}\n", *rows]))
+    return read_classes(folder / "table.csv")
+
+
+@pytest.mark.parametrize(
+    "heading",
+    ["image,class", "Image,Class", "IMAGE_ID,Diagnosis", "filename,label", "File Name,Target", "image,Label"],
+)
+def test_a_table_of_classes_is_known_by_usual_headings(tmp_path: Path, heading: str) -> None:
+    dataset = table(tmp_path, heading, "cat", "dog", "cat")
+    assert [case.values for case in dataset.cases] == [(0,), (1,), (0,)]
+    assert dataset.label_names == ("cat", "dog")
+    assert is_classes(tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize("heading", ["image,classes", "Image;Classes", "Image Index,Finding Labels"])
+@pytest.mark.parametrize("sign", "|;")
+def test_several_classes_stand_in_a_cell(tmp_path: Path, heading: str, sign: str) -> None:
+    dataset = table(tmp_path, heading, f'"mass{sign} edema"', "edema", "", "mass")
+    assert dataset.multilabel
+    assert [case.values for case in dataset.cases] == [(0, 1), (0,), (), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("heading", "cells", "message"),
+    [
+        (
+            "image,class",
+            ["mass;edema", "edema"],
+            "has 'mass;edema' in its column class, which holds one class",
+        ),
+        (
+            "image,class",
+            ["mass|edema", "edema"],
+            r"has 'mass\|edema' in its column class, which holds one class",
+        ),
+        ("image;classes", ["mass;edema", "edema"], "has 3 cells in line 2, and 2 columns"),
+        ("image,classes", ['"mass, edema"', "edema"], "put . between the classes of an image, not a comma"),
+        ("image,class,split", ["cat,train", "dog,other"], "split 'other' is none of train, val, test"),
+    ],
+)
+def test_cells_that_mislead_are_named(tmp_path: Path, heading: str, cells: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        table(tmp_path, heading, *cells)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_classes_says_parts_and_folds(tmp_path: Path) -> None:
+    parts = ["cat,train", "dog,Training", "cat,Valid", "dog,TEST", "dog,"]
+    dataset = table(tmp_path, "Image,Class,Split", *parts)
+    assert dataset.splits == ({"train": ["a", "b", "e"], "val": ["c"]},)
+    assert [case.id for case in dataset.test_cases] == ["d"]
+    folds = ["cat,0,", "dog,0,", "cat,1,", "dog,1,", "cat,,test"]
+    dataset = table(tmp_path, "image,class,Fold,split", *folds)
+    assert [fold["val"] for fold in split(dataset)] == [["a", "b"], ["c", "d"]]
+    assert [case.id for case in dataset.test_cases] == ["e"]
+    dataset = table(tmp_path, "image,class,fold", "cat,a", "dog,b", "cat,a")
+    assert not dataset.splits
+    assert "left aside" in dataset.notes[-1]
+
+
+def test_patients_of_a_table_of_classes_that_are_odd_are_told(tmp_path: Path) -> None:
+    dataset = table(
+        tmp_path, "image,class,patient,split", "cat,P-01,", "dog,p1,", "cat,q,", "dog,q,", "dog,q,test"
+    )
+    assert any("'P-01' and 'p1' may be one patient" in note for note in dataset.notes)
+    assert any(note.endswith("test images: q") for note in dataset.notes)
+
+
+def test_masks_beside_a_table_with_a_diagnosis_are_for_segmentation(tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / f"{name}.png", pictures(1, 4, 4)[0])
+        save(tmp_path / f"{name}_mask.png", pictures(1, 4, 4)[0] // 128)
+    (tmp_path / "cases.csv").write_text("image,diagnosis,patient\na,x,1\nb,y,2\n")
+    assert not is_classes(tmp_path)
+    assert [case.group for case in read_dataset(tmp_path).cases] == ["1", "2"]
+    for layout in ("case/image", "case/label", "other/image", "other/label"):
+        save(tmp_path / "cases" / f"{layout}.png", pictures(1, 4, 4)[0] // 128)
+    for name in ("benign/a", "benign/a_mask", "normal/b", "normal/b_mask"):
+        save(tmp_path / "sorted" / f"{name}.png", pictures(1, 4, 4)[0] // 128)
+    assert not any(is_classes(tmp_path / name) for name in ("cases", "sorted"))
+    for name in ("with_mask/with_mask_1", "without_mask/without_mask_1"):  # of faces
+        save(tmp_path / "faces" / f"{name}.png", pictures(1, 4, 4)[0])
+    assert read_classes(tmp_path / "faces").label_names == ("with_mask", "without_mask")
+    rows = "a.png,a_mask.png\nb.png,b_mask.png\n"
+    (tmp_path / "list.csv").write_text(f"image,label\n{rows}")
+    assert not is_classes(tmp_path / "list.csv")
+
+
+def test_what_lies_beside_the_folders_of_classes_is_told(tmp_path: Path) -> None:
+    imagenet(tmp_path)
+    save(tmp_path / "train" / "cow" / "deep" / "a.png", pictures(1, 4, 4)[0])
+    save(tmp_path / "train" / "loose.png", pictures(1, 4, 4)[0])
+    assert read_classes(tmp_path).notes == (
+        "folders of train that hold no images themselves are no classes: cow",
+        "1 images of train lie in no folder of a class and are not used",
+    )
+
+
+def test_patients_of_test_images_are_known_by_the_pattern_too(tmp_path: Path) -> None:
+    for part, number in (("Training", 1), ("Training", 2), ("Testing", 2), ("Testing", 3)):
+        for name in ("cat", "dog"):
+            save(tmp_path / part / name / f"p{number}_{name}.png", pictures(1, 4, 4)[0])
+    dataset = read_classes(tmp_path, id_pattern=r"/(p\d)_")
+    assert {case.group for case in dataset.test_cases} == {"p2", "p3"}
+    assert dataset.notes == ("patients who have images to train on and test images: p2",)
+
+
+def test_a_last_axis_of_length_one_holds_the_channel(tmp_path: Path) -> None:
+    images = pictures(4, 6, 5, 1)
+    np.savez(tmp_path / "grey.npz", train_images=images, train_labels=np.array([0, 1, 0, 1]))
+    dataset = read_classes(tmp_path / "grey.npz")
+    assert (dataset.spatial_dims, len(dataset.channel_names)) == (2, 1)
+    np.testing.assert_array_equal(dataset.read(dataset.cases[1])[0], images[1, ..., 0])
+
+
+def test_a_verb_for_label_maps_says_that_these_are_classes(tmp_path: Path) -> None:
+    class_folders(tmp_path / "set")
+    done = CliRunner().invoke(app, ["convert", str(tmp_path / "set"), "-o", str(tmp_path / "out")])
+    assert isinstance(done.exception, UsageError)
+    assert "has a class for each image, no label maps" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plan_of_another_task_is_refused_by_name(tmp_path: Path) -> None:
     class_folders(tmp_path)
     plan_classes(read_classes(tmp_path), tmp_path / "run")
@@ -281,6 +413,11 @@ def ambiguous_image(folder: Path) -> None:
     (folder / "cases.csv").write_text("image,class\n1,cat\n")
 
 
+def image_in_two_rows(folder: Path) -> None:
+    save(folder / "1.png", pictures(1, 4, 4)[0])
+    (folder / "cases.csv").write_text("image,class\n1,cat\n1,dog\n")
+
+
 def nameless_class(folder: Path) -> None:
     save(folder / "1.png", pictures(1, 4, 4)[0])
     (folder / "cases.csv").write_text("image,class\n1, \n")
@@ -302,6 +439,7 @@ BROKEN = {
     flat_validation: "has no class folders. Sort",
     foreign_class: "is a class that is not in train",
     ambiguous_image: r"names the image '1', and .* has a/1.png, b/1.png",
+    image_in_two_rows: "has several rows for the image '1'",
     nameless_class: "names no class for 1",
     missing_image: "names the image 'a.png'",
     empty_class: "no image to train on for: 0, 1, 2",

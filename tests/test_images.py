@@ -279,3 +279,15 @@ def test_labels_that_do_not_fit_are_refused(scan: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a picture holds 2D labels .* Write .nii.gz"):
         write_label(tmp_path / "mask.png", np.zeros((7, 6, 5), int), image)
     assert [p.name for p in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
+def test_channels_of_a_tiff_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
+    """Grey and a second channel that is said to be no opacity."""
+    Picture.fromarray(np.zeros((4, 5, 2), np.uint8), "LA").save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif").array.shape == (1, 4, 5)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    entry = content.index(struct.pack("<HHI", 338, 3, 1))  # ExtraSamples, one short
+    content[entry + 8 : entry + 10] = struct.pack("<H", 0)
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(UserError, match=r"Save each channel as a file of its own, a_0000.tif"):
+        read_image(tmp_path / "a.tif")

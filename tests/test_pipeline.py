@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 
 from kanseg.cli import app
 from kanseg.data.doctor import Diagnosis, Finding
-from kanseg.data.formats import read_rows
 from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
+from kanseg.data.tables import read_rows
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.compare import load_scores
 from kanseg.evaluation.metrics import label_options

@@ -149,6 +149,16 @@ def test_a_segmentation_of_another_scan_is_refused(shared_data: Path, tmp_path: 
         read_segments(path, read_image(second), ["hippocampus"])
 
 
+def test_names_of_segments_are_read_without_the_voxels(series: list[Path], blobs: Path) -> None:
+    dataset = of_two(series, read_label(blobs / "labelsTr" / "case_0.nii.gz"))
+    names = with_segments(dataset).label_names
+    for case in dataset.cases:
+        path = case.label
+        assert path is not None
+        path.write_bytes(path.read_bytes()[:-100])  # of the voxels, which stand at the end
+    assert with_segments(dataset).label_names == names
+
+
 def test_names_are_one_class_whatever_their_capitals(series: list[Path], blobs: Path) -> None:
     numbers = read_label(blobs / "labelsTr" / "case_0.nii.gz")
     labels = series[0].parents[1] / "labels"

@@ -183,13 +183,16 @@ def _read_npz(path: Path) -> Arrays:
             f"{path} has labels of other shapes in its parts: {[one.shape for one in labels.values()]}."
         )
     shape = images["train"].shape
-    colours = len(shape) > 3 and shape[-1] == 3  # volumes of MedMNIST are no wider than 28 or 64
+    channels = len(shape) > 3 and shape[-1] in (
+        1,
+        3,
+    )  # no volume is that flat, those of MedMNIST are 28 or 64 wide
     names = MEDMNIST.get(path.stem.partition("_")[0], "").split("|")
     several = labels["train"].ndim == 2
     count = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1
     if len(names) < count:
         names = _numbers(count)
-    return _checked("arrays (MedMNIST's npz)", names, images, labels, [path], len(shape) - 1 - colours)
+    return _checked("arrays (MedMNIST's npz)", names, images, labels, [path], len(shape) - 1 - channels)
 
 
 def _numbers(count: int) -> list[str]:

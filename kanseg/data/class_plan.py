@@ -116,7 +116,8 @@ def plan_classes(dataset: ImageClasses, run: Path | None = None) -> ClassPlan:
     if shared := patients_across(dataset):
         raise UserError(f"{dataset.source}: {shared}. The scores would be too good. Move them to one part.")
     dims = dataset.spatial_dims
-    train = dataset.splits[0]["train"] if dataset.splits else [case.id for case in dataset.cases]
+    alone = len(dataset.splits) == 1  # of several folds each validates on what others train on
+    train = dataset.splits[0]["train"] if alone else [case.id for case in dataset.cases]
     known = {case.id: case for case in dataset.cases}
     chosen = train[:: -(-len(train) // SAMPLES)]
     sizes, sums = [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.data.formats import Case, Dataset, label_path
+from kanseg.data.formats import COLOURS, Case, Dataset, label_path
 from kanseg.data.images import Image, check_pair, label_from, read_image, write_array
 from kanseg.data.labels import IGNORE, class_values, known_values
 from kanseg.data.segmentations import are_segmentations, read_segments
@@ -37,24 +37,26 @@ class Layout:
     """How a layout names its files and tells of itself.
 
     Attributes:
-        split: whether each channel has a file of its own, NAME_0000, NAME_0001, ...
+        split: whether each channel has a file of its own, NAME_0000, NAME_0001, ...; else those of pictures alone have.
         consecutive: whether label values must be 0, 1, 2, ...
-        describe: dataset.json from the data set, its label values in the files, and the written samples by folder.
+        describe: dataset.json from the data set, its label values in the files, the written samples by folder, and the
+            endings of the files of an image.
     """
 
     split: bool
     consecutive: bool
-    describe: Callable[[Dataset, dict[int, int], dict[str, list[str]], str], dict[str, Any]]
+    describe: Callable[[Dataset, dict[int, int], dict[str, list[str]], Sequence[str]], dict[str, Any]]
 
 
 def convert(dataset: Dataset, out: Path | str, to: str) -> dict[str, Any]:
     """Write a data set in another layout; images keep their voxels and grids, patients go into `subjects`.
 
     Returns:
-        {"out", "layout", "training", "test": how many images, "label_values": value in the files -> value written}.
+        {"out", "layout", "training", "test": how many images, "test_labels": how many of the latter have labels,
+        "label_values": value in the files -> value written}.
 
     Raises:
-        UserError: `out` is not empty, or an image cannot be read or written.
+        UserError: `out` is not empty, an image cannot be read or written or lacks a channel, or two have one name.
     """
     tests = _samples(dataset, dataset.test_cases)
     return write_dataset(dataset, out, to, _samples(dataset, dataset.cases), tests)
@@ -84,21 +86,27 @@ def write_dataset(
     values = {value: place if consecutive else value for place, value in enumerate(known)}
     if dataset.ignore_value is not None:  # nnU-Net wants it to be the highest
         values[dataset.ignore_value] = len(known) if consecutive else dataset.ignore_value
-    names: dict[str, list[str]] = {"Tr": [], "Ts": []}
-    groups: dict[str, list[str]] = {}
+    endings = _endings(dataset, layout, suffix)
+    group_of: dict[str, dict[str, str]] = {"Tr": {}, "Ts": {}}
+    test_labels = 0
     with new_folder(out) as folder:
         for key, samples in (("Tr", training), ("Ts", test)):
             for sample in samples:
-                _write(folder, key, sample, layout, suffix, values)
-                names[key].append(sample.id)
-                groups.setdefault(sample.group, []).append(sample.id)
-        described = layout.describe(dataset, values, names, suffix)
-        if any(cases != [group] for group, cases in groups.items()):
+                _check(sample, dataset, key, group_of)
+                _write(folder, key, sample, endings, values)
+                group_of[key][sample.id] = sample.group
+                test_labels += key == "Ts" and sample.label is not None
+        names = {key: list(of) for key, of in group_of.items()}
+        described = layout.describe(dataset, values, names, endings)
+        groups: dict[str, set[str]] = {}
+        for name, group in (*group_of["Tr"].items(), *group_of["Ts"].items()):
+            groups.setdefault(group, set()).add(name)
+        if any(cases != {group} for group, cases in groups.items()):
             described["subjects"] = {group: sorted(cases) for group, cases in sorted(groups.items())}
         if dataset.splits:
             described["splits"] = [dict(fold) for fold in dataset.splits]
         write_json(folder / "dataset.json", described)
-    counts = {"training": len(names["Tr"]), "test": len(names["Ts"])}
+    counts = {"training": len(group_of["Tr"]), "test": len(group_of["Ts"]), "test_labels": test_labels}
     return {"out": str(out), "layout": to, **counts, "label_values": {str(k): v for k, v in values.items()}}
 
 
@@ -135,24 +143,46 @@ def _samples(dataset: Dataset, cases: Sequence[Case]) -> Iterator[Sample]:
         yield Sample(case.id, image, label, case.group)
 
 
-def _write(out: Path, key: str, sample: Sample, layout: Layout, suffix: str, values: dict[int, int]) -> None:
-    _write_image(make_folder(out / f"images{key}"), sample, layout.split, suffix)
+def _endings(dataset: Dataset, layout: Layout, suffix: str) -> list[str]:
+    """What the files of an image end in, one with all channels or one a channel."""
+    count, flat = len(dataset.channel_names), suffix == SUFFIX[2]
+    colours = flat and count == len(COLOURS) and all(len(case.images) == 1 for case in dataset.cases)
+    if (
+        colours or count == 1 or not (flat or layout.split)
+    ):  # a picture holds grey or colours, no other channels
+        return [f"_0000{suffix}" if layout.split else suffix]
+    return [f"_{number:04d}{suffix}" for number in range(count)]
+
+
+def _check(sample: Sample, dataset: Dataset, key: str, group_of: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise `UserError` for a sample that would not come back from the files as it is."""
+    if len(sample.image.array) != len(dataset.channel_names):
+        raise UserError(
+            f"{sample.image.path} has {len(sample.image.array)} channels, expected are {len(dataset.channel_names)} "
+            f"({', '.join(dataset.channel_names)}). Correct it, or take it out."
+        )
+    if sample.id in group_of[key] or group_of["Tr"].get(sample.id, sample.group) != sample.group:
+        raise UserError(
+            f"{dataset.name} has several images called '{sample.id}'. Give every image a name of its own (in lists: "
+            "'id')."
+        )
+    if Path(sample.id).name != sample.id or sample.id[0] == "." or "\\" in sample.id:
+        raise UserError(
+            f"The case '{sample.id}' cannot be the name of a file. Take its slashes and first dot away."
+        )
+
+
+def _write(out: Path, key: str, sample: Sample, endings: Sequence[str], values: dict[int, int]) -> None:
+    array, folder = sample.image.array, make_folder(out / f"images{key}")
+    suffix = SUFFIX[sample.image.spatial_dims]
+    dtype = _dtype_of(array, suffix)
+    parts = array if len(endings) == len(array) else [array]
+    for ending, part in zip(endings, parts, strict=True):
+        write_array(folder / f"{sample.id}{ending}", part, sample.image, dtype)
     if sample.label is not None:
         dtype = np.result_type(np.min_scalar_type(max(values.values())), np.uint8)
         path = make_folder(out / f"labels{key}") / f"{sample.id}{suffix}"
-        write_array(path, _mapped(sample.label, values), sample.image, dtype)
-
-
-def _write_image(folder: Path, sample: Sample, split: bool, suffix: str) -> None:
-    array = sample.image.array
-    dtype = _dtype_of(array, suffix)
-    colours = suffix == SUFFIX[2] and len(array) == 3  # a picture keeps its colours in one file
-    if split and not colours:
-        for number, channel in enumerate(array):
-            write_array(folder / f"{sample.id}_{number:04d}{suffix}", channel, sample.image, dtype)
-        return
-    name = f"{sample.id}_0000{suffix}" if split else f"{sample.id}{suffix}"
-    write_array(folder / name, array if len(array) > 1 else array[0], sample.image, dtype)
+        write_array(path, _mapped(sample.label, values, sample.id), sample.image, dtype)
 
 
 def _dtype_of(array: np.ndarray, suffix: str) -> np.dtype:
@@ -170,21 +200,26 @@ def _dtype_of(array: np.ndarray, suffix: str) -> np.dtype:
     return np.dtype("float32")
 
 
-def _mapped(label: np.ndarray, values: dict[int, int]) -> np.ndarray:
-    """Label map with other values; `UserError` for one that `values` does not have."""
+def _mapped(label: np.ndarray, values: dict[int, int], name: str) -> np.ndarray:
+    """The label map of a case with other values; `UserError` for one that `values` does not have."""
     keys = np.array(sorted(values))
     if (foreign := np.setdiff1d(label, keys)).size:
         raise UserError(
-            f"The label map has the values {foreign.tolist()}, which those of the training cases do not have: "
-            f"{keys.tolist()}. Correct it, or name its class."
+            f"The label map of '{name}' has the values {foreign.tolist()}, which those of the training cases do not "
+            f"have: {keys.tolist()}. Correct it, or name its class."
         )
     return np.array([values[key] for key in keys])[np.searchsorted(keys, label)]
 
 
 def _msd(
-    dataset: Dataset, values: dict[int, int], names: dict[str, list[str]], suffix: str
+    dataset: Dataset, values: dict[int, int], names: dict[str, list[str]], endings: Sequence[str]
 ) -> dict[str, Any]:
     """Keys of the Decathlon; regions, which it does not know, stand beside the labels that they are made of."""
+
+    def files(key: str, name: str) -> str | list[str]:
+        found = [f"./images{key}/{name}{ending}" for ending in endings]
+        return found if len(found) > 1 else found[0]
+
     plain = (
         class_values(dataset)
         if not dataset.regions
@@ -202,10 +237,12 @@ def _msd(
         "numTraining": len(names["Tr"]),
         "numTest": len(names["Ts"]),
         "training": [
-            {"image": f"./imagesTr/{name}{suffix}", "label": f"./labelsTr/{name}{suffix}"}
+            {"image": files("Tr", name), "label": f"./labelsTr/{name}{SUFFIX[dataset.spatial_dims]}"}
             for name in names["Tr"]
         ],
-        "test": [f"./imagesTs/{name}{suffix}" for name in names["Ts"]],
+        "test": [
+            files("Ts", name) if len(endings) == 1 else {"image": files("Ts", name)} for name in names["Ts"]
+        ],
     }
     if dataset.regions:
         described["regions"] = {
@@ -216,7 +253,7 @@ def _msd(
 
 
 def _nnunet(
-    dataset: Dataset, values: dict[int, int], names: dict[str, list[str]], suffix: str
+    dataset: Dataset, values: dict[int, int], names: dict[str, list[str]], endings: Sequence[str]
 ) -> dict[str, Any]:
     """Keys of nnU-Net v2."""
     mapped = {name: [values[value] for value in found] for name, found in class_values(dataset).items()}
@@ -229,7 +266,7 @@ def _nnunet(
         "channel_names": {str(i): name for i, name in enumerate(dataset.channel_names)},
         "labels": labels,
         "numTraining": len(names["Tr"]),
-        "file_ending": suffix,
+        "file_ending": SUFFIX[dataset.spatial_dims],
     }
     if dataset.regions:
         described["regions_class_order"] = [values[value] for value in dataset.label_values[1:]]

@@ -23,7 +23,9 @@ from kanseg.data.formats import (
     FULL,
     LISTS,
     MOST_VALUES,
+    PATIENTS_ALIKE,
     PATIENTS_IN_PART,
+    PATIENTS_TESTED,
     TWO_WAYS,
     UNUSED,
     Case,
@@ -58,6 +60,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "layout": (ERROR, None),
     "patients": (ERROR, None),
     "patients in part": (WARNING, None),
+    "patients alike": (WARNING, None),
+    "patients in the test": (WARNING, None),
     "same name": (ERROR, None),
     "missing label": (ERROR, LEFT_OUT),
     "missing file": (ERROR, LEFT_OUT),
@@ -107,6 +111,12 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "few images of a class": (WARNING, None),
     "copy": (NOTE, None),
     "uneven classes": (NOTE, None),
+}
+TOLD = {  # kinds that the notes of a data set tell, by their words
+    "label without image": UNUSED,
+    "patients in part": PATIENTS_IN_PART,
+    "patients alike": PATIENTS_ALIKE,
+    "patients in the test": PATIENTS_TESTED,
 }
 CROOKED = 1e-4  # of the angles' cosines: what rounding leaves, and readers such as ITK refuse
 SHEARED = 0.02
@@ -225,7 +235,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
             Finding("DICOM-SEG", "", f"the labels are DICOM-SEG. {CONVERSION}; examine that then")
         )
         return found
-    for kind, mark in (("label without image", UNUSED), ("patients in part", PATIENTS_IN_PART)):
+    for kind, mark in TOLD.items():
         findings += [Finding(kind, "", said) for said in dataset.notes if mark in said]
     samples = _Seen()
     kept = []

@@ -7,13 +7,12 @@ nothing is guessed in silence.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -28,6 +27,20 @@ from kanseg.data.images import (
     suffix_of,
 )
 from kanseg.data.labels import known_values, parse_labels_of, regions_of, unions
+from kanseg.data.tables import (
+    PARTS,
+    TEST,
+    TRAIN,
+    VAL,
+    alike,
+    columns_named,
+    folds_of,
+    group_columns,
+    group_in,
+    part_of,
+    read_rows,
+    told,
+)
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
@@ -95,15 +108,17 @@ class Dataset:
         return self.cases
 
 
-FOLDS_ASIDE = (
-    "the folds of the list are left aside, for not every labelled case has a whole number, or all have the same; "
-    "splits are made by patient"
-)
 FULL, MOST_EDGE_VALUES = 255, 16  # of a mask; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
+COLUMNS = ("image", "label", "id", "fold", "split")  # of a list
+CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients
+LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
 LISTS = (".csv", ".json")  # suffixes of a data set that is a file
 UNUSED = "labels have no image and are not used"
 PATIENTS_IN_PART = "for it lacks"  # in a note on a table of patients that does not say all
+PATIENTS_ALIKE = "may be one patient each"  # in a note on names
+PATIENTS_TESTED = "have images to train on and test images"
+Data = TypeVar("Data", bound=Dataset)
 Problem = Callable[..., None]  # of kind, case and message of what is wrong, and files that belong to it
 
 
@@ -123,7 +138,11 @@ def read_dataset(
     Raises:
         UserError: nothing recognised, images without labels, values outside the declared set, no cases.
     """
-    dataset = list_dataset(path, id_pattern=id_pattern)
+    return with_values(list_dataset(path, id_pattern=id_pattern), regions)
+
+
+def with_values(dataset: Dataset, regions: Mapping[str, Sequence[int]] | None = None) -> Dataset:
+    """A data set that was listed, after a look into every label; see `read_dataset`."""
     declared = set(known_values(dataset))
     if regions:
         dataset = replace(dataset, **regions_of({"background": 0, **regions}, None, "regions"))
@@ -159,6 +178,9 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
         raise UserError(f"{path} holds no labelled images. Expected: {LAYOUTS}.")
     if path.is_dir() and id_pattern is None and all(case.group == case.id for case in dataset.cases):
         dataset = _with_patients(dataset, path / "cases.csv", problem)
+    elif (path / "cases.csv").is_file():
+        other = "--id-pattern says" if id_pattern is not None else "dataset.json says"
+        dataset = noted(dataset, f"cases.csv is not used, for {other} whose images they are")
     for name in repeated(case.id for case in dataset.cases):
         problem(
             "same name",
@@ -167,7 +189,23 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
         )
     if id_pattern is not None:
         dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
+    dataset = noted(dataset, *patient_notes(dataset.cases, dataset.test_cases))
     return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
+
+
+def patient_notes(cases: Sequence[Case], tests: Sequence[Case]) -> list[str]:
+    """What is odd about the patients of a data set: names that are nearly the same, and patients in the test."""
+    notes = []
+    if pairs := alike(case.group for case in cases):
+        shown = few([" and ".join(f"'{name}'" for name in names) for names in pairs])
+        notes.append(
+            f"{shown} {PATIENTS_ALIKE}: their names differ by capitals, blanks, signs or zeros alone. Write them alike "
+            "if so; they are not kept together"
+        )
+    known = {case.group for case in (*cases, *tests) if case.group != case.id}
+    if both := sorted(known & {case.group for case in cases} & {case.group for case in tests}):
+        notes.append(f"patients who {PATIENTS_TESTED}: {few(both, 3)}")
+    return notes
 
 
 def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
@@ -355,22 +393,22 @@ def _read_described(root: Path, described: Any, problem: Problem) -> Dataset:
         or not described["labels"]
     ):
         raise UserError(f'{file} lacks \'labels\', e.g. {{"0": "background", "1": "organ"}}.')
-    labels, notes = parse_labels_of(described, file), []
+    labels = parse_labels_of(described, file)
     groups = _subjects(file, described.get("subjects") or {})
     channels = _channel_names(file, described)
+    splits: Sequence[Mapping[str, Sequence[str]]] = ()
     if "training" in described:
-        cases, tests = (
-            [_listed(root, entry, groups) for entry in _entries(file, described, key)]
-            for key in ("training", "test")
-        )
+        cases, tests, splits, notes = _of_lists(root, _lists(file, described), groups)
+        notes += _unread(described)
         layout = "Medical Segmentation Decathlon (dataset.json with a list of files)"
     else:
         cases = _cases(_numbered(image_files(_folder(root, "imagesTr")), problem), problem=problem)
         _require_channels(cases, channels, problem)
-        cases, unused = _paired(cases, image_files(_folder(root, "labelsTr")), groups, problem)
+        cases, notes = _paired(cases, image_files(_folder(root, "labelsTr")), groups, problem)
         tests = _test_cases(root)
-        notes += unused
         layout = "nnU-Net raw (dataset.json, imagesTr with _0000 names, labelsTr)"
+    tests, unused = _with_test_labels(root, tests, groups)
+    notes += unused
     if isinstance(described.get("numTraining"), int) and described["numTraining"] != len(cases):
         notes.append(
             f"dataset.json says numTraining {described['numTraining']}; {len(cases)} cases are there"
@@ -379,8 +417,10 @@ def _read_described(root: Path, described: Any, problem: Problem) -> Dataset:
         present = {groups[case.id] for case in cases if case.id in groups}
         notes.append(f"{len(present)} subjects from dataset.json keep their images together")
     name = str(described.get("name", root.name))
-    splits = _described_splits(file, described.get("splits") or [], {case.id for case in cases})
-    return replace(_dataset(name, root, layout, cases, tests, channels, notes), splits=splits, **labels)
+    own = _described_splits(file, described.get("splits") or [], {case.id for case in cases})
+    return replace(
+        _dataset(name, root, layout, cases, tests, channels, notes), splits=own or tuple(splits), **labels
+    )
 
 
 def _described_splits(file: Path, content: Any, cases: set[str]) -> tuple[dict[str, list[str]], ...]:
@@ -427,6 +467,21 @@ def _test_cases(root: Path) -> list[Case]:
     return [*_cases(image_files(folder)), *_series_cases(folder)]
 
 
+def _with_test_labels(
+    root: Path, tests: Sequence[Case], groups: Mapping[str, str]
+) -> tuple[list[Case], list[str]]:
+    """Test images with their labels in labelsTs, where they are, and a note on labels that belong to none."""
+    folder = root / "labelsTs"
+    files = {stem_of(p): p for p in (*image_files(folder), *_dcm_in(folder))} if folder.is_dir() else {}
+    found = {case.id: (_label_names(case.id, files) or [""])[0] for case in tests}
+    tests = [
+        replace(case, label=case.label or files.get(found[case.id]), group=groups.get(case.id, case.group))
+        for case in tests
+    ]
+    unused = sorted(set(files) - {*found.values(), *(stem_of(c.label) for c in tests if c.label)})
+    return tests, [f"{len(unused)} test {UNUSED}: {', '.join(unused[:3])}"] if unused else []
+
+
 def _channel_names(file: Path, described: dict[str, Any]) -> tuple[str, ...] | None:
     """From nnU-Net's `channel_names` or the Decathlon's `modality`, {"0": "MRI"}; None where it is not said."""
     names = described.get("channel_names") or described.get("modality")
@@ -449,11 +504,20 @@ def _subjects(file: Path, subjects: Any) -> dict[str, str]:
         )
     groups: dict[str, str] = {}
     for key, value in subjects.items():
-        if isinstance(value, list):
-            groups.update({stem_of(Path(str(case))): str(key) for case in value})
-        else:
-            groups[stem_of(Path(str(key)))] = str(value)
-    return groups
+        pairs = (
+            [(str(case), str(key)) for case in value] if isinstance(value, list) else [(str(key), str(value))]
+        )
+        for case, subject in pairs:
+            _require_one_patient(file, case, {groups.get(case, subject), subject}, _refuse)
+            groups[case] = subject
+    # files may stand for cases
+    return {stem_of(Path(case)): subject for case, subject in groups.items()} | groups
+
+
+def _require_one_patient(source: Path, case: str, patients: Collection[str], problem: Problem) -> None:
+    if len(patients) > 1:
+        who = " and ".join(f"'{patient}'" for patient in sorted(patients))
+        problem("patients", case, f"{source} gives the case '{case}' several patients, {who}. Leave one.")
 
 
 def _listed(root: Path, entry: Any, groups: dict[str, str]) -> Case:
@@ -471,7 +535,7 @@ def _listed(root: Path, entry: Any, groups: dict[str, str]) -> Case:
         )
     paths = tuple(_inside(root, image) for image in images)
     stem = CHANNEL.sub(r"\1", stem_of(paths[0])) if len(paths) > 1 else stem_of(paths[0])
-    name = str(entry.get("id") or stem)
+    name = str(entry["id"]) if told(entry.get("id")) else stem
     group = group_in(entry, group_columns(entry)) or groups.get(name, name)
     return Case(name, paths, _inside(root, label) if label else None, str(group))
 
@@ -490,23 +554,29 @@ def _paired(
     cases: Sequence[Case], labels: Sequence[Path], groups: dict[str, str], problem: Problem
 ) -> tuple[list[Case], list[str]]:
     """Images with the labels of the same name (or name + _mask), and a note on labels that belong to none."""
-    files = {stem_of(p): p for p in labels}
-    of_case = {case.id: _label_names(case.id, files) for case in cases}
+    files: dict[str, list[Path]] = {}
+    for path in labels:
+        files.setdefault(stem_of(path), []).append(path)
+    ids = {case.id for case in cases}
+    of_case = {  # a_mask belongs to a, unless there is an image a_mask
+        name: [n for n in _label_names(name, files) if n == name or n not in ids] for name in ids
+    }
     unused = set(files) - {names[0] for names in of_case.values() if names}
     paired = []
     for case in cases:
         numbered = re.compile(re.escape(case.id) + r"(_mask|_label|_seg)?_\d+")
         names = [*of_case[case.id], *(name for name in sorted(unused) if numbered.fullmatch(name))]
-        if len(names) > 1:
+        masks = [path for name in names for path in files[name]]
+        if len(masks) > 1:
             problem(
                 "several masks",
                 case.id,
-                f"{case.images[0]} has {len(names)} masks ({', '.join(files[n].name for n in names)}); one label map "
-                "an image is expected. Merge them into one file.",
-                [files[name] for name in names],
+                f"{case.images[0]} has {len(masks)} masks ({', '.join(p.name for p in masks)}); one label map an image "
+                "is expected. Merge them into one file.",
+                masks,
             )
         unused -= set(names)
-        label = files[names[0]] if names else None
+        label = masks[0] if masks else None
         paired.append(replace(case, label=label, group=groups.get(case.id, case.group)))
     without = [case for case in paired if case.label is None]
     for case in without:
@@ -541,7 +611,8 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     _require_channels(cases, None, problem)
     cases, unused = _paired(cases, masks, {}, problem)
     layout = f"folders {images.name}/ and {labels.name}/"
-    return _dataset(root.name, root, layout, cases, _test_cases(root), None, unused)
+    tests, others = _with_test_labels(root, _test_cases(root), {})
+    return _dataset(root.name, root, layout, cases, tests, None, [*unused, *others])
 
 
 def _read_one_folder(root: Path, problem: Problem) -> Dataset:
@@ -562,9 +633,12 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
     """
     cases = []
     for folder in _folders_in(root):
-        files = {stem_of(file): file for file in image_files(folder)}
-        images = [file for stem, file in files.items() if CASE_IMAGE.fullmatch(stem)]
-        labels = [file for stem, file in files.items() if CASE_LABEL.fullmatch(stem)]
+        files = image_files(folder)
+        images = [file for file in files if CASE_IMAGE.fullmatch(stem_of(file))]
+        labels = [file for file in files if CASE_LABEL.fullmatch(stem_of(file))]
+        for name in repeated(map(stem_of, images)):
+            why = f"{folder} has several files called '{name}'; which is the image? Take the others away."
+            problem("same name", folder.name, why)
         if not images:
             series = _series_of(folder)
             images = [path for path in series if len(series) == 1 or CASE_IMAGE.fullmatch(path.name)]
@@ -596,41 +670,27 @@ def _named(cases: Sequence[Case]) -> list[Case]:
     return [replace(case, id=name, group=name) for case, name in zip(cases, names, strict=True)]
 
 
-def group_columns(columns: Iterable[Any], *more: str) -> list[str]:
-    """The columns of a table that say whose image it is: group, patient, Patient_ID, subject, ... or one of `more`.
-
-    A column Group may well be that of a study; only one that is called just group, kanseg's own word, is taken.
-    """
-    columns = list(columns)
-    own = ["group"] if "group" in columns else []
-    return own + _columns(columns, "patient", "patientid", "subject", "subjectid", *more)
-
-
-def group_in(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """What the first of the columns that says something says."""
-    return next((str(row[column]) for column in columns if row.get(column)), "")
-
-
-def _columns(columns: Iterable[Any], *names: str) -> list[str]:
-    """The columns of those names, whatever their capitals, blanks and signs."""
-    plain = {re.sub(r"[^a-z]", "", str(column).lower()): str(column) for column in columns}
-    return [plain[name] for name in names if name in plain]
-
-
 def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
     """With the patients that a table beside the images names; what it does not say, or cannot, is told."""
     rows = read_rows(table) if table.is_file() else []
     if not rows:
         return dataset
-    columns, keys = group_columns(rows[0]), _columns(rows[0], "id", "case", "image", "name", "file")
+    columns, keys = group_columns(rows[0]), columns_named(rows[0], *CASE_COLUMNS)
+    if unread := columns_named(rows[0], "fold", "split"):
+        where = "they count in a list, a .csv with the columns image and label"
+        dataset = noted(dataset, f"the columns {' and '.join(unread)} of {table.name} are not read; {where}")
     if not columns or not keys:
         lacking = "of patients (patient, subject or group)" if keys else "of cases (id, case or image)"
-        return _noted(dataset, f"{table.name} is not used, {PATIENTS_IN_PART} a column {lacking}")
+        return noted(dataset, f"{table.name} is not used, {PATIENTS_IN_PART} a column {lacking}")
     key, column = keys[0], columns[0]
-    found = {stem_of(Path(row[key])): group_in(row, columns) for row in rows if row[key]}
-    groups = {name: group for name, group in found.items() if group}
+    patients: dict[str, set[str]] = {}
+    for row in (row for row in rows if row[key]):
+        patients.setdefault(stem_of(Path(row[key])), set()).update({group_in(row, columns)} - {""})
+    for name, found in patients.items():
+        _require_one_patient(table, name, found, problem)
+    groups = {name: min(found) for name, found in patients.items() if found}
     if not groups:
-        return _noted(
+        return noted(
             dataset, f"{table.name} is not used, {PATIENTS_IN_PART} a patient in its column '{column}'"
         )
     known = [case.id for case in dataset.cases if case.id in groups]
@@ -643,94 +703,90 @@ def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
             "both the same names (spreadsheets like to remove leading zeros), or give --id-pattern.",
         )
     cases = tuple(replace(case, group=groups.get(case.id, case.id)) for case in dataset.cases)
-    patients = len({groups[name] for name in known})
-    text = f"column '{column}' of {table.name} keeps the images of {patients} patients together"
+    count = len({groups[name] for name in known})
+    text = f"column '{column}' of {table.name} keeps the images of {count} patients together"
     if others:
         text += (
             f", but not all, {PATIENTS_IN_PART} {len(others)} cases, each a patient then: {few(others, 3)}"
         )
-    return _noted(replace(dataset, cases=cases), text)
+    return noted(replace(dataset, cases=cases), text)
 
 
-def _noted(dataset: Dataset, note: str) -> Dataset:
-    return replace(dataset, notes=(*dataset.notes, note))
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table with a header, parted by commas, semicolons or tabs."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            heading = file.readline()
-            file.seek(0)
-            rows = csv.DictReader(file, delimiter=max("\t;,", key=heading.count))
-            return [{(key or "").strip(): _cell(value) for key, value in row.items()} for row in rows]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV ({error}).") from error
-
-
-def _cell(value: Any) -> str:
-    """A cell without blanks around it; of a row that is too short "", of one that is too long what is over, joined."""
-    return ",".join(map(str, value)).strip() if isinstance(value, list) else (value or "").strip()
+def noted(dataset: Data, *notes: str) -> Data:
+    """The data set with further notes."""
+    return replace(dataset, notes=(*dataset.notes, *notes))
 
 
 def _read_csv(path: Path) -> Dataset:
     rows = read_rows(path)
-    if not rows or not {"image", "label"} <= set(rows[0]):
-        found = ", ".join(rows[0]) if rows else "an empty file"
+    columns = {plain[0]: name for name in COLUMNS if (plain := columns_named(rows[0] if rows else (), name))}
+    if not {"image", "label"} <= set(columns.values()):
+        found = ", ".join(rows[0]) if rows else "no row"
         raise UserError(
-            f"{path} needs the columns image and label (also image_2, ..., group, id), found: {found}."
+            f"{path} needs the columns image and label (also image_2, ..., group, id, fold, split), found: {found}."
         )
-    further = [column for column in rows[0] if column.startswith("image_")]
+    further = [c for c in rows[0] if c.lower().startswith("image_") and not columns_named([c], "imageid")]
     numbers = {column: int(column[6:]) for column in further if column[6:].isdecimal()}
     named = [column for column in further if column not in numbers]
-    columns = ["image", *sorted(numbers, key=lambda column: numbers[column]), *named]
-    entries = [{**row, "image": [row[c] for c in columns if row.get(c)]} for row in rows]
-    return _listed_dataset(path, "CSV (columns image, label)", entries, [])
+    channels = ["image", *sorted(numbers, key=lambda column: numbers[column]), *named]
+    lists: dict[str, list[Any]] = {TRAIN: [], VAL: [], TEST: []}
+    for row in ({columns.get(column, column): cell for column, cell in row.items()} for row in rows):
+        entry = {**row, "image": [row[channel] for channel in channels if row.get(channel)]}
+        lists[part_of(row.get("split"), path)].append(entry)
+    return _listed_dataset(path, "CSV (columns image, label)", lists, [])
 
 
 def _read_datalist(path: Path, content: Any) -> Dataset:
     if not isinstance(content, dict) or "training" not in content:
         raise UserError(f"{path} is no datalist: it has no 'training' list. Expected: {LAYOUTS}.")
-    held_out = _entries(path, content, "test") or _entries(path, content, "testing")
-    training, validation = (_entries(path, content, name) for name in ("training", "validation"))
-    dataset = _listed_dataset(path, "MONAI datalist (JSON)", [*training, *validation], held_out)
-    if dataset.splits or not validation:
-        return dataset
-    val = {_listed(path.parent, entry, {}).id for entry in validation}
-    fold = _fold([case.id for case in dataset.cases], val)
-    note = f"one fold, which validates on the {len(fold['val'])} cases of the list 'validation'"
-    return replace(dataset, splits=(fold,), notes=(*dataset.notes, note)) if all(fold.values()) else dataset
+    return _listed_dataset(path, "MONAI datalist (JSON)", _lists(path, content), _unread(content))
 
 
-def _listed_dataset(path: Path, layout: str, entries: Sequence[Any], held_out: Sequence[Any]) -> Dataset:
-    cases = [_listed(path.parent, entry, {}) for entry in entries]
-    tests = [*(_listed(path.parent, e, {}) for e in held_out), *(c for c in cases if c.label is None)]
-    told = [entry.get("fold") if isinstance(entry, Mapping) else None for entry in entries]
-    fold_of = {case.id: _whole(number) for case, number in zip(cases, told, strict=True) if case.label}
-    numbers = sorted({number for number in fold_of.values() if number is not None})
-    splits, notes = [], []
-    if len(numbers) > 1 and None not in fold_of.values():
-        splits = [
-            _fold(list(fold_of), {c for c, own in fold_of.items() if own == number}) for number in numbers
-        ]
-        notes = [f"{len(splits)} folds, those of the list"]
-    elif any(number not in (None, "") for number in told):
-        notes = [FOLDS_ASIDE]
-    dataset = _dataset(path.stem, path.parent, layout, [c for c in cases if c.label], tests, None, notes)
-    return replace(dataset, splits=tuple(splits))
+def _lists(file: Path, content: dict[str, Any]) -> dict[str, list[Any]]:
+    """The entries of a datalist by part."""
+    lists: dict[str, list[Any]] = {TRAIN: [], VAL: [], TEST: []}
+    for key in LISTED:
+        lists[PARTS[key]] += _entries(file, content, key)
+    return lists
 
 
-def _fold(cases: Sequence[str], held_out: Collection[str]) -> dict[str, list[str]]:
-    return {"train": [c for c in cases if c not in held_out], "val": [c for c in cases if c in held_out]}
+def _unread(content: dict[str, Any]) -> list[str]:
+    """A note on lists of images that have other names than those that are read."""
+    images = [
+        key
+        for key, some in content.items()
+        if key not in LISTED
+        and isinstance(some, list)
+        and any(isinstance(e, dict) and "image" in e for e in some)
+    ]
+    return [f"the lists {', '.join(images)} are not read; known are {', '.join(LISTED)}"] if images else []
 
 
-def _whole(value: Any) -> int | None:
-    """A number of a fold; None for what is none."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return int(number) if number.is_integer() else None
+def _of_lists(
+    root: Path, lists: Mapping[str, Sequence[Any]], groups: dict[str, str]
+) -> tuple[list[Case], list[Case], Sequence[Mapping[str, Sequence[str]]], list[str]]:
+    """Cases, test cases and folds of lists by part, and what is to be said of the folds."""
+    training, validation, tests = (
+        [_listed(root, entry, groups) for entry in lists[part]] for part in (TRAIN, VAL, TEST)
+    )
+    cases, entries = [*training, *validation], [*lists[TRAIN], *lists[VAL]]
+    numbers = [entry.get("fold") if isinstance(entry, dict) else None for entry in entries]
+    fold_of = {case.id: number for case, number in zip(cases, numbers, strict=True) if case.label}
+    folds, notes = folds_of(fold_of, {case.id for case in validation if case.label})
+    return cases, tests, folds, notes
+
+
+def _listed_dataset(
+    path: Path, layout: str, lists: Mapping[str, Sequence[Any]], notes: Sequence[str]
+) -> Dataset:
+    cases, tests, folds, said = _of_lists(path.parent, lists, {})
+    without = [case for case in cases if case.label is None]
+    if without:
+        shown = few([case.id for case in without], 3)
+        said = [*said, f"{len(without)} images of the list have no label and are not trained on: {shown}"]
+    labelled = [case for case in cases if case.label]
+    dataset = _dataset(path.stem, path.parent, layout, labelled, [*tests, *without], None, [*notes, *said])
+    return replace(dataset, splits=tuple(folds))
 
 
 def _dataset(
@@ -782,11 +838,11 @@ def by_pattern(case: Case, pattern: str) -> Case:
     """The case with its group taken from its id."""
     try:
         match = re.search(pattern, case.id)
-        group = match[1] if match else None
+        group = match[1] if match else ""
     except (re.error, IndexError) as error:
         raise UserError(f"id pattern '{pattern}' needs one group, e.g. '(.+)_left' ({error}).") from error
-    if group is None:
-        raise UserError(f"id pattern '{pattern}' does not match the case '{case.id}'.")
+    if not group:
+        raise UserError(f"id pattern '{pattern}' finds no patient in the case '{case.id}'.")
     return replace(case, group=group)
 
 

@@ -8,6 +8,7 @@ and 3D. Nothing is unpickled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,27 +20,44 @@ import numpy as np
 from kanseg.data.class_arrays import Found, find_arrays
 from kanseg.data.digests import file_digest
 from kanseg.data.formats import (
+    CASE_IMAGE,
+    CASE_LABEL,
     COLOURS,
+    IMAGE_ENDING,
+    LABEL_ENDING,
     LABEL_FOLDERS,
     Case,
     Dataset,
     by_pattern,
     few,
-    group_columns,
-    group_in,
     image_files,
-    read_rows,
+    noted,
+    patient_notes,
     repeated,
 )
 from kanseg.data.images import SUFFIXES_2D, read_image, stem_of, suffix_of
-from kanseg.errors import UserError
+from kanseg.data.tables import (
+    PARTS,
+    TEST,
+    TRAIN,
+    VAL,
+    columns_named,
+    folds_of,
+    group_columns,
+    group_in,
+    part_of,
+    read_rows,
+)
+from kanseg.errors import UsageError, UserError
 
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that hold no class
 CLASSES = "classes"
-CLASS_COLUMNS = ("class", "dx", "diagnosis", "target", CLASSES)
-IMAGE_COLUMNS, LABEL = ("image", "image_id"), "label"
+# Headings of tables, whatever their capitals, blanks and signs.
+IMAGE_COLUMNS = "image imageid imageindex imagename imagepath filename filepath file path".split()
+CLASS_COLUMNS = ("class", "dx", "diagnosis", "target", "label")
+SEVERAL_COLUMNS = (CLASSES, "labels", "findinglabels")
 SEPARATOR = "|"  # between the classes of one image
+SEPARATORS = re.compile(r"[|;]")  # that tables of others have
 HAM10000 = {
     "akiec": "actinic keratosis",
     "bcc": "basal cell carcinoma",
@@ -92,6 +110,14 @@ def is_classes(path: Path | str) -> bool:
     return _recognised(Path(path)) is not None
 
 
+def require_label_maps(path: Path | str) -> None:
+    """Raise `UsageError` for images with classes, where label maps are needed."""
+    if is_classes(path):
+        raise UsageError(
+            f"{path} has a class for each image, no label maps; `kanseg doctor`, `run`, `plan` and `train` are for it."
+        )
+
+
 def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageClasses:
     """Recognise the layout and list the images; arrays are read now, images in files when they are asked for.
 
@@ -110,9 +136,12 @@ def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageCla
     if len(dataset.label_names) < 2 and not dataset.multilabel:
         raise UserError(f"{path} has one class, {dataset.label_names}; there is nothing to tell apart.")
     if id_pattern is not None:
-        both = (dataset.cases, dataset.test_cases)
-        cases, tests = (tuple(by_pattern(case, id_pattern) for case in part) for part in both)
+        cases, tests = (
+            tuple(by_pattern(case, id_pattern) for case in part)
+            for part in (dataset.cases, dataset.test_cases)
+        )
         dataset = replace(dataset, cases=cases, test_cases=tests)
+    dataset = noted(dataset, *patient_notes(dataset.cases, dataset.test_cases))
     return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
 
 
@@ -137,13 +166,15 @@ def _class_folders(path: Path) -> list[Path]:
 def _part_folders(path: Path) -> dict[str, Path]:
     """train/ and the like with class folders below, by part."""
     found = {PARTS[p.name.lower()]: p for p in sorted(path.glob("*")) if p.name.lower() in PARTS}
-    return found if "train" in found and len(_class_folders(found["train"])) > 1 else {}
+    folders = _class_folders(found["train"]) if "train" in found else []
+    return found if len(folders) > 1 and not _segmented(folders) else {}
 
 
 def _picture_folders(path: Path) -> dict[str, Path]:
     """Class folders without train/ above: of pictures alone, as folders of volumes are rather those of patients."""
-    files = [file for folder in _class_folders(path) for file in image_files(folder)[:1]]
-    return {"train": path} if len(files) > 1 and all(suffix_of(f) in SUFFIXES_2D for f in files) else {}
+    folders = _class_folders(path)
+    pictures = [suffix_of(image_files(folder)[0]) in SUFFIXES_2D for folder in folders]
+    return {"train": path} if len(folders) > 1 and all(pictures) and not _segmented(folders) else {}
 
 
 def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
@@ -154,7 +185,19 @@ def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
             f"{parts['val']} has no class folders. Sort its images into the folders {', '.join(names[:3])}, ... as in "
             f"{parts['train']}, or take it away."
         )
-    return make(path, "a folder a class", names, cases)
+    notes = [said for folder in parts.values() for said in _passed_over(folder)]
+    return make(path, "a folder a class", names, cases, notes)
+
+
+def _passed_over(folder: Path) -> list[str]:
+    """Notes on what lies beside the class folders and is not read."""
+    classes = {found.name for found in _class_folders(folder)}
+    others = sorted({p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."} - classes)
+    loose, where = len(image_files(folder)), folder.name
+    notes = [f"folders of {where} that hold no images themselves are no classes: {few(others, 3)}"] * bool(
+        others
+    )
+    return notes + [f"{loose} images of {where} lie in no folder of a class and are not used"] * bool(loose)
 
 
 def _folder_cases(folder: Path, names: Sequence[str]) -> Iterable[Case]:
@@ -203,39 +246,58 @@ def _table(path: Path) -> Path | None:
     for file in files:
         if file.is_file() and (file.suffix.lower() == ".csv" or file.name.startswith("HAM10000_metadata")):
             rows = read_rows(file)
-            if rows and _column(rows[0], IMAGE_COLUMNS) and _class_column(rows, file.parent):
-                return file
+            if rows and columns_named(rows[0], *IMAGE_COLUMNS) and _class_column(rows, file.parent):
+                patients = file == path / "cases.csv" and _segmented([path, *path.rglob("*")])
+                return None if patients else file
     return None
 
 
 def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
-    """The column of the classes; a column label has them where it names no files, and fewer things than images."""
-    if LABEL not in rows[0]:
-        return _column(rows[0], CLASS_COLUMNS)
-    found = {row[LABEL] for row in rows}
-    named = any(set("/\\.") & set(name) or (root / name).exists() for name in found)
-    return None if named or "" in found or len(found) == len(rows) else LABEL
+    """The column of the class, or of the classes; none where a column label names the label maps of the images."""
+    found = columns_named(rows[0], *CLASS_COLUMNS, *SEVERAL_COLUMNS)
+    for column in columns_named(found, "label"):
+        cells = {row[column] for row in rows}
+        if any(suffix_of(Path(cell)) or (cell and (root / cell).exists()) for cell in cells):
+            return None
+        if len(cells) == len(rows):  # no classes, rather folders with a series each
+            found.remove(column)
+    return found[0] if found else None
 
 
-def _column(row: Mapping[str, str], names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in row), None)
+def _segmented(folders: Iterable[Path]) -> bool:
+    """Whether images lie beside their label maps in a folder, by the names there."""
+    for folder in (folder for folder in folders if folder.is_dir()):
+        stems = {IMAGE_ENDING.sub("", stem_of(file)) for file in image_files(folder)}
+        pairs = any(LABEL_ENDING.search(stem) and LABEL_ENDING.sub("", stem) in stems for stem in stems)
+        whole = any(map(CASE_IMAGE.fullmatch, stems)) and any(map(CASE_LABEL.fullmatch, stems))
+        if pairs or whole or (folder / "dataset.json").exists():
+            return True
+    return False
 
 
 def _read_table(path: Path, table: Path) -> ImageClasses:
     rows = read_rows(table)
-    key, kind = _column(rows[0], IMAGE_COLUMNS) or "", _class_column(rows, table.parent) or ""
+    key, kind = columns_named(rows[0], *IMAGE_COLUMNS)[0], _class_column(rows, table.parent) or ""
+    id_, split, fold = ((columns_named(rows[0], name) or [""])[0] for name in ("id", "split", "fold"))
     groups, root = group_columns(rows[0], "lesionid"), table.parent
     files: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
         if suffix_of(file) not in ("", ".dcm"):
             files.setdefault(stem_of(file), []).append(file)
-    shown = HAM10000 if kind == "dx" else {}
-    several = kind == CLASSES
+    shown = HAM10000 if columns_named([kind], "dx") else {}
+    several = bool(columns_named([kind], *SEVERAL_COLUMNS))
     of_row = [split_classes(row[kind]) if several else [row[kind]] for row in rows]
     if empty := [row[key] for row, found in zip(rows, of_row, strict=True) if not several and not found[0]]:
         raise UserError(f"{table} names no class for {few(empty, 3)}. Fill it in, or take the row out.")
     classes = sorted(set().union(*of_row))
-    cases: dict[str, list[Case]] = {"train": []}
+    _require_single(classes, several, kind, table)
+    if twice := repeated(row[key] for row in rows):
+        raise UserError(
+            f"{table} has several rows for the image '{twice[0]}'. Give it one; several classes of an image stand in a "
+            f"column {CLASSES}, with {SEPARATOR} between them."
+        )
+    fold_of: dict[str, str] = {}
+    cases: dict[str, list[Case]] = {TRAIN: []}
     for row, found in zip(rows, of_row, strict=True):
         exact = root / row[key]
         fitting = [exact] if exact.is_file() else files.get(stem_of(exact), [])
@@ -250,26 +312,42 @@ def _read_table(path: Path, table: Path) -> ImageClasses:
                 f"{table} names the image '{row[key]}', and {root} has {names}. Name it by its path there."
             )
         file = fitting[0]
-        part = PARTS.get(str(row.get("split") or "train").lower())
-        if part is None:
-            raise UserError(f"{table}: split '{row['split']}' is none of train, val, test.")
-        name = row.get("id") or stem_of(file)
+        part = part_of(row.get(split), table)
+        name = row.get(id_) or stem_of(file)
         patient = group_in(row, groups) or name
         values = tuple(sorted(classes.index(one) for one in found))
         cases.setdefault(part, []).append(Case(name, (file,), None, patient, values))
+        if part != TEST:
+            fold_of[name] = row.get(fold, "")
     layout = "HAM10000" if shown else "a table of images and classes"
     notes = [f"column '{groups[0]}' keeps the images of one {groups[0]} together"] if groups else []
-    dataset = make(path, layout, [shown.get(name, name) for name in classes], cases, notes)
-    return replace(dataset, multilabel=several)
+    folds, said = folds_of(fold_of, {case.id for case in cases.get(VAL, ())})
+    dataset = make(path, layout, [shown.get(name, name) for name in classes], cases, [*notes, *said])
+    return replace(dataset, multilabel=several, splits=folds)
+
+
+def _require_single(classes: Sequence[str], several: bool, column: str, table: Path) -> None:
+    """Raise `UserError` where a class is rather several, with a sign between them."""
+    for name in classes:
+        if not several and SEPARATORS.search(name):
+            raise UserError(
+                f"{table} has '{name}' in its column {column}, which holds one class an image. Call the column "
+                f"{CLASSES} where an image may have several."
+            )
+        if several and "," in name and {part.strip() for part in name.split(",")} & set(classes):
+            raise UserError(
+                f"{table} has '{name}' in its column {column}; put {SEPARATOR} between the classes of an image, not a "
+                "comma."
+            )
 
 
 def split_classes(text: str) -> list[str]:
-    """The classes of an image that a table names, with `SEPARATOR` between them.
+    """The classes of an image that a table names, each once.
 
-    >>> split_classes("edema|mass"), split_classes("")
-    (['edema', 'mass'], [])
+    >>> split_classes("edema|mass"), split_classes("mass; edema; mass"), split_classes("")
+    (['edema', 'mass'], ['mass', 'edema'], [])
     """
-    return [name for part in (text or "").split(SEPARATOR) if (name := part.strip())]
+    return list(dict.fromkeys(name for part in SEPARATORS.split(text) if (name := part.strip())))
 
 
 def _read_arrays(path: Path, found: Found) -> ImageClasses:

@@ -41,6 +41,7 @@ SEGMENTATIONS = (b"1.2.840.10008.5.1.4.1.1.66.4", b"1.2.840.10008.5.1.4.1.1.66.7
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 TIFF_REMARK = 270  # the tag ImageDescription
+TIFF_EXTRA, UNSPECIFIED = 338, 0  # the tag ExtraSamples, and its value for what is not opacity
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
 
 
@@ -372,10 +373,15 @@ def _read_itk(path: Path, image: sitk.Image) -> Image:
 
 
 def _read_picture(path: Path) -> Image:
-    """Grey is one channel, colour three; opacity is no channel."""
+    """Grey is one channel, colour three; opacity is no channel, and what else a TIFF may hold is refused."""
     with Picture.open(path) as picture:
         if getattr(picture, "n_frames", 1) > 1:
             raise UserError(f"{path} has {picture.n_frames} frames; one picture a file is expected.")
+        if UNSPECIFIED in getattr(picture, "tag_v2", {}).get(TIFF_EXTRA, ()):
+            raise UserError(
+                f"{path} has channels that are neither grey, colour nor opacity. Save each channel as a file of its "
+                f"own, {stem_of(path)}_0000.tif, ..."
+            )
         one_mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L"}.get(
             picture.mode
         )

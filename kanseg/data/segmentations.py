@@ -48,7 +48,7 @@ def with_segments(dataset: Dataset) -> Dataset:
     spelt: dict[str, str] = {}
     for case in dataset.cases:
         path = label_path(case)
-        for name in _segments(_opened(path)):
+        for name in _segments(_opened(path, header=True)):
             if _key(name) in ("", BACKGROUND, IGNORE):
                 raise UserError(
                     f"{path} has a segment called '{name}', which names no class. Give it another name."
@@ -107,7 +107,8 @@ def require_highdicom(path: Path | str) -> Any:
     return highdicom
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path, *, header: bool = False) -> Any:
+    """The file; with `header` its voxels stay on the disk until they are asked for."""
     highdicom = require_highdicom(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
@@ -116,7 +117,7 @@ def _opened(path: Path) -> Any:
             f"{path} is no DICOM-SEG. Export the label as one (not as RTSTRUCT or image), or as NIfTI."
         )
     try:
-        return highdicom.seg.segread(path)
+        return highdicom.seg.segread(path, lazy_frame_retrieval=header)
     except Exception as error:  # of highdicom and pydicom, without a common class
         raise UserError(f"{path} cannot be read as DICOM-SEG ({error}). Export it again.") from error
 

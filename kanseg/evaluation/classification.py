@@ -15,8 +15,8 @@ import torch
 from monai.metrics import compute_roc_auc
 from scipy.special import entr
 
-from kanseg.data.formats import read_rows
 from kanseg.data.image_classes import CLASSES, SEPARATOR
+from kanseg.data.tables import read_rows
 from kanseg.errors import UserError
 from kanseg.training.files import write_bytes
 from kanseg.training.validate import bootstrap_interval

@@ -82,10 +82,10 @@ def convert(
 ) -> None:
     """Write a data set in the layout of the Decathlon or of nnU-Net; or make a model of published weights.
 
-    Patients go along as `subjects`; labels that are DICOM-SEG are joined by the names of their segments. Published
-    weights of torch-conv-kan (a file, or the folder with its model.safetensors) are VGG KAGN 11 v2 and v4, VGG
-    KAGN-BN 11 v4 and the same with attention (vgg_kagn_bn11sa_v4); the encoder then starts a segmenter: kanseg train
-    RUN model.options.encoder=vggkan11v4 ...
+    Patients go along as `subjects`, test images with their labels; labels that are DICOM-SEG are joined by the names of
+    their segments. Published weights of torch-conv-kan (a file, or the folder with its model.safetensors) are VGG
+    KAGN 11 v2 and v4, VGG KAGN-BN 11 v4 and the same with attention (vgg_kagn_bn11sa_v4); the encoder then starts a
+    segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
 
     Example: kanseg convert scans/ -o nnUNet_raw/Dataset001_Scans --to nnunet
 
@@ -96,16 +96,18 @@ def convert(
         emit(_converted_weights(source, out, origin, architecture, talk), json_)
         return
     from kanseg.data.convert import convert as convert_to
-    from kanseg.data.formats import few, list_dataset, read_dataset
+    from kanseg.data.formats import few, list_dataset, with_values
+    from kanseg.data.image_classes import require_label_maps
     from kanseg.data.segmentations import are_segmentations, with_segments
 
+    require_label_maps(source)
     listed = list_dataset(source, id_pattern=id_pattern)
-    segmented = are_segmentations(listed.cases)
-    dataset = with_segments(listed) if segmented else read_dataset(source, id_pattern=id_pattern)
+    dataset = with_segments(listed) if are_segmentations(listed.cases) else with_values(listed)
     made = convert_to(dataset, out, to)
     for said in dataset.notes:
         talk.print(f"- {said}", highlight=False, soft_wrap=True)
-    counts = f"{made['training']} labelled and {made['test']} further images"
+    labelled = f" ({made['test_labels']} of them with labels)" if made["test_labels"] else ""
+    counts = f"{made['training']} labelled and {made['test']} further images{labelled}"
     classes = few(dataset.label_names[1:])
     talk.print(f"{counts} of {classes} -> {out}", highlight=False, soft_wrap=True)
     emit(made, json_)
