@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from kanseg.errors import UsageError
 from kanseg.layers.geometry import check_dims, lean, transformed
 from kanseg.layers.kernels import gpu
+from kanseg.layers.kernels.recipe import watched
 
 ActSpec = str | tuple[str, dict[str, Any]] | None
 
@@ -63,6 +64,8 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     """Whether `instance_norm_act` computes this norm."""
     if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or not 3 <= x.dim() <= 5:
+        return False
+    if watched(norm):
         return False
     return (x.dtype.itemsize >= 4 or x.device.type == "cuda" or gpu.serves(x)) and lean(x)
 
