@@ -381,3 +381,19 @@ def test_autocast_changes_digits_of_a_gradient_alone() -> None:
         grads = torch.autograd.grad(y, list(net.parameters()), torch.ones_like(y) * y.detach())
         gradients.append(torch.cat([g.flatten() for g in grads]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_lead_gradients_back_through_norms_of_torch(spatial_dims: int, family: str) -> None:
+    """Those of a single sample too: as of a group norm with one group a channel, which is the same function."""
+    x = torch.randn(1, 8, *SIZES[spatial_dims])
+    layer = conv_layer(family)(spatial_dims, 8, 16)
+    instance = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[spatial_dims](8)
+    gradients = []
+    for norm in (instance, nn.GroupNorm(8, 8, affine=False)):
+        inputs = x.clone().requires_grad_()
+        y = layer(F.silu(norm(inputs)))
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from kanseg.errors import ShapeError, UsageError
 from kanseg.layers.kernels import expanded_conv, gpu
 from kanseg.layers.kernels.expansion import Geometry
+from kanseg.layers.kernels.operators import transformed
 from kanseg.layers.kernels.plain_conv import pointwise_product
 from kanseg.layers.kernels.recipe import Recipe, Written
 from kanseg.layers.kernels.rows import channels_last, is_channels_last
@@ -202,11 +203,6 @@ def lean(x: Tensor) -> bool:
     if x.device.type in ("cpu", "meta") or gpu.serves(x):
         return True
     return is_channels_last(x)
-
-
-def transformed() -> bool:
-    """Whether a transformation of `torch.func` is at work, which takes plain steps of torch alone."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:

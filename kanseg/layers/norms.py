@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kanseg.errors import UsageError
-from kanseg.layers.geometry import check_dims, lean, transformed
+from kanseg.layers.geometry import check_dims, lean
 from kanseg.layers.kernels import gpu
 from kanseg.layers.kernels.recipe import watched
+from kanseg.layers.kernels.rows import with_contiguous_gradient
 
 ActSpec = str | tuple[str, dict[str, Any]] | None
 
@@ -44,21 +45,13 @@ def norm_layer(norm: str | Sequence, spatial_dims: int, channels: int) -> nn.Mod
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x), also where torch refuses an instance norm: a map of one voxel, which becomes its bias, or of none.
-
-    torch 2.14 misreads the gradient of an instance norm of a single sample on a CPU where that lies in channels-last
-    memory. It is led through contiguous memory.
-    """
+    """norm(x), also where torch refuses an instance norm: a map of one voxel, which becomes its bias, or of none."""
     if isinstance(norm, _InstanceNorm) and not x.numel():
         return x + sum(p.sum() for p in norm.parameters())  # nothing, with a gradient for each
     stored = getattr(norm, "track_running_stats", False) and not norm.training  # statistics, which serve
     if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1 and not stored:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
-    y = norm(x)
-    alone = isinstance(norm, _InstanceNorm) and len(y) == 1 and y.requires_grad and y.device.type == "cpu"
-    if alone and not torch.compiler.is_compiling() and not transformed():
-        y.register_hook(Tensor.contiguous)
-    return y
+    return with_contiguous_gradient(norm(x)) if isinstance(norm, _InstanceNorm) else norm(x)
 
 
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:

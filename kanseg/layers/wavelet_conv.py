@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
 from kanseg.errors import unknown_option
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomputed, transformed
+from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomputed
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import WHOLE, Slab, outputs, planes_of, slabs
-from kanseg.layers.kernels.operators import only_first, plain_eager
+from kanseg.layers.kernels.operators import only_first, plain_eager, transformed
 from kanseg.layers.kernels.rows import channels_last, laid_out
 from kanseg.layers.norms import ActSpec, activation
 
