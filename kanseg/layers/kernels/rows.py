@@ -26,8 +26,10 @@ def with_contiguous_gradient(y: Tensor) -> Tensor:
 
     There torch 2.14 misreads that of its instance norm in channels-last memory (2D and 3D): wrong numbers, no error.
     """
-    concerned = y.requires_grad and y.device.type == "cpu" and len(y) == 1
-    if concerned and not torch.compiler.is_compiling() and not transformed():
+    plain = (
+        not torch.compiler.is_compiling() and not transformed()
+    )  # first: a compiler may know no number of samples
+    if plain and y.requires_grad and y.device.type == "cpu" and len(y) == 1:
         y.register_hook(Tensor.contiguous)
     return y
 
