@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import partial
 from importlib import import_module
@@ -18,6 +19,7 @@ from kanseg.errors import UsageError
 from kanseg.layers import FAMILIES, ConvLayer, KANConv, conv_layer
 from kanseg.layers.families import LAYER_CLASSES
 from kanseg.layers.geometry import ConvGeometry
+from kanseg.layers.kernels.rows import FORMATS
 from kanseg.layers.pointwise import pointwise_conv
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -330,3 +332,68 @@ def test_a_batch_norm_of_known_statistics_needs_no_second_map(
             assert torch.equal(layer(x), expected)
         assert torch.equal(kept[0], layer.norm(layer.conv(x)))
         assert torch.equal(kept[1], layer.conv(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_functions_may_be_replaced_and_watched(family: str) -> None:
+    """An activation that is put in place of another acts, and a hook on what acts is called."""
+    layer = conv_layer(family)(3, 4, 16)
+    for part in list(layer.modules()):
+        for name in ("act", "base_act", "basis_act"):
+            if hasattr(part, name):
+                setattr(part, name, nn.LeakyReLU(0.3))
+    kept = copy.deepcopy(layer)
+    for part in kept.modules():
+        if hasattr(part, "recompute"):
+            part.recompute = False
+    x = torch.randn(2, 4, 6, 7, 8)
+    torch.testing.assert_close(layer(x), kept(x), rtol=1e-4, atol=1e-4)
+    called: tuple[list[str], list[str]] = ([], [])
+    for one, names in zip((layer, kept), called, strict=True):
+        for name, part in one.named_modules():
+            part.register_forward_hook(lambda *_, name=name, names=names: names.append(name))
+    torch.testing.assert_close(layer(x), kept(x), rtol=1e-4, atol=1e-4)
+    assert {*called[1]} - {*called[0]} <= {"conv.noise"}  # which does nothing
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(
+    "options", [{"recompute": False}, {"norm": ("instance", {"track_running_stats": True})}]
+)
+def test_gradients_may_lie_in_any_memory(spatial_dims: int, samples: int, options: dict) -> None:
+    """torch's own instance norm misreads those of a single sample; the layer does not."""
+    layer = ConvLayer(spatial_dims, 4, 8, **options).double()
+    x = torch.randn(samples, 4, *SIZES[spatial_dims], dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(layer(x))
+    last = grad.contiguous(memory_format=FORMATS[grad.dim()])
+    one, other = (torch.autograd.grad(layer(x), [x, *layer.parameters()], given) for given in (grad, last))
+    torch.testing.assert_close(one, other)
+
+
+def test_autocast_changes_digits_of_a_gradient_alone() -> None:
+    """Also of a batch of one, whose instance norms torch computes then."""
+    net = nn.Sequential(ConvLayer(3, 2, 16), ConvLayer(3, 16, 16))
+    x, gradients = torch.randn(1, 2, 8, 8, 8), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = net(x)
+        grads = torch.autograd.grad(y, list(net.parameters()), torch.ones_like(y) * y.detach())
+        gradients.append(torch.cat([g.flatten() for g in grads]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_lead_gradients_back_through_norms_of_torch(spatial_dims: int, family: str) -> None:
+    """Those of a single sample too: as of a group norm with one group a channel, which is the same function."""
+    x = torch.randn(1, 8, *SIZES[spatial_dims])
+    layer = conv_layer(family)(spatial_dims, 8, 16)
+    instance = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[spatial_dims](8)
+    gradients = []
+    for norm in (instance, nn.GroupNorm(8, 8, affine=False)):
+        inputs = x.clone().requires_grad_()
+        y = layer(F.silu(norm(inputs)))
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)

@@ -103,6 +103,17 @@ def test_a_folder_goes_on_when_a_case_fails(plan: Plan, blobs: Path, tmp_path: P
     np.testing.assert_allclose(sum(chances), 1, atol=1e-5)
 
 
+def test_a_folder_that_cannot_be_made_costs_no_prediction(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    """The case fails before the network runs on it."""
+    (tmp_path / "file").write_text("")
+    network, calls = Brightness(), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    failures = predict_folder(network, plan, find_images(blobs / "imagesTr"), tmp_path / "file" / "out")
+    assert failures
+    assert all("Choose another folder" in words for words in failures.values())
+    assert not calls
+
+
 def test_a_case_that_needs_too_much_memory_does_not_stop_the_others(
     plan: Plan, blobs: Path, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
 from kanseg.progress import telling
+from kanseg.training.files import make_folder
 
 WRITTEN_AS = TWO_FILES | dict.fromkeys(
     LOSSY, ".png"
@@ -222,6 +223,7 @@ def predict_folder(
                     telling(f"{case.id}: windows") if progress.disable else partial(_show, progress, within)
                 )
                 look = partial(_remark_on, console, case.id, first)
+                make_folder(path.parent)  # or there is no use in predicting
                 predicted = predict(model, case, plan, watch=watch, look=look, **how)
                 remove_beside(path)  # of another prediction
                 labels = predicted.labels()

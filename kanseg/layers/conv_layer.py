@@ -16,6 +16,7 @@ from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, recomputed
 from kanseg.layers.kan_conv import KANConv
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.operators import plain_eager
+from kanseg.layers.kernels.recipe import watched
 from kanseg.layers.kernels.rows import channels_last, is_channels_last
 from kanseg.layers.norms import (
     ActSpec,
@@ -98,17 +99,17 @@ class ConvLayer(nn.Module):
         pointwise = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
         self.recompute = recompute and not pointwise
         self.kept = _kept_positions(self.conv)
-        self.fused_act = FUSED.get(type(self.act))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x if self.kept is None or x.dim() != len(self.kept) else x[self.kept])
         if not self.recompute:
             return self.dropout(self._norm_act(y))
         alone = not (self.conv._forward_hooks or _global_forward_hooks)  # or one of them may keep y
-        if self.fused_act is not None and fused_norm_serves(self.norm, y):
+        fused_act = self._fused_act()
+        if fused_act is not None and fused_norm_serves(self.norm, y):
             norm, y = self.norm, channels_last(y)
             below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
-            y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, self.fused_act, below, over=alone)
+            y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, fused_act, below, over=alone)
             return self.dropout(y)
         if alone and self._is_affine() and not torch.is_grad_enabled() and large(y):
             height = max(1, BLOCK * len(y) * y.shape[2] // y.numel())
@@ -123,10 +124,13 @@ class ConvLayer(nn.Module):
         """The stride that is taken before the convolution."""
         return "" if self.kept is None else f"stride={tuple(step.step for step in self.kept[2:])} before conv"
 
+    def _fused_act(self) -> str | None:
+        """The activation's name for the kernels; None where they do not have it, or where it is watched."""
+        return None if watched(self.act) else FUSED.get(type(self.act))
+
     def _is_affine(self) -> bool:
         """Whether norm and activation are known numbers and a function of each voxel, that nobody watches."""
-        watched = self.norm._forward_hooks or self.act._forward_hooks
-        return self.fused_act is not None and is_affine(self.norm) and not watched
+        return self._fused_act() is not None and is_affine(self.norm) and not watched(self.norm)
 
     def _norm_act(self, y: Tensor) -> Tensor:
         return self.act(normalise(self.norm, y))

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from kanseg.errors import ShapeError, UsageError
 from kanseg.layers.kernels import expanded_conv, gpu
 from kanseg.layers.kernels.expansion import Geometry
+from kanseg.layers.kernels.operators import transformed
 from kanseg.layers.kernels.plain_conv import pointwise_product
+from kanseg.layers.kernels.recipe import Recipe, Written
 from kanseg.layers.kernels.rows import channels_last, is_channels_last
 
 # Dropout of whole channels, which MONAI's table has from two axes on.
@@ -46,6 +48,8 @@ class ConvGeometry(nn.Module):
     `padding=None` keeps the size of odd kernels at stride 1: dilation * (kernel_size - 1) // 2 on each side.
     """
 
+    base_act: Any
+
     def __init__(
         self,
         spatial_dims: int,
@@ -69,6 +73,7 @@ class ConvGeometry(nn.Module):
                 f"in_channels (={in_channels}) and out_channels (={out_channels}) must be divisible by "
                 f"groups (={groups}): take {fitting}"
             )
+        self.written = Written()
         self.spatial_dims, self.groups = spatial_dims, groups
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size = per_axis(kernel_size, spatial_dims, "kernel_size")
@@ -132,6 +137,12 @@ class ConvGeometry(nn.Module):
         how = (self.stride, self.padding if padding is None else padding, self.dilation)
         return CONVOLUTIONS[self.spatial_dims](x, weight, None, *how, groups or self.groups)
 
+    @property
+    def base_recipe(self) -> str | None:
+        """What `convolve_expanded` is told of a base branch, conv(base_act(x)), alone."""
+        act = self.base_act
+        return self.written((act,), lambda: Recipe(None, act, nn.Identity()).written())
+
     def geometry(self) -> Geometry:
         """Kernel, stride, padding, dilation and groups."""
         return Geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
@@ -192,11 +203,6 @@ def lean(x: Tensor) -> bool:
     if x.device.type in ("cpu", "meta") or gpu.serves(x):
         return True
     return is_channels_last(x)
-
-
-def transformed() -> bool:
-    """Whether a transformation of `torch.func` is at work, which takes plain steps of torch alone."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:

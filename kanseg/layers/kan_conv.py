@@ -114,8 +114,8 @@ class KANConv(ConvGeometry):
         self.dropout_at = dropout_at if self.basis is not None else "input"
         self.recompute = recompute
         self.operands = None if operands is None else OPERANDS[operands]
-        self.recipe = self._recipe() if self.basis is not None and self.folds else None
-        self.learned = names_of_tensors(self.basis) if self.recipe is not None else []
+        self.learned: list[str] = []
+        _ = self.recipe  # now, not where a compiler follows
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
@@ -132,10 +132,11 @@ class KANConv(ConvGeometry):
         if not self.recompute:
             return self.expand_and_convolve(*inputs)
         inside = DROPOUTS if self.input_norm is None else ("basis",)
-        if self.recipe is not None and not self._drops(*inside) and lean(x):
+        recipe = self.recipe
+        if recipe is not None and not self._drops(*inside) and lean(x):
             learned = [attrgetter(name)(self.basis) for name in self.learned]
             weights = (self.base_weight, self.basis_weight)
-            return self.convolve_expanded(inputs, self.recipe, *weights, learned, self.operands)
+            return self.convolve_expanded(inputs, recipe, *weights, learned, self.operands)
         return recomputed(self.expand_and_convolve, *inputs, preserve_rng_state=self.dropout is not None)
 
     def _own(self, x: Tensor) -> Tensor:
@@ -176,11 +177,17 @@ class KANConv(ConvGeometry):
         by_channel = self.basis_weight.unflatten(1, (-1, self.basis.num_functions))
         return torch.cat([self.base_weight.unsqueeze(2), by_channel], dim=2).flatten(1, 2)
 
-    def _recipe(self) -> str | None:
-        """What the operator is told of the functions; made once, so a basis is not changed afterwards."""
-        base_act = None if self.base_weight is None else self.base_act
-        recipe = Recipe(self.basis, base_act, self.basis_act, self._constant())
-        return recipe.written() if self.basis.pointwise else None
+    @property
+    def recipe(self) -> str | None:
+        """What the operator is told of the functions. Each may be replaced, but none changed in itself."""
+        if self.basis is None or not self.folds or not self.basis.pointwise:
+            return None
+        functions = (self.basis, None if self.base_weight is None else self.base_act, self.basis_act)
+        return self.written(functions, partial(self._write, *functions))
+
+    def _write(self, basis: Basis, base_act: nn.Module | None, basis_act: nn.Module) -> str | None:
+        self.learned = names_of_tensors(basis)
+        return Recipe(basis, base_act, basis_act, self._constant()).written()
 
     def _constant(self) -> str | None:
         """How phi_0 is known without evaluating it; it stays where it is the only function."""

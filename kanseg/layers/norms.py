@@ -16,6 +16,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from kanseg.errors import UsageError
 from kanseg.layers.geometry import check_dims, lean
 from kanseg.layers.kernels import gpu
+from kanseg.layers.kernels.recipe import watched
+from kanseg.layers.kernels.rows import with_contiguous_gradient
 
 ActSpec = str | tuple[str, dict[str, Any]] | None
 
@@ -49,12 +51,14 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     stored = getattr(norm, "track_running_stats", False) and not norm.training  # statistics, which serve
     if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1 and not stored:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
-    return norm(x)
+    return with_contiguous_gradient(norm(x)) if isinstance(norm, _InstanceNorm) else norm(x)
 
 
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     """Whether `instance_norm_act` computes this norm."""
     if not isinstance(norm, _InstanceNorm) or norm.track_running_stats or not 3 <= x.dim() <= 5:
+        return False
+    if watched(norm):
         return False
     return (x.dtype.itemsize >= 4 or x.device.type == "cuda" or gpu.serves(x)) and lean(x)
 

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
 from kanseg.errors import unknown_option
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomputed, transformed
+from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomputed
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import WHOLE, Slab, outputs, planes_of, slabs
-from kanseg.layers.kernels.operators import only_first, plain_eager
-from kanseg.layers.kernels.recipe import Recipe
+from kanseg.layers.kernels.operators import only_first, plain_eager, transformed
 from kanseg.layers.kernels.rows import channels_last, laid_out
 from kanseg.layers.norms import ActSpec, activation
 
@@ -65,7 +64,7 @@ class WaveletConv(ConvGeometry):
         self.mix_weight = self.new_weight(out_channels, out_channels // self.groups, (1,) * spatial_dims)
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
-        self.base_recipe = Recipe(None, self.base_act, nn.Identity()).written()
+        _ = self.base_recipe  # now, not where a compiler follows
         self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout else None
         self.recompute = recompute
         self.step = max(1, EDGES_AT_ONCE // in_channels)

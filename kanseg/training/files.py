@@ -79,13 +79,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder and its parents, or say why that is not possible."""
+    """Make a folder and its parents where it is not there, or say why it cannot be made or written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"Folder {path} cannot be made: {error.strerror or error}. Choose another folder."
         ) from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"Folder {path} cannot be written. Choose another folder.")
     return path
 
 

@@ -53,6 +53,11 @@ def operator(name: str, schema: str, compute: Callable[..., Any], fake: Callable
     return made
 
 
+def transformed() -> bool:
+    """Whether a transformation of `torch.func` is at work, which takes plain steps of torch alone."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def plain_eager(x: Tensor) -> bool:
     """Whether nothing watches the operators, so that they need not be called as such (a tenth of a millisecond)."""
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack()

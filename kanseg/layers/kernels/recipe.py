@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,31 @@ class Recipe:
     def _width(self, basis: Tensor) -> int:
         assert self.basis is not None
         return basis.shape[1] // self.basis.num_functions
+
+
+class Written:
+    """The recipe of a layer's functions: written anew when one of them is replaced, None while one is watched."""
+
+    def __init__(self) -> None:
+        self.known: tuple[tuple[nn.Module | None, ...], str | None] = ((), None)
+
+    def __call__(
+        self, functions: tuple[nn.Module | None, ...], write: Callable[[], str | None]
+    ) -> str | None:
+        """What `write` gives for these functions."""
+        before, text = self.known
+        if len(before) != len(functions) or any(map(operator.is_not, before, functions)):
+            text = write()
+            self.known = functions, text
+        return None if any(f is not None and watched(f) for f in functions) else text
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether hooks wait for a call of the module or of one in it, which the kernels do not make."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    if forward or backward or module._backward_pre_hooks:
+        return True
+    return any(map(watched, module.children())) if module._modules else False
 
 
 @functools.cache

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kanseg.layers.kernels.operators import transformed
+
 ROW_BLOCK = 1 << 18  # numbers worked on at a time, a megabyte of float32: steps meet in the cache
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -15,7 +17,21 @@ def channels_last(x: Tensor) -> Tensor:
     """(N, C, *S) in channels-last memory, copied where it is not; one axis as the picture of height one that it is."""
     if x.dim() == 3:
         return channels_last(x.unsqueeze(2)).squeeze(2)
-    return x.contiguous(memory_format=FORMATS[x.dim()])
+    y = x.contiguous(memory_format=FORMATS[x.dim()])
+    return y if y is x else with_contiguous_gradient(y)
+
+
+def with_contiguous_gradient(y: Tensor) -> Tensor:
+    """y, whose gradient goes on in contiguous memory where there is a single sample on a CPU.
+
+    There torch 2.14 misreads that of its instance norm in channels-last memory (2D and 3D): wrong numbers, no error.
+    """
+    plain = (
+        not torch.compiler.is_compiling() and not transformed()
+    )  # first: a compiler may know no number of samples
+    if plain and y.requires_grad and y.device.type == "cpu" and len(y) == 1:
+        y.register_hook(Tensor.contiguous)
+    return y
 
 
 def laid_out(x: Tensor) -> Tensor:
