@@ -320,6 +320,30 @@ def test_a_patient_is_never_in_training_and_test_images(tmp_path: Path) -> None:
         plan_classes(read_classes(data, id_pattern=pattern))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_classifiers_are_compared_by_patient_of_the_test_images(tmp_path: Path, whole: bool) -> None:
+    split = ["train"] * 6 + ["test"] * 6
+    rows = [f"im{i}.png,{'ab'[i % 2]},{part}{i // 3},{part}" for i, part in enumerate(split)]
+    data = table_of(tmp_path / "data", ["image,class,patient,split", *rows])
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:
+        train(data / "cases.csv", run, "data.folds=2")
+        assert not whole or kanseg("train", run, "-f", "all", "--resume")[0] == 0
+    result = compare(*runs)
+    assert (result["cases"], result["patients"]) == (6, 2)
+
+
+def test_an_image_that_is_not_there_does_not_stop_the_others(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "gone.png")
+    file = next((pictures / "a").iterdir())
+    (tmp_path / "images" / "b.png").write_bytes(file.read_bytes())
+    found = predict_classes([run], tmp_path / "images", tmp_path / "out")
+    assert (found["predicted"], list(found["failed"])) == (1, ["a"])
+
+
 def test_the_doctor_tells_what_is_wrong_with_images_by_class(tmp_path: Path) -> None:
     rows = [f"im{number}.png,{'ab'[number == 0]},train" for number in range(11)]
     data = table_of(tmp_path / "data", ["image,class,split", *rows, "im11.png,a,test"])
