@@ -172,7 +172,7 @@ def test_tables_and_models_are_combined_alike_and_compared(run: Path, pictures: 
     assert compare(*tables, reference=pictures)["rows"] == found["rows"]
     with pytest.raises(UserError, match="does not tell the true classes"):
         compare(*tables)
-    assert "no table" not in kanseg("compare", run, run)[1]
+    assert kanseg("compare", run, run)[0] == 0
 
 
 def test_intervals_classes_and_curves_are_those_of_scikit_learn() -> None:
@@ -281,8 +281,10 @@ def test_a_column_label_has_the_classes_where_it_names_no_files(tmp_path: Path) 
     rows = ["image,label", *(f"im{number}.png,{'ab'[number % 2]}" for number in range(12))]
     dataset = read_classes(table_of(tmp_path / "data", rows))
     assert [dataset.label_names[case.values[0]] for case in dataset.cases] == ["a", "b"] * 6
-    (tmp_path / "data/masks/a").mkdir(parents=True)
-    for names in (["im0.png"] * 12, ["masks/a"] * 12, [f"mask{number}" for number in range(12)]):
+    for number in range(12):
+        (tmp_path / f"data/truth/{number}").mkdir(parents=True)
+    series, missing = ([f"{folder}/{number}" for number in range(12)] for folder in ("truth", "gone"))
+    for names in (["im0.png"] * 12, series, missing):
         lines = ["image,label", *(f"im{number}.png,{name}" for number, name in enumerate(names))]
         assert not is_classes(table_of(tmp_path / "data", lines))
 
@@ -369,4 +371,13 @@ def test_a_plan_tells_of_uneven_classes_and_of_copies_between_given_parts(tmp_pa
     data = table_of(tmp_path / "data", ["image,class,split", *rows])
     assert any("training.balanced=true" in reason for reason in quiet_plan(data, tmp_path / "one"))
     (data / "im11.png").write_bytes((data / "im3.png").read_bytes())
-    assert any("1 images lie in two parts" in reason for reason in quiet_plan(data, tmp_path / "two"))
+    assert any(
+        "1 images lie in two parts or folds" in reason for reason in quiet_plan(data, tmp_path / "two")
+    )
+    rows = [f"im{number}.png,{'ab'[number < 2]},{number % 2}" for number in range(12)]
+    table_of(data, ["image,class,fold", *rows])
+    (data / "im10.png").write_bytes((data / "im3.png").read_bytes())
+    assert any(
+        "1 images lie in two parts or folds" in reason for reason in quiet_plan(data, tmp_path / "folds")
+    )
+    assert len(run_splits(read_classes(data), load_config(), tmp_path / "folds")) == 2

@@ -1,7 +1,8 @@
 """Images with classes, in the layouts that such data have: folders, tables and arrays, read into one data set.
 
 Folders: a folder a class, of pictures or, below train/, val/ and test/ (ImageNet), also of volumes; Tiny ImageNet's.
-Tables: HAM10000's metadata, any CSV with the columns image and class, or classes, of which an image may have several.
+Tables: HAM10000's metadata, any CSV with the columns image and class (or label), or classes, of which an image may have
+several.
 Arrays (`kanseg.data.class_arrays`): MNIST's idx files, the binary version of CIFAR-10 and -100, MedMNIST's npz in 2D
 and 3D. Nothing is unpickled.
 """
