@@ -172,7 +172,7 @@ def test_tables_and_models_are_combined_alike_and_compared(run: Path, pictures: 
     assert compare(*tables, reference=pictures)["rows"] == found["rows"]
     with pytest.raises(UserError, match="does not tell the true classes"):
         compare(*tables)
-    assert "no table" not in kanseg("compare", run, run)[1]
+    assert kanseg("compare", run, run)[0] == 0
 
 
 def test_intervals_classes_and_curves_are_those_of_scikit_learn() -> None:
@@ -281,8 +281,10 @@ def test_a_column_label_has_the_classes_where_it_names_no_files(tmp_path: Path) 
     rows = ["image,label", *(f"im{number}.png,{'ab'[number % 2]}" for number in range(12))]
     dataset = read_classes(table_of(tmp_path / "data", rows))
     assert [dataset.label_names[case.values[0]] for case in dataset.cases] == ["a", "b"] * 6
-    (tmp_path / "data/masks/a").mkdir(parents=True)
-    for names in (["im0.png"] * 12, ["masks/a"] * 12, [f"mask{number}" for number in range(12)]):
+    for number in range(12):
+        (tmp_path / f"data/truth/{number}").mkdir(parents=True)
+    series, missing = ([f"{folder}/{number}" for number in range(12)] for folder in ("truth", "gone"))
+    for names in (["im0.png"] * 12, series, missing):
         lines = ["image,label", *(f"im{number}.png,{name}" for number, name in enumerate(names))]
         assert not is_classes(table_of(tmp_path / "data", lines))
 
@@ -320,6 +322,30 @@ def test_a_patient_is_never_in_training_and_test_images(tmp_path: Path) -> None:
         plan_classes(read_classes(data, id_pattern=pattern))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_classifiers_are_compared_by_patient_of_the_test_images(tmp_path: Path, whole: bool) -> None:
+    split = ["train"] * 6 + ["test"] * 6
+    rows = [f"im{i}.png,{'ab'[i % 2]},{part}{i // 3},{part}" for i, part in enumerate(split)]
+    data = table_of(tmp_path / "data", ["image,class,patient,split", *rows])
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:
+        train(data / "cases.csv", run, "data.folds=2")
+        assert not whole or kanseg("train", run, "-f", "all", "--resume")[0] == 0
+    result = compare(*runs)
+    assert (result["cases"], result["patients"]) == (6, 2)
+
+
+def test_an_image_that_is_not_there_does_not_stop_the_others(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "gone.png")
+    file = next((pictures / "a").iterdir())
+    (tmp_path / "images" / "b.png").write_bytes(file.read_bytes())
+    found = predict_classes([run], tmp_path / "images", tmp_path / "out")
+    assert (found["predicted"], list(found["failed"])) == (1, ["a"])
+
+
 def test_the_doctor_tells_what_is_wrong_with_images_by_class(tmp_path: Path) -> None:
     rows = [f"im{number}.png,{'ab'[number == 0]},train" for number in range(11)]
     data = table_of(tmp_path / "data", ["image,class,split", *rows, "im11.png,a,test"])
@@ -345,4 +371,13 @@ def test_a_plan_tells_of_uneven_classes_and_of_copies_between_given_parts(tmp_pa
     data = table_of(tmp_path / "data", ["image,class,split", *rows])
     assert any("training.balanced=true" in reason for reason in quiet_plan(data, tmp_path / "one"))
     (data / "im11.png").write_bytes((data / "im3.png").read_bytes())
-    assert any("1 images lie in two parts" in reason for reason in quiet_plan(data, tmp_path / "two"))
+    assert any(
+        "1 images lie in two parts or folds" in reason for reason in quiet_plan(data, tmp_path / "two")
+    )
+    rows = [f"im{number}.png,{'ab'[number < 2]},{number % 2}" for number in range(12)]
+    table_of(data, ["image,class,fold", *rows])
+    (data / "im10.png").write_bytes((data / "im3.png").read_bytes())
+    assert any(
+        "1 images lie in two parts or folds" in reason for reason in quiet_plan(data, tmp_path / "folds")
+    )
+    assert len(run_splits(read_classes(data), load_config(), tmp_path / "folds")) == 2

@@ -204,6 +204,42 @@ def test_what_a_list_holds_and_is_not_trained_on_is_told(tmp_path: Path) -> None
     ]
 
 
+def test_images_to_validate_on_without_labels_are_test_images(tmp_path: Path) -> None:
+    file = listed(tmp_path, [(n, {}) for n in "abc"], validation=[("d", {"label": ""})])
+    described = {"labels": {"background": 0, "organ": 1}, "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(json.loads(file.read_text()) | described))
+    for path in (file, tmp_path):
+        dataset = read_dataset(path)
+        assert [case.id for case in dataset.cases] == ["a", "b", "c"]
+        assert [case.id for case in dataset.test_cases] == ["d"]
+        assert not dataset.splits
+        assert dataset.notes == ("1 images of the list have no label and are not trained on: d",)
+    with pytest.raises(UserError, match="several cases called 'a'. One image is listed twice"):
+        read_dataset(listed(tmp_path, [("a", {}), ("b", {})], validation=[("a", {})]))
+
+
+def test_a_column_that_names_no_images_is_no_channel(tmp_path: Path) -> None:
+    listed(tmp_path, [])
+    rows = [f"scans/{n}.nii.gz,truth/{n}.nii.gz,512,scans/d.nii.gz\n" for n in "ab"]
+    (tmp_path / "list.csv").write_text("".join(["image,label,Image_Width,image_t2\n", *rows]))
+    dataset = read_dataset(tmp_path / "list.csv")
+    names = [[path.name for path in case.images] for case in dataset.cases]
+    assert names == [["a.nii.gz", "d.nii.gz"], ["b.nii.gz", "d.nii.gz"]]
+    assert dataset.notes == ("the columns Image_Width name no images and are not read",)
+
+
+@pytest.mark.parametrize("pattern", [None, r"^(.)"])
+def test_patients_of_test_images_are_known(tmp_path: Path, pattern: str | None) -> None:
+    volumes(tmp_path / "images", ["a1", "b1"])
+    volumes(tmp_path / "labels", ["a1", "b1"], (1,))
+    volumes(tmp_path / "imagesTs", ["a2", "c2"])
+    if pattern is None:
+        (tmp_path / "cases.csv").write_text("id,patient\na1,a\nb1,b\na2,a\nc2,c\n")
+    dataset = read_dataset(tmp_path, id_pattern=pattern)
+    assert [case.group for case in dataset.test_cases] == ["a", "c"]
+    assert dataset.notes[-1] == "patients who have images to train on and test images: a"
+
+
 def test_a_table_says_parts_and_folds_however_its_columns_are_spelt(tmp_path: Path) -> None:
     listed(tmp_path, [])
     rows = [f"scans/{n}.nii.gz,truth/{n}.nii.gz" for n in "abcd"]

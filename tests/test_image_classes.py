@@ -256,6 +256,43 @@ def test_a_table_of_classes_says_parts_and_folds(tmp_path: Path) -> None:
     assert "left aside" in dataset.notes[-1]
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("sign", ",;")
+def test_a_table_is_read_as_spreadsheets_and_pandas_write_it(tmp_path: Path, mark: str, sign: str) -> None:
+    for name in "abc":
+        save(tmp_path / f"{name}.png", pictures(1, 4, 4)[0])
+    rows = ["", ",image,class,,", "0,a.png,cat,,", "1,b.png,dog,,", ",,,,", "2,c.png,cat,,", ",,,,", ""]
+    (tmp_path / "table.csv").write_text(mark + "\r\n".join(rows).replace(",", sign), encoding="utf-8")
+    dataset = read_classes(tmp_path / "table.csv")
+    assert [(case.id, case.values) for case in dataset.cases] == [("a", (0,)), ("b", (1,)), ("c", (0,))]
+    assert not dataset.splits
+
+
+def test_labels_that_are_classes_and_labels_that_are_files_are_told_apart(tmp_path: Path) -> None:
+    for name in ("cat/a", "dog/b", "cat/c", "a_mask", "b_mask", "c_mask"):
+        save(tmp_path / f"{name}.png", pictures(1, 4, 4)[0] // 128)
+
+    def among(heading: str, *cells: str) -> bool:
+        rows = [f"{i},{c}\n" for i, c in zip(("cat/a.png", "dog/b.png", "cat/c.png"), cells, strict=True)]
+        (tmp_path / "list.csv").write_text("".join([f"{heading}\n", *rows]))
+        return is_classes(tmp_path / "list.csv")
+
+    assert among("image,label", "cat", "dog", "cat")  # beside folders of these names
+    assert among("image,label", *(300 * name for name in ("cat", "dog", "cat")))  # too long for a file
+    for heading in ("image,label", "image,labels", "image,target"):
+        assert not among(heading, "a_mask.png", "b_mask.png", "c_mask.png")
+    for name in "abc":
+        (tmp_path / "series" / name).mkdir(parents=True)
+    assert not among("image,label", "series/a", "series/b", "series/c")
+    assert not among("image,label,class", "series/a,x", "series/b,y", "series/c,x")
+
+
+def test_a_file_called_test_is_no_part_of_the_data(tmp_path: Path) -> None:
+    imagenet(tmp_path)
+    (tmp_path / "test").write_text("how it was tested")
+    assert not read_classes(tmp_path).test_cases
+
+
 def test_patients_of_a_table_of_classes_that_are_odd_are_told(tmp_path: Path) -> None:
     dataset = table(
         tmp_path, "image,class,patient,split", "cat,P-01,", "dog,p1,", "cat,q,", "dog,q,", "dog,q,test"
@@ -276,6 +313,8 @@ def test_masks_beside_a_table_with_a_diagnosis_are_for_segmentation(tmp_path: Pa
     for name in ("benign/a", "benign/a_mask", "normal/b", "normal/b_mask"):
         save(tmp_path / "sorted" / f"{name}.png", pictures(1, 4, 4)[0] // 128)
     assert not any(is_classes(tmp_path / name) for name in ("cases", "sorted"))
+    with pytest.raises(UserError, match="images beside their masks: put all into one folder"):
+        read_dataset(tmp_path / "sorted")
     for name in ("with_mask/with_mask_1", "without_mask/without_mask_1"):  # of faces
         save(tmp_path / "faces" / f"{name}.png", pictures(1, 4, 4)[0])
     assert read_classes(tmp_path / "faces").label_names == ("with_mask", "without_mask")
@@ -289,7 +328,7 @@ def test_what_lies_beside_the_folders_of_classes_is_told(tmp_path: Path) -> None
     save(tmp_path / "train" / "cow" / "deep" / "a.png", pictures(1, 4, 4)[0])
     save(tmp_path / "train" / "loose.png", pictures(1, 4, 4)[0])
     assert read_classes(tmp_path).notes == (
-        "folders of train that hold no images themselves are no classes: cow",
+        "folders of train that hold no images themselves, or are called images or masks, are no classes: cow",
         "1 images of train lie in no folder of a class and are not used",
     )
 
@@ -301,6 +340,10 @@ def test_patients_of_test_images_are_known_by_the_pattern_too(tmp_path: Path) ->
     dataset = read_classes(tmp_path, id_pattern=r"/(p\d)_")
     assert {case.group for case in dataset.test_cases} == {"p2", "p3"}
     assert dataset.notes == ("patients who have images to train on and test images: p2",)
+    save(tmp_path / "Testing" / "cat" / "other.png", pictures(1, 4, 4)[0])
+    dataset = read_classes(tmp_path, id_pattern=r"/(p\d)_")
+    assert dataset.notes[0] == "the id pattern finds no patient in 1 test images: Testing/cat/other"
+    assert {case.group for case in dataset.test_cases} == {"p2", "p3", "Testing/cat/other"}
 
 
 def test_a_last_axis_of_length_one_holds_the_channel(tmp_path: Path) -> None:

@@ -289,5 +289,5 @@ def test_channels_of_a_tiff_that_would_be_dropped_are_refused(tmp_path: Path) ->
     entry = content.index(struct.pack("<HHI", 338, 3, 1))  # ExtraSamples, one short
     content[entry + 8 : entry + 10] = struct.pack("<H", 0)
     (tmp_path / "a.tif").write_bytes(content)
-    with pytest.raises(UserError, match=r"Save each channel as a file of its own, a_0000.tif"):
+    with pytest.raises(UserError, match=r"without them, or each channel as a file of its own, a_0000.tif"):
         read_image(tmp_path / "a.tif")

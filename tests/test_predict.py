@@ -131,6 +131,15 @@ def test_a_case_that_needs_too_much_memory_does_not_stop_the_others(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["case_1.nii.gz", "case_2.nii.gz"]
 
 
+def test_an_image_that_is_not_there_does_not_stop_the_others(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    scan = blobs / "imagesTr" / "case_1.nii.gz"
+    for name, source in (("a", tmp_path / "gone.nii.gz"), ("b", scan)):
+        (tmp_path / f"{name}.nii.gz").symlink_to(source)
+    cases, out = find_images(tmp_path), tmp_path / "out"
+    assert list(predict_folder(Brightness(), plan, cases, out, settings={"models": []})) == ["a"]
+    assert [path.name for path in out.iterdir()] == ["b.nii.gz"]
+
+
 def test_a_label_map_never_replaces_an_image_or_another(plan: Plan, blobs: Path, tmp_path: Path) -> None:
     scans = tmp_path / "scans"
     scans.mkdir()

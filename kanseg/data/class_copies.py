@@ -56,8 +56,8 @@ def copies(dataset: ImageClasses) -> list[Pair]:
 def across_parts(dataset: ImageClasses, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs of an image to train on (or of validation) and one of a part that the data set holds apart from it."""
     part = {case.id: "train" for case in dataset.cases}
-    for split in dataset.splits:
-        part |= dict.fromkeys(split["val"], "val")
+    for number, split in enumerate(dataset.splits):  # of several folds each validates on its own images
+        part |= dict.fromkeys(split["val"], f"val {number}")
     part |= {case.id: "test" for case in dataset.test_cases}
     return [pair for pair in pairs if part[pair[0]] != part[pair[1]]]
 

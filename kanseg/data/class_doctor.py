@@ -26,7 +26,7 @@ def diagnose_classes(path: Path, *, id_pattern: str | None = None) -> Diagnosis:
         return Diagnosis(path, "images with classes", 0, [Finding("layout", "", str(error))])
     cases = [*dataset.cases, *dataset.test_cases]
     findings = [found for case in progress(cases, "Examining") for found in _of_image(case, dataset)]
-    if not findings or all(found.kind != "unreadable image" for found in findings):
+    if all(found.kind != "unreadable image" for found in findings):
         findings += _of_copies(dataset)
     if shared := patients_across(dataset):
         findings.append(Finding("patients in two parts", "", shared))

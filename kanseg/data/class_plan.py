@@ -159,8 +159,8 @@ def plan_classes(dataset: ImageClasses, run: Path | None = None) -> ClassPlan:
             if apart:
                 told = few([f"'{one}' and '{other}'" for one, other in apart], 2)
                 plan.reasons.append(
-                    f"{len(apart)} images lie in two parts of the data (train, val, test), as copies, which makes "
-                    f"scores too good: {told}"
+                    f"{len(apart)} images lie in two parts or folds of the data (train, val, test), as copies, which "
+                    f"makes scores too good: {told}"
                 )
             if dataset.splits:  # they are the data's own, and only told of
                 seen["same"] = [pair for pair in seen["same"] if pair not in set(apart)]

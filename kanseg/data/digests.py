@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ def signature(path: Path) -> dict[str, Any]:
     """Bytes and time of change of a file, or of all files of a DICOM folder together."""
     stats = [file.stat() for file in _files(path)]
     return {"bytes": sum(s.st_size for s in stats), "changed": max((s.st_mtime_ns for s in stats), default=0)}
+
+
+def made_from(images: Iterable[Path], *what: Any) -> str:
+    """What an output depends on, images (also ones that are not there) and settings, in 24 hexadecimal digits."""
+    files = [{"path": str(path.resolve()), **(signature(path) if path.exists() else {})} for path in images]
+    known = json.dumps([*what, files], sort_keys=True, default=str)
+    return hashlib.sha256(known.encode()).hexdigest()[:24]
 
 
 def file_digest(path: Path) -> str:

@@ -8,6 +8,7 @@ nothing is guessed in silence.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +81,7 @@ class Dataset:
     Attributes:
         layout: what was recognised, in words.
         label_names, label_values, regions, ignore_value: see `kanseg.data.labels.Labels`.
-        cases: with labels. `test_cases`: images alone.
+        cases: with labels. `test_cases`: images alone, or with labels that nothing is trained on or chosen by.
         notes: what was detected or mapped.
         splits: that the data come with, each {"train": ids, "val": ids}; none: kanseg makes them.
         source: what `read_dataset` was given, and id_pattern with it: enough to read the same again.
@@ -182,13 +183,13 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
         other = "--id-pattern says" if id_pattern is not None else "dataset.json says"
         dataset = noted(dataset, f"cases.csv is not used, for {other} whose images they are")
     for name in repeated(case.id for case in dataset.cases):
-        problem(
-            "same name",
-            name,
-            f"{path} has several cases called '{name}'. Give every case a name of its own (in lists: 'id').",
-        )
+        images = [case.images for case in dataset.cases if case.id == name]
+        advice = "Give every case a name of its own (in lists: 'id')."
+        if len(set(images)) < len(images):
+            advice = "One image is listed twice, perhaps to train on and to validate on; leave one."
+        problem("same name", name, f"{path} has several cases called '{name}'. {advice}")
     if id_pattern is not None:
-        dataset = replace(dataset, cases=tuple(by_pattern(case, id_pattern) for case in dataset.cases))
+        dataset = by_pattern(dataset, id_pattern)
     dataset = noted(dataset, *patient_notes(dataset.cases, dataset.test_cases))
     return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
 
@@ -409,10 +410,9 @@ def _read_described(root: Path, described: Any, problem: Problem) -> Dataset:
         layout = "nnU-Net raw (dataset.json, imagesTr with _0000 names, labelsTr)"
     tests, unused = _with_test_labels(root, tests, groups)
     notes += unused
-    if isinstance(described.get("numTraining"), int) and described["numTraining"] != len(cases):
-        notes.append(
-            f"dataset.json says numTraining {described['numTraining']}; {len(cases)} cases are there"
-        )
+    count = len(described.get("training") or cases)
+    if isinstance(described.get("numTraining"), int) and described["numTraining"] != count:
+        notes.append(f"dataset.json says numTraining {described['numTraining']}; {count} cases are there")
     if groups:
         present = {groups[case.id] for case in cases if case.id in groups}
         notes.append(f"{len(present)} subjects from dataset.json keep their images together")
@@ -658,10 +658,34 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         label = labels[0] if labels else None
         cases.append(Case(folder.name, tuple(images), label, folder.name))
     if not any(case.label for case in cases):
-        classes = sum(len(image_files(folder)) > 1 for folder in _folders_in(root)) > 1
-        hint = f" If its folders are classes, put them into {root / 'train'}." if classes else ""
+        several = [folder for folder in _folders_in(root) if len(image_files(folder)) > 1]
+        hint = f" If its folders are classes, put them into {root / 'train'}." if len(several) > 1 else ""
+        if with_masks(several):
+            hint = " Its folders hold images beside their masks: put all into one folder."
         raise UserError(f"{root} has no layout that kanseg knows.{hint} Expected: {LAYOUTS}.")
     return _dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])
+
+
+def with_masks(folders: Iterable[Path]) -> bool:
+    """Whether images lie beside their label maps in a folder, by the names there."""
+    for folder in (folder for folder in folders if folder.is_dir()):
+        stems = {IMAGE_ENDING.sub("", stem_of(file)) for file in image_files(folder)}
+        pairs = any(LABEL_ENDING.search(stem) and LABEL_ENDING.sub("", stem) in stems for stem in stems)
+        whole = any(map(CASE_IMAGE.fullmatch, stems)) and any(map(CASE_LABEL.fullmatch, stems))
+        if pairs or whole or (folder / "dataset.json").exists():
+            return True
+    return False
+
+
+def are_paths(cells: Iterable[str], root: Path) -> bool:
+    """Whether cells of a table name images or label maps, by their endings or as they lie in `root`.
+
+    A folder counts where each cell names another, as of series; else it is rather that of a class.
+    """
+    cells = list(filter(None, cells))
+    found = set(cells)
+    there = os.path.exists if len(found) == len(cells) else os.path.isfile  # no error for a long text
+    return any(suffix_of(Path(cell)) or there(_inside(root, cell)) for cell in found)
 
 
 def _named(cases: Sequence[Case]) -> list[Case]:
@@ -702,14 +726,17 @@ def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
             f"{table} names the {column} of {few(list(groups), 3)}, but the cases are called {few(others, 3)}. Give "
             "both the same names (spreadsheets like to remove leading zeros), or give --id-pattern.",
         )
-    cases = tuple(replace(case, group=groups.get(case.id, case.id)) for case in dataset.cases)
+    cases, tests = (
+        tuple(replace(case, group=groups.get(case.id, case.group)) for case in part)
+        for part in (dataset.cases, dataset.test_cases)
+    )
     count = len({groups[name] for name in known})
     text = f"column '{column}' of {table.name} keeps the images of {count} patients together"
     if others:
         text += (
             f", but not all, {PATIENTS_IN_PART} {len(others)} cases, each a patient then: {few(others, 3)}"
         )
-    return noted(replace(dataset, cases=cases), text)
+    return noted(replace(dataset, cases=cases, test_cases=tests), text)
 
 
 def noted(dataset: Data, *notes: str) -> Data:
@@ -727,13 +754,15 @@ def _read_csv(path: Path) -> Dataset:
         )
     further = [c for c in rows[0] if c.lower().startswith("image_") and not columns_named([c], "imageid")]
     numbers = {column: int(column[6:]) for column in further if column[6:].isdecimal()}
-    named = [column for column in further if column not in numbers]
+    unread = [c for c in further if c not in numbers and not are_paths((r[c] for r in rows), path.parent)]
+    notes = [f"the columns {', '.join(unread)} name no images and are not read"] if unread else []
+    named = [column for column in further if column not in {*numbers, *unread}]
     channels = ["image", *sorted(numbers, key=lambda column: numbers[column]), *named]
     lists: dict[str, list[Any]] = {TRAIN: [], VAL: [], TEST: []}
     for row in ({columns.get(column, column): cell for column, cell in row.items()} for row in rows):
         entry = {**row, "image": [row[channel] for channel in channels if row.get(channel)]}
         lists[part_of(row.get("split"), path)].append(entry)
-    return _listed_dataset(path, "CSV (columns image, label)", lists, [])
+    return _listed_dataset(path, "CSV (columns image, label)", lists, notes)
 
 
 def _read_datalist(path: Path, content: Any) -> Dataset:
@@ -770,10 +799,18 @@ def _of_lists(
         [_listed(root, entry, groups) for entry in lists[part]] for part in (TRAIN, VAL, TEST)
     )
     cases, entries = [*training, *validation], [*lists[TRAIN], *lists[VAL]]
+    without = [case for case in validation if case.label is None]
     numbers = [entry.get("fold") if isinstance(entry, dict) else None for entry in entries]
     fold_of = {case.id: number for case, number in zip(cases, numbers, strict=True) if case.label}
     folds, notes = folds_of(fold_of, {case.id for case in validation if case.label})
-    return cases, tests, folds, notes
+    cases = [*training, *(case for case in validation if case.label)]
+    return cases, [*tests, *without], folds, [*notes, *_without_label(without)]
+
+
+def _without_label(cases: Sequence[Case]) -> list[str]:
+    """A note on images of a list that have none."""
+    shown = few([case.id for case in cases], 3)
+    return [f"{len(cases)} images of the list have no label and are not trained on: {shown}"] if cases else []
 
 
 def _listed_dataset(
@@ -781,11 +818,8 @@ def _listed_dataset(
 ) -> Dataset:
     cases, tests, folds, said = _of_lists(path.parent, lists, {})
     without = [case for case in cases if case.label is None]
-    if without:
-        shown = few([case.id for case in without], 3)
-        said = [*said, f"{len(without)} images of the list have no label and are not trained on: {shown}"]
-    labelled = [case for case in cases if case.label]
-    dataset = _dataset(path.stem, path.parent, layout, labelled, [*tests, *without], None, [*notes, *said])
+    labelled, said = [case for case in cases if case.label], [*notes, *said, *_without_label(without)]
+    dataset = _dataset(path.stem, path.parent, layout, labelled, [*tests, *without], None, said)
     return replace(dataset, splits=tuple(folds))
 
 
@@ -834,16 +868,26 @@ def _channels(cases: Sequence[Case]) -> int:
     return max(found, key=found.count, default=1)
 
 
-def by_pattern(case: Case, pattern: str) -> Case:
-    """The case with its group taken from its id."""
-    try:
-        match = re.search(pattern, case.id)
-        group = match[1] if match else ""
-    except (re.error, IndexError) as error:
-        raise UserError(f"id pattern '{pattern}' needs one group, e.g. '(.+)_left' ({error}).") from error
-    if not group:
+def by_pattern(dataset: Data, pattern: str) -> Data:
+    """With the patients that are found in the ids of its cases; of test images some may lack one, which is told."""
+
+    def patient(case: Case) -> str:
+        try:
+            match = re.search(pattern, case.id)
+            return (match[1] if match else "") or ""
+        except (re.error, IndexError) as error:
+            raise UserError(f"id pattern '{pattern}' needs one group, e.g. '(.+)_left' ({error}).") from error
+
+    for case in (case for case in dataset.cases if not patient(case)):
         raise UserError(f"id pattern '{pattern}' finds no patient in the case '{case.id}'.")
-    return replace(case, group=group)
+    if others := [case.id for case in dataset.test_cases if not patient(case)]:
+        said = f"the id pattern finds no patient in {len(others)} test images: {few(others, 3)}"
+        dataset = noted(dataset, said)
+    cases, tests = (
+        tuple(replace(case, group=patient(case) or case.group) for case in part)
+        for part in (dataset.cases, dataset.test_cases)
+    )
+    return replace(dataset, cases=cases, test_cases=tests)
 
 
 def repeated(names: Iterable[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """Images with classes, in the layouts that such data have: folders, tables and arrays, read into one data set.
 
 Folders: a folder a class, of pictures or, below train/, val/ and test/ (ImageNet), also of volumes; Tiny ImageNet's.
-Tables: HAM10000's metadata, any CSV with the columns image and class, or classes, of which an image may have several.
+Tables: HAM10000's metadata, any CSV with the columns image and class (or label), or classes, of which an image may have
+several.
 Arrays (`kanseg.data.class_arrays`): MNIST's idx files, the binary version of CIFAR-10 and -100, MedMNIST's npz in 2D
 and 3D. Nothing is unpickled.
 """
@@ -20,20 +21,18 @@ import numpy as np
 from kanseg.data.class_arrays import Found, find_arrays
 from kanseg.data.digests import file_digest
 from kanseg.data.formats import (
-    CASE_IMAGE,
-    CASE_LABEL,
     COLOURS,
-    IMAGE_ENDING,
-    LABEL_ENDING,
     LABEL_FOLDERS,
     Case,
     Dataset,
+    are_paths,
     by_pattern,
     few,
     image_files,
     noted,
     patient_notes,
     repeated,
+    with_masks,
 )
 from kanseg.data.images import SUFFIXES_2D, read_image, stem_of, suffix_of
 from kanseg.data.tables import (
@@ -136,11 +135,7 @@ def read_classes(path: Path | str, *, id_pattern: str | None = None) -> ImageCla
     if len(dataset.label_names) < 2 and not dataset.multilabel:
         raise UserError(f"{path} has one class, {dataset.label_names}; there is nothing to tell apart.")
     if id_pattern is not None:
-        cases, tests = (
-            tuple(by_pattern(case, id_pattern) for case in part)
-            for part in (dataset.cases, dataset.test_cases)
-        )
-        dataset = replace(dataset, cases=cases, test_cases=tests)
+        dataset = by_pattern(dataset, id_pattern)
     dataset = noted(dataset, *patient_notes(dataset.cases, dataset.test_cases))
     return replace(dataset, source=path.resolve(), id_pattern=id_pattern)
 
@@ -165,16 +160,16 @@ def _class_folders(path: Path) -> list[Path]:
 
 def _part_folders(path: Path) -> dict[str, Path]:
     """train/ and the like with class folders below, by part."""
-    found = {PARTS[p.name.lower()]: p for p in sorted(path.glob("*")) if p.name.lower() in PARTS}
+    found = {PARTS[p.name.lower()]: p for p in sorted(path.glob("*/")) if p.name.lower() in PARTS}
     folders = _class_folders(found["train"]) if "train" in found else []
-    return found if len(folders) > 1 and not _segmented(folders) else {}
+    return found if len(folders) > 1 and not with_masks(folders) else {}
 
 
 def _picture_folders(path: Path) -> dict[str, Path]:
     """Class folders without train/ above: of pictures alone, as folders of volumes are rather those of patients."""
     folders = _class_folders(path)
     pictures = [suffix_of(image_files(folder)[0]) in SUFFIXES_2D for folder in folders]
-    return {"train": path} if len(folders) > 1 and all(pictures) and not _segmented(folders) else {}
+    return {"train": path} if len(folders) > 1 and all(pictures) and not with_masks(folders) else {}
 
 
 def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
@@ -194,9 +189,8 @@ def _passed_over(folder: Path) -> list[str]:
     classes = {found.name for found in _class_folders(folder)}
     others = sorted({p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."} - classes)
     loose, where = len(image_files(folder)), folder.name
-    notes = [f"folders of {where} that hold no images themselves are no classes: {few(others, 3)}"] * bool(
-        others
-    )
+    why = "hold no images themselves, or are called images or masks,"
+    notes = [f"folders of {where} that {why} are no classes: {few(others, 3)}"] * bool(others)
     return notes + [f"{loose} images of {where} lie in no folder of a class and are not used"] * bool(loose)
 
 
@@ -247,32 +241,20 @@ def _table(path: Path) -> Path | None:
         if file.is_file() and (file.suffix.lower() == ".csv" or file.name.startswith("HAM10000_metadata")):
             rows = read_rows(file)
             if rows and columns_named(rows[0], *IMAGE_COLUMNS) and _class_column(rows, file.parent):
-                patients = file == path / "cases.csv" and _segmented([path, *path.rglob("*")])
+                patients = file == path / "cases.csv" and with_masks([path, *path.rglob("*")])
                 return None if patients else file
     return None
 
 
 def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
-    """The column of the class, or of the classes; none where a column label names the label maps of the images."""
+    """The column of the class, or of the classes; none where one of them names the label maps of the images."""
     found = columns_named(rows[0], *CLASS_COLUMNS, *SEVERAL_COLUMNS)
+    if any(are_paths((row[column] for row in rows), root) for column in found):
+        return None
     for column in columns_named(found, "label"):
-        cells = {row[column] for row in rows}
-        if any(suffix_of(Path(cell)) or (cell and (root / cell).exists()) for cell in cells):
-            return None
-        if len(cells) == len(rows):  # no classes, rather folders with a series each
+        if len({row[column] for row in rows}) == len(rows):  # rather label maps that are not there
             found.remove(column)
     return found[0] if found else None
-
-
-def _segmented(folders: Iterable[Path]) -> bool:
-    """Whether images lie beside their label maps in a folder, by the names there."""
-    for folder in (folder for folder in folders if folder.is_dir()):
-        stems = {IMAGE_ENDING.sub("", stem_of(file)) for file in image_files(folder)}
-        pairs = any(LABEL_ENDING.search(stem) and LABEL_ENDING.sub("", stem) in stems for stem in stems)
-        whole = any(map(CASE_IMAGE.fullmatch, stems)) and any(map(CASE_LABEL.fullmatch, stems))
-        if pairs or whole or (folder / "dataset.json").exists():
-            return True
-    return False
 
 
 def _read_table(path: Path, table: Path) -> ImageClasses:

@@ -379,8 +379,8 @@ def _read_picture(path: Path) -> Image:
             raise UserError(f"{path} has {picture.n_frames} frames; one picture a file is expected.")
         if UNSPECIFIED in getattr(picture, "tag_v2", {}).get(TIFF_EXTRA, ()):
             raise UserError(
-                f"{path} has channels that are neither grey, colour nor opacity. Save each channel as a file of its "
-                f"own, {stem_of(path)}_0000.tif, ..."
+                f"{path} has channels that are neither grey, colour nor opacity. Save it without them, or each "
+                f"channel as a file of its own, {stem_of(path)}_0000.tif, ..."
             )
         one_mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L"}.get(
             picture.mode

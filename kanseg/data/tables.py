@@ -19,18 +19,20 @@ Fold = dict[str, list[str]]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table with a header, parted by commas, semicolons or tabs.
+    """The rows of a table with a header, parted by commas, semicolons or tabs; columns without a name are left out.
 
     Raises:
         UserError: unreadable, two columns of one name, or a row with more cells than there are columns.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            heading = file.readline()
+            heading = next(filter(str.strip, file), "")
             file.seek(0)
             delimiter = max("\t;,", key=heading.count)
             rows = csv.reader(file, delimiter=delimiter)
-            columns = [column.strip() for column in next(rows, [])]
+            columns = next(
+                ([cell.strip() for cell in cells] for cells in rows if any(map(str.strip, cells))), []
+            )
             if twice := sorted({column for column in columns if column and columns.count(column) > 1}):
                 raise UserError(
                     f"{path} has several columns called '{twice[0]}'. Give each a name of its own."
@@ -42,9 +44,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
                         f"{path} has {len(cells)} cells in line {rows.line_num}, and {len(columns)} columns. Put "
                         f"quotes around a cell that holds a {delimiter!r}."
                     )
-                padded = [*cells, *[""] * len(columns)]
-                found.append({column: cell.strip() for column, cell in zip(columns, padded, strict=False)})
-            return [row for row in found if any(row.values())]
+                padded = zip(columns, [*cells, *[""] * len(columns)], strict=False)
+                if any(cell.strip() for cell in cells):
+                    found.append({column: cell.strip() for column, cell in padded if column})
+            return found
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}).") from error
 

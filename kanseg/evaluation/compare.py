@@ -227,17 +227,20 @@ def _chosen(path: Path) -> Path:
 
 
 def _groups(path: Path) -> dict[str, str]:
-    """Patient of each case, where the fingerprint of the run, or of the run that the folder belongs to, knows."""
-    chosen = _chosen(path)
+    """Patient of each case, as the fingerprint of the run, or of the run that the folder belongs to, knows.
+
+    Test images of classifiers are in no fingerprint; their tables know.
+    """
+    chosen, known = _chosen(path), {}
+    tables = (path, *(chosen / name for name in TABLES), *sorted(chosen.glob(f"fold_[0-9]*/{TABLES[2]}")))
+    if table := next((file for file in tables if file.is_file() and is_predictions(file)), None):
+        scored = read_scored(table)
+        known = {case: one for case, one in zip(scored.ids, scored.groups, strict=True) if one != case}
     beside = sorted(chosen.parent.glob("*/")) if (chosen.parent / "choice.json").is_file() else []
     for folder in (chosen, chosen.parent, *beside):  # of an ensemble, that of any of its members
         if folder.is_dir() and (seen := load_fingerprint(folder)):
-            return {case: entry["group"] for case, entry in seen["cases"].items()}
-    for table in (path, *(chosen / name for name in TABLES)):
-        if table.is_file() and is_predictions(table):
-            scored = read_scored(table)
-            return dict(zip(scored.ids, scored.groups, strict=True))
-    return {}
+            return known | {case: entry["group"] for case, entry in seen["cases"].items()}
+    return known
 
 
 def _row(

@@ -6,9 +6,7 @@ where one stopped.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from kanseg.data.class_loader import MIRRORING, ImageBatches
 from kanseg.data.class_plan import ClassPlan
-from kanseg.data.digests import file_digest, signature
+from kanseg.data.digests import file_digest, made_from
 from kanseg.data.formats import Case, few, find_images, read_rows, repeated
 from kanseg.data.image_classes import CLASSES, is_classes, read_classes
 from kanseg.data.images import read_image
@@ -134,8 +132,8 @@ def predict_classes(
         )
     path = Path(out) if Path(out).suffix == ".csv" else Path(out) / PREDICTIONS
     settings = {"models": [file_digest(file) for file in files], "tta": tta, "uncertainty": uncertainty}
-    made_from = _digests(cases, settings)
-    rows = _done(path, made_from, names, again)
+    digests = {case.id: made_from(case.images, settings, case.id) for case in cases}
+    rows = _done(path, digests, names, again)
     if rows:
         say(f"{len(rows)} images are there already", highlight=False)
     members = [
@@ -151,7 +149,7 @@ def predict_classes(
         more: dict[str, list[Any]] = {}
         if uncertainty:
             more["entropy"] = [f"{value:.5f}" for value in entropy(chances, multilabel=several)]
-        more[DIGEST] = [made_from[name] for name in kept]
+        more[DIGEST] = [digests[name] for name in kept]
         write_predictions(path, kept, chances, names, multilabel=several, more=more)
 
     missing, size, kept_at = (
@@ -232,20 +230,7 @@ def _mirrored(info: Mapping[str, Any], plan: ClassPlan) -> Sequence[int]:
     )
 
 
-def _digests(cases: Sequence[Case], settings: Mapping[str, Any]) -> dict[str, str]:
-    """What each row depends on, in 24 hexadecimal digits."""
-    files = {file: signature(file) for case in cases for file in case.images}
-    found = {}
-    for case in cases:
-        images = [{"path": str(file.resolve()), **files[file]} for file in case.images]
-        known = json.dumps([settings, case.id, images], sort_keys=True)
-        found[case.id] = hashlib.sha256(known.encode()).hexdigest()[:24]
-    return found
-
-
-def _done(
-    path: Path, made_from: Mapping[str, str], names: Sequence[str], again: bool
-) -> dict[str, np.ndarray]:
+def _done(path: Path, digests: Mapping[str, str], names: Sequence[str], again: bool) -> dict[str, np.ndarray]:
     """Probabilities of the images that an earlier call finished; what it would not be right to replace is refused."""
     if not path.exists():
         return {}
@@ -254,14 +239,14 @@ def _done(
         raise UserError(f"{path} is there and no table of predictions. Choose another -o.")
     if again:
         return {}
-    if others := [name for name in kept if name not in made_from]:
+    if others := [name for name in kept if name not in digests]:
         raise UserError(
             f"{path} holds predictions of {len(others)} other images, e.g. {others[0]}. Choose another -o, or replace "
             "it by --again."
         )
     if columns != list(names):
         return {}
-    return {name: row for name, (row, digest) in kept.items() if digest == made_from[name]}
+    return {name: row for name, (row, digest) in kept.items() if digest == digests[name]}
 
 
 def _images(path: Path, plan: ClassPlan) -> tuple[Sequence[Case], Any, bool]:

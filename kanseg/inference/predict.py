@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from kanseg.data.beside import (
     remove_beside,
     uncertainty_path,
 )
-from kanseg.data.digests import signature
+from kanseg.data.digests import made_from
 from kanseg.data.fingerprint import unlike_training
 from kanseg.data.formats import Case
 from kanseg.data.images import (
@@ -278,9 +276,7 @@ def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) ->
     """What the header of a label map says: the description, and a digest of all that the label map depends on."""
     if settings is None:
         return description
-    images = [{"path": str(path.resolve()), **signature(path)} for path in case.images]
-    known = json.dumps([settings, images], sort_keys=True, default=str)
-    return f"{description[:50]} {hashlib.sha256(known.encode()).hexdigest()[:24]}"
+    return f"{description[:50]} {made_from(case.images, settings)}"
 
 
 def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]:

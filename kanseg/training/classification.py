@@ -20,7 +20,7 @@ from kanseg.data.formats import Case
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.loaders import EndlessLoader
 from kanseg.errors import refused_options
-from kanseg.evaluation.classification import as_truth, mean_auc, score_values, write_predictions
+from kanseg.evaluation.classification import PATIENT, as_truth, mean_auc, score_values, write_predictions
 from kanseg.registry import Registry
 from kanseg.training.files import make_folder
 from kanseg.training.losses import check_loss
@@ -209,7 +209,8 @@ class Classification:
         groups = [case.group for case in self.tested]
         if self.folder is not None and self.main:
             path, ids = make_folder(self.folder) / PREDICTIONS, [case.id for case in self.tested]
-            write_predictions(path, ids, probabilities, names, values, multilabel=several)
+            how: dict[str, Any] = {"multilabel": several, "more": {PATIENT: groups}}
+            write_predictions(path, ids, probabilities, names, values, **how)
         found = score_values(probabilities, values, names, groups, self.config.data.seed, multilabel=several)
         return {"held_out": "test" if self.dataset.test_cases else "validation", **found}
 
