@@ -25,7 +25,15 @@ from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
 from kanseg.models import check_patch
 from kanseg.study.peft import check_adapt
-from kanseg.training.checkpoint import LAST, adaptation, build_model, describe, load_checkpoint, model_spec
+from kanseg.training.checkpoint import (
+    LAST,
+    adaptation,
+    build_model,
+    describe,
+    load_checkpoint,
+    model_spec,
+    unstarted,
+)
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked, make_folder, read_json
 from kanseg.training.finetune import Ends, read_start, transfer
@@ -126,18 +134,19 @@ def fit(
 
 def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any], nn.Module, str, list[str]]:
     """Description of the network, the network, what was said of the weights it starts from, and what began afresh."""
-    if config.training.weights is None:
-        if config.training.adapt.wanted:
-            raise UsageError(
-                "training.adapt changes weights that exist: give them by training.weights=RUN, a model or a file."
-            )
+    weights = config.training.weights
+    if weights is None and config.training.adapt.wanted:
+        raise UsageError(
+            "training.adapt changes weights that exist: give them by training.weights=RUN, a model or a file."
+        )
+    if (folder / LAST).exists():  # what the training started from has done its part, and may be gone
+        info = load_checkpoint(folder / LAST)[1]
+        spec = model_spec(config, plan, info.get("model") if weights else None)
+        return spec, build_model(unstarted(spec)), "", info.get("fresh", [])
+    if weights is None:
         spec = model_spec(config, plan)
         return spec, build_model(spec), "", []
-    if (folder / LAST).exists():  # the weights have done their part, and may be gone
-        info = load_checkpoint(folder / LAST)[1]
-        spec = model_spec(config, plan, info.get("model"))
-        return spec, build_model(spec), "", info.get("fresh", [])
-    start = read_start(config.training.weights)
+    start = read_start(weights)
     dims = (start.spec or {}).get("spatial_dims")
     if dims not in (None, plan.spatial_dims):
         raise UsageError(
