@@ -189,6 +189,21 @@ def test_what_begins_afresh_beside_low_ranks_are_parameters_alone():
     }
 
 
+def test_rates_are_of_the_names_beside_frozen_weights(fit_balls, tmp_path):
+    """As of LoRA+, whose halves learn at different rates; what is checked before is what is trained after."""
+    fit_balls("training.max_epochs=1")
+    low = [f"training.weights={tmp_path / 'run'}", "training.max_epochs=1", "training.adapt.rank=1"]
+    fit_balls(*low, "training.lr_scale=['*.up=16']", run=tmp_path / "next")
+    for wrong in ("training.lr_scale=['*.base_weight=0.1']", "training.freeze=['*.base_weight']"):
+        with pytest.raises(UsageError, match="No parameter fits the pattern"):
+            fit_balls(*low, wrong, run=tmp_path / "none")
+    with pytest.raises(UsageError, match="leaves no parameter"):
+        fit_balls(
+            *low, "training.freeze=['*.up','*.down','*.bias','heads.*','*.norm.*']", run=tmp_path / "none"
+        )
+    assert not (tmp_path / "none").exists()
+
+
 def test_what_a_training_started_from_is_not_read_again(fit_balls, tmp_path):
     fit_balls("training.max_epochs=1")
     best = (tmp_path / "run/fold_0/last.safetensors").rename(tmp_path / "encoder.safetensors")

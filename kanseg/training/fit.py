@@ -9,11 +9,13 @@ it, on the CPU to the last bit.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
@@ -24,7 +26,7 @@ from kanseg.data.formats import Dataset
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
 from kanseg.models import check_patch
-from kanseg.study.peft import check_adapt
+from kanseg.study.peft import adapt
 from kanseg.training.checkpoint import (
     LAST,
     adaptation,
@@ -86,10 +88,13 @@ def fit(
     set_seed(config.seed)
     # Before anything is written: options may not fit.
     spec, model, started, fresh = _model(config, plan, folder)
-    if config.training.adapt.wanted:
-        check_adapt(model, **adaptation(config.training.adapt.model_dump(), fresh))
     check_penalty(model, config.training.penalty)
-    check_trained(model, config.training.freeze, shares_of(config.training.lr_scale))
+    trained = model
+    if config.training.adapt.wanted:
+        with torch.random.fork_rng([]):
+            trained = adapt(copy.deepcopy(model), **adaptation(config.training.adapt.model_dump(), fresh))
+    check_trained(trained, config.training.freeze, shares_of(config.training.lr_scale))
+    del trained
     check_patch(model, plan.patch_size)
     task = create_task(config, plan, dataset, training, validation, accelerator)
     main = accelerator.is_main_process
