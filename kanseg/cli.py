@@ -5,6 +5,7 @@ The verbs of the main path stand here; those around it in `kanseg.verbs`, by the
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -488,6 +489,8 @@ app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.cal
 
 def main() -> None:
     """Entry point: a user's mistake is one line and an exit code (1, or 2 for wrong usage), never a traceback."""
+    # MONAI imports it; where the home is read-only it takes a temporary folder, and would say so.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         app()
     except SystemExit as done:

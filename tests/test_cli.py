@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -204,6 +205,13 @@ def test_a_loss_for_another_number_of_classes_is_refused(blobs: Path, tmp_path: 
         refused(result, 2, "training.loss dice_ce of 3 classes", "same as the number of classes")
     assert not (tmp_path / "config.json").exists()
     assert not list(tmp_path.glob("fold_*/*"))
+
+
+def test_a_home_that_cannot_be_written_is_no_matter() -> None:
+    """Of a container, say. MONAI imports matplotlib, which would warn."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
+    done = typed("info", "--json", env={**kept, "HOME": f"{os.devnull}/none"})
+    assert (done.returncode, [line for line in done.stderr.splitlines() if "atplotlib" in line]) == (0, [])
 
 
 def test_models_and_info_print_json() -> None:

@@ -16,7 +16,8 @@ from kanseg.config import load_config
 from kanseg.errors import UsageError, UserError
 from kanseg.export.network import export_network
 from kanseg.layers import FAMILIES
-from kanseg.training.checkpoint import build_model, load_checkpoint, load_model, part
+from kanseg.study.peft import adapt
+from kanseg.training.checkpoint import adaptation, build_model, load_checkpoint, load_model, part, unstarted
 from kanseg.training.finetune import Ends, Start, read_start, transfer
 from kanseg.training.fit import fit
 
@@ -163,6 +164,58 @@ def test_channels_without_a_name_in_common_are_taken_in_their_order():
     assert first in afresh
     assert torch.equal(new.state_dict()[first][:, 0], old.state_dict()[first][:, 1])
     assert "Channels by name: T2; as the mean of all: PET." in told
+
+
+def test_channels_of_one_name_go_by_their_order():
+    """Two channels "MRI" are usual in dataset.json."""
+    start, old = known(described(2), ["b", "x"], ["MRI", "MRI"])
+    new, _, afresh = started(described(2), start, ["b", "x"], ["MRI", "mri"])
+    assert not afresh
+    assert all(torch.equal(new.state_dict()[name], value) for name, value in old.state_dict().items())
+    new, _, _ = started(described(3), start, ["b", "x"], ["MRI", "CT", "MRI"])
+    first = "encoder.stages.0.0.layers.0.conv.base_weight"
+    assert torch.equal(new.state_dict()[first][:, [0, 2]], old.state_dict()[first])
+
+
+def test_what_begins_afresh_beside_low_ranks_are_parameters_alone():
+    """Statistics of new batch norms are none, and no pattern of what is trained."""
+    spec = described(basis=None, norm="batch")
+    encoder = {n: v for n, v in build_model(spec).state_dict().items() if n.startswith("encoder.")}
+    model, _, afresh = started(spec, Start("weights", encoder))
+    adapt(model, **adaptation({"rank": 1, "functions": [], "train": []}, afresh))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained >= {
+        name for name, _ in model.named_parameters() if name.startswith(("decoder.", "heads."))
+    }
+
+
+def test_rates_are_of_the_names_beside_frozen_weights(fit_balls, tmp_path):
+    """As of LoRA+, whose halves learn at different rates; what is checked before is what is trained after."""
+    fit_balls("training.max_epochs=1")
+    low = [f"training.weights={tmp_path / 'run'}", "training.max_epochs=1", "training.adapt.rank=1"]
+    fit_balls(*low, "training.lr_scale=['*.up=16']", run=tmp_path / "next")
+    for wrong in ("training.lr_scale=['*.base_weight=0.1']", "training.freeze=['*.base_weight']"):
+        with pytest.raises(UsageError, match="No parameter fits the pattern"):
+            fit_balls(*low, wrong, run=tmp_path / "none")
+    with pytest.raises(UsageError, match="leaves no parameter"):
+        fit_balls(
+            *low, "training.freeze=['*.up','*.down','*.bias','heads.*','*.norm.*']", run=tmp_path / "none"
+        )
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_a_training_started_from_is_not_read_again(fit_balls, tmp_path):
+    fit_balls("training.max_epochs=1")
+    best = (tmp_path / "run/fold_0/last.safetensors").rename(tmp_path / "encoder.safetensors")
+    run, start = tmp_path / "next", f"model.options.encoder_weights={best}"
+    fit_balls("training.max_epochs=1", start, run=run)
+    best.unlink()
+    assert fit_balls("training.max_epochs=2", start, run=run, resume=True)["epochs"] == 2
+    assert load_checkpoint(run / "fold_0/last.safetensors")[1]["model"]["options"]["encoder_weights"]
+    inner = {"network": "FlexibleUNet", "arguments": {"backbone": "resnet18", "pretrained": True}}
+    spec = described(name="monai", **inner)
+    assert unstarted(spec)["options"]["arguments"] == {"backbone": "resnet18", "pretrained": False}
+    assert spec["options"] == inner
 
 
 def test_more_degrees_of_channels_in_another_order_are_the_same_function():

@@ -356,6 +356,18 @@ def test_functions_may_be_replaced_and_watched(family: str) -> None:
     assert {*called[1]} - {*called[0]} <= {"conv.noise"}  # which does nothing
 
 
+@pytest.mark.parametrize("family", ["kagn", "bottleneck_kagn", "wavkan"])  # one of each kind of layer
+def test_a_compiler_follows_functions_that_are_replaced(family: str) -> None:
+    layer, x = conv_layer(family)(3, 4, 8), torch.randn(2, 4, 6, 7, 8)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for act in (nn.LeakyReLU(0.3), nn.Tanh()):
+        for part in layer.modules():
+            if hasattr(part, "base_act"):
+                part.base_act = act
+        torch.testing.assert_close(compiled(x), copy.deepcopy(layer)(x), rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize(

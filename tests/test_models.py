@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -337,6 +339,24 @@ def test_networks_of_monai_are_padded_by_their_own_strides_alone() -> None:
     assert model.divisible == (2, 4)
     assert model.eval()(torch.randn(1, 1, 7, 9)).shape == (1, 2, 7, 9)
     assert create_model("monai", 2, 1, 2, divisible=16, **SMALL["monai"]).divisible == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "network", ["SwinUNETR", "UNETR"]
+)  # one calls the package, the other makes layers of it
+def test_a_network_of_monai_that_needs_a_package_says_so_when_it_is_made(network: str) -> None:
+    arguments = {} if network == "SwinUNETR" else {"img_size": 32}
+    code = f"""
+import sys
+sys.modules["einops"] = None  # not installed
+from kanseg import UserError, create_model
+try:
+    create_model("monai", 2, 1, 2, network={network!r}, arguments={arguments})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"MONAI's {network} needs einops: pip install einops\n"
 
 
 @pytest.mark.parametrize(("family", "functions"), [(None, 1), ("gram", 4), ("bspline", 9)])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from monai.networks import nets
+from monai.utils import OptionalImportError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.encoders.pretrained import check_smp_encoder
-from kanseg.errors import UsageError, did_you_mean, refused_options
+from kanseg.errors import UsageError, UserError, did_you_mean, refused_options
 from kanseg.layers.geometry import per_axis
 from kanseg.models.model import MODELS
 from kanseg.models.u_shape import check_input
@@ -73,8 +77,9 @@ class MonaiNetwork(AnySize):
         if network not in known:
             raise UsageError(f"MONAI has no network '{network}'.{did_you_mean(network, known)}")
         given = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
-        with refused_options(f"MONAI's {network}"):
+        with refused_options(f"MONAI's {network}"), _packages_of(network):
             made = getattr(nets, network)(**given, **(arguments or {}))
+            _require_packages(made)
         if divisible is None:
             strides = (arguments or {}).get("strides", [DIVISIBLE])
             steps = [per_axis(step, spatial_dims, "strides") for step in strides]
@@ -125,6 +130,28 @@ class SmpNetwork(AnySize):
         with refused_options(f"smp's {network}"):
             made = known[network](encoder, encoder_weights="imagenet" if pretrained else None, **given)
         super().__init__(made, in_channels, (DIVISIBLE, DIVISIBLE))
+
+
+@contextmanager
+def _packages_of(network: str) -> Iterator[None]:
+    """Say which package is not installed that MONAI has only some of its networks ask for."""
+    try:
+        yield
+    except OptionalImportError as error:
+        said = str(error).partition("\n")[0]
+        missing = re.match(r"(?:from|import) (\w+)", said)  # "from einops import rearrange (No module ..."
+        needed = f"{missing[1]}: pip install {missing[1]}" if missing else f"another package: {said}"
+        raise UserError(f"MONAI's {network} needs {needed}") from error
+
+
+def _require_packages(network: nn.Module) -> None:
+    """Raise the error that a forward of the network would: it names functions of a package that is not there."""
+    for kind in {type(part) for part in network.modules()}:
+        for called, method in inspect.getmembers(kind, inspect.isfunction):
+            for name in method.__code__.co_names if called != "__init__" else ():
+                error = getattr(method.__globals__.get(name), "_exception", None)
+                if isinstance(error, OptionalImportError):
+                    raise error
 
 
 def _cut(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -180,8 +180,13 @@ def adaptation(options: Mapping[str, Any], fresh: Sequence[str]) -> dict[str, An
 
 def unstarted(spec: Mapping[str, Any]) -> dict[str, Any]:
     """A description of a model without what its training started from: no longer needed, nor perhaps there."""
+    return {**spec, "options": _without_start(spec["options"])}
+
+
+def _without_start(options: Mapping[str, Any]) -> dict[str, Any]:
     nothing = {"encoder_weights": None, "pretrained": False}
-    return {**spec, "options": {key: nothing.get(key, value) for key, value in spec["options"].items()}}
+    inner = {key: _without_start(value) for key, value in options.items() if isinstance(value, Mapping)}
+    return {**options, **inner, **{key: value for key, value in nothing.items() if key in options}}
 
 
 def build_model(spec: Mapping[str, Any]) -> nn.Module:

@@ -183,8 +183,8 @@ def _has_code(value: Any) -> bool:
 
 
 def transfer(model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends) -> tuple[str, list[str]]:
-    """Put the weights that fit into a model; said is which did, and given are the names of those that begin afresh,
-    wholly or in part.
+    """Put the weights that fit into a model; said is which did, and given are the names of parameters that begin
+    afresh, wholly or in part.
 
     Args:
         spec: of the model, what `build_model` takes.
@@ -220,7 +220,9 @@ def transfer(model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends
     )
     taken = sum(name not in partly and name not in settled for name in fitting)
     counted = f"{taken} of {len(start.weights)} tensors taken{''.join(shown)}"
-    return " ".join([f"Weights of {start.source}: {counted}.", *told]), [*parts["adapted"], *fresh]
+    parameters = dict(model.named_parameters())
+    afresh = [name for name in (*parts["adapted"], *fresh) if name in parameters]
+    return " ".join([f"Weights of {start.source}: {counted}.", *told]), afresh
 
 
 def _at_their_places(
@@ -276,8 +278,15 @@ def _other_kind(old: Ends, new: Ends) -> bool:
 
 
 def _by_name(old: Sequence[str], new: Sequence[str]) -> Places:
-    places = {name.strip().casefold(): place for place, name in enumerate(old) if name}
-    return [places.get(name.strip().casefold()) for name in new]
+    """Those of one name (two channels "MRI") go by their order."""
+    places = {name: place for place, name in enumerate(_numbered(old)) if name[0]}
+    return [places.get(name) for name in _numbered(new)]
+
+
+def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Each name without regard to case, and how many of that name come before it."""
+    plain = [name.strip().casefold() for name in names]
+    return [(name, plain[:place].count(name)) for place, name in enumerate(plain)]
 
 
 def _all_in_place(places: Places, old: Sequence[str]) -> bool:

@@ -9,11 +9,13 @@ it, on the CPU to the last bit.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
@@ -24,8 +26,16 @@ from kanseg.data.formats import Dataset
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
 from kanseg.models import check_patch
-from kanseg.study.peft import check_adapt
-from kanseg.training.checkpoint import LAST, adaptation, build_model, describe, load_checkpoint, model_spec
+from kanseg.study.peft import adapt
+from kanseg.training.checkpoint import (
+    LAST,
+    adaptation,
+    build_model,
+    describe,
+    load_checkpoint,
+    model_spec,
+    unstarted,
+)
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked, make_folder, read_json
 from kanseg.training.finetune import Ends, read_start, transfer
@@ -78,10 +88,13 @@ def fit(
     set_seed(config.seed)
     # Before anything is written: options may not fit.
     spec, model, started, fresh = _model(config, plan, folder)
-    if config.training.adapt.wanted:
-        check_adapt(model, **adaptation(config.training.adapt.model_dump(), fresh))
     check_penalty(model, config.training.penalty)
-    check_trained(model, config.training.freeze, shares_of(config.training.lr_scale))
+    trained = model
+    if config.training.adapt.wanted:
+        with torch.random.fork_rng([]):
+            trained = adapt(copy.deepcopy(model), **adaptation(config.training.adapt.model_dump(), fresh))
+    check_trained(trained, config.training.freeze, shares_of(config.training.lr_scale))
+    del trained
     check_patch(model, plan.patch_size)
     task = create_task(config, plan, dataset, training, validation, accelerator)
     main = accelerator.is_main_process
@@ -126,18 +139,19 @@ def fit(
 
 def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any], nn.Module, str, list[str]]:
     """Description of the network, the network, what was said of the weights it starts from, and what began afresh."""
-    if config.training.weights is None:
-        if config.training.adapt.wanted:
-            raise UsageError(
-                "training.adapt changes weights that exist: give them by training.weights=RUN, a model or a file."
-            )
+    weights = config.training.weights
+    if weights is None and config.training.adapt.wanted:
+        raise UsageError(
+            "training.adapt changes weights that exist: give them by training.weights=RUN, a model or a file."
+        )
+    if (folder / LAST).exists():  # what the training started from has done its part, and may be gone
+        info = load_checkpoint(folder / LAST)[1]
+        spec = model_spec(config, plan, info.get("model") if weights else None)
+        return spec, build_model(unstarted(spec)), "", info.get("fresh", [])
+    if weights is None:
         spec = model_spec(config, plan)
         return spec, build_model(spec), "", []
-    if (folder / LAST).exists():  # the weights have done their part, and may be gone
-        info = load_checkpoint(folder / LAST)[1]
-        spec = model_spec(config, plan, info.get("model"))
-        return spec, build_model(spec), "", info.get("fresh", [])
-    start = read_start(config.training.weights)
+    start = read_start(weights)
     dims = (start.spec or {}).get("spatial_dims")
     if dims not in (None, plan.spatial_dims):
         raise UsageError(

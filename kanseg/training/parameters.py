@@ -77,9 +77,9 @@ def shares_of(texts: Sequence[str]) -> dict[str, float]:
 
 def check_trained(model: nn.Module, frozen: Sequence[str], scales: Mapping[str, float]) -> None:
     """Raise `UsageError` for a pattern that fits nothing, or where patterns leave no parameter to train."""
-    shares = {name: 1.0 for name, _ in model.named_parameters()}
+    shares = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
     for pattern, share in {**scales, **dict.fromkeys(frozen, 0.0)}.items():
-        shares |= dict.fromkeys(matching(model, pattern), share)
+        shares |= {name: share for name in matching(model, pattern) if name in shares}
     if not any(shares.values()):
         said = f"training.freeze={list(frozen)}" + (f" and lr_scale={dict(scales)}" if scales else "")
         raise UsageError(f"{said} leaves no parameter to train.")

@@ -1,7 +1,8 @@
 """What an expansion is made of, as one string, since an operator of torch takes tensors, numbers and strings alone.
 
 A basis or an activation is its class and its settings. What it learns is not in the string: those tensors are given
-beside it. The string is made when a layer is, and read once; `Recipe` is what it says.
+beside it. The string is made when a layer is, and anew when one of its functions is replaced; each is read once.
+`Recipe` is what it says.
 """
 
 from __future__ import annotations
@@ -145,6 +146,8 @@ class Written:
         """What `write` gives for these functions."""
         before, text = self.known
         if len(before) != len(functions) or any(map(operator.is_not, before, functions)):
+            if torch.compiler.is_dynamo_compiling():  # it does not follow, and makes its own of plain steps
+                return None
             text = write()
             self.known = functions, text
         return None if any(f is not None and watched(f) for f in functions) else text

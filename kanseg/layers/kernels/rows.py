@@ -26,9 +26,8 @@ def with_contiguous_gradient(y: Tensor) -> Tensor:
 
     There torch 2.14 misreads that of its instance norm in channels-last memory (2D and 3D): wrong numbers, no error.
     """
-    plain = (
-        not torch.compiler.is_compiling() and not transformed()
-    )  # first: a compiler may know no number of samples
+    plain = not torch.compiler.is_compiling() and not transformed()
+    # In this order: a compiler may know no number of samples.
     if plain and y.requires_grad and y.device.type == "cpu" and len(y) == 1:
         y.register_hook(Tensor.contiguous)
     return y
