@@ -41,6 +41,8 @@ NAMES = {  # rows and families as the README names them; others stay as they are
     "all but full resolution": "UKANet, KAN in all but the finest stage",
     "smp unet resnet34": "smp's Unet, ResNet34",
     "ukan, rational functions": "ukan with rational functions",
+    "ukan, rational functions from the identity": "ukan, rational from the identity",
+    "rational functions": "UKANet, rational functions",
     "ukan, plain": "ukan with plain layers",
     "shared gram": "gram, shared_by=8",
 }
