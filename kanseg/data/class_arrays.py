@@ -183,10 +183,8 @@ def _read_npz(path: Path) -> Arrays:
             f"{path} has labels of other shapes in its parts: {[one.shape for one in labels.values()]}."
         )
     shape = images["train"].shape
-    channels = len(shape) > 3 and shape[-1] in (
-        1,
-        3,
-    )  # no volume is that flat, those of MedMNIST are 28 or 64 wide
+    # No volume is that flat, those of MedMNIST are 28 or 64 wide.
+    channels = len(shape) > 3 and shape[-1] in (1, 3)
     names = MEDMNIST.get(path.stem.partition("_")[0], "").split("|")
     several = labels["train"].ndim == 2
     count = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1

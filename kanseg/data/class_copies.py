@@ -12,10 +12,8 @@ from kanseg.data.formats import Case, few
 from kanseg.data.image_classes import ImageClasses
 from kanseg.progress import progress
 
-MOST_FILES, MOST_THUMBNAILS = (
-    50_000,
-    10_000,
-)  # images in files that are looked at, and those that are compared in detail
+MOST_FILES = 50_000  # images in files that are looked at
+MOST_THUMBNAILS = 10_000  # images that are compared in detail
 DETAILED = {2: 64, 3: 32}  # voxels an axis from which on a thumbnail tells an image from one of the same kind
 Pair = tuple[str, str]
 

@@ -12,11 +12,8 @@ import numpy as np
 
 from kanseg.evaluation.report import saved
 
-MOST_COUNTED, MOST_NAMED, MOST_COLOURED = (
-    20,
-    60,
-    10,
-)  # classes with counts in cells, with names, with a curve in colour
+MOST_COUNTED, MOST_NAMED = 20, 60  # classes with counts in cells, and with names
+MOST_COLOURED = 10  # classes with a curve in colour
 LETTERS = 22  # of a name that is shown
 A_ROW = 4  # pictures
 

@@ -22,13 +22,12 @@ from kanseg.training.files import write_bytes
 from kanseg.training.validate import bootstrap_interval
 
 TOP = 5
-AREAS, MOST_RANKED = (
-    500,
-    2_000_000,
-)  # resamples of an AUC, and probabilities from which on that takes too long
+AREAS = 500  # resamples of an AUC
+MOST_RANKED = 2_000_000  # probabilities from which on that takes too long
 THRESHOLD = 0.5  # of the probability of a class of which an image may have several
 SCORES = ("accuracy", "exact", "top5", "balanced_accuracy", "auc")  # those in one line, where they are
 IMAGE, CLASS, REFERENCE, PATIENT = "image", "class", "reference", "patient"
+PREDICTIONS = "predictions.csv"  # of a classifier
 CASES = "cases.csv"  # of an evaluation
 PREFIX = "p "  # before the name of a class, over the column of its probabilities
 DIGEST = "made_from"  # over the column that tells what a row depends on
@@ -293,6 +292,11 @@ def is_predictions(path: Path) -> bool:
     except (OSError, ValueError, csv.Error):
         return False
     return columns[:1] == [IMAGE] and any(column.startswith(PREFIX) for column in columns)
+
+
+def find_table(path: Path) -> Path | None:
+    """The table of a classifier that is given, or lies in a folder."""
+    return next((file for file in (path, path / PREDICTIONS) if is_predictions(file)), None)
 
 
 @dataclass

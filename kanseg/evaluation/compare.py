@@ -20,7 +20,13 @@ from scipy.stats import wilcoxon
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.image_classes import read_classes
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.classification import answers, evaluate_classes, is_predictions, read_scored
+from kanseg.evaluation.classification import (
+    answers,
+    evaluate_classes,
+    find_table,
+    is_predictions,
+    read_scored,
+)
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
 from kanseg.evaluation.report import Whole
 from kanseg.training.files import make_folder, read_json, write_bytes, write_json
@@ -64,7 +70,7 @@ def compare(
     if reference is None and how:
         raise UsageError(f"{', '.join(how)} go with label maps: give the reference, too.")
     first, second = (load_scores(path, reference, **how) for path in (one, other))
-    if groups is None and reference is not None and _class_table(Path(one)):
+    if groups is None and reference is not None and find_table(Path(one)):
         classes = read_classes(reference)
         groups = {case.id: case.group for case in (*classes.cases, *classes.test_cases)}
     groups = groups or {**_groups(Path(other)), **_groups(Path(one))}
@@ -110,7 +116,7 @@ def load_scores(path: Path | str, reference: Path | str | None = None, **how: An
     A reference whose label map is missing or unreadable is no case.
     """
     path = Path(path)
-    if reference is not None and (table := _class_table(path)):
+    if reference is not None and (table := find_table(path)):
         if how:
             raise UsageError(f"{', '.join(how)} go with label maps; {table} is a table of classes.")
         with tempfile.TemporaryDirectory() as folder:
@@ -164,11 +170,6 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}).") from error
     return values if isinstance(values, dict) else {}
-
-
-def _class_table(path: Path) -> Path | None:
-    """The table of a classifier's predictions that is given, or lies in a folder."""
-    return next((file for file in (path, path / TABLES[-1]) if file.is_file() and is_predictions(file)), None)
 
 
 def _of_classes(file: Path) -> Scores:
@@ -233,7 +234,7 @@ def _groups(path: Path) -> dict[str, str]:
     """
     chosen, known = _chosen(path), {}
     tables = (path, *(chosen / name for name in TABLES), *sorted(chosen.glob(f"fold_[0-9]*/{TABLES[2]}")))
-    if table := next((file for file in tables if file.is_file() and is_predictions(file)), None):
+    if table := next((file for file in tables if is_predictions(file)), None):
         scored = read_scored(table)
         known = {case: one for case, one in zip(scored.ids, scored.groups, strict=True) if one != case}
     beside = sorted(chosen.parent.glob("*/")) if (chosen.parent / "choice.json").is_file() else []

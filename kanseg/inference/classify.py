@@ -27,8 +27,9 @@ from kanseg.data.images import read_image
 from kanseg.errors import UserError
 from kanseg.evaluation.classification import (
     DIGEST,
+    PREDICTIONS,
     entropy,
-    is_predictions,
+    find_table,
     read_made,
     read_predictions,
     write_predictions,
@@ -36,7 +37,6 @@ from kanseg.evaluation.classification import (
 from kanseg.inference.ensemble import find_members
 from kanseg.progress import progress
 from kanseg.training.checkpoint import load_model, read_info
-from kanseg.training.classification import PREDICTIONS
 from kanseg.training.files import make_folder
 
 THREADS = 2  # that read images
@@ -152,11 +152,8 @@ def predict_classes(
         more[DIGEST] = [digests[name] for name in kept]
         write_predictions(path, kept, chances, names, multilabel=several, more=more)
 
-    missing, size, kept_at = (
-        [case for case in cases if case.id not in rows],
-        plans[0].batch_size,
-        time.monotonic(),
-    )
+    missing = [case for case in cases if case.id not in rows]
+    size, kept_at = plans[0].batch_size, time.monotonic()
     for start in progress(range(0, len(missing), size), "Predicting"):
         batch = missing[start : start + size]
         try:
@@ -181,7 +178,7 @@ def predict_classes(
 
 def find_tables(paths: Sequence[Path]) -> list[Path]:
     """The tables of classifiers, of given ones or folders with one; none where a path is neither."""
-    places = [next((p for p in (path, path / PREDICTIONS) if is_predictions(p)), None) for path in paths]
+    places = [find_table(path) for path in paths]
     return [] if None in places else [place for place in places if place is not None]
 
 

@@ -12,17 +12,15 @@ from kanseg.config import Config, with_options
 from kanseg.data.class_doctor import diagnose_classes
 from kanseg.data.class_plan import ClassPlan
 from kanseg.data.plans import dataset_of
-from kanseg.errors import UsageError, UserError
+from kanseg.errors import UserError
 from kanseg.evaluation.classification import score_lines
 from kanseg.progress import in_words, is_main
 from kanseg.training.cross_validation import cross_validate
-from kanseg.training.files import locked, make_folder, read_json, write_json
+from kanseg.training.files import locked, make_folder, write_json
 from kanseg.training.parallel import once
-from kanseg.training.planning import plan_data
+from kanseg.training.planning import plan_data, tell_findings
 from kanseg.training.run_folder import PLAN
 from kanseg.training.run_report import DOCTOR, SETTINGS, write_report
-
-SHOWN = 20  # findings of the doctor
 
 
 def run_classes(
@@ -39,27 +37,15 @@ def run_classes(
     """Look at the data, plan, train every fold, report; called again it goes on where it stood.
 
     Args:
-        asked: what the user asked for; kept in RUN/run.json, and the same again unless `override`.
+        asked: what the user asked for, already compared with that of an earlier call; kept in RUN/run.json.
         minutes: of training in all, shared out evenly over the folds.
 
     Returns:
         {"accuracy", "model", "report", "pooled": scores of all held-out images}.
 
     Raises:
-        UsageError: options that differ from those of the first call.
         UserError: the data have errors, or a fold failed.
     """
-    before = read_json(run / SETTINGS)
-    if before is None and (run / PLAN).exists():
-        raise UsageError(
-            f"{run} is a run of kanseg plan and train. Choose another folder, or go on there by kanseg train {run} -f "
-            "all --resume."
-        )
-    changed = [key for key in asked if before is not None and before.get(key) != asked[key]]
-    if changed and (not override or "data" in changed):
-        told = ", ".join(f"{key}={(before or {}).get(key)!r}, not {asked[key]!r}" for key in changed)
-        way = "Choose another folder" if "data" in changed else "Give the same, or say --override"
-        raise UsageError(f"{run} was begun with {told}. {way}.")
     if not (run / PLAN).exists():
         once(lambda: _examined(data, run, id_pattern, console))
     once(lambda: write_json(run / SETTINGS, dict(asked)))
@@ -85,9 +71,7 @@ def run_classes(
 def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> None:
     """What the doctor finds, in RUN/doctor.json; errors stop the run."""
     found = diagnose_classes(data, id_pattern=id_pattern)
-    for finding in found.findings[:SHOWN]:
-        case = f"{finding.case}: " if finding.case else ""
-        console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
+    tell_findings(found.findings, console)
     if found.errors:
         more = f" and {len(found.errors) - 1} more" if len(found.errors) > 1 else ""
         first = found.errors[0]

@@ -91,19 +91,12 @@ class ClassReport(Told):
         """Whether the scored images are the test images of the data."""
         return any(one.get("held_out") == "test" for one in self.folds)
 
-    def parts(self) -> Iterator[str]:
-        """The document, paragraph by paragraph."""
-        yield f"# {self.dataset.name}"
-        yield from self.summary()
+    def results(self) -> Iterator[str]:
+        """Scores, classes and mistakes of the held-out images."""
         if self.scored is not None:
             yield from self.scores(self.scored)
             yield from self.classes(self.scored)
             yield from self.mistakes(self.scored)
-        yield from self.data()
-        yield from self.plans()
-        yield from self.courses()
-        yield from self.cost()
-        yield from self.split()
 
     def summary(self) -> Iterator[str]:
         """What came out, in a few lines."""

@@ -20,7 +20,14 @@ from kanseg.data.formats import Case
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.loaders import EndlessLoader
 from kanseg.errors import refused_options
-from kanseg.evaluation.classification import PATIENT, as_truth, mean_auc, score_values, write_predictions
+from kanseg.evaluation.classification import (
+    PATIENT,
+    PREDICTIONS,
+    as_truth,
+    mean_auc,
+    score_values,
+    write_predictions,
+)
 from kanseg.registry import Registry
 from kanseg.training.files import make_folder
 from kanseg.training.losses import check_loss
@@ -29,7 +36,6 @@ from kanseg.training.validate import spread
 
 CLASS_LOSSES = Registry("loss of classes")
 LABEL_LOSSES = Registry("loss of classes of which an image has several")  # by the names of `CLASS_LOSSES`
-PREDICTIONS = "predictions.csv"
 
 
 @CLASS_LOSSES.register("ce")

@@ -20,6 +20,7 @@ from kanseg.data.labels import class_values, painted, unions
 from kanseg.data.plan import CACHE_SHARE
 from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.classification import PREDICTIONS as CLASS_TABLE
 from kanseg.evaluation.classification import SCORES, Scored, read_scored
 from kanseg.evaluation.metrics import (
     evaluate_case,
@@ -33,7 +34,6 @@ from kanseg.inference.postprocess import apply_postprocessing, choose_postproces
 from kanseg.memory import for_data, give_back
 from kanseg.progress import is_main, progress
 from kanseg.training.checkpoint import LAST
-from kanseg.training.classification import PREDICTIONS as CLASS_TABLE
 from kanseg.training.files import locked, write_json
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once

@@ -36,6 +36,7 @@ from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
+from kanseg.training.planning import tell_findings
 from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, WHOLE, Splits, run_splits
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.trial import measure_step
@@ -45,7 +46,6 @@ CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
 ENSEMBLE, MODEL, REPAIRED = "ensemble", "model", "data"
 PLANNED = ("memory", "size", "mirror", "regions")  # options that only a new plan could follow
 FINALS = ("folds", "all")
-SHOWN = 20  # findings of the doctor; all of them are in doctor.json
 MARGIN = 1e-9  # of the Dice: of equals the simpler is taken
 
 
@@ -116,7 +116,8 @@ def run_pipeline(
     asked |= {"final": final, "configurations": configurations, "memory": memory, "size": size}
     asked |= {"config": config, "id_pattern": id_pattern, "mirror": mirror}
     asked["regions"] = None if regions is None else {name: list(values) for name, values in regions.items()}
-    if is_classes(data):
+    classes = is_classes(data)
+    if classes:
         alone: dict[str, Any] = {
             "configurations": configurations != "auto",
             "final": final != "folds",
@@ -127,10 +128,11 @@ def run_pipeline(
             raise UsageError(
                 f"{data} has a class for each image, and {', '.join(given)} only serve segmentation."
             )
+        asked = {key: asked[key] for key in ("data", "overrides", "minutes", "config", "id_pattern")}
+    _check_asked(run, asked, override, own_plan=classes)
+    if classes:
         own: dict[str, Any] = {"minutes": minutes, "id_pattern": id_pattern, "override": override}
-        kept = {key: asked[key] for key in ("data", "overrides", "minutes", "config", "id_pattern")}
-        return run_classes(Path(data), run, checked, kept, console=console, **own)
-    _check_asked(run, asked, override)
+        return run_classes(Path(data), run, checked, asked, console=console, **own)
     with locked(make_folder(run), is_main()):
         source, values = once(lambda: _examined(Path(data), run, id_pattern, console))
         if regions and values:
@@ -186,8 +188,9 @@ def _fitting(wanted: Sequence[str], dataset: Dataset) -> list[str]:
     return list(wanted) or fitting
 
 
-def _check_asked(run: Path, asked: Mapping[str, Any], override: bool) -> None:
-    if (run / PLAN).exists():
+def _check_asked(run: Path, asked: Mapping[str, Any], override: bool, *, own_plan: bool) -> None:
+    """Raise `UsageError` for a folder of another kind (with `own_plan` RUN may have a plan), or of other options."""
+    if (run / PLAN).exists() and not (own_plan and (run / SETTINGS).exists()):
         raise UsageError(
             f"{run} is a run of kanseg plan and train, which kanseg run would not use. Choose another folder, or go on "
             f"there by kanseg train {run} -f all --resume."
@@ -236,9 +239,7 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
     console.print(
         f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
     )
-    for finding in found.findings[:SHOWN]:
-        case = f"{finding.case}: " if finding.case else ""  # else it concerns all
-        console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
+    tell_findings(found.findings, console)
     values: dict[str, int] = {}
     files: dict[str, Any] = {}  # that a copy was made of
     if found.errors:

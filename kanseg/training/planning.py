@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kanseg.config import Config
 from kanseg.data.class_plan import plan_classes
+from kanseg.data.doctor import Finding
 from kanseg.data.formats import Dataset, few, list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.labels import parse_regions
@@ -20,6 +21,8 @@ from kanseg.errors import UsageError
 from kanseg.memory import size_in_bytes
 from kanseg.training.run_folder import check_fold
 from kanseg.training.trial import measure_step
+
+SHOWN = 20  # findings of the doctor; all of them are in doctor.json
 
 
 def plan_data(
@@ -79,6 +82,13 @@ def plan_data(
     for reason in plan.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
     return plan
+
+
+def tell_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print what the doctor found, the first of many."""
+    for finding in findings[:SHOWN]:
+        case = f"{finding.case}: " if finding.case else ""  # else it concerns all
+        console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
 
 
 def require_fold(data: Path, fold: int | str, config: Config) -> None:

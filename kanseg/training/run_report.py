@@ -6,6 +6,7 @@ RUN/report.md with the pictures in RUN/report/, and RUN/report.html, which is th
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,7 +107,7 @@ def write_report(run: Path | str, dataset: Dataset | None = None) -> Path:
 
 
 @dataclass
-class Told:
+class Told(ABC):
     """What reports of all tasks tell: the plans, the course and the cost of trainings, the splits.
 
     Attributes:
@@ -124,7 +125,26 @@ class Told:
 
     def parts(self) -> Iterator[str]:
         """The document, paragraph by paragraph."""
-        raise NotImplementedError
+        yield f"# {self.dataset.name}"
+        yield from self.summary()
+        yield from self.results()
+        yield from self.data()
+        yield from self.plans()
+        yield from self.courses()
+        yield from self.cost()
+        yield from self.split()
+
+    @abstractmethod
+    def summary(self) -> Iterator[str]:
+        """What came out, in a few lines."""
+
+    @abstractmethod
+    def results(self) -> Iterator[str]:
+        """Scores, and pictures of cases."""
+
+    @abstractmethod
+    def data(self) -> Iterator[str]:
+        """Layout, sizes, classes, and what the doctor found."""
 
     def trained_score(self, summary: Mapping[str, Any]) -> str:
         """The score of a training, from its summary."""
@@ -255,18 +275,11 @@ class _Report(Told):
         name = (read_json(self.run / CHOICE) or {}).get("choice")
         return next((one for one in self.found if one.name == name), self.found[0] if self.found else None)
 
-    def parts(self) -> Iterator[str]:
-        """The document, paragraph by paragraph."""
-        yield f"# {self.dataset.name}"
-        yield from self.summary()
+    def results(self) -> Iterator[str]:
+        """Scores of every configuration, and cases of the chosen one as pictures."""
         yield from self.scored()
         if self.chosen:
             yield from self.cases(self.chosen)
-        yield from self.data()
-        yield from self.plans()
-        yield from self.courses()
-        yield from self.cost()
-        yield from self.split()
 
     def summary(self) -> Iterator[str]:
         """What came out, in a few lines."""
