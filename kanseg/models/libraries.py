@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from monai.networks import nets
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.encoders.pretrained import check_smp_encoder
+from kanseg.encoders.transfer import load_encoder
 from kanseg.errors import UsageError, UserError, did_you_mean, refused_options
 from kanseg.layers.geometry import per_axis
 from kanseg.models.model import MODELS
@@ -100,6 +102,7 @@ class SmpNetwork(AnySize):
         network: architecture.
         encoder: name of the encoder there; after `kanseg.encoders.register_smp()` also ours.
         pretrained: let smp download the encoder's weights (ImageNet).
+        encoder_weights: file with weights of the encoder to start from instead (see `kanseg.encoders.load_encoder`).
         arguments: further ones of the architecture.
     """
 
@@ -114,6 +117,7 @@ class SmpNetwork(AnySize):
         network: str = "Unet",
         encoder: str = "resnet34",
         pretrained: bool = False,
+        encoder_weights: str | Path | None = None,
         arguments: dict[str, Any] | None = None,
     ) -> None:
         import segmentation_models_pytorch as smp
@@ -130,6 +134,8 @@ class SmpNetwork(AnySize):
         with refused_options(f"smp's {network}"):
             made = known[network](encoder, encoder_weights="imagenet" if pretrained else None, **given)
         super().__init__(made, in_channels, (DIVISIBLE, DIVISIBLE))
+        if encoder_weights is not None:
+            load_encoder(self, encoder_weights)
 
 
 @contextmanager

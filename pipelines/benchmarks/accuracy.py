@@ -95,6 +95,22 @@ LEARNED: Rows = {"rational functions": {"name": "ukanet", "options": {"kan_stage
 DEEP: Rows = {"all but full resolution": {"name": "ukanet", "options": {"kan_stages": "deep"}}}
 # The first stage at half resolution, as encoders for photographs have it; chosen on fold 2 of busi.
 HALF = {"strides": [2] * 5, "kernel_sizes": [3] * 5, "features_per_stage": [32, 64, 128, 256, 256]}
+# An encoder trained on photographs, and what stands in the decoder behind it.
+STARTED: dict[str, Any] = {
+    "encoder": "timm/tf_efficientnet_lite0",
+    "encoder_weights": "tf_efficientnet_lite0.safetensors",
+}
+RATIONAL = {"basis": "rational", "bottleneck": False, "layer_options": {"start": "identity"}}
+SMP_STARTED = {**STARTED, "network": "Unet", "encoder": "tu-tf_efficientnet_lite0"}
+PRETRAINED: Rows = {
+    "pretrained encoder": {"name": "ukanet", "options": {**STARTED, "kan_stages": "all"}},
+    "pretrained encoder, rational functions": {
+        "name": "ukanet",
+        "options": {**STARTED, "kan_stages": "all", **RATIONAL},
+    },
+    "pretrained encoder, plain": {"name": "ukanet", "options": {**STARTED, "basis": None}},
+    "smp unet, pretrained encoder": {"name": "smp", "options": SMP_STARTED},
+}
 PICTURES: Rows = {
     "ukanet": KAN,
     "half resolution first": {"name": "ukanet", "options": HALF},
@@ -111,6 +127,7 @@ PICTURES: Rows = {
         "options": {"basis": "rational", "layer_options": {"start": "identity"}},
     },
     "ukan, plain": {"name": "ukan", "options": {"basis": None}},
+    **PRETRAINED,
 }
 # What a processor can train on in minutes: hundreds of steps over parts of images, not tens over whole ones.
 PARTS = {"patch_size": [192, 192], "batch_size": 4}
@@ -159,6 +176,7 @@ def main() -> None:
     parser.add_argument("--protocol", default="honest", choices=("honest", "u-kan"))
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the finished folds")
+    parser.add_argument("--weights", type=Path, default=Path(), help="folder of pretrained.py's file")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one row and fold
     parser.add_argument("overrides", nargs="*", help="key=value for every row, e.g. training.lr=1e-3")
     given = parser.parse_intermixed_args()
@@ -174,6 +192,7 @@ def main() -> None:
     keep_freed_memory()
     name = given.set if given.protocol == "honest" else f"{given.set} {given.protocol}"
     bench = Bench(recipe, given.data, given.out / name, given.results / name, given.protocol, given.overrides)
+    bench.weights = given.weights
     if given.alone:
         return bench.train(*json.loads(given.alone), given.minutes, given.steps)
     if not given.table:
@@ -187,7 +206,9 @@ def main() -> None:
 
 
 class Bench:
-    """One set under one protocol: runs in `out`, finished folds in `results`."""
+    """One set under one protocol: runs in `out`, finished folds in `results`, what encoders start from in `weights`."""
+
+    weights = Path()
 
     def __init__(
         self, recipe: Recipe, data: Path, out: Path, results: Path, protocol: str, overrides: Sequence[str]
@@ -244,9 +265,9 @@ class Bench:
 
     def make(self, network: dict[str, Any]) -> Any:
         """The network that plan, config and row describe."""
-        from kanseg.training.checkpoint import build_model, model_spec
+        from kanseg.training.checkpoint import build_model, model_spec, unstarted
 
-        return build_model(model_spec(self.config([], network), self.plan))
+        return build_model(unstarted(model_spec(self.config([], network), self.plan)))
 
     def parameters(self, network: dict[str, Any]) -> int:
         from kanseg.models.table import count_parameters
@@ -279,7 +300,10 @@ class Bench:
         steps = steps or max(1, round(60 * (minutes or self.recipe.minutes) / self.step_seconds()[row]))
         epochs = max(1, round(steps / 100))
         length = [f"training.max_epochs={epochs}", f"training.steps_per_epoch={round(steps / epochs)}"]
-        config = self.config([*self.overrides, *length], self.network(row))
+        network = self.network(row)
+        if file := network["options"].get("encoder_weights"):
+            network["options"] = {**network["options"], "encoder_weights": str(self.weights / file)}
+        config = self.config([*self.overrides, *length], network)
         run = self.out / row
         run.mkdir(parents=True, exist_ok=True)
         self.plan.save(run / "plan.json")
