@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -30,6 +31,12 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
 collect_ignore = ["interpreted_triton.py"]  # run by test_triton.py in a process of its own
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections, of which a training near its memory makes many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
