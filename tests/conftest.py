@@ -30,7 +30,13 @@ from kanseg.training.fit import fit
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
 collect_ignore = ["interpreted_triton.py"]  # run by test_triton.py in a process of its own
+LONG = ("test_triton", "test_packaging", "test_notebooks")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that none is begun when the other processes have nothing left to do."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 def pytest_collection_finish() -> None:
