@@ -49,21 +49,34 @@ INLINE V load(const float* from) {
 
 INLINE void store(float* to, V v) { __builtin_memcpy(to, &v, sizeof(V)); }
 
-INLINE V load_some(const float* from, int count) {
-  if (count >= W) return load(from);
+// The first `count` lanes alone are read or written, count > 0; the others are zero.
+#if W == 16
+INLINE __mmask16 first_lanes(int count) { return (__mmask16)((1u << count) - 1); }
+INLINE V load_lanes(const float* from, int count) { return (V)_mm512_maskz_loadu_ps(first_lanes(count), from); }
+INLINE void store_lanes(float* to, V v, int count) { _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v); }
+#elif W == 8
+INLINE __m256i first_lanes(int count) { return (__m256i)(I{0, 1, 2, 3, 4, 5, 6, 7} < count); }
+INLINE V load_lanes(const float* from, int count) { return (V)_mm256_maskload_ps(from, first_lanes(count)); }
+INLINE void store_lanes(float* to, V v, int count) { _mm256_maskstore_ps(to, first_lanes(count), (__m256)v); }
+#else
+INLINE V load_lanes(const float* from, int count) {
   float lanes[W] = {};
   for (int i = 0; i < count; ++i) lanes[i] = from[i];
   return load(lanes);
 }
 
-INLINE void store_some(float* to, V v, int count) {
-  if (count >= W) {
-    store(to, v);
-    return;
-  }
+INLINE void store_lanes(float* to, V v, int count) {
   float lanes[W];
   store(lanes, v);
   for (int i = 0; i < count; ++i) to[i] = lanes[i];
+}
+#endif
+
+INLINE V load_some(const float* from, int count) { return count >= W ? load(from) : load_lanes(from, count); }
+
+INLINE void store_some(float* to, V v, int count) {
+  if (count >= W) return store(to, v);
+  store_lanes(to, v, count);
 }
 
 // Not a number stays so where it is the first of the two.
