@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from kanseg.config import load_config
 from kanseg.errors import UsageError, UserError
-from kanseg.export.network import export_network
 from kanseg.layers import FAMILIES
 from kanseg.study.peft import adapt
 from kanseg.training.checkpoint import adaptation, build_model, load_checkpoint, load_model, part, unstarted
@@ -341,14 +340,6 @@ def test_a_bundle_of_another_dimension_is_refused(balls, tmp_path):
     config = load_config(overrides=[*SHORT, f"training.weights={tmp_path / 'bundle'}"])
     with pytest.raises(UsageError, match="a 3D network, the plan is 2D"):
         fit(config, flat, dataset, tmp_path / "new", console=Console(quiet=True))
-
-
-def test_an_exported_program_is_refused_with_what_to_give_instead(fit_balls, tmp_path):
-    fit_balls("training.max_epochs=1")
-    export_network([tmp_path / "run"], tmp_path / "bundle", "monai")
-    for given in (tmp_path / "bundle", tmp_path / "bundle/models/model.pt2"):
-        with pytest.raises(UserError, match=r"model\.pt2 is an exported program.*Start from the run"):
-            read_start(given)
 
 
 @pytest.mark.parametrize("network", ["SegResNet", "DynUNet"])

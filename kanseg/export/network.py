@@ -46,7 +46,7 @@ class Format:
         write: (program, path) writes it.
         open: path -> a function on arrays that runs it.
         check: refuses plans that it is not made for.
-        beside: (folder, plan) writes what else belongs to it.
+        beside: (folder, what was loaded) writes what else belongs to it.
     """
 
     file: str
@@ -54,7 +54,7 @@ class Format:
     write: Callable[[torch.export.ExportedProgram, Path], None]
     open: Callable[[Path], Run]
     check: Callable[[Plan], None] = lambda plan: None
-    beside: Callable[[Path, Plan], None] = lambda out, plan: None
+    beside: Callable[[Path, Loaded], object] = lambda out, loaded: None
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -152,7 +152,7 @@ def export_network(
             )
         about = {**describe(plan, to, kind, bool(loaded.rules)), "postprocessing": loaded.rules}
         about["parity"] = found
-        kind.beside(out, plan)
+        kind.beside(out, loaded)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
         part.replace(path)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,19 @@ from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder
 from kanseg.memory import taken
 from kanseg.progress import progress
-from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model, members
+from kanseg.training.checkpoint import (
+    BEST,
+    EXPORTED,
+    LAST,
+    find_checkpoint,
+    load_model,
+    member_name,
+    members,
+    named,
+    save_checkpoint,
+)
 from kanseg.training.devices import keep_freed_memory
+from kanseg.training.files import make_folder
 from kanseg.training.run_folder import WHOLE
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
@@ -92,6 +103,26 @@ class Loaded:
     def plan(self) -> Plan:
         """The first plan; channels and labels are those of all."""
         return self.plans[0]
+
+
+def save_members(
+    folder: Path, network: nn.Module, infos: Sequence[Mapping[str, Any]], rules: Sequence[Rule]
+) -> Path:
+    """Write a network, or each of an `Ensemble`, as the saved model `folder`; given is its first file.
+
+    Args:
+        infos: JSON of the checkpoint of each.
+        rules: post-processing, stored with each.
+    """
+    networks = network.members if isinstance(network, Ensemble) else [network]
+    make_folder(folder)
+    for number, (member, info) in enumerate(zip(networks, infos, strict=True), start=1):
+        kept = {key: value for key, value in info.items() if key not in ("rng", "state")}
+        weights = named("model", member.state_dict())
+        save_checkpoint(folder / member_name(number), weights, {**kept, "postprocessing": list(rules)})
+    for file in members(folder / EXPORTED)[len(networks) :]:  # of a larger model that was there
+        file.unlink()
+    return folder / EXPORTED
 
 
 def predict_with(
@@ -177,7 +208,7 @@ def find_members(path: Path | str) -> list[Path]:
         f for f in path.glob("fold_*") if any((f / name).is_file() for name in (EXPORTED, BEST, LAST))
     )
     numbered = [fold for fold in folds if fold.name[5:].isdigit()]
-    return [find_checkpoint(fold) for fold in numbered] or [find_checkpoint(path)]
+    return [find_checkpoint(fold) for fold in numbered] or members(find_checkpoint(path))
 
 
 def _rules(path: Path) -> list[Rule] | None:

@@ -129,6 +129,8 @@ def _read_bundle(folder: Path) -> Start:
             if program
             else f"The bundle {folder} has no {' or '.join(BUNDLE_WEIGHTS)}. Download its weights first."
         )
+    if is_checkpoint(file):  # exported by kanseg
+        return _read_checkpoint(file)
     weights = {f"network.{name}": value for name, value in _without("module.", read_weights(file)).items()}
     definition = _network_definition(folder)
     target = str(definition.pop("_target_")).rpartition(".")[2]

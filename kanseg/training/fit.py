@@ -95,7 +95,7 @@ def fit(
             trained = adapt(copy.deepcopy(model), **adaptation(config.training.adapt.model_dump(), fresh))
     check_trained(trained, config.training.freeze, shares_of(config.training.lr_scale))
     del trained
-    check_patch(model, plan.patch_size)
+    check_patch(model, plan.patch_size, config.training.batch_size or plan.batch_size)
     task = create_task(config, plan, dataset, training, validation, accelerator)
     main = accelerator.is_main_process
     with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
