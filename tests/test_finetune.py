@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from kanseg.config import load_config
 from kanseg.errors import UsageError, UserError
 from kanseg.layers import FAMILIES
+from kanseg.models import MODELS
 from kanseg.study.peft import adapt
 from kanseg.training.checkpoint import adaptation, build_model, load_checkpoint, load_model, part, unstarted
 from kanseg.training.finetune import Ends, Start, read_start, transfer
@@ -90,6 +91,24 @@ def test_classes_in_another_order_take_their_weights_along():
     assert afresh == []
     assert torch.equal(named.heads[0].weight, old.heads[0].weight)
     assert "Classes in their order: background as background, a as label 1, b as label 2." in told
+
+
+@pytest.mark.parametrize("most", [3, 8], ids=["no more", "few more"])
+def test_classes_of_a_network_that_refuses_more_go_by_name_or_it_is_said_that_they_do_not(most, monkeypatch):
+    class Few(torch.nn.Conv2d):
+        def __init__(self, spatial_dims, in_channels, out_channels):
+            if out_channels > most:
+                raise UsageError(f"no more than {most} classes")
+            super().__init__(in_channels, out_channels, 1)
+
+    monkeypatch.setitem(MODELS._entries, "few", Few)
+    spec = described(classes=3, name="few")
+    start, old = known(spec, ["background", "a", "b"], ["T1"])
+    new, told, _ = started(spec, start, ["background", "b", "a"], ["T1"])
+    by_name = most > 3
+    assert torch.equal(new.weight, old.weight[[0, 2, 1]] if by_name else old.weight)
+    expected = "by name: background, b, a" if by_name else "in their order: background as background, b as a"
+    assert f"Classes {expected}" in told
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["classes to regions", "regions to classes"])

@@ -44,7 +44,7 @@ BUNDLE_CONFIGS = tuple(
     for name in ("inference", "train", "evaluate")
     for kind in ("json", "yaml", "yml")
 )
-TIMES = 53  # a prime that no width of a network is a multiple of
+TIMES = (53, 2)  # first a prime that no width of a network is a multiple of; some networks refuse so many
 PROGRAMS = (".pt2", ".onnx", ".ts")  # of networks, which run but are not trained
 Places = Sequence[int | None]  # of each new channel or class among the old ones, None where there is no such
 
@@ -235,20 +235,20 @@ def _at_their_places(
     channels, classes = _channel_places(start.ends, ends), _class_places(start.ends, ends)
     if not _all_in_place(channels, start.ends.channels):
         found = _axes(model, spec, "in_channels")
-        if not found and len(channels) == len(start.ends.channels):
-            channels = range(len(channels))
+        channels = channels if found else _unmoved(channels, start.ends.channels)
         for name in found.keys() & weights.keys():
             moved = _with_channels(weights.pop(name), name, found[name], channels, len(start.ends.channels))
             weights |= {} if moved is None else {name: moved}
             partly |= {name} if None in channels else set()
     if not _all_in_place(classes, start.ends.classes):
         found = _axes(model, spec, "out_channels")
+        classes = classes if found else _unmoved(classes, start.ends.classes)
         for name in found.keys() & weights.keys():
             moved = _with_classes(weights.pop(name), own[name], found[name], classes, len(start.ends.classes))
             weights |= {} if moved is None else {name: moved}
             partly |= {name} if None in classes else set()
     said = [_said("Channels", start.ends.channels, ends.channels, channels, "as the mean of all")]
-    if _other_kind(start.ends, ends):
+    if _other_kind(start.ends, ends) and not any(place is not None for place in classes):
         kinds = "each by itself (sigmoid)", "one of all (softmax)"
         before, now = kinds if start.ends.sigmoid else kinds[::-1]
         said.append(f"Classes begin afresh: the weights tell {before}, the plan asks for {now}.")
@@ -296,6 +296,11 @@ def _all_in_place(places: Places, old: Sequence[str]) -> bool:
     return not old or list(places) == list(range(len(old)))
 
 
+def _unmoved(places: Places, old: Sequence[str]) -> Places:
+    """Where it is not known which weights are theirs: those of as many stay in their order, others are new."""
+    return range(len(places)) if len(places) == len(old) else [None] * len(places)
+
+
 def _said(what: str, old: Sequence[str], new: Sequence[str], places: Places, rest: str) -> str:
     if not old or list(old) == list(new):
         return ""
@@ -312,21 +317,15 @@ def _axes(model: nn.Module, spec: Mapping[str, Any], key: str) -> dict[str, list
     """Axes of the image's channels ("in_channels") or of the classes ("out_channels"), by tensor: those that grow with
     them. Of a grouped convolution none, and nothing of a network that takes no other number.
     """
-    more = {**unstarted(spec), key: TIMES * spec[key]}
-    try:
-        with torch.device("meta"):
-            grown = build_model(more)
-    except UserError:
+    times, grown = next(((n, made) for n in TIMES if (made := _grown(spec, key, n))), (1, None))
+    if grown is None:
         return {}
-    except (RuntimeError, NotImplementedError):  # a constructor that computes
-        with torch.random.fork_rng():
-            grown = build_model(more)
     sizes, found = grown.state_dict(), {}
     for name, value in model.state_dict().items():
         if name not in sizes or sizes[name].dim() != value.dim():
             continue
         pairs = zip(value.shape, sizes[name].shape, strict=True)
-        axes = [axis for axis, (size, larger) in enumerate(pairs) if size and larger == TIMES * size]
+        axes = [axis for axis, (size, larger) in enumerate(pairs) if size and larger == times * size]
         layer = model.get_submodule(name.rpartition(".")[0])
         if axes:
             found[name] = [] if getattr(layer, "groups", 1) > 1 and max(axes) else axes
@@ -336,6 +335,19 @@ def _axes(model: nn.Module, spec: Mapping[str, Any], key: str) -> dict[str, list
             if part_of.startswith(inside) and value.dim() == 2 and len(value) == spec[key] > 1:
                 found[part_of] = [0]
     return found
+
+
+def _grown(spec: Mapping[str, Any], key: str, times: int) -> nn.Module | None:
+    """The network with so many times as many channels or classes; None where it does not take them."""
+    more = {**unstarted(spec), key: times * spec[key]}
+    try:
+        with torch.device("meta"):
+            return build_model(more)
+    except UserError:
+        return None
+    except (RuntimeError, NotImplementedError):  # a constructor that computes
+        with torch.random.fork_rng():
+            return build_model(more)
 
 
 def _with_channels(given: Tensor, name: str, axes: Sequence[int], places: Places, old: int) -> Tensor | None:
