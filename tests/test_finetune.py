@@ -17,8 +17,16 @@ from kanseg.errors import UsageError, UserError
 from kanseg.layers import FAMILIES
 from kanseg.models import MODELS
 from kanseg.study.peft import adapt
-from kanseg.training.checkpoint import adaptation, build_model, load_checkpoint, load_model, part, unstarted
-from kanseg.training.finetune import Ends, Start, read_start, transfer
+from kanseg.training.checkpoint import (
+    adaptation,
+    build_model,
+    load_checkpoint,
+    load_model,
+    part,
+    save_checkpoint,
+    unstarted,
+)
+from kanseg.training.finetune import Ends, Start, check_encoder_channels, read_start, transfer
 from kanseg.training.fit import fit
 
 SMALL = {"features_per_stage": (4, 8), "strides": (1, 2), "kernel_sizes": (3, 3)}
@@ -182,6 +190,19 @@ def test_channels_without_a_name_in_common_are_taken_in_their_order():
     assert first in afresh
     assert torch.equal(new.state_dict()[first][:, 0], old.state_dict()[first][:, 1])
     assert "Channels by name: T2; as the mean of all: PET." in told
+
+
+def test_an_encoder_with_channels_in_another_order_is_refused(tmp_path):
+    """`load_encoder` takes them as they lie; training.weights goes by name."""
+    stored = {"plan": {"channel_names": ["T1", "T2"], "label_names": ["b", "x"]}}
+    save_checkpoint(tmp_path / "model.safetensors", {}, stored)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        spec = described(2, encoder_weights=str(source))
+        for fine in (["T1", "T2"], ["T1", "CT"], ["CT", "PET"], ["T2", "T1", "CT"]):
+            check_encoder_channels(spec, Ends(fine))
+        with pytest.raises(UsageError, match=r"channels T1, T2, the data T2, T1.* training.weights="):
+            check_encoder_channels(spec, Ends(["T2", "T1"]))
+    check_encoder_channels(described(2), Ends(["T2", "T1"]))
 
 
 def test_channels_of_one_name_go_by_their_order():
@@ -377,7 +398,7 @@ def test_networks_of_monai_take_any_size(network):
 
 
 def test_a_classifier_lends_its_encoder_to_a_segmenter(tmp_path):
-    from kanseg.training.checkpoint import named, save_checkpoint
+    from kanseg.training.checkpoint import named
 
     spec = described(1, 3, encoder="reskanet18")
     segmenter = build_model(spec)

@@ -20,7 +20,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from kanseg.encoders.transfer import read_weights
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
 from kanseg.study.peft import PLACE
 from kanseg.study.refit import refit
 from kanseg.study.visualize import kan_layers
@@ -33,6 +33,7 @@ from kanseg.training.checkpoint import (
     is_checkpoint,
     load_checkpoint,
     part,
+    read_info,
     restored,
     shipped,
     unstarted,
@@ -225,6 +226,21 @@ def transfer(model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends
     parameters = dict(model.named_parameters())
     afresh = [name for name in (*parts["adapted"], *fresh) if name in parameters]
     return " ".join([f"Weights of {start.source}: {counted}.", *told]), afresh
+
+
+def check_encoder_channels(spec: Mapping[str, Any], ends: Ends) -> None:
+    """Raise `UsageError` where encoder_weights, which are taken as they lie, have known channels in another order."""
+    path = Path(spec["options"].get("encoder_weights") or "")
+    plan = read_info(path / EXPORTED if path.is_dir() else path).get("plan", {})
+    if not {"channel_names", "label_names"} <= plan.keys():
+        return
+    old = Ends.of(plan)
+    moved = any(place not in (None, number) for number, place in enumerate(_channel_places(old, ends)))
+    if moved and len(old.channels) == len(ends.channels):
+        raise UsageError(
+            f"encoder_weights={path} has the channels {', '.join(old.channels)}, the data {', '.join(ends.channels)}, "
+            f"and an encoder takes them in their order. Start by training.weights={path}, which goes by name."
+        )
 
 
 def _at_their_places(

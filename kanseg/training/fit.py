@@ -38,7 +38,7 @@ from kanseg.training.checkpoint import (
 )
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked, make_folder, read_json
-from kanseg.training.finetune import Ends, read_start, transfer
+from kanseg.training.finetune import Ends, check_encoder_channels, read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.parameters import check_trained, shares_of, trained_share
@@ -150,6 +150,7 @@ def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any],
         return spec, build_model(unstarted(spec)), "", info.get("fresh", [])
     if weights is None:
         spec = model_spec(config, plan)
+        check_encoder_channels(spec, Ends.of(plan.to_dict()))
         return spec, build_model(spec), "", []
     start = read_start(weights)
     dims = (start.spec or {}).get("spatial_dims")
