@@ -227,7 +227,7 @@ class Segmenter:
         from kanseg.training.planning import plan_data
 
         file = run / "plan.json"
-        known = inspect.signature(plan_data).parameters.keys() - {"data", "run", "console", "dim"}
+        known = inspect.signature(plan_data).parameters.keys() - {"data", "run", "console", "dim", "same"}
         _refuse_unknown("Segmenter.fit", asked, ["fold", "overrides", "config", "resume", "override", *known])
         there = file.exists()
         if not there:

@@ -133,7 +133,7 @@ def test_it_learns_and_the_test_images_are_scored_at_the_end(trained: Path, data
     assert (summary["held_out"], summary["images"]) == ("test", 15)
     assert summary["accuracy"] > 0.9
     assert [record["accuracy"].keys() for record in read_log(fold / "log.jsonl")] == [{"top-1"}] * 4
-    ids, probabilities, names = read_predictions(fold / "validation" / PREDICTIONS)
+    ids, probabilities, names, _ = read_predictions(fold / "validation" / PREDICTIONS)
     assert names == ["0", "1", "2"]
     truth = {case.id: case.values[0] for case in read_classes(data).test_cases}
     right = [truth[name] == row.argmax() for name, row in zip(ids, probabilities, strict=True)]
@@ -152,7 +152,7 @@ def test_images_with_any_number_of_classes_are_learned_predicted_and_scored(tmp_
     table = tmp_path / "out" / PREDICTIONS
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    ids, probabilities, names = read_predictions(table)
+    ids, probabilities, names, _ = read_predictions(table)
     assert names == ["0", "1", "2"]
     for row, chances in zip(rows, probabilities, strict=True):
         assert row["classes"] == "|".join(name for name, p in zip(names, chances, strict=True) if p >= 0.5)
