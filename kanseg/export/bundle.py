@@ -17,6 +17,7 @@ import torch
 
 from kanseg import __version__
 from kanseg.data.plan import Plan
+from kanseg.data.plans import AnyPlan
 from kanseg.errors import UserError
 from kanseg.inference.ensemble import Loaded, save_members
 from kanseg.training.checkpoint import BUNDLE_MODELS, EXPORTED
@@ -27,8 +28,10 @@ CONFIG, METADATA, README = "configs/inference.json", "configs/metadata.json", "d
 RUN = f"python -m monai.bundle run --config_file {CONFIG} --bundle_root . --dataset_dir FOLDER"
 
 
-def check_bundle(plan: Plan) -> None:
+def check_bundle(plan: AnyPlan) -> None:
     """Raise `UserError` for a plan whose images or classes MONAI's transforms in JSON cannot express."""
+    if not isinstance(plan, Plan):
+        raise UserError("A MONAI bundle is not made for classifiers. Export --to onnx or torch.")
     alike = all(scheme == plan.normalization[0] for scheme in plan.normalization)
     reasons = {
         "pictures": plan.image_dims == 2,
