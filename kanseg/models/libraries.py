@@ -65,7 +65,7 @@ class AnySize(nn.Module):
         way = f"It takes {fitting}: set patch_size" if fitting else "Set another patch_size"
         raise UsageError(
             f"{type(self.network).__name__} fails on the planned patch {list(patch_size)} ({said}). {way} in "
-            "plan.json, other model.options.arguments (fewer levels, say), or another model."
+            "plan.json, change model.options.arguments (fewer levels, say), or choose another model."
         )
 
     def _refused(self, patch_size: Sequence[int], batch_size: int, device: str) -> str | None:
