@@ -116,8 +116,12 @@ def plan(
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
     if (out / "plan.json").exists() and any(out.glob("fold_*")):
         raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
+    from kanseg.data.plan import check_memory
+    from kanseg.memory import size_in_bytes
     from kanseg.training.planning import plan_data
 
+    if trial:
+        check_memory(size_in_bytes(memory))
     how: dict[str, Any] = {"dim": None if dim == "auto" else int(dim), "slices": slices, "size": size}
     how |= {"memory": memory, "mirror": mirror, "regions": regions, "id_pattern": id_pattern, "trial": trial}
     console = _console(json_)

@@ -351,8 +351,8 @@ def resumed_config(path: Path, given: Config, override: bool = False) -> Config:
     changed = changed_options(stored, given)
     fixed = [key for key in changed if key not in CHANGEABLE]
     if fixed and not override:
-        old, new = flat(stored), flat(given)
-        shown = ", ".join(f"{key}={old[key]!r}, not {new[key]!r}" for key in fixed)
+        new = flat(given)
+        shown = ", ".join(changes(flat(stored), {key: new[key] for key in fixed}).values())
         raise UsageError(
             f"A resumed run keeps its options: {path} has {shown}. "
             "Leave that away, say --override to go on with the new, or start a new run folder."
@@ -367,6 +367,19 @@ def resumed_config(path: Path, given: Config, override: bool = False) -> Config:
         *sections, name = key.split(".")
         reduce(lambda inner, section: inner[section], sections, values)[name] = flat(given)[key]
     return make_config(values)
+
+
+def changes(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, str]:
+    """The options that were others before, in words by their names.
+
+    >>> changes({"minutes": 5, "size": "small"}, {"minutes": 10, "size": "small"})
+    {'minutes': 'minutes=5, not 10'}
+    """
+    return {
+        key: f"{key}={before.get(key)!r}, not {value!r}"
+        for key, value in asked.items()
+        if before.get(key) != value
+    }
 
 
 def changed_options(stored: Config, given: Config) -> list[str]:

@@ -181,24 +181,14 @@ class Segmenter:
 
     def save(self, folder: Path | str) -> Path:
         """Write the model (weights, plan, labels, config: all that prediction needs) to `folder`."""
-        from kanseg.inference.ensemble import Ensemble
-        from kanseg.training.checkpoint import member_name, members, named, save_checkpoint
-        from kanseg.training.files import make_folder
+        from kanseg.inference.ensemble import save_members
 
         network, _ = self._trained()
         if self._others:
             raise UsageError(
                 "Networks of several plans make no one model: save each of them, or keep their run."
             )
-        made = make_folder(Path(folder))
-        networks = network.members if isinstance(network, Ensemble) else [network]
-        for number, (member, info) in enumerate(zip(networks, self._infos, strict=True), start=1):
-            kept = {key: value for key, value in info.items() if key not in ("rng", "state")}
-            weights = named("model", member.state_dict())
-            save_checkpoint(made / member_name(number), weights, {**kept, "postprocessing": self.rules})
-        for file in members(made / member_name(1))[len(networks) :]:  # of a larger model that was there
-            file.unlink()
-        return made / member_name(1)
+        return save_members(Path(folder), network, self._infos, self.rules)
 
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> Segmenter:
@@ -237,7 +227,7 @@ class Segmenter:
         from kanseg.training.planning import plan_data
 
         file = run / "plan.json"
-        known = inspect.signature(plan_data).parameters.keys() - {"data", "run", "console", "dim"}
+        known = inspect.signature(plan_data).parameters.keys() - {"data", "run", "console", "dim", "same"}
         _refuse_unknown("Segmenter.fit", asked, ["fold", "overrides", "config", "resume", "override", *known])
         there = file.exists()
         if not there:

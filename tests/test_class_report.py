@@ -90,10 +90,16 @@ def test_options_of_label_maps_are_refused_by_name(run: Path, pictures: Path, tm
     for words in (["--labels", "1"], ["--ignore", "3"], ["--tolerance", "1"]):
         code, said = kanseg("evaluate", table, pictures, *words)
         assert (code, f"{words[0]} is for segmentation" in said) == (2, True)
-    for words in (["export", run, "-o", tmp_path / "x"], ["search", run, "training.lr=uniform(0.1,0.2)"]):
+    out = ["-o", tmp_path / "x"]
+    for words in (
+        ["export", run, *out, "-i", pictures],
+        ["export", run, *out, "--to", "monai"],
+        ["search", run, "training.lr=uniform(0.1,0.2)"],
+    ):
         code, said = kanseg(*words)
-        assert code == 2
+        assert code in (1, 2)
         assert "classif" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_cohort_goes_on_where_it_stopped(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -266,15 +272,17 @@ def test_copies_of_an_image_stay_on_one_side_of_every_split(tmp_path: Path) -> N
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(data / "im2.png")
     (data / "im5.png").write_bytes((data / "im3.png").read_bytes())
     dataset = read_classes(data)
-    assert sorted(map(sorted, copies(dataset))) == [["im0", "im2"], ["im3", "im5"]]
+    pairs = copies(dataset)
+    assert sorted(map(sorted, pairs)) == [["im0", "im2"], ["im3", "im5"]]
     for seed in range(4):
         run = tmp_path / f"run{seed}"
-        plan_classes(dataset, run)
+        plan_classes(dataset, run, same=pairs if seed else None)  # found here, or by the doctor before
         for fold in run_splits(dataset, load_config(overrides=["data.folds=3", f"data.seed={seed}"]), run):
             for pair in ({"im0", "im2"}, {"im3", "im5"}):
                 assert len(pair & set(fold["val"])) != 1
-    kinds = [(found.kind, found.case) for found in diagnose_classes(data).findings]
-    assert sorted(kinds) == [("copy", "im2"), ("copy", "im5")]
+    found = diagnose_classes(data)
+    assert found.copies == pairs
+    assert sorted((one.kind, one.case) for one in found.findings) == [("copy", "im2"), ("copy", "im5")]
 
 
 def test_a_column_label_has_the_classes_where_it_names_no_files(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from test_ensemble import checkpoint
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
@@ -23,6 +24,7 @@ from kanseg.cli import app, main
 from kanseg.config import load_config
 from kanseg.data.class_plan import plan_classes
 from kanseg.data.image_classes import read_classes
+from kanseg.data.plan import Plan
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.classification import (
@@ -32,6 +34,7 @@ from kanseg.evaluation.classification import (
     read_predictions,
     write_predictions,
 )
+from kanseg.export.network import FORMATS, export_network
 from kanseg.inference.classify import is_classifier, predict_classes
 from kanseg.inference.ensemble import Loaded
 from kanseg.layers import take_balance_loss
@@ -133,12 +136,31 @@ def test_it_learns_and_the_test_images_are_scored_at_the_end(trained: Path, data
     assert (summary["held_out"], summary["images"]) == ("test", 15)
     assert summary["accuracy"] > 0.9
     assert [record["accuracy"].keys() for record in read_log(fold / "log.jsonl")] == [{"top-1"}] * 4
-    ids, probabilities, names = read_predictions(fold / "validation" / PREDICTIONS)
+    ids, probabilities, names, _ = read_predictions(fold / "validation" / PREDICTIONS)
     assert names == ["0", "1", "2"]
     truth = {case.id: case.values[0] for case in read_classes(data).test_cases}
     right = [truth[name] == row.argmax() for name, row in zip(ids, probabilities, strict=True)]
     assert np.mean(right) == summary["accuracy"]
     assert (fold / "progress.png").exists()
+
+
+def test_an_exported_classifier_gives_its_probabilities_by_what_model_json_says(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    said = export_network([trained], tmp_path, "torch")
+    about = json.loads((tmp_path / "model.json").read_text())
+    assert about["parity"] == said["parity"]
+    assert about["output"]["shape"] == ["windows", len(about["classes"])]
+    (scaling,) = about["plan"]["normalization"]
+    with np.load(data) as arrays:
+        images = (np.float32(arrays["test_images"][:, None]) - scaling["mean"]) / scaling["std"]
+    assert list(images.shape[1:]) == about["input"]["shape"][1:]
+    logits = torch.from_numpy(FORMATS["torch"].open(tmp_path / about["file"])(images))
+    ids, probabilities, names, _ = read_predictions(trained / "fold_0" / "validation" / PREDICTIONS)
+    assert names == [one["name"] for one in about["classes"]]
+    assert ids == sorted(ids)
+    np.testing.assert_allclose(logits.softmax(1), probabilities, atol=1e-5)
+    assert f"subtract {scaling['mean']:g}, divide by {scaling['std']:g}" in " ".join(about["steps"])
 
 
 def test_images_with_any_number_of_classes_are_learned_predicted_and_scored(tmp_path: Path) -> None:
@@ -152,7 +174,7 @@ def test_images_with_any_number_of_classes_are_learned_predicted_and_scored(tmp_
     table = tmp_path / "out" / PREDICTIONS
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    ids, probabilities, names = read_predictions(table)
+    ids, probabilities, names, _ = read_predictions(table)
     assert names == ["0", "1", "2"]
     for row, chances in zip(rows, probabilities, strict=True):
         assert row["classes"] == "|".join(name for name, p in zip(names, chances, strict=True) if p >= 0.5)
@@ -512,9 +534,9 @@ def test_a_classifier_is_not_for_segmentation(fit_balls: Any) -> None:
 
 
 def test_a_classifier_is_no_member_of_an_ensemble_that_segments(
-    trained: Path, fit_balls: Any, tmp_path: Path
+    trained: Path, plan: Plan, tmp_path: Path
 ) -> None:
-    fit_balls("training.max_epochs=1", run=tmp_path / "balls")
+    checkpoint(plan, tmp_path / "balls", 0)
     for models in ([tmp_path / "balls", trained], [trained]):
         with pytest.raises(UserError, match="tells the class of an image"):
             Loaded(models)

@@ -28,6 +28,7 @@ from kanseg.inference.ensemble import Loaded
 from kanseg.inference.postprocess import save_rules
 from kanseg.inference.predict import predict_case
 from kanseg.layers import FAMILIES, conv_layer
+from kanseg.training.finetune import read_start
 
 CONTENTS = {
     "classes",
@@ -167,7 +168,7 @@ def test_a_bundle_run_by_monai_writes_what_kanseg_predicts(
     assert about["network_data_format"]["outputs"]["pred"]["channel_def"]["1"] == plan.label_names[1]
 
 
-def test_a_bundle_says_how_it_is_run_and_what_it_leaves_to_do(plan: Plan, tmp_path: Path) -> None:
+def test_a_bundle_says_how_it_is_run_and_is_a_model_to_start_from(plan: Plan, tmp_path: Path) -> None:
     checkpoint(plan, tmp_path / "fold_0", 0)
     rules = [{"labels": [1], "largest": True}]
     save_rules(tmp_path / "fold_0", rules)
@@ -179,6 +180,13 @@ def test_a_bundle_says_how_it_is_run_and_what_it_leaves_to_do(plan: Plan, tmp_pa
     about = json.loads((tmp_path / "bundle/model.json").read_text())
     assert about["postprocessing"] == said["postprocessing"] == rules
     assert "rules of `postprocessing`" in about["steps"][-1]
+    old, new = read_start(tmp_path / "fold_0"), read_start(tmp_path / "bundle")
+    assert (old.spec, old.ends) == (new.spec, new.ends)
+    assert old.weights.keys() == new.weights.keys()
+    assert all(torch.equal(value, new.weights[name]) for name, value in old.weights.items())
+    assert Loaded([tmp_path / "bundle"]).rules == rules
+    with pytest.raises(UserError, match=r"model\.pt2 is an exported program.*Start from the run"):
+        read_start(tmp_path / "bundle" / FORMATS["monai"].file)
 
 
 @pytest.mark.parametrize("size", [(40, 61), (20, 45), (32, 32)])

@@ -14,11 +14,19 @@ from safetensors.torch import save_file
 
 from kanseg.config import load_config
 from kanseg.errors import UsageError, UserError
-from kanseg.export.network import export_network
 from kanseg.layers import FAMILIES
+from kanseg.models import MODELS
 from kanseg.study.peft import adapt
-from kanseg.training.checkpoint import adaptation, build_model, load_checkpoint, load_model, part, unstarted
-from kanseg.training.finetune import Ends, Start, read_start, transfer
+from kanseg.training.checkpoint import (
+    adaptation,
+    build_model,
+    load_checkpoint,
+    load_model,
+    part,
+    save_checkpoint,
+    unstarted,
+)
+from kanseg.training.finetune import Ends, Start, check_encoder_channels, read_start, transfer
 from kanseg.training.fit import fit
 
 SMALL = {"features_per_stage": (4, 8), "strides": (1, 2), "kernel_sizes": (3, 3)}
@@ -93,6 +101,24 @@ def test_classes_in_another_order_take_their_weights_along():
     assert "Classes in their order: background as background, a as label 1, b as label 2." in told
 
 
+@pytest.mark.parametrize("most", [3, 8], ids=["no more", "few more"])
+def test_classes_of_a_network_that_refuses_more_go_by_name_or_it_is_said_that_they_do_not(most, monkeypatch):
+    class Few(torch.nn.Conv2d):
+        def __init__(self, spatial_dims, in_channels, out_channels):
+            if out_channels > most:
+                raise UsageError(f"no more than {most} classes")
+            super().__init__(in_channels, out_channels, 1)
+
+    monkeypatch.setitem(MODELS._entries, "few", Few)
+    spec = described(classes=3, name="few")
+    start, old = known(spec, ["background", "a", "b"], ["T1"])
+    new, told, _ = started(spec, start, ["background", "b", "a"], ["T1"])
+    by_name = most > 3
+    assert torch.equal(new.weight, old.weight[[0, 2, 1]] if by_name else old.weight)
+    expected = "by name: background, b, a" if by_name else "in their order: background as background, b as a"
+    assert f"Classes {expected}" in told
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["classes to regions", "regions to classes"])
 def test_a_head_of_another_kind_begins_afresh_and_the_log_says_so(before):
     names = ["background", "whole", "core"]
@@ -164,6 +190,19 @@ def test_channels_without_a_name_in_common_are_taken_in_their_order():
     assert first in afresh
     assert torch.equal(new.state_dict()[first][:, 0], old.state_dict()[first][:, 1])
     assert "Channels by name: T2; as the mean of all: PET." in told
+
+
+def test_an_encoder_with_channels_in_another_order_is_refused(tmp_path):
+    """`load_encoder` takes them as they lie; training.weights goes by name."""
+    stored = {"plan": {"channel_names": ["T1", "T2"], "label_names": ["b", "x"]}}
+    save_checkpoint(tmp_path / "model.safetensors", {}, stored)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        spec = described(2, encoder_weights=str(source))
+        for fine in (["T1", "T2"], ["T1", "CT"], ["CT", "PET"], ["T2", "T1", "CT"]):
+            check_encoder_channels(spec, Ends(fine))
+        with pytest.raises(UsageError, match=r"channels T1, T2, the data T2, T1.* training.weights="):
+            check_encoder_channels(spec, Ends(["T2", "T1"]))
+    check_encoder_channels(described(2), Ends(["T2", "T1"]))
 
 
 def test_channels_of_one_name_go_by_their_order():
@@ -343,14 +382,6 @@ def test_a_bundle_of_another_dimension_is_refused(balls, tmp_path):
         fit(config, flat, dataset, tmp_path / "new", console=Console(quiet=True))
 
 
-def test_an_exported_program_is_refused_with_what_to_give_instead(fit_balls, tmp_path):
-    fit_balls("training.max_epochs=1")
-    export_network([tmp_path / "run"], tmp_path / "bundle", "monai")
-    for given in (tmp_path / "bundle", tmp_path / "bundle/models/model.pt2"):
-        with pytest.raises(UserError, match=r"model\.pt2 is an exported program.*Start from the run"):
-            read_start(given)
-
-
 @pytest.mark.parametrize("network", ["SegResNet", "DynUNet"])
 def test_networks_of_monai_take_any_size(network):
     arguments = {"SegResNet": {"init_filters": 8}}.get(
@@ -367,7 +398,7 @@ def test_networks_of_monai_take_any_size(network):
 
 
 def test_a_classifier_lends_its_encoder_to_a_segmenter(tmp_path):
-    from kanseg.training.checkpoint import named, save_checkpoint
+    from kanseg.training.checkpoint import named
 
     spec = described(1, 3, encoder="reskanet18")
     segmenter = build_model(spec)

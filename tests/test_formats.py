@@ -66,6 +66,36 @@ def test_folders(tmp_path: Path, labels: str) -> None:
     assert "4 -> 2" in " ".join(dataset.notes)
 
 
+def test_two_folders_of_images_or_of_labels_are_refused_by_name(tmp_path: Path) -> None:
+    for folder, values in (("images", ()), ("masks", (1,)), ("imagesTr", ())):
+        volumes(tmp_path / folder, ["a", "b"], values)
+    (tmp_path / "labels").mkdir()  # holds nothing
+    with pytest.raises(UserError, match=r"images and .*imagesTr all hold images, and only one"):
+        read_dataset(tmp_path)
+    shutil.rmtree(tmp_path / "imagesTr")
+    assert "masks/" in read_dataset(tmp_path).layout
+    volumes(tmp_path / "labels", ["a"], (1,))
+    with pytest.raises(UserError, match=r"labels and .*masks all hold images"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_list_is_read_in_the_encoding_that_it_has(tmp_path: Path, encoding: str) -> None:
+    volumes(tmp_path, ["Größe", "b"])
+    volumes(tmp_path / "labels", ["Größe", "b"], (1,))
+    rows = ["image,label,patient", *(f"{n}.nii.gz,labels/{n}.nii.gz,Müller" for n in ("Größe", "b"))]
+    (tmp_path / "list.csv").write_text("\n".join(rows), encoding=encoding)
+    cases = read_dataset(tmp_path / "list.csv").cases
+    assert [(case.id, case.group) for case in cases] == [("Größe", "Müller"), ("b", "Müller")]
+
+
+@pytest.mark.parametrize("content", [b"image,label\0\n", b"\xff\xfea", b"image,\x81\xff"])
+def test_a_list_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"list.csv is no text in UTF-8.* Save the table as CSV in UTF-8"):
+        read_dataset(tmp_path / "list.csv")
+
+
 def test_one_folder_for_all_and_a_folder_a_case(shared_data: Path, tmp_path: Path) -> None:
     volumes(tmp_path / "flat", ["a_image", "b_image"])
     volumes(tmp_path / "flat", ["a_label", "b_seg"], (1,))

@@ -287,6 +287,25 @@ def test_labels_that_are_classes_and_labels_that_are_files_are_told_apart(tmp_pa
     assert not among("image,label,class", "series/a,x", "series/b,y", "series/c,x")
 
 
+def test_two_folders_of_one_part_are_refused_by_name(tmp_path: Path) -> None:
+    for part in ("train", "training"):
+        for name in ("cat", "dog"):
+            save(tmp_path / part / name / "1.png", pictures(1, 8, 8)[0])
+    with pytest.raises(UserError, match=r"train and .*training all hold images"):
+        read_classes(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "training" / name / "1.png").unlink()
+    assert len(read_classes(tmp_path).cases) == 2
+
+
+def test_two_data_sets_of_arrays_are_refused_by_name(tmp_path: Path) -> None:
+    for name in ("FashionMNIST", "MNIST"):
+        (tmp_path / name / "raw").mkdir(parents=True)
+        mnist(tmp_path / name / "raw")
+    with pytest.raises(UserError, match=r"FashionMNIST.raw and .*MNIST.raw all hold images"):
+        read_classes(tmp_path)
+
+
 def test_a_file_called_test_is_no_part_of_the_data(tmp_path: Path) -> None:
     imagenet(tmp_path)
     (tmp_path / "test").write_text("how it was tested")

@@ -291,3 +291,27 @@ def test_channels_of_a_tiff_that_would_be_dropped_are_refused(tmp_path: Path) ->
     (tmp_path / "a.tif").write_bytes(content)
     with pytest.raises(UserError, match=r"without them, or each channel as a file of its own, a_0000.tif"):
         read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_16_bits_keep_them_all(tmp_path: Path, suffix: str, channels: int) -> None:
+    colours = np.random.default_rng(0).integers(0, 2**16, (7, 5, channels), np.uint16)
+    path = tmp_path / f"deep{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), path)
+    image = read_image(path)
+    np.testing.assert_array_equal(image.array, np.moveaxis(colours, -1, 0)[:3])
+    again = write_array(tmp_path / f"again{suffix}", image.array, image, np.dtype("uint16"))
+    np.testing.assert_array_equal(read_image(again).array, image.array)
+
+
+def test_deep_colours_that_would_lose_bits_are_refused(tmp_path: Path) -> None:
+    deep = np.zeros((7, 5, 3), np.uint16)
+    path = tmp_path / "planar.tif"
+    sitk.WriteImage(sitk.GetImageFromArray(deep, isVector=True), path)
+    content = path.read_bytes()
+    planar = content.replace(struct.pack("<HHI", 284, 3, 1) + b"\1", struct.pack("<HHI", 284, 3, 1) + b"\2")
+    assert planar != content
+    path.write_bytes(planar)
+    with pytest.raises(UserError, match="16 bits a channel.* Save it as a plain 16-bit RGB PNG"):
+        read_image(path)

@@ -310,6 +310,35 @@ def test_a_patch_too_small_for_the_depth_is_refused() -> None:
         check_patch(UKAGNet(2, 1, 2, depth=5, layers=1, width=0.25), [8, 16])
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "patch", "told"),
+    [
+        (
+            "monai",
+            {"network": "UNet", "arguments": {"channels": [2, 4, 8], "strides": [2, 2]}},
+            4,
+            r"\[8, 8\]",
+        ),
+        ("monai", {"network": "SegResNetVAE", "arguments": {"input_image_size": [32, 32]}}, 32, "another"),
+        ("smp", {"network": "PAN", "encoder": "resnet18"}, 32, r"\[128, 128\]"),
+        ("monai", {"network": "SwinUNETR", "arguments": {"feature_size": 12}}, 32, r"\[64, 64\]"),
+    ],
+)
+def test_a_network_of_another_library_that_fails_on_the_patch_is_refused_before_training(
+    name: str, options: dict, patch: int, told: str
+) -> None:
+    if options["network"] == "SwinUNETR":
+        pytest.importorskip("einops")
+    model = create_model(name, 2, 1, 2, **options).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UsageError, match=rf"{options['network']} fails on .*\[{patch}, {patch}\].* {told}"):
+        check_patch(model, [patch] * 2)
+    if told != "another":
+        check_patch(model, [128, 128])
+    assert not model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_every_basis_stands_in_ukan() -> None:
     for basis in BASES:
         assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,22 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from kanseg.cli import app
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import BYTES_A_CASE_VOXEL, Need, Plan, loader_bytes, make_plan, plan_run
-from kanseg.errors import UserError
+from kanseg.data.plan import (
+    BYTES_A_CASE_VOXEL,
+    Need,
+    Plan,
+    check_memory,
+    loader_bytes,
+    make_plan,
+    plan_run,
+)
+from kanseg.errors import UsageError, UserError
+from kanseg.memory import on_gpu, taken
 from kanseg.models import create_model
 from kanseg.training.checkpoint import model_spec
 
@@ -192,6 +204,17 @@ def test_a_measured_step_fits_into_the_memory(tmp_path: Path) -> None:
         assert "trial steps took" in " ".join(plan.reasons)
     with pytest.raises(UserError, match="900 MiB are too few"):
         make_plan(dataset, memory=900 * 2**20, measure=steps_of(GIB, 500))
+
+
+@pytest.mark.skipif(on_gpu() or taken() is None, reason="tells of main memory")
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_less_memory_than_the_program_takes_is_refused_before_the_data_are_looked_for(verb: str) -> None:
+    check_memory(2 * (taken() or 0))
+    told = CliRunner().invoke(app, [verb, "nowhere", "-o", "run", "--memory", "100M"])
+    assert isinstance(told.exception, UsageError)
+    assert re.match(
+        r"--memory 100M is too little: the program alone takes \d+ MiB .* No less than", str(told.exception)
+    )
 
 
 def test_the_memory_is_enough_for_step_prepared_cases_and_loader_together(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_a_segmenter_plans_as_the_command_line_does(volumes, tmp_path, monkeypat
 
     monkeypatch.setattr("kanseg.training.planning.measure_step", measure)
     monkeypatch.setattr("kanseg.training.fit.fit", lambda *args, **how: sys.exit("planned"))
-    asked = {"memory": "2G", "size": "small", "mirror": "0", "regions": "box=3"}
+    asked = {"memory": "64G", "size": "small", "mirror": "0", "regions": "box=3"}
     with pytest.raises(SystemExit, match="planned"):
         Segmenter().fit(volumes, tmp_path / "a", console=Console(quiet=True), **asked)
     options = [word for key, value in asked.items() for word in (f"--{key}", value)]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kanseg.data.formats import only
 from kanseg.errors import UserError
 
 PARTS = ("train", "val", "test")
@@ -82,15 +83,21 @@ def find_arrays(path: Path) -> Found | None:
         return partial(_read_npz, path)
     if not path.is_dir():
         return None
+    found: dict[Path, Found] = {}
+    pickles = None
     for folder in (path, *sorted(p for p in path.glob("*") if p.is_dir()), *sorted(path.glob("*/raw"))):
         if all(_idx_file(folder, "train", kind) for kind in ("images", "labels")):
-            return partial(_read_mnist, folder)
+            found[folder] = partial(_read_mnist, folder)
         if (folder / "data_batch_1.bin").is_file() or (folder / "train.bin").is_file():
-            return partial(_read_cifar, folder)
+            found[folder] = partial(_read_cifar, folder)
         if (folder / "batches.meta").is_file() or (
             (folder / "meta").is_file() and (folder / "train").is_file()
         ):
-            return partial(_refuse_pickles, folder)
+            pickles = partial(_refuse_pickles, folder)
+    if found:
+        return found[only(list(found)) or path]
+    if pickles:
+        return pickles
     files = sorted(path.glob("*.npz"))
     return partial(_read_npz, files[0]) if len(files) == 1 else None
 

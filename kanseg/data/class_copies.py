@@ -18,8 +18,11 @@ DETAILED = {2: 64, 3: 32}  # voxels an axis from which on a thumbnail tells an i
 Pair = tuple[str, str]
 
 
-def class_fingerprint(dataset: ImageClasses) -> dict[str, Any] | None:
+def class_fingerprint(dataset: ImageClasses, same: Sequence[Pair] | None = None) -> dict[str, Any] | None:
     """As `kanseg.data.fingerprint.fingerprint`, of images with classes; None where there are too many of them.
+
+    Args:
+        same: what `copies` gave, if it is there already.
 
     Returns:
         {"cases": id -> {"group", "classes", "files"}, "same": pairs of ids whose images are one, also of test images}.
@@ -30,7 +33,7 @@ def class_fingerprint(dataset: ImageClasses) -> dict[str, Any] | None:
     for case in progress(dataset.sources, "Reading files"):
         files = {str(path): {**signature(path), "sha256": file_digest(path)} for path in case.images}
         kept[case.id] = {"group": case.group, "classes": list(case.values), "files": files}
-    return {"cases": kept, "same": copies(dataset)}
+    return {"cases": kept, "same": copies(dataset) if same is None else list(same)}
 
 
 def copies(dataset: ImageClasses) -> list[Pair]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kanseg.data.class_copies import across_parts, copies, patients_across
+from kanseg.data.class_copies import Pair, across_parts, copies, patients_across
 from kanseg.data.class_plan import as_channels, uneven
 from kanseg.data.doctor import Diagnosis, Finding
 from kanseg.data.formats import Case
@@ -26,12 +26,14 @@ def diagnose_classes(path: Path, *, id_pattern: str | None = None) -> Diagnosis:
         return Diagnosis(path, "images with classes", 0, [Finding("layout", "", str(error))])
     cases = [*dataset.cases, *dataset.test_cases]
     findings = [found for case in progress(cases, "Examining") for found in _of_image(case, dataset)]
+    same = None
     if all(found.kind != "unreadable image" for found in findings):
-        findings += _of_copies(dataset)
+        same = copies(dataset)
+        findings += _of_copies(dataset, same)
     if shared := patients_across(dataset):
         findings.append(Finding("patients in two parts", "", shared))
     findings += _of_classes(dataset)
-    return Diagnosis(path, dataset.layout, len(cases), findings)
+    return Diagnosis(path, dataset.layout, len(cases), findings, copies=same)
 
 
 def _of_image(case: Case, dataset: ImageClasses) -> Iterator[Finding]:
@@ -50,9 +52,8 @@ def _of_image(case: Case, dataset: ImageClasses) -> Iterator[Finding]:
         yield Finding("constant image", case.id, f"it has the value {image.flat[0]:g} everywhere")
 
 
-def _of_copies(dataset: ImageClasses) -> Iterator[Finding]:
+def _of_copies(dataset: ImageClasses, pairs: Sequence[Pair]) -> Iterator[Finding]:
     """Copies within a part, which a split keeps together, and what they contradict."""
-    pairs = copies(dataset)
     apart = set(across_parts(dataset, pairs))
     values = {case.id: case.values for case in (*dataset.cases, *dataset.test_cases)}
     for one, other in pairs:

@@ -101,10 +101,15 @@ class ClassPlan(StoredPlan):
         return {"task": self.task, **super().to_dict()}
 
 
-def plan_classes(dataset: ImageClasses, run: Path | None = None) -> ClassPlan:
+def plan_classes(
+    dataset: ImageClasses, run: Path | None = None, *, same: Sequence[tuple[str, str]] | None = None
+) -> ClassPlan:
     """Look at some images to train on and decide; RUN/plan.json is written where a run folder is given.
 
     With it RUN/fingerprint.json, of all images: copies stay on one side of a split that kanseg makes.
+
+    Args:
+        same: what `kanseg.data.class_copies.copies` gave, if it is there already.
 
     Raises:
         UserError: a patient has images to train on and to test on, or an image cannot be read.
@@ -151,7 +156,7 @@ def plan_classes(dataset: ImageClasses, run: Path | None = None) -> ClassPlan:
         ],
     )
     if run is not None:
-        seen = class_fingerprint(dataset)
+        seen = class_fingerprint(dataset, same)
         if seen is None:
             plan.reasons.append(f"{len(dataset.cases)} images are too many to look for copies among them")
         else:

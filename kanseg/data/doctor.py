@@ -151,6 +151,7 @@ class Diagnosis:
         dataset: with the cases that remain, in groups that are joined where images belong to one patient; None where
             nothing was recognised.
         masks: case -> its several label files.
+        copies: pairs of images with classes that are the same; None where it was not looked.
     """
 
     source: Path
@@ -159,6 +160,7 @@ class Diagnosis:
     findings: list[Finding] = field(default_factory=list)
     dataset: Dataset | None = None
     masks: dict[str, list[Path]] = field(default_factory=dict)
+    copies: list[tuple[str, str]] | None = None
 
     @property
     def mapped(self) -> dict[int, int]:

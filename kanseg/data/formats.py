@@ -380,7 +380,7 @@ def _numbered(files: Sequence[Path], problem: Problem) -> list[Path]:
 
 def _load_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())  # of any encoding that JSON may have
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON ({error}). Repair it.") from error
 
@@ -598,8 +598,7 @@ def _label_names(case: str, files: Iterable[str]) -> list[str]:
 
 def _read_folders(root: Path, problem: Problem) -> Dataset:
     """images/ (or imagesTr/) beside labels/ or masks/, or all in one folder; cases.csv may give a group or patient."""
-    images = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
-    labels = next((root / name for name in LABEL_FOLDERS if (root / name).is_dir()), None)
+    images, labels = (_called(root, names) for names in (IMAGE_FOLDERS, LABEL_FOLDERS))
     if images is None or labels is None:
         return _read_one_folder(root, problem)
     files, masks = image_files(images), [*image_files(labels), *_dcm_in(labels)]
@@ -613,6 +612,24 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
     layout = f"folders {images.name}/ and {labels.name}/"
     tests, others = _with_test_labels(root, _test_cases(root), {})
     return _dataset(root.name, root, layout, cases, tests, None, [*unused, *others])
+
+
+def _called(root: Path, names: Sequence[str]) -> Path | None:
+    """The folder that has one of these names; of several the one that holds images."""
+    there = [root / name for name in names if (root / name).is_dir()]
+    if len(there) < 2:
+        return there[0] if there else None
+    return only([folder for folder in there if image_files(folder) or _series_of(folder)]) or there[0]
+
+
+def only(found: Sequence[Path]) -> Path | None:
+    """The one place where something was found; `UserError` names several."""
+    if len(found) > 1:
+        raise UserError(
+            f"{' and '.join(map(str, found))} all hold images, and only one of them would be read. Leave one, or put "
+            "all into one."
+        )
+    return found[0] if found else None
 
 
 def _read_one_folder(root: Path, problem: Problem) -> Dataset:

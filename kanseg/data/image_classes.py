@@ -30,6 +30,7 @@ from kanseg.data.formats import (
     few,
     image_files,
     noted,
+    only,
     patient_notes,
     repeated,
     with_masks,
@@ -160,9 +161,13 @@ def _class_folders(path: Path) -> list[Path]:
 
 def _part_folders(path: Path) -> dict[str, Path]:
     """train/ and the like with class folders below, by part."""
-    found = {PARTS[p.name.lower()]: p for p in sorted(path.glob("*/")) if p.name.lower() in PARTS}
-    folders = _class_folders(found["train"]) if "train" in found else []
-    return found if len(folders) > 1 and not with_masks(folders) else {}
+    called: dict[str, list[Path]] = {}
+    for folder in sorted(p for p in path.glob("*/") if p.name.lower() in PARTS):
+        called.setdefault(PARTS[folder.name.lower()], []).append(folder)
+    classes = [below for folder in called.get(TRAIN, ()) for below in _class_folders(folder)]
+    if len(classes) < 2 or with_masks(classes):
+        return {}
+    return {part: only(list(filter(_class_folders, all_))) or all_[0] for part, all_ in called.items()}
 
 
 def _picture_folders(path: Path) -> dict[str, Path]:

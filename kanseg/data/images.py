@@ -41,6 +41,7 @@ SEGMENTATIONS = (b"1.2.840.10008.5.1.4.1.1.66.4", b"1.2.840.10008.5.1.4.1.1.66.7
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 TIFF_REMARK = 270  # the tag ImageDescription
+TIFF_BITS = 258  # the tag BitsPerSample
 TIFF_EXTRA, UNSPECIFIED = 338, 0  # the tag ExtraSamples, and its value for what is not opacity
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
 
@@ -175,12 +176,11 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
     if suffix not in writers:
         why = " (JPEG would change them)" if suffix in LOSSY else ""
         raise UserError(f"{path}: unknown format to write{why}. Known: {', '.join(sorted(writers))}.")
-    colours = array.ndim == 3 and len(array) == 3 and array.max(initial=0) <= np.iinfo(np.uint8).max
-    flat = array.ndim == 2 or (colours and like.spatial_dims == 2)
+    flat = array.ndim == 2 or (array.ndim == 3 and len(array) == 3 and like.spatial_dims == 2)
     if suffix in SUFFIXES_2D and (not flat or array.max(initial=0) > np.iinfo(np.uint16).max):
         raise UserError(
-            f"{path}: a picture holds 2D labels up to 65535, these are {array.ndim}D up to {array.max(initial=0)}. "
-            "Write .nii.gz instead."
+            f"{path}: a picture holds 2D labels or colours up to 65535, these are {array.ndim}D up to "
+            f"{array.max(initial=0)}. Write .nii.gz instead."
         )
     temporary = None
     try:
@@ -239,6 +239,9 @@ def _write_itk(path: Path, array: np.ndarray, like: Image, description: str) -> 
 
 def _write_picture(path: Path, array: np.ndarray, like: Image, description: str) -> None:
     array = np.ascontiguousarray(np.moveaxis(array, 0, -1)) if array.ndim == 3 else array
+    if array.ndim == 3 and array.dtype != np.uint8:  # Pillow knows no colours of more bits
+        sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.uint16), isVector=True), str(path))
+        return
     picture = Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16))
     if suffix_of(path) == ".png":
         text = PngInfo()
@@ -382,6 +385,8 @@ def _read_picture(path: Path) -> Image:
                 f"{path} has channels that are neither grey, colour nor opacity. Save it without them, or each "
                 f"channel as a file of its own, {stem_of(path)}_0000.tif, ..."
             )
+        if picture.mode[0] not in "IF" and (";16" in str(picture.tile) or max(_bits(picture)) > 8):
+            return Image(_deep_colours(path), np.eye(4), path, 2)
         one_mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L"}.get(
             picture.mode
         )
@@ -390,6 +395,26 @@ def _read_picture(path: Path) -> Image:
         array = np.asarray(picture, dtype=np.float32)
     channels = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     return Image(np.ascontiguousarray(channels), np.eye(4), path, 2)
+
+
+def _bits(picture: Any) -> tuple[int, ...]:
+    """Of each channel, where the file says it."""
+    return getattr(picture, "tag_v2", {}).get(TIFF_BITS, (8,))
+
+
+def _deep_colours(path: Path) -> np.ndarray:
+    """Colours of 16 bits, of which Pillow would keep 8."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    except RuntimeError:
+        array = np.zeros(0)
+    if array.dtype != np.uint16 or array.ndim != 3 or array.shape[-1] not in (3, 4):
+        raise UserError(
+            f"{path} has 16 bits a channel, stored so that not all can be read, or is cut short. Save it as a plain "
+            "16-bit RGB PNG, or with 8 bits."
+        )
+    return np.ascontiguousarray(np.moveaxis(array[..., :3], -1, 0), dtype=np.float32)
 
 
 def _read_dicom(folder: Path) -> Image:

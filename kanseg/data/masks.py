@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from kanseg.data.images import check_pair, label_from, read_image, stem_of, write_label
+from kanseg.data.tables import read_rows
 from kanseg.errors import UserError
 from kanseg.progress import progress
 from kanseg.training.files import write_json
@@ -53,8 +53,5 @@ def join_masks(root: Path, name: str, channel: str = "CT") -> None:
 
 def _held_out(table: Path) -> set[str]:
     """Cases of the split "test"."""
-    if not table.exists():
-        return set()
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter=";"))
-    return {row["image_id"] for row in rows if (row.get("split") or "").strip() == "test"}
+    rows = read_rows(table) if table.exists() else []
+    return {row["image_id"] for row in rows if row.get("split") == "test"}

@@ -20,7 +20,7 @@ from kanseg.data.formats import Dataset, read_dataset
 from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
-from kanseg.memory import FITS, for_data, memory_at_hand, on_gpu
+from kanseg.memory import FITS, for_data, memory_at_hand, on_gpu, taken
 from kanseg.progress import in_words
 
 VERSION = 1
@@ -289,6 +289,20 @@ def check_size(size: str) -> None:
     """Raise `UsageError` with the nearest name unless a size is one of `SIZES`."""
     if size not in SIZES:
         raise UsageError(f"Unknown size '{size}'.{did_you_mean(size, SIZES)}")
+
+
+def check_memory(memory: int | None) -> None:
+    """Raise `UsageError` for less main memory (bytes) than this program takes before it has seen an image."""
+    if memory is None or on_gpu():  # there it is the GPU's
+        return
+    program = taken() or 0
+    least = (program + LOADERS * LOADER_BYTES) / MEASURED_SHARE
+    if memory < least:
+        raise UsageError(
+            f"--memory {memory / 2**20:.0f}M is too little: the program alone takes {program / 2**20:.0f} MiB before "
+            f"the first image. No less than {least / 2**20:.0f}M can do; a small network with its images takes about "
+            f"half as much again, {1.5 * least / 2**20:.0f}M."
+        )
 
 
 def check_wishes(

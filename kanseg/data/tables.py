@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from kanseg.errors import UserError
+from kanseg.progress import note
 
 TRAIN, VAL, TEST = "train", "val", "test"
 PARTS = {"train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL}
 PARTS |= {"test": TEST, "testing": TEST}
 FOLDS_ASIDE = "folds are left aside, for not every labelled case has a whole number, or all have the same"
 Fold = dict[str, list[str]]
+_told: set[Path] = set()  # tables of which it was said how they are read
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -24,32 +28,57 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: unreadable, two columns of one name, or a row with more cells than there are columns.
     """
+    lines = io.StringIO(text_of(path), newline="")
+    heading = next(filter(str.strip, lines), "")
+    lines.seek(0)
+    delimiter = max("\t;,", key=heading.count)
+    rows = csv.reader(lines, delimiter=delimiter)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            heading = next(filter(str.strip, file), "")
-            file.seek(0)
-            delimiter = max("\t;,", key=heading.count)
-            rows = csv.reader(file, delimiter=delimiter)
-            columns = next(
-                ([cell.strip() for cell in cells] for cells in rows if any(map(str.strip, cells))), []
-            )
-            if twice := sorted({column for column in columns if column and columns.count(column) > 1}):
+        columns = next(([cell.strip() for cell in cells] for cells in rows if any(map(str.strip, cells))), [])
+        if twice := sorted({column for column in columns if column and columns.count(column) > 1}):
+            raise UserError(f"{path} has several columns called '{twice[0]}'. Give each a name of its own.")
+        found = []
+        for cells in rows:
+            if any(cell.strip() for cell in cells[len(columns) :]):
                 raise UserError(
-                    f"{path} has several columns called '{twice[0]}'. Give each a name of its own."
+                    f"{path} has {len(cells)} cells in line {rows.line_num}, and {len(columns)} columns. Put "
+                    f"quotes around a cell that holds a {delimiter!r}."
                 )
-            found = []
-            for cells in rows:
-                if any(cell.strip() for cell in cells[len(columns) :]):
-                    raise UserError(
-                        f"{path} has {len(cells)} cells in line {rows.line_num}, and {len(columns)} columns. Put "
-                        f"quotes around a cell that holds a {delimiter!r}."
-                    )
-                padded = zip(columns, [*cells, *[""] * len(columns)], strict=False)
-                if any(cell.strip() for cell in cells):
-                    found.append({column: cell.strip() for column, cell in padded if column})
-            return found
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            padded = zip(columns, [*cells, *[""] * len(columns)], strict=False)
+            if any(cell.strip() for cell in cells):
+                found.append({column: cell.strip() for column, cell in padded if column})
+        return found
+    except csv.Error as error:
         raise UserError(f"{path} cannot be read as CSV ({error}).") from error
+
+
+def text_of(path: Path) -> str:
+    """The text of a table in UTF-8, in UTF-16 with its mark, or in Windows-1252, which is then said.
+
+    Raises:
+        UserError: no such file, or no text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for encoding in ("utf-16",) if marked else ("utf-8-sig", "cp1252"):
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if "\0" in text:
+            break
+        if encoding == "cp1252" and path not in _told:
+            _told.add(path)
+            note(
+                f"{path} is no UTF-8; it is read as Windows-1252. Where letters are wrong, save it as UTF-8."
+            )
+        return text
+    raise UserError(
+        f"{path} is no text in UTF-8, UTF-16 with its mark, or Windows-1252. Save the table as CSV in UTF-8."
+    )
 
 
 def columns_named(columns: Iterable[Any], *names: str) -> list[str]:

@@ -130,7 +130,7 @@ def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], path: Pat
         cell.set_axis_off()
     for cell, image, caption in zip(cells, images, captions, strict=False):
         if image.ndim == 3:
-            cell.imshow(np.clip(image / 255, 0, 1))
+            cell.imshow(np.clip(image / max(255, image.max()), 0, 1))
         else:
             cell.imshow(image, cmap="gray")
         cell.set_title(caption, fontsize=8, parse_math=False)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -269,8 +269,22 @@ def _joined(numbers: Iterable[int], names: Sequence[str]) -> str:
     return SEPARATOR.join(names[number] for number in numbers)
 
 
-def read_predictions(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
-    """What `predictions_as_csv` wrote: ids, probabilities (N, K), names of the classes."""
+class Predictions(NamedTuple):
+    """A table of a classifier: ids, probabilities (N, K), names of the classes, and its rows as they stand there."""
+
+    ids: list[str]
+    probabilities: np.ndarray
+    names: list[str]
+    rows: list[dict[str, str]]
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image has any number of classes."""
+        return CLASSES in self.rows[0]
+
+
+def read_predictions(path: Path) -> Predictions:
+    """What `predictions_as_csv` wrote."""
     rows = read_rows(path)
     names = [column[len(PREFIX) :] for column in rows[0] if column.startswith(PREFIX)] if rows else []
     if not names or IMAGE not in rows[0]:
@@ -281,7 +295,7 @@ def read_predictions(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
         values = np.array([[float(row[f"{PREFIX}{name}"]) for name in names] for row in rows])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} has a probability that is no number ({error}). Predict again.") from error
-    return [row[IMAGE] for row in rows], values, names
+    return Predictions([row[IMAGE] for row in rows], values, names, rows)
 
 
 def is_predictions(path: Path) -> bool:
@@ -332,13 +346,13 @@ class Scored:
 
 def read_scored(path: Path) -> Scored:
     """A table that knows the true classes: of a training's held-out images, or what `Scored.write` wrote."""
-    ids, probabilities, names = read_predictions(path)
-    rows = read_rows(path)
+    table = read_predictions(path)
+    ids, probabilities, names, rows = table
     if REFERENCE not in rows[0]:
         raise UserError(
             f"{path} does not tell the true classes. Score it first: kanseg evaluate {path} DATA -o SCORES."
         )
-    several = CLASSES in rows[0]
+    several = table.multilabel
     said = [[*filter(None, row[REFERENCE].split(SEPARATOR))] if several else [row[REFERENCE]] for row in rows]
     if foreign := sorted({name for one in said for name in one} - set(names)):
         raise UserError(f"{path} has the class '{foreign[0]}', which has no column of probabilities.")
@@ -353,10 +367,10 @@ def read_made(path: Path) -> tuple[list[str] | None, dict[str, tuple[np.ndarray,
     None in place of the classes: it is no table of `kanseg predict`.
     """
     try:
-        ids, probabilities, names = read_predictions(path)
+        ids, probabilities, names, rows = read_predictions(path)
     except UserError:
         return None, {}
-    made = (row.get(DIGEST) or "" for row in read_rows(path))
+    made = (row.get(DIGEST) or "" for row in rows)
     return names, {name: (row, one) for name, row, one in zip(ids, probabilities, made, strict=True)}
 
 
@@ -391,7 +405,8 @@ def evaluate_classes(
     from kanseg.data.image_classes import read_classes
     from kanseg.training.files import make_folder, write_json
 
-    ids, probabilities, names = read_predictions(prediction)
+    table = read_predictions(prediction)
+    ids, probabilities, names, _ = table
     dataset = read_classes(reference)
     cases = {case.id: case for case in (*dataset.cases, *dataset.test_cases)}
     known = [number for number, name in enumerate(ids) if name in cases]
@@ -400,7 +415,7 @@ def evaluate_classes(
             f"No image of {prediction} is in {reference}: {ids[:2]} there, {list(cases)[:2]} here. Give the data set "
             "that was predicted."
         )
-    several = CLASSES in read_rows(prediction)[0]
+    several = table.multilabel
     if several != dataset.multilabel:
         kinds = {True: "any number of classes", False: "one class"}
         raise UserError(

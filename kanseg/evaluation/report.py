@@ -82,7 +82,7 @@ def picture(
         for column, (heading, labels) in enumerate(shown.items()):
             cell = axes[row, column]
             if image.ndim > prediction.ndim:
-                cell.imshow(np.clip(image / 255, 0, 1), aspect=aspect)
+                cell.imshow(np.clip(image / max(255, image.max()), 0, 1), aspect=aspect)
             else:
                 cell.imshow(_cut(image, axis, index), cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if labels is not None:

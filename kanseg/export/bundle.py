@@ -17,16 +17,21 @@ import torch
 
 from kanseg import __version__
 from kanseg.data.plan import Plan
+from kanseg.data.plans import AnyPlan
 from kanseg.errors import UserError
+from kanseg.inference.ensemble import Loaded, save_members
+from kanseg.training.checkpoint import BUNDLE_MODELS, EXPORTED
 from kanseg.training.files import make_folder, write_bytes, write_json
 
-NETWORK = "models/model.pt2"
+NETWORK = f"{BUNDLE_MODELS}/model.pt2"
 CONFIG, METADATA, README = "configs/inference.json", "configs/metadata.json", "docs/README.md"
 RUN = f"python -m monai.bundle run --config_file {CONFIG} --bundle_root . --dataset_dir FOLDER"
 
 
-def check_bundle(plan: Plan) -> None:
+def check_bundle(plan: AnyPlan) -> None:
     """Raise `UserError` for a plan whose images or classes MONAI's transforms in JSON cannot express."""
+    if not isinstance(plan, Plan):
+        raise UserError("A MONAI bundle is not made for classifiers. Export --to onnx or torch.")
     alike = all(scheme == plan.normalization[0] for scheme in plan.normalization)
     reasons = {
         "pictures": plan.image_dims == 2,
@@ -38,8 +43,10 @@ def check_bundle(plan: Plan) -> None:
         raise UserError(f"A MONAI bundle is not made for {unfit[0]}. Export --to onnx or torch.")
 
 
-def write_bundle(out: Path, plan: Plan) -> None:
-    """OUT/configs and OUT/docs/README.md, for the network in OUT/models/model.pt2."""
+def write_bundle(out: Path, loaded: Loaded) -> None:
+    """OUT/configs, OUT/docs/README.md and the saved model OUT/models, for the program in OUT/models/model.pt2."""
+    plan = loaded.plan
+    save_members(out / BUNDLE_MODELS, loaded.networks[0], loaded.infos, loaded.rules)
     for folder in ("configs", "docs"):
         make_folder(out / folder)
     write_json(out / CONFIG, inference(plan))
@@ -65,7 +72,8 @@ Run it in this folder on a folder of NIfTI images; label maps are written to `ev
 - Values of a label map: {", ".join(values)}.
 - Post-processing of label maps is not part of the bundle: where `postprocessing` in `model.json` lists rules,
   `kanseg predict` applies them as well.
-- The network is a program of `torch.export`. To train on, take the run that it was exported from.
+- The network is a program of `torch.export`, `{NETWORK}`. The same weights by their names, `{EXPORTED}` beside it, are
+  for kanseg alone: this folder is a model to predict with, and to start trainings from (`training.weights=`).
 
 Research software; not a medical device.
 """

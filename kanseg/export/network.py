@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from kanseg import __version__
+from kanseg.data.class_plan import ClassPlan
 from kanseg.data.formats import Case, find_images
 from kanseg.data.plan import Plan
+from kanseg.data.plans import AnyPlan
 from kanseg.data.transforms import load_case, restored_labels
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
@@ -33,7 +35,7 @@ from kanseg.training.files import make_folder, write_json
 TOLERANCE = 1e-3  # of the largest logit
 WINDOWS = 3
 INPUT, OUTPUT = "image", "logits"
-Run = Callable[[np.ndarray], np.ndarray]  # (N, C, *patch) -> (N, K, *patch)
+Run = Callable[[np.ndarray], np.ndarray]  # (N, C, *patch) -> (N, K, *patch), of a classifier (N, K)
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,15 @@ class Format:
         write: (program, path) writes it.
         open: path -> a function on arrays that runs it.
         check: refuses plans that it is not made for.
-        beside: (folder, plan) writes what else belongs to it.
+        beside: (folder, what was loaded) writes what else belongs to it.
     """
 
     file: str
     needs: tuple[str, ...]
     write: Callable[[torch.export.ExportedProgram, Path], None]
     open: Callable[[Path], Run]
-    check: Callable[[Plan], None] = lambda plan: None
-    beside: Callable[[Path, Plan], None] = lambda out, plan: None
+    check: Callable[[AnyPlan], None] = lambda plan: None
+    beside: Callable[[Path, Loaded], object] = lambda out, loaded: None
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -121,12 +123,10 @@ def export_network(
         raise UsageError(f"-o {out} is to be a folder, for {kind.file} and model.json.")
     if others := [f.file for f in FORMATS.values() if f.file != kind.file and (out / f.file).exists()]:
         raise UsageError(f"{out} holds {others[0]}, which model.json there tells of. Choose another folder.")
-    if is_classifier(models[0]):
-        raise UsageError(
-            f"{models[0]} is a classifier; networks for segmentation are exported. From Python, kanseg.export.network."
-            "program_of makes a program of torch.export of any network, also of a classifier's."
-        )
-    loaded = Loaded(models)
+    classifier = is_classifier(models[0])
+    if classifier and image is not None:
+        raise UsageError(f"-i compares label maps, and {models[0]} is a classifier, which makes none.")
+    loaded = Loaded(models, kind=ClassPlan if classifier else Plan)
     if len(loaded.plans) > 1:
         raise UserError(
             f"{', '.join(map(str, loaded.files))} have {len(loaded.plans)} different plans, and a file holds one "
@@ -152,7 +152,7 @@ def export_network(
             )
         about = {**describe(plan, to, kind, bool(loaded.rules)), "postprocessing": loaded.rules}
         about["parity"] = found
-        kind.beside(out, plan)
+        kind.beside(out, loaded)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
         part.replace(path)
     finally:
@@ -220,31 +220,56 @@ def compare_labels(network: nn.Module, run: Run, case: Case, plan: Plan) -> dict
     return {"case": case.id, "voxels": int(one.size), "equal_labels": float((one == other).mean())}
 
 
-def describe(plan: Plan, to: str, kind: Format, cleaned: bool = False) -> dict[str, Any]:
+def describe(plan: AnyPlan, to: str, kind: Format, cleaned: bool = False) -> dict[str, Any]:
     """What whoever runs the file has to do around it, in words and numbers.
 
     Args:
         cleaned: whether label maps are post-processed in the end.
     """
-    axes = ["rows", "columns"] if plan.image_dims == 2 else list(plan.orientation)
     window = ["windows", plan.in_channels, *plan.patch_size]
     classes = [
         {"name": name, "value": value}
         for name, value in zip(plan.label_names, plan.label_values, strict=True)
     ]
+    told, places = (steps(plan), plan.patch_size) if isinstance(plan, Plan) else (class_steps(plan), [])
     return {
         "format": to,
         "file": kind.file,
         "made_by": {"kanseg": __version__, **{n: version_of(n) for n in ("torch", *kind.needs)}},
         "input": {"name": INPUT, "type": "float32", "shape": window},
-        "output": {"name": OUTPUT, "type": "float32", "shape": [window[0], len(classes), *plan.patch_size]},
+        "output": {"name": OUTPUT, "type": "float32", "shape": [window[0], len(classes), *places]},
         "classes": classes,
-        "steps": [*steps(plan, axes), *([CLEANED] if cleaned else [])],
+        "steps": [*told, *([CLEANED] if cleaned else [])],
     }
 
 
-def steps(plan: Plan, axes: Sequence[str]) -> list[str]:
+def class_steps(plan: ClassPlan) -> list[str]:
+    """The way from an image to its class, a sentence a step; the numbers are in `plan`."""
+    size = " x ".join(map(str, plan.patch_size))
+    linear = "bilinearly with antialiasing" if plan.spatial_dims == 2 else "trilinearly"
+    order = "rows before columns" if plan.spatial_dims == 2 else "axes in the order of the file"
+    colours = "Repeat a grey image" if plan.in_channels > 1 else "Take the mean of colours"
+    decided = (
+        "Sigmoid; the image has each class that is at least 1/2."
+        if plan.multilabel
+        else "Softmax gives the probabilities; the class with the largest output is that of the image."
+    )
+    return [
+        f"Take the values as they are stored (0 to 255 in most pictures), {order}.",
+        f"{colours} where an image has not as many channels as the network, {plan.in_channels}.",
+        f"Scale it, all axes alike, so that it just covers {size}, {linear} (corners are not aligned).",
+        f"Cut {size} about its middle; of an odd rest one more is cut at the end.",
+        *(
+            f"Channel {name}: subtract {one['mean']:g}, divide by {one['std']:g}."
+            for name, one in zip(plan.channel_names, plan.normalization, strict=True)
+        ),
+        decided,
+    ]
+
+
+def steps(plan: Plan) -> list[str]:
     """The way from an image to its label map, a sentence a step; the numbers are in `plan`."""
+    axes = ["rows", "columns"] if plan.image_dims == 2 else list(plan.orientation)
     found = []
     if plan.image_dims == 3:
         found.append(f"Turn the image so that its axes run to {', '.join(axes)} (the ends of the letters).")

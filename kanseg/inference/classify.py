@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from kanseg.data.class_loader import MIRRORING, ImageBatches
 from kanseg.data.class_plan import ClassPlan
 from kanseg.data.digests import file_digest, made_from
-from kanseg.data.formats import Case, few, find_images, read_rows, repeated
-from kanseg.data.image_classes import CLASSES, is_classes, read_classes
+from kanseg.data.formats import Case, few, find_images, repeated
+from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.images import read_image
 from kanseg.errors import UserError
 from kanseg.evaluation.classification import (
@@ -197,20 +197,20 @@ def combine_tables(tables: Sequence[Path], out: Path, *, console: Console | None
     if path.resolve() in [table.resolve() for table in tables]:
         raise UserError(f"{path} is one of the tables to combine. Choose another for the result.")
     _done(path, {}, (), again=True)
-    ids, first, names = read_predictions(tables[0])
-    several = CLASSES in read_rows(tables[0])[0]
-    chances = [first]
+    first = read_predictions(tables[0])
+    ids, names, several = first.ids, first.names, first.multilabel
+    chances = [first.probabilities]
     for table in tables[1:]:
-        theirs, probabilities, classes = read_predictions(table)
-        if classes != names or (CLASSES in read_rows(table)[0]) != several:
+        other = read_predictions(table)
+        if other.names != names or other.multilabel != several:
             raise UserError(
                 f"{tables[0]} and {table} do not tell the same classes. Combine models of one task."
             )
-        if differing := sorted(set(theirs) ^ set(ids)):
+        if differing := sorted(set(other.ids) ^ set(ids)):
             raise UserError(
                 f"{tables[0]} and {table} do not hold the same images: only one has {few(differing, 5)}."
             )
-        row_of = dict(zip(theirs, probabilities, strict=True))
+        row_of = dict(zip(other.ids, other.probabilities, strict=True))
         chances.append(np.stack([row_of[name] for name in ids]))
     make_folder(path.parent)
     write_predictions(path, ids, np.mean(chances, axis=0), names, multilabel=several)

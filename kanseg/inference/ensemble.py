@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,25 @@ from kanseg.data.digests import file_digest
 from kanseg.data.formats import Case, few, find_images, passed_over
 from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
+from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder
 from kanseg.memory import taken
 from kanseg.progress import progress
-from kanseg.training.checkpoint import BEST, EXPORTED, LAST, find_checkpoint, load_model, members
+from kanseg.training.checkpoint import (
+    BEST,
+    EXPORTED,
+    LAST,
+    find_checkpoint,
+    load_model,
+    member_name,
+    members,
+    named,
+    save_checkpoint,
+)
 from kanseg.training.devices import keep_freed_memory
+from kanseg.training.files import make_folder
 from kanseg.training.run_folder import WHOLE
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
@@ -57,21 +69,25 @@ class Loaded:
         networks, plans: as `kanseg.inference.predict.predict_folder` takes them.
         files: the checkpoints, `digests` of them, and `infos`, their JSON.
         rules: post-processing that was stored with the first model.
+
+    Args:
+        kind: of their plans, `Plan` (networks that segment) or `ClassPlan` (classifiers).
     """
 
-    def __init__(self, paths: Sequence[Path], device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, paths: Sequence[Path], device: str | torch.device = "cpu", kind: type[AnyPlan] = Plan
+    ) -> None:
         found = [find_members(path) for path in paths]
         self.files = [file for files in found for file in files]
         self.digests = [file_digest(file) for file in self.files]
         stored = _rules(Path(paths[0]))
-        alike: dict[str, list[tuple[nn.Module, Plan]]] = {}
+        alike: dict[str, list[tuple[nn.Module, Any]]] = {}
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
             network, plan, info = load_model(file, device)
-            if not isinstance(plan, Plan):
-                raise UserError(
-                    f"{file} tells the class of an image, and makes no ensemble with networks that segment."
-                )
+            if not isinstance(plan, kind):
+                what = "segments" if isinstance(plan, Plan) else "tells the class of an image"
+                raise UserError(f"{file} {what}, and the networks of an ensemble do one of both.")
             self.infos.append(info)
             if stored is None and len(self.infos) <= len(found[0]):
                 stored = info.get("postprocessing")
@@ -81,7 +97,7 @@ class Loaded:
         self.networks: list[nn.Module] = [
             group[0][0]
             if len(group) == 1
-            else Ensemble([n for n, _ in group], bool(group[0][1].regions)).eval()
+            else Ensemble([n for n, _ in group], _by_itself(group[0][1])).eval()
             for group in alike.values()
         ]
         for rule in self.rules:
@@ -89,9 +105,29 @@ class Loaded:
         _require_one_task(self.files, self.plans)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> Any:
         """The first plan; channels and labels are those of all."""
         return self.plans[0]
+
+
+def save_members(
+    folder: Path, network: nn.Module, infos: Sequence[Mapping[str, Any]], rules: Sequence[Rule]
+) -> Path:
+    """Write a network, or each of an `Ensemble`, as the saved model `folder`; given is its first file.
+
+    Args:
+        infos: JSON of the checkpoint of each.
+        rules: post-processing, stored with each.
+    """
+    networks = network.members if isinstance(network, Ensemble) else [network]
+    make_folder(folder)
+    for number, (member, info) in enumerate(zip(networks, infos, strict=True), start=1):
+        kept = {key: value for key, value in info.items() if key not in ("rng", "state")}
+        weights = named("model", member.state_dict())
+        save_checkpoint(folder / member_name(number), weights, {**kept, "postprocessing": list(rules)})
+    for file in members(folder / EXPORTED)[len(networks) :]:  # of a larger model that was there
+        file.unlink()
+    return folder / EXPORTED
 
 
 def predict_with(
@@ -177,7 +213,7 @@ def find_members(path: Path | str) -> list[Path]:
         f for f in path.glob("fold_*") if any((f / name).is_file() for name in (EXPORTED, BEST, LAST))
     )
     numbered = [fold for fold in folds if fold.name[5:].isdigit()]
-    return [find_checkpoint(fold) for fold in numbered] or [find_checkpoint(path)]
+    return [find_checkpoint(fold) for fold in numbered] or members(find_checkpoint(path))
 
 
 def _rules(path: Path) -> list[Rule] | None:
@@ -189,13 +225,18 @@ def _rules(path: Path) -> list[Rule] | None:
     return next((rules for rules in found if rules is not None), None)
 
 
-def _sameness(plan: Plan) -> dict[str, Any]:
+def _by_itself(plan: AnyPlan) -> bool:
+    """Whether each class is told by itself, by a sigmoid."""
+    return bool(plan.regions or getattr(plan, "multilabel", False))
+
+
+def _sameness(plan: AnyPlan) -> dict[str, Any]:
     """What networks must have in common to see the same windows."""
     keys = ("spatial_dims", "spacing", "patch_size", "normalization", "orientation", "slice_axis", "slices")
-    return {key: getattr(plan, key) for key in (*keys, "mirror_axes", *TASK)}
+    return {key: getattr(plan, key, None) for key in (*keys, "mirror_axes", "multilabel", *TASK)}
 
 
-def _require_one_task(files: Sequence[Path], plans: Sequence[Plan]) -> None:
+def _require_one_task(files: Sequence[Path], plans: Sequence[AnyPlan]) -> None:
     for plan in plans[1:]:
         for key in TASK:
             if getattr(plan, key) != getattr(plans[0], key):

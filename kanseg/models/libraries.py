@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.networks import nets
 from monai.utils import OptionalImportError
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from kanseg.encoders.pretrained import check_smp_encoder
@@ -47,6 +49,39 @@ class AnySize(nn.Module):
         if isinstance(maps, Tensor):
             return _cut(maps, size).float()
         return [_cut(one, size).float() for one in maps] if self.training else _cut(maps[0], size).float()
+
+    def check_patch(self, patch_size: Sequence[int], batch_size: int) -> None:
+        """Raise `UsageError` where a training step on such patches would fail in the library's words.
+
+        The forward is tried by shapes alone. Only where that fails it is computed, for some networks need numbers.
+        """
+        if self._refused(patch_size, batch_size, "meta") is None:
+            return
+        said = self._refused(patch_size, min(batch_size, 2), "cpu")
+        if said is None:
+            return
+        larger = ([size * times for size in patch_size] for times in (2, 4, 8))
+        fitting = next((size for size in larger if self._refused(size, batch_size, "meta") is None), None)
+        way = f"It takes {fitting}: set patch_size" if fitting else "Set another patch_size"
+        raise UsageError(
+            f"{type(self.network).__name__} fails on the planned patch {list(patch_size)} ({said}). {way} in "
+            "plan.json, change model.options.arguments (fewer levels, say), or choose another model."
+        )
+
+    def _refused(self, patch_size: Sequence[int], batch_size: int, device: str) -> str | None:
+        """What a forward in training mode says that fails; nothing of the network changes."""
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        copies = {name: value.detach().to(device, copy=True) for name, value in tensors.items()}
+        x = torch.zeros(batch_size, self.in_channels, *patch_size, device=device)
+        mode = self.training
+        try:
+            with torch.random.fork_rng([]), torch.no_grad():
+                functional_call(self.train(), copies, (x,))
+        except Exception as error:  # whatever another library raises
+            return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        finally:
+            self.train(mode)
+        return None
 
 
 @MODELS.register("monai")

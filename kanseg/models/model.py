@@ -57,8 +57,12 @@ def create_model(
         return table.create(name, spatial_dims, in_channels, out_channels, **options)
 
 
-def check_patch(model: nn.Module, patch_size: Sequence[int]) -> None:
-    """Raise `UsageError` where a patch is smaller than the stride of the coarsest map of a network with an encoder."""
+def check_patch(model: nn.Module, patch_size: Sequence[int], batch_size: int = 2) -> None:
+    """Raise `UsageError` where a patch is smaller than the stride of the coarsest map of a network with an encoder, or
+    is not what a network of another library takes in training.
+    """
+    if callable(own := getattr(model, "check_patch", None)):
+        own(patch_size, batch_size)
     strides = getattr(getattr(model, "encoder", None), "strides", None)
     if strides is None:
         return

@@ -38,6 +38,7 @@ KEY = "kanseg"
 PARTS = ("model", "average", "optimizer", "rng")
 SIZES = ("features_per_stage", "strides", "kernel_sizes")  # of a network, where a plan decides them
 WEIGHTS = Path(__file__).parents[1] / "weights"  # that come with the package, see `kanseg.weights`
+BUNDLE_MODELS = "models"  # folder of the weights in a MONAI bundle
 LONGEST_HEADER = 100_000_000  # bytes; more than that safetensors itself refuses
 BEST, LAST, EXPORTED = "best.safetensors", "last.safetensors", "model.safetensors"
 
@@ -238,11 +239,11 @@ def describe(config: Config, plan: AnyPlan, spec: Mapping[str, Any], fold: int |
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint that a file, model folder, fold folder, run folder or a name of weights stands for."""
+    """The checkpoint that a file, model folder, fold folder, run folder, exported bundle or a name of weights is."""
     path = Path(path)
     if path.is_file():
         return path
-    folders = [path, *sorted(path.glob("fold_*")), *sorted(path.glob("model/fold_*"))]
+    folders = [path, *sorted(path.glob("fold_*")), *sorted(path.glob("model/fold_*")), path / BUNDLE_MODELS]
     files = [folder / name for folder in folders for name in (EXPORTED, BEST, LAST)]
     for file in files:
         if file.is_file():

@@ -46,11 +46,11 @@ def run_classes(
     Raises:
         UserError: the data have errors, or a fold failed.
     """
-    if not (run / PLAN).exists():
-        once(lambda: _examined(data, run, id_pattern, console))
+    planned = (run / PLAN).exists()
+    same = None if planned else once(lambda: _examined(data, run, id_pattern, console))
     once(lambda: write_json(run / SETTINGS, dict(asked)))
-    if not (run / PLAN).exists():
-        once(lambda: plan_data(data, run, console=console, id_pattern=id_pattern))
+    if not planned:
+        once(lambda: plan_data(data, run, console=console, id_pattern=id_pattern, same=same))
     plan = ClassPlan.load(run / PLAN)
     dataset = dataset_of(plan)
     folds = len(dataset.splits) or config.data.folds
@@ -68,8 +68,10 @@ def run_classes(
     return {"accuracy": accuracy, "model": str(run), "report": str(report), "pooled": found["pooled"]}
 
 
-def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -> None:
-    """What the doctor finds, in RUN/doctor.json; errors stop the run."""
+def _examined(
+    data: Path, run: Path, id_pattern: str | None, console: Console
+) -> list[tuple[str, str]] | None:
+    """Copies among the images, of what the doctor finds; all of it in RUN/doctor.json, and errors stop the run."""
     found = diagnose_classes(data, id_pattern=id_pattern)
     tell_findings(found.findings, console)
     if found.errors:
@@ -78,3 +80,4 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         raise UserError(f"{data} has an error: {first.case} {first.message}{more}. See kanseg doctor {data}.")
     with locked(make_folder(run), is_main()):
         write_json(run / DOCTOR, found.to_dict())
+    return found.copies

@@ -20,7 +20,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from kanseg.encoders.transfer import read_weights
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
 from kanseg.study.peft import PLACE
 from kanseg.study.refit import refit
 from kanseg.study.visualize import kan_layers
@@ -33,6 +33,7 @@ from kanseg.training.checkpoint import (
     is_checkpoint,
     load_checkpoint,
     part,
+    read_info,
     restored,
     shipped,
     unstarted,
@@ -44,7 +45,7 @@ BUNDLE_CONFIGS = tuple(
     for name in ("inference", "train", "evaluate")
     for kind in ("json", "yaml", "yml")
 )
-TIMES = 53  # a prime that no width of a network is a multiple of
+TIMES = (53, 2)  # first a prime that no width of a network is a multiple of; some networks refuse so many
 PROGRAMS = (".pt2", ".onnx", ".ts")  # of networks, which run but are not trained
 Places = Sequence[int | None]  # of each new channel or class among the old ones, None where there is no such
 
@@ -129,6 +130,8 @@ def _read_bundle(folder: Path) -> Start:
             if program
             else f"The bundle {folder} has no {' or '.join(BUNDLE_WEIGHTS)}. Download its weights first."
         )
+    if is_checkpoint(file):  # exported by kanseg
+        return _read_checkpoint(file)
     weights = {f"network.{name}": value for name, value in _without("module.", read_weights(file)).items()}
     definition = _network_definition(folder)
     target = str(definition.pop("_target_")).rpartition(".")[2]
@@ -225,6 +228,21 @@ def transfer(model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends
     return " ".join([f"Weights of {start.source}: {counted}.", *told]), afresh
 
 
+def check_encoder_channels(spec: Mapping[str, Any], ends: Ends) -> None:
+    """Raise `UsageError` where encoder_weights, which are taken as they lie, have known channels in another order."""
+    path = Path(spec["options"].get("encoder_weights") or "")
+    plan = read_info(path / EXPORTED if path.is_dir() else path).get("plan", {})
+    if not {"channel_names", "label_names"} <= plan.keys():
+        return
+    old = Ends.of(plan)
+    moved = any(place not in (None, number) for number, place in enumerate(_channel_places(old, ends)))
+    if moved and len(old.channels) == len(ends.channels):
+        raise UsageError(
+            f"encoder_weights={path} has the channels {', '.join(old.channels)}, the data {', '.join(ends.channels)}, "
+            f"and an encoder takes them in their order. Start by training.weights={path}, which goes by name."
+        )
+
+
 def _at_their_places(
     model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends
 ) -> tuple[dict[str, Tensor], set[str], list[str]]:
@@ -233,20 +251,20 @@ def _at_their_places(
     channels, classes = _channel_places(start.ends, ends), _class_places(start.ends, ends)
     if not _all_in_place(channels, start.ends.channels):
         found = _axes(model, spec, "in_channels")
-        if not found and len(channels) == len(start.ends.channels):
-            channels = range(len(channels))
+        channels = channels if found else _unmoved(channels, start.ends.channels)
         for name in found.keys() & weights.keys():
             moved = _with_channels(weights.pop(name), name, found[name], channels, len(start.ends.channels))
             weights |= {} if moved is None else {name: moved}
             partly |= {name} if None in channels else set()
     if not _all_in_place(classes, start.ends.classes):
         found = _axes(model, spec, "out_channels")
+        classes = classes if found else _unmoved(classes, start.ends.classes)
         for name in found.keys() & weights.keys():
             moved = _with_classes(weights.pop(name), own[name], found[name], classes, len(start.ends.classes))
             weights |= {} if moved is None else {name: moved}
             partly |= {name} if None in classes else set()
     said = [_said("Channels", start.ends.channels, ends.channels, channels, "as the mean of all")]
-    if _other_kind(start.ends, ends):
+    if _other_kind(start.ends, ends) and not any(place is not None for place in classes):
         kinds = "each by itself (sigmoid)", "one of all (softmax)"
         before, now = kinds if start.ends.sigmoid else kinds[::-1]
         said.append(f"Classes begin afresh: the weights tell {before}, the plan asks for {now}.")
@@ -294,6 +312,11 @@ def _all_in_place(places: Places, old: Sequence[str]) -> bool:
     return not old or list(places) == list(range(len(old)))
 
 
+def _unmoved(places: Places, old: Sequence[str]) -> Places:
+    """Where it is not known which weights are theirs: those of as many stay in their order, others are new."""
+    return range(len(places)) if len(places) == len(old) else [None] * len(places)
+
+
 def _said(what: str, old: Sequence[str], new: Sequence[str], places: Places, rest: str) -> str:
     if not old or list(old) == list(new):
         return ""
@@ -310,21 +333,15 @@ def _axes(model: nn.Module, spec: Mapping[str, Any], key: str) -> dict[str, list
     """Axes of the image's channels ("in_channels") or of the classes ("out_channels"), by tensor: those that grow with
     them. Of a grouped convolution none, and nothing of a network that takes no other number.
     """
-    more = {**unstarted(spec), key: TIMES * spec[key]}
-    try:
-        with torch.device("meta"):
-            grown = build_model(more)
-    except UserError:
+    times, grown = next(((n, made) for n in TIMES if (made := _grown(spec, key, n))), (1, None))
+    if grown is None:
         return {}
-    except (RuntimeError, NotImplementedError):  # a constructor that computes
-        with torch.random.fork_rng():
-            grown = build_model(more)
     sizes, found = grown.state_dict(), {}
     for name, value in model.state_dict().items():
         if name not in sizes or sizes[name].dim() != value.dim():
             continue
         pairs = zip(value.shape, sizes[name].shape, strict=True)
-        axes = [axis for axis, (size, larger) in enumerate(pairs) if size and larger == TIMES * size]
+        axes = [axis for axis, (size, larger) in enumerate(pairs) if size and larger == times * size]
         layer = model.get_submodule(name.rpartition(".")[0])
         if axes:
             found[name] = [] if getattr(layer, "groups", 1) > 1 and max(axes) else axes
@@ -334,6 +351,19 @@ def _axes(model: nn.Module, spec: Mapping[str, Any], key: str) -> dict[str, list
             if part_of.startswith(inside) and value.dim() == 2 and len(value) == spec[key] > 1:
                 found[part_of] = [0]
     return found
+
+
+def _grown(spec: Mapping[str, Any], key: str, times: int) -> nn.Module | None:
+    """The network with so many times as many channels or classes; None where it does not take them."""
+    more = {**unstarted(spec), key: times * spec[key]}
+    try:
+        with torch.device("meta"):
+            return build_model(more)
+    except UserError:
+        return None
+    except (RuntimeError, NotImplementedError):  # a constructor that computes
+        with torch.random.fork_rng():
+            return build_model(more)
 
 
 def _with_channels(given: Tensor, name: str, axes: Sequence[int], places: Places, old: int) -> Tensor | None:

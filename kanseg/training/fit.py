@@ -38,7 +38,7 @@ from kanseg.training.checkpoint import (
 )
 from kanseg.training.devices import make_accelerator
 from kanseg.training.files import locked, make_folder, read_json
-from kanseg.training.finetune import Ends, read_start, transfer
+from kanseg.training.finetune import Ends, check_encoder_channels, read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.parameters import check_trained, shares_of, trained_share
@@ -95,7 +95,7 @@ def fit(
             trained = adapt(copy.deepcopy(model), **adaptation(config.training.adapt.model_dump(), fresh))
     check_trained(trained, config.training.freeze, shares_of(config.training.lr_scale))
     del trained
-    check_patch(model, plan.patch_size)
+    check_patch(model, plan.patch_size, config.training.batch_size or plan.batch_size)
     task = create_task(config, plan, dataset, training, validation, accelerator)
     main = accelerator.is_main_process
     with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
@@ -150,6 +150,7 @@ def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any],
         return spec, build_model(unstarted(spec)), "", info.get("fresh", [])
     if weights is None:
         spec = model_spec(config, plan)
+        check_encoder_channels(spec, Ends.of(plan.to_dict()))
         return spec, build_model(spec), "", []
     start = read_start(weights)
     dims = (start.spec or {}).get("spatial_dims")

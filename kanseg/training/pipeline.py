@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kanseg.config import Config, load_config, with_options
+from kanseg.config import Config, changes, load_config, with_options
 from kanseg.data.digests import signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
@@ -37,7 +37,16 @@ from kanseg.training.files import locked, make_folder, read_json, write_bytes, w
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
 from kanseg.training.planning import tell_findings
-from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, WHOLE, Splits, run_splits
+from kanseg.training.run_folder import (
+    FINAL,
+    PLAN,
+    PREDICTIONS,
+    SPLITS,
+    SUMMARY,
+    WHOLE,
+    Splits,
+    run_splits,
+)
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.trial import measure_step
 from kanseg.training.validate import inference_options, kept_prediction
@@ -196,10 +205,10 @@ def _check_asked(run: Path, asked: Mapping[str, Any], override: bool, *, own_pla
             f"there by kanseg train {run} -f all --resume."
         )
     before = read_json(run / SETTINGS) or asked
-    changed = [key for key in asked if before.get(key) != asked[key]]
-    fixed = [key for key in changed if key == "data" or (key in PLANNED and any(run.glob(f"*/{PLAN}")))]
+    changed, planned = changes(before, asked), any(run.glob(f"*/{PLAN}"))
+    fixed = [told for key, told in changed.items() if key == "data" or (key in PLANNED and planned)]
     if changed and (not override or fixed):
-        told = ", ".join(f"{key}={before.get(key)!r}, not {asked[key]!r}" for key in fixed or changed)
+        told = ", ".join(fixed or changed.values())
         way = "Choose another folder" if fixed else "Give the same, or say --override"
         raise UsageError(f"{run} was begun with {told}. {way}.")
 

@@ -38,6 +38,7 @@ def plan_data(
     regions: Mapping[str, Sequence[int]] | str | None = None,
     id_pattern: str | None = None,
     trial: bool = True,
+    same: Sequence[tuple[str, str]] | None = None,
 ) -> AnyPlan:
     """Read, plan, say what was decided and why, and write plan.json and fingerprint.json.
 
@@ -46,6 +47,7 @@ def plan_data(
             command line, e.g. "8G".
         id_pattern: see `kanseg.data.formats.read_dataset`.
         trial: measure the memory of a step.
+        same: see `kanseg.data.class_plan.plan_classes`.
     """
     check_size(size)
     memory = size_in_bytes(memory)
@@ -61,7 +63,7 @@ def plan_data(
         counts = Counter(number for case in classes.cases for number in case.values)
         shown = few([f"{name} ({counts[number]})" for number, name in enumerate(classes.label_names)], 12)
         _tell(console, classes, f"{len(classes.label_names)} classes (images): {shown}")
-        plan: AnyPlan = plan_classes(classes, run)
+        plan: AnyPlan = plan_classes(classes, run, same=same)
     else:
         named = None if regions is None else {name: list(values) for name, values in regions.items()}
         dataset = read_dataset(data, id_pattern=id_pattern, regions=named)

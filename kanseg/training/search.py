@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kanseg.config import load_config
+from kanseg.config import changes, load_config
 from kanseg.data.plan import Plan, planned_dataset
 from kanseg.data.plans import load_plan
 from kanseg.errors import UsageError, UserError, did_you_mean
@@ -127,9 +127,7 @@ def _check_asked(folder: Path, asked: Mapping[str, Any], resume: bool) -> None:
         return
     if not resume:
         raise UsageError(f"{folder} holds a search already. Go on with --resume, or delete it.")
-    changed = [key for key in asked if before.get(key) != asked[key]]
-    if changed:
-        told = ", ".join(f"{key}={before.get(key)!r}, not {asked[key]!r}" for key in changed)
+    if told := ", ".join(changes(before, asked).values()):
         raise UsageError(f"A resumed search keeps its options: {folder} has {told}. Give the same ones.")
 
 

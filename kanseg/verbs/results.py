@@ -126,9 +126,9 @@ def export(
 ) -> None:
     """Write a network for software without kanseg: ONNX, torch.export or a MONAI bundle, and model.json about it.
 
-    Networks that segment, not classifiers. Several models, or the folds of a run, become one network, their mean. The
-    file is run beside the original, and the
-    difference is written down; a file that differs is not kept. ONNX needs the extra `onnx`.
+    Several models, or the folds of a run, become one network, their mean. The file is run beside the original, and the
+    difference is written down; a file that differs is not kept. ONNX needs the extra `onnx`. Classifiers are written
+    to ONNX and torch.
 
     Example: kanseg export runs/mine -o exported/ -i scan.nii.gz
     """

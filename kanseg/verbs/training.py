@@ -52,11 +52,14 @@ def run(
     """
     from kanseg.data.labels import parse_regions
     from kanseg.data.mirror import parse_mirror
+    from kanseg.data.plan import check_memory
     from kanseg.memory import size_in_bytes
     from kanseg.training.pipeline import run_pipeline
 
+    limit = size_in_bytes(memory or None)
+    check_memory(limit)
     how: dict[str, Any] = {"minutes": minutes, "configurations": configurations, "final": final}
-    how |= {"memory": size_in_bytes(memory or None), "size": size}
+    how |= {"memory": limit, "size": size}
     how |= {"config": config, "id_pattern": id_pattern}
     how |= {"mirror": parse_mirror(mirror), "regions": parse_regions(regions) if regions else None}
     found = run_pipeline(data, out, overrides or [], override=override, console=console(json_), **how)
