@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kanseg import VGGKAN, Classifier, DenseKANet, RDKANet, ResKANet, UKANet, create_model
-from kanseg.encoders import ENCODERS, PlainKANet, create_encoder, load_encoder, register_smp
+from kanseg.encoders import (
+    ENCODERS,
+    PlainKANet,
+    check_encoder_name,
+    create_encoder,
+    load_encoder,
+    register_smp,
+)
 from kanseg.encoders.layers import network_layer
 from kanseg.errors import ShapeError, UsageError, UserError
 from kanseg.layers import FAMILIES, KANAttention, MixtureOfExperts, take_balance_loss
@@ -335,6 +342,27 @@ def test_weights_from_a_file_compute_what_their_library_computes(
 def test_impossible_encoders_are_explained(dims: int, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         create_model("ukanet", dims, 1, 2, **options)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "smp/resnet18", "smp", "smp/kanseg-plainkanet4-gram"])
+def test_weights_that_cannot_be_downloaded_say_what_to_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"weights of .* could not be downloaded .*encoder_weights=FILE"):
+        if name == "smp":
+            create_model(name, 2, 1, 2, encoder="resnet18", encoder_weights="download")
+        else:
+            create_encoder(name, 2, 1, weights="download")
+
+
+@pytest.mark.parametrize("name", ["timm/resnet19", "timm/resnet18.none", "smp/resnet19", "smp/tu-resnet19"])
+def test_names_of_other_libraries_are_checked_before_anything_is_made(name: str) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
+        check_encoder_name(name, 2)
 
 
 def test_an_encoder_of_other_channels_is_refused() -> None:

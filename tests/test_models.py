@@ -325,6 +325,8 @@ def test_networks_of_smp_take_any_size_and_unknown_names_are_refused(network: st
     assert model(torch.randn(1, 3, 45, 70)).shape == (1, 2, 45, 70)
     with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
         create_model("smp", 2, 3, 2, network=network, encoder="resnet19")
+    with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
+        create_model("smp", 2, 3, 2, network=network, encoder="tu-resnet19")
     with pytest.raises(UsageError, match=f"Did you mean '{network}'"):
         create_model("smp", 2, 3, 2, network=f"{network}s")
     with pytest.raises(UsageError, match="2D only"):
@@ -347,6 +349,8 @@ def test_networks_of_smp_start_from_the_encoder_s_weights_in_a_file(channels: in
             torch.testing.assert_close(ours, theirs)
     with pytest.raises(UserError, match="do not fit"):
         create_model("smp", 2, channels, 2, encoder="resnet34", **chosen)
+    with pytest.raises(UsageError, match="Choose one"):
+        create_model("smp", 2, channels, 2, encoder="resnet18", pretrained=True, **chosen)
 
 
 def test_networks_of_monai_are_padded_by_their_own_strides_alone() -> None:
