@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -352,11 +354,11 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    make: Callable[[], nn.Module] = partial(create_encoder, name, 2, 1, weights="download")
+    if name == "smp":
+        make = partial(create_model, name, 2, 1, 2, encoder="resnet18", encoder_weights="download")
     with pytest.raises(UserError, match=r"weights of .* could not be downloaded .*encoder_weights=FILE"):
-        if name == "smp":
-            create_model(name, 2, 1, 2, encoder="resnet18", encoder_weights="download")
-        else:
-            create_encoder(name, 2, 1, weights="download")
+        make()
 
 
 @pytest.mark.parametrize("name", ["timm/resnet19", "timm/resnet18.none", "smp/resnet19", "smp/tu-resnet19"])
