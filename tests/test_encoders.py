@@ -95,6 +95,9 @@ LAST_ATTENTION = {
     "attention_at": "last",
     "attention_options": {"gate": "skip", "scale": 1.0, "layer_options": NARROW},
 }
+# Its narrow DenseKANets divide the channels by 4 in layers of kernel 1 and by 8 in those of kernel 3.
+INNER = network_layer("bottleneck_kagn", norm="batch", dim_reduction=8)
+NARROW_DENSE: dict[str, Any] = {"basis": "bottleneck_kagn", "encoder_options": {"inner_basis": INNER}}
 # Trainable parameters of torch-conv-kan's networks (3 channels, 1000 classes). Ours have two numbers fewer in each Gram
 # layer: factors that no output depends on.
 PUBLISHED: list[tuple[str, dict[str, Any], int]] = [
@@ -125,6 +128,8 @@ PUBLISHED: list[tuple[str, dict[str, Any], int]] = [
     ("vggkan11v4", {"basis": "kagn", "layer_options": {"degree": 5}, "width": 2}, 41_424_516),
     ("vggkan11v4", {**NARROW_VGG, "width": 2}, 7_252_115),
     ("vggkan11v4", {**NARROW_VGG, "width": 2, "encoder_options": LAST_ATTENTION}, 12_547_232),
+    ("densekanet121", NARROW_DENSE, 20_328_876),
+    ("densekanet_tiny", {**NARROW_DENSE, "head": "kan"}, 1_879_333),
     # 29,088,517 and what the reference saves by a stem that is narrow although the network is not.
     ("rdkanet_tiny", {"basis": "kagn", "head": "normed_linear"}, 29_088_517 + 5_463),
     ("rdkanet_tiny", {"basis": "bottleneck_kagn", "head": "normed_linear"}, 23_688_689),
