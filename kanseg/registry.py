@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -78,7 +79,7 @@ class Registry:
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
         """What the entry takes by name."""
-        return dict(inspect.signature(self.get(name)).parameters)
+        return dict(_signature(self.get(name)).parameters)
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -89,3 +90,9 @@ class Registry:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
+
+
+@functools.cache
+def _signature(entry: Callable[..., Any]) -> inspect.Signature:
+    """Asked for with every layer of a network, and slow to make."""
+    return inspect.signature(entry)

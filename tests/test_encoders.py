@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kanseg import VGGKAN, Classifier, DenseKANet, RDKANet, ResKANet, UKANet, create_model
-from kanseg.encoders import ENCODERS, PlainKANet, create_encoder, load_encoder, register_smp
+from kanseg.encoders import (
+    ENCODERS,
+    PlainKANet,
+    check_encoder_name,
+    create_encoder,
+    load_encoder,
+    register_smp,
+)
 from kanseg.encoders.layers import network_layer
 from kanseg.errors import ShapeError, UsageError, UserError
 from kanseg.layers import FAMILIES, KANAttention, MixtureOfExperts, take_balance_loss
@@ -86,6 +95,9 @@ LAST_ATTENTION = {
     "attention_at": "last",
     "attention_options": {"gate": "skip", "scale": 1.0, "layer_options": NARROW},
 }
+# Its narrow DenseKANets divide the channels by 4 in layers of kernel 1 and by 8 in those of kernel 3.
+INNER = network_layer("bottleneck_kagn", norm="batch", dim_reduction=8)
+NARROW_DENSE: dict[str, Any] = {"basis": "bottleneck_kagn", "encoder_options": {"inner_basis": INNER}}
 # Trainable parameters of torch-conv-kan's networks (3 channels, 1000 classes). Ours have two numbers fewer in each Gram
 # layer: factors that no output depends on.
 PUBLISHED: list[tuple[str, dict[str, Any], int]] = [
@@ -116,6 +128,8 @@ PUBLISHED: list[tuple[str, dict[str, Any], int]] = [
     ("vggkan11v4", {"basis": "kagn", "layer_options": {"degree": 5}, "width": 2}, 41_424_516),
     ("vggkan11v4", {**NARROW_VGG, "width": 2}, 7_252_115),
     ("vggkan11v4", {**NARROW_VGG, "width": 2, "encoder_options": LAST_ATTENTION}, 12_547_232),
+    ("densekanet121", NARROW_DENSE, 20_328_876),
+    ("densekanet_tiny", {**NARROW_DENSE, "head": "kan"}, 1_879_333),
     # 29,088,517 and what the reference saves by a stem that is narrow although the network is not.
     ("rdkanet_tiny", {"basis": "kagn", "head": "normed_linear"}, 29_088_517 + 5_463),
     ("rdkanet_tiny", {"basis": "bottleneck_kagn", "head": "normed_linear"}, 23_688_689),
@@ -290,26 +304,28 @@ def test_transformers_take_any_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "timm/convnext_atto", "smp/resnet18"])
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_weights_of_other_libraries_come_from_their_files(name: str, channels: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_weights_from_a_file_compute_what_their_library_computes(
+    name: str, channels: int, tmp_path: Path
+) -> None:
     import timm
     from segmentation_models_pytorch.encoders import get_encoder
 
     library, _, theirs = name.partition("/")
     whole = timm.create_model(theirs) if library == "timm" else get_encoder(theirs, weights=None)
     path = _written(whole.state_dict(), tmp_path / "pretrained.safetensors")
+    if library == "timm":
+        given = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}, "in_chans": channels}
+        original = timm.create_model(theirs, features_only=True, **given)
+    else:
+        original = whole
+        original.set_in_channels(channels)
+    x = torch.randn(1, channels, 64, 64)
     model = UKANet(2, channels, 2, encoder=name, basis=None, encoder_weights=path).eval()
-    x = torch.randn(1, 1, 64, 64)
-    whole.eval()
     with torch.no_grad():
-        first = (
-            whole.forward_features(x.expand(1, 3, 64, 64))
-            if library == "timm"
-            else whole(x.expand(1, 3, 64, 64))[-1]
-        )
-        ours = model.encoder(x.expand(1, channels, 64, 64))[-1]
-    if name != "timm/convnext_atto":  # whose last norm is left out of its maps
-        torch.testing.assert_close(ours, first, atol=1e-4, rtol=1e-4)
+        maps, expected = model.encoder(x), original.eval()(x)
+    for ours, first in zip(maps, expected[-len(maps) :], strict=True):
+        torch.testing.assert_close(ours, first, atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="do not fit this ForeignEncoder"):
         UKANet(2, 1, 2, encoder="timm/resnet34", basis=None, encoder_weights=path)
 
@@ -333,6 +349,27 @@ def test_weights_of_other_libraries_come_from_their_files(name: str, channels: i
 def test_impossible_encoders_are_explained(dims: int, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         create_model("ukanet", dims, 1, 2, **options)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "smp/resnet18", "smp", "smp/kanseg-plainkanet4-gram"])
+def test_weights_that_cannot_be_downloaded_say_what_to_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    make: Callable[[], nn.Module] = partial(create_encoder, name, 2, 1, weights="download")
+    if name == "smp":
+        make = partial(create_model, name, 2, 1, 2, encoder="resnet18", encoder_weights="download")
+    with pytest.raises(UserError, match=r"weights of .* could not be downloaded .*encoder_weights=FILE"):
+        make()
+
+
+@pytest.mark.parametrize("name", ["timm/resnet19", "timm/resnet18.none", "smp/resnet19", "smp/tu-resnet19"])
+def test_names_of_other_libraries_are_checked_before_anything_is_made(name: str) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
+        check_encoder_name(name, 2)
 
 
 def test_an_encoder_of_other_channels_is_refused() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import kanseg
 from kanseg import KANConv, U2KANet, UKAGNet, UKANet, create_model, list_models
 from kanseg.bases import BASES
-from kanseg.errors import UsageError
+from kanseg.errors import UsageError, UserError
 from kanseg.layers import FAMILIES, FocalModulation, KANAttention, conv_layer
 from kanseg.models import check_patch, describe_model
 from kanseg.models.classifier import HEADS, Classifier
@@ -354,10 +354,32 @@ def test_networks_of_smp_take_any_size_and_unknown_names_are_refused(network: st
     assert model(torch.randn(1, 3, 45, 70)).shape == (1, 2, 45, 70)
     with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
         create_model("smp", 2, 3, 2, network=network, encoder="resnet19")
+    with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
+        create_model("smp", 2, 3, 2, network=network, encoder="tu-resnet19")
     with pytest.raises(UsageError, match=f"Did you mean '{network}'"):
         create_model("smp", 2, 3, 2, network=f"{network}s")
     with pytest.raises(UsageError, match="2D only"):
         create_model("smp", 3, 3, 2, network=network)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_networks_of_smp_start_from_the_encoder_s_weights_in_a_file(channels: int, tmp_path: Path) -> None:
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    original = get_encoder("resnet18", weights=None)
+    path = tmp_path / "pretrained.safetensors"
+    save_file(original.state_dict(), path)
+    chosen: dict[str, Any] = {"network": "Unet", "encoder_weights": path}
+    model: Any = create_model("smp", 2, channels, 2, encoder="resnet18", **chosen).eval()
+    original.set_in_channels(channels)
+    x = torch.randn(1, channels, 64, 32)
+    with torch.no_grad():
+        for ours, theirs in zip(model.network.encoder(x), original.eval()(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    with pytest.raises(UserError, match="do not fit"):
+        create_model("smp", 2, channels, 2, encoder="resnet34", **chosen)
+    with pytest.raises(UsageError, match="Choose one"):
+        create_model("smp", 2, channels, 2, encoder="resnet18", pretrained=True, **chosen)
 
 
 def test_networks_of_monai_are_padded_by_their_own_strides_alone() -> None:

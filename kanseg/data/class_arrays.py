@@ -1,20 +1,23 @@
-"""Classified images in arrays: MNIST's idx files, the binary version of CIFAR, MedMNIST's npz.
+"""Classified images in arrays: MNIST's idx files, the binary and the python version of CIFAR, MedMNIST's npz.
 
 Formats: idx is a big-endian header (type, number of axes, sizes) before the bytes, also compressed by gzip; a record of
 CIFAR is one label byte (CIFAR-100: coarse, then fine) and 3 x 32 x 32 bytes; MedMNIST's npz holds PART_images and
-PART_labels. CIFAR's "python version" is a pickle, which can run code, and is refused.
+PART_labels. CIFAR's python version is a pickle, which can name any code to run: only arrays, numbers and text are read
+from it, and a file that names more is refused.
 """
 
 from __future__ import annotations
 
 import gzip
 import math
+import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +87,7 @@ def find_arrays(path: Path) -> Found | None:
     if not path.is_dir():
         return None
     found: dict[Path, Found] = {}
-    pickles = None
+    pickled: dict[Path, Found] = {}
     for folder in (path, *sorted(p for p in path.glob("*") if p.is_dir()), *sorted(path.glob("*/raw"))):
         if all(_idx_file(folder, "train", kind) for kind in ("images", "labels")):
             found[folder] = partial(_read_mnist, folder)
@@ -93,11 +96,10 @@ def find_arrays(path: Path) -> Found | None:
         if (folder / "batches.meta").is_file() or (
             (folder / "meta").is_file() and (folder / "train").is_file()
         ):
-            pickles = partial(_refuse_pickles, folder)
+            pickled[folder] = partial(_read_cifar_python, folder)
+    found = found or pickled  # the same images in binary form are read faster
     if found:
         return found[only(list(found)) or path]
-    if pickles:
-        return pickles
     files = sorted(path.glob("*.npz"))
     return partial(_read_npz, files[0]) if len(files) == 1 else None
 
@@ -137,21 +139,42 @@ def read_idx(path: Path) -> np.ndarray:
 def _read_cifar(folder: Path) -> Arrays:
     """CIFAR-10 with five files to train, or CIFAR-100 with one and two labels a record: the fine one counts."""
     hundred = (folder / "train.bin").is_file()
-    train = [folder / "train.bin"] if hundred else sorted(folder.glob("data_batch_*.bin"))
-    test = folder / ("test.bin" if hundred else "test_batch.bin")
-    parts = {"train": train, "test": [test] if test.is_file() else []}
     table = folder / ("fine_label_names.txt" if hundred else "batches.meta.txt")
-    names = table.read_text(encoding="utf-8").split() if table.is_file() else CIFAR_10
+    names = table.read_text(encoding="utf-8").split() if table.is_file() else None
+    return _cifar(folder, hundred, ".bin", "binary", partial(_records, label_bytes=1 + hundred), names)
+
+
+def _read_cifar_python(folder: Path) -> Arrays:
+    """The same as pickles."""
+    hundred = (folder / "train").is_file()
+    table, key = ("meta", "fine_label_names") if hundred else ("batches.meta", "label_names")
+    names = _unpickled(folder / table, key)[key] if (folder / table).is_file() else None
+    records = partial(_pickled_records, labels="fine_labels" if hundred else "labels")
+    return _cifar(folder, hundred, "", "python", records, names)
+
+
+def _cifar(
+    folder: Path,
+    hundred: bool,
+    end: str,
+    version: str,
+    read: Callable[[Path], np.ndarray],
+    names: Sequence[str] | None,
+) -> Arrays:
+    train = [folder / f"train{end}"] if hundred else sorted(folder.glob(f"data_batch_[0-9]{end}"))
+    test = folder / f"test{end}" if hundred else folder / f"test_batch{end}"
+    parts = {"train": train, "test": [test] if test.is_file() else []}
     images, labels = {}, {}
     for part, files in parts.items():
         if files:
-            records = np.concatenate([_records(file, 2 if hundred else 1) for file in files])
+            records = np.concatenate([read(file) for file in files])
             size = math.prod(CIFAR_SHAPE)
             labels[part] = records[:, -size - 1]
             images[part] = np.moveaxis(records[:, -size:].reshape(-1, *CIFAR_SHAPE), 1, -1)
-    if hundred and not table.is_file():
-        names = _numbers(int(labels["train"].max()) + 1)
-    layout = f"CIFAR-{100 if hundred else 10} (binary version)"
+    if "train" not in images:
+        raise UserError(f"{folder} has no data_batch_1{end} ... of CIFAR-10 to train on. Fetch it again.")
+    names = names or (_numbers(int(labels["train"].max()) + 1) if hundred else CIFAR_10)
+    layout = f"CIFAR-{100 if hundred else 10} ({version} version)"
     return _checked(layout, names, images, labels, [*parts["train"], *parts["test"]], 2)
 
 
@@ -163,11 +186,39 @@ def _records(path: Path, label_bytes: int) -> np.ndarray:
     return content.reshape(-1, size)
 
 
-def _refuse_pickles(folder: Path) -> Arrays:
-    raise UserError(
-        f"{folder} is CIFAR's python version, a pickle, which can run code: kanseg does not open it. Take the binary "
-        "version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz; `kanseg download cifar10`)."
-    )
+def _pickled_records(path: Path, labels: str) -> np.ndarray:
+    """As `_records`: a label byte and the image's bytes."""
+    stored = _unpickled(path, "data", labels)
+    pixels, numbers = stored["data"], np.asarray(stored[labels])
+    if getattr(pixels, "dtype", None) != np.uint8 or pixels.shape != (len(numbers), math.prod(CIFAR_SHAPE)):
+        raise UserError(
+            f"{path} holds no bytes of {math.prod(CIFAR_SHAPE)} an image for {len(numbers)} labels. Fetch it again."
+        )
+    return np.concatenate([numbers.astype(np.uint8)[:, None], pixels], axis=1)
+
+
+class _ArraysAlone(pickle.Unpickler):
+    """A reader of pickles that calls nothing but what makes numpy's arrays."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np.ndarray.__reduce__(np.empty(0))[0]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array, number or text")
+
+
+def _unpickled(path: Path, *keys: str) -> dict[str, Any]:
+    """What a pickle of CIFAR holds, without running code that it names; `UserError` where a key is not there."""
+    try:
+        with path.open("rb") as file:
+            stored = _ArraysAlone(file, encoding="latin1").load()  # written by Python 2
+        return {key: stored[key] for key in keys}
+    except Exception as error:  # damaged ones raise almost anything
+        raise UserError(
+            f"{path} is not read as CIFAR's python version: {type(error).__name__}, {error}. Fetch it again, or take "
+            "the binary version (`kanseg download cifar10`)."
+        ) from error
 
 
 def _read_npz(path: Path) -> Arrays:

@@ -3,8 +3,8 @@
 Folders: a folder a class, of pictures or, below train/, val/ and test/ (ImageNet), also of volumes; Tiny ImageNet's.
 Tables: HAM10000's metadata, any CSV with the columns image and class (or label), or classes, of which an image may have
 several.
-Arrays (`kanseg.data.class_arrays`): MNIST's idx files, the binary version of CIFAR-10 and -100, MedMNIST's npz in 2D
-and 3D. Nothing is unpickled.
+Arrays (`kanseg.data.class_arrays`): MNIST's idx files, CIFAR-10 and -100 (binary or python version), MedMNIST's npz in
+2D and 3D. No code that lies in a file is run.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ HAM10000 = {
 }
 LAYOUTS = (
     "a folder a class (of volumes below train/, also val/, test/), Tiny ImageNet, HAM10000 (metadata and images), a "
-    ".csv with the columns image and class (or label; or classes, with | between them), MNIST's idx files, the binary "
-    "version of CIFAR, or MedMNIST's .npz"
+    ".csv with the columns image and class (or label; or classes, with | between them), MNIST's idx files, CIFAR's "
+    "binary or python version, or MedMNIST's .npz"
 )
 
 

@@ -16,6 +16,8 @@ from kanseg.registry import Registry
 ENCODERS = Registry("encoder")
 # Libraries whose encoders are taken by LIBRARY/NAME, filled by `kanseg.encoders.pretrained`.
 LIBRARIES = Registry("encoder library")
+# What raises `UsageError` for a name that such a library does not have.
+LIBRARY_NAMES = Registry("encoder library")
 # What the constructors of a library's encoders take beside options of their own.
 NOT_OWN = ("name", "spatial_dims", "in_channels", "pretrained", "options")
 DOWNLOAD = "download"
@@ -129,11 +131,11 @@ def check_encoder_name(name: Any, spatial_dims: int | None = None) -> None:
     """Raise `UsageError` where there is no encoder of that name, or not in that many dimensions."""
     if not isinstance(name, str):
         return
-    library, slash, _ = name.partition("/")
+    library, slash, theirs = name.partition("/")
     if not slash:
         ENCODERS.get(name)
     else:
-        LIBRARIES.get(library)
+        LIBRARY_NAMES.get(library)(theirs)
         if spatial_dims not in (None, 2):
             raise UsageError(
                 f"encoder '{name}' is 2D only, but spatial_dims={spatial_dims}. Choose one of ours:"

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kanseg.encoders.encoder import LIBRARIES, Encoder
-from kanseg.errors import ShapeError, UsageError, did_you_mean
+from kanseg.encoders.encoder import LIBRARIES, LIBRARY_NAMES, Encoder
+from kanseg.errors import ShapeError, UsageError, UserError, did_you_mean
 
 # What lets timm's transformers take images of any size; the others do anyway, and know no such option.
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
+TIMM_THERE = "tu-"  # before timm's names in smp
 ODD = (33, 17)  # a size that shows whether a network takes any
 REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)  # of a size
+OF_OPTIONS = (*REFUSALS, AttributeError)
 
 
 class ForeignEncoder(Encoder):
@@ -95,18 +98,13 @@ def timm_encoder(
     import timm
 
     _two_dimensions(f"timm/{name}", spatial_dims)
-    plain, _, tag = name.partition(".")
-    if plain not in timm.list_models(plain) or (
-        tag and name not in timm.list_models(f"{plain}.*", pretrained=True)
-    ):
-        raise UsageError(
-            f"timm has no encoder '{name}'.{did_you_mean(name, _near(plain, timm.list_models()))}"
-        )
+    check_timm_encoder(name)
     options = {"features_only": True, "in_chans": in_channels, "pretrained": pretrained}
     body, failure = None, ""
     for any_size in ANY_SIZE:
         try:
-            body = timm.create_model(name, **options, **any_size)
+            with fetching(f"timm/{name}", pretrained):
+                body = timm.create_model(name, **options, **any_size)
             break
         except TypeError:
             continue  # not an option of this network
@@ -144,7 +142,8 @@ def smp_encoder(
     _two_dimensions(f"smp/{name}", spatial_dims)
     check_smp_encoder(name)
     weights = "imagenet" if pretrained else None
-    body = get_encoder(name, in_channels=in_channels, depth=depth, weights=weights)
+    with fetching(f"smp/{name}", pretrained):
+        body = get_encoder(name, in_channels=in_channels, depth=depth, weights=weights)
     # The first map is mostly the image itself, and some encoders have empty ones in between.
     with torch.no_grad():
         probe = torch.zeros(1, in_channels, 64, 64)
@@ -155,6 +154,21 @@ def smp_encoder(
     return ForeignEncoder(in_channels, body, kept, [maps[i].shape[1] for i in kept], reductions)
 
 
+@LIBRARY_NAMES.register("timm")
+def check_timm_encoder(name: str) -> None:
+    """Raise `UsageError` with the nearest name where timm has no such network, or no such weights of it."""
+    import timm
+
+    plain, _, tag = name.partition(".")
+    if plain not in timm.list_models(plain) or (
+        tag and name not in timm.list_models(f"{plain}.*", pretrained=True)
+    ):
+        raise UsageError(
+            f"timm has no encoder '{name}'.{did_you_mean(name, _near(plain, timm.list_models()))}"
+        )
+
+
+@LIBRARY_NAMES.register("smp")
 def check_smp_encoder(name: str | None) -> None:
     """Raise `UsageError` with the nearest name where smp has no such encoder; None is the default."""
     from segmentation_models_pytorch.encoders import encoders
@@ -163,8 +177,25 @@ def check_smp_encoder(name: str | None) -> None:
 
     if name is not None and name.startswith(PREFIX):
         register_smp()
-    if name is not None and name not in encoders and not name.startswith("tu-"):
+    if name is not None and name.startswith(TIMM_THERE):
+        check_timm_encoder(name.removeprefix(TIMM_THERE))
+    elif name is not None and name not in encoders:
         raise UsageError(f"smp has no encoder '{name}'.{did_you_mean(name, _near(name, encoders))}")
+
+
+@contextmanager
+def fetching(name: str, pretrained: bool) -> Iterator[None]:
+    """Say what to do where weights that are to be downloaded cannot be had."""
+    try:
+        yield
+    except Exception as error:  # of the hub, of what it is reached by, of the library where it has none
+        if not pretrained or (isinstance(error, OF_OPTIONS) and not isinstance(error, OSError)):
+            raise
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"The weights of {name} could not be downloaded ({type(error).__name__}: {said}). Give a file with them "
+            "(model.options.encoder_weights=FILE), or start without."
+        ) from error
 
 
 def _two_dimensions(name: str, spatial_dims: int) -> None:

@@ -119,8 +119,13 @@ def _plain(key: str) -> str:
 
 
 def _fitted(weight: Tensor, own: Tensor) -> Tensor:
-    """A first convolution for colour images on another number of channels: the mean of theirs, of the same sum."""
+    """A first convolution for colour images on another number of channels, as timm and smp do it.
+
+    One channel takes the sum of the three; more take them in turn, scaled to the same sum.
+    """
     channels = own.shape[1] if own.dim() == 4 else 3
     if weight.dim() != 4 or weight.shape[1] != 3 or channels == 3 or weight.shape[0] != own.shape[0]:
         return weight
-    return weight.mean(1, keepdim=True).expand(-1, channels, -1, -1) * (3 / channels)
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, [number % 3 for number in range(channels)]] * (3 / channels)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from kanseg.encoders.pretrained import check_smp_encoder
+from kanseg.encoders.encoder import DOWNLOAD
+from kanseg.encoders.pretrained import check_smp_encoder, fetching
 from kanseg.encoders.transfer import load_encoder
 from kanseg.errors import UsageError, UserError, did_you_mean, refused_options
 from kanseg.layers.geometry import per_axis
@@ -137,7 +138,8 @@ class SmpNetwork(AnySize):
         network: architecture.
         encoder: name of the encoder there; after `kanseg.encoders.register_smp()` also ours.
         pretrained: let smp download the encoder's weights (ImageNet).
-        encoder_weights: file with weights of the encoder to start from instead (see `kanseg.encoders.load_encoder`).
+        encoder_weights: file whose encoder weights to start from (see `kanseg.encoders.load_encoder`); "download" is
+            `pretrained`.
         arguments: further ones of the architecture.
     """
 
@@ -165,8 +167,15 @@ class SmpNetwork(AnySize):
                 f"smp's {network} is 2D only, but spatial_dims={spatial_dims}. Choose another network or 2D data."
             )
         check_smp_encoder(encoder)
+        if encoder_weights == DOWNLOAD:
+            pretrained, encoder_weights = True, None
+        if pretrained and encoder_weights is not None:
+            raise UsageError(
+                f"pretrained=True downloads the encoder's weights, and encoder_weights={encoder_weights} gives others. "
+                "Choose one."
+            )
         given = {"in_channels": in_channels, "classes": out_channels, **(arguments or {})}
-        with refused_options(f"smp's {network}"):
+        with refused_options(f"smp's {network}"), fetching(f"smp/{encoder}", pretrained):
             made = known[network](encoder, encoder_weights="imagenet" if pretrained else None, **given)
         super().__init__(made, in_channels, (DIVISIBLE, DIVISIBLE))
         if encoder_weights is not None:

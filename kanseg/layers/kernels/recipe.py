@@ -234,7 +234,7 @@ def _classes() -> dict[str, type[nn.Module]]:
 
 def _name_of(kind: type[nn.Module]) -> str:
     """A name that no other class has here: a notebook may define one anew."""
-    if kind not in (_classes().get(kind.__name__), *NAMED.values()):
+    if not issubclass(kind, Basis) and kind not in (vars(nn).get(kind.__name__), *NAMED.values()):
         raise LookupError(kind.__name__)
     name, count = kind.__name__, 1
     while NAMED.setdefault(name, kind) is not kind:
