@@ -45,7 +45,9 @@ class ForeignEncoder(Encoder):
     ) -> None:
         strides = [now // before for before, now in zip((1, *reductions), reductions, strict=False)]
         super().__init__(2, in_channels, out_channels, strides)
-        self.body, self.kept, self.channels_last = body, tuple(kept), channels_last
+        # In channels-last memory, as our layers work: no map is turned around, depthwise convolutions are faster.
+        self.body: nn.Module = body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.kept, self.channels_last = tuple(kept), channels_last
         self.reductions = tuple(reductions)
         self.multiple, self.only = 1, None
         if not self._takes(ODD):
@@ -74,6 +76,7 @@ class ForeignEncoder(Encoder):
                 f"this encoder takes images of {' x '.join(map(str, self.only))} alone, got "
                 f"{' x '.join(map(str, x.shape[2:]))}: plan patches of that size, or choose another encoder"
             )
+        x = x.contiguous(memory_format=torch.channels_last)
         height, width = (-size % self.multiple for size in x.shape[2:])
         maps = self.body(F.pad(x, (0, width, 0, height)) if height or width else x)
         maps = [maps[index] for index in self.kept]
