@@ -73,6 +73,7 @@ def test_two_folders_of_images_or_of_labels_are_refused_by_name(tmp_path: Path) 
     with pytest.raises(UserError, match=r"images and .*imagesTr all hold images, and only one"):
         read_dataset(tmp_path)
     shutil.rmtree(tmp_path / "imagesTr")
+    (tmp_path / "imagesTr").symlink_to("images")  # the same under another name
     assert "masks/" in read_dataset(tmp_path).layout
     volumes(tmp_path / "labels", ["a"], (1,))
     with pytest.raises(UserError, match=r"labels and .*masks all hold images"):

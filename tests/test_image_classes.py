@@ -7,6 +7,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -321,6 +322,17 @@ def test_two_folders_of_one_part_are_refused_by_name(tmp_path: Path) -> None:
     assert len(read_classes(tmp_path).cases) == 2
 
 
+def test_the_binary_version_stands_for_the_same_cifar_alone(tmp_path: Path) -> None:
+    cifar_python(tmp_path, False)
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    records = [bytes([label]) + image.tobytes() for label, image in enumerate(pictures(10, 3072))]
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_1.bin").write_bytes(b"".join(records))
+    assert "binary" in read_classes(tmp_path).layout
+    cifar_python(tmp_path, True)
+    with pytest.raises(UserError, match=r"cifar-10-batches-bin and .*cifar-100-python all hold images"):
+        read_classes(tmp_path)
+
+
 def test_two_data_sets_of_arrays_are_refused_by_name(tmp_path: Path) -> None:
     for name in ("FashionMNIST", "MNIST"):
         (tmp_path / name / "raw").mkdir(parents=True)
@@ -450,6 +462,36 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as arrays"):
         read_classes(tmp_path / "objects.npz")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pickle_cannot_pass_bytes_off_as_objects(tmp_path: Path) -> None:
+    """An array of objects whose type denies it: its bytes would be taken for addresses."""
+
+    class Type:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+    class Forged:
+        def __reduce__(self) -> tuple[Any, ...]:
+            build = np.ndarray.__reduce__(np.empty(0))[0]
+            return build, (np.ndarray, (0,), b"b"), (1, (2,), Type(), False, b"\x41" * 16)
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", "dog"]}))
+    batch = {"data": pictures(2, 3, 32, 32).reshape(2, -1), "labels": Forged()}
+    (folder / "data_batch_1").write_bytes(pickle.dumps(batch))
+    with pytest.raises(UserError, match="data_batch_1 is not read as CIFAR's python version.*OBJECT"):
+        read_classes(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog"], [0, 257], [0, -1], [0], [0.0, 1.0]])
+def test_labels_of_a_pickle_that_are_no_bytes_are_refused(labels: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", "dog"]}))
+    batch = {"data": pictures(2, 3, 32, 32).reshape(2, -1), "labels": labels}
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(batch))
+    with pytest.raises(UserError, match="has no label of 0 to 255 for each of its 2 images"):
+        read_classes(tmp_path)
 
 
 def broken_idx(folder: Path) -> None:

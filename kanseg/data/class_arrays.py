@@ -87,17 +87,21 @@ def find_arrays(path: Path) -> Found | None:
     if not path.is_dir():
         return None
     found: dict[Path, Found] = {}
-    pickled: dict[Path, Found] = {}
+    binary: set[bool] = set()  # whether it is CIFAR-100
+    pickled: dict[Path, bool] = {}
     for folder in (path, *sorted(p for p in path.glob("*") if p.is_dir()), *sorted(path.glob("*/raw"))):
         if all(_idx_file(folder, "train", kind) for kind in ("images", "labels")):
             found[folder] = partial(_read_mnist, folder)
         if (folder / "data_batch_1.bin").is_file() or (folder / "train.bin").is_file():
             found[folder] = partial(_read_cifar, folder)
+            binary.add((folder / "train.bin").is_file())
         if (folder / "batches.meta").is_file() or (
             (folder / "meta").is_file() and (folder / "train").is_file()
         ):
-            pickled[folder] = partial(_read_cifar_python, folder)
-    found = found or pickled  # the same images in binary form are read faster
+            pickled[folder] = (folder / "train").is_file()
+    for folder, hundred in pickled.items():
+        if hundred not in binary:  # the same images in binary form are read faster
+            found[folder] = partial(_read_cifar_python, folder)
     if found:
         return found[only(list(found)) or path]
     files = sorted(path.glob("*.npz"))
@@ -189,22 +193,49 @@ def _records(path: Path, label_bytes: int) -> np.ndarray:
 def _pickled_records(path: Path, labels: str) -> np.ndarray:
     """As `_records`: a label byte and the image's bytes."""
     stored = _unpickled(path, "data", labels)
-    pixels, numbers = stored["data"], np.asarray(stored[labels])
-    if getattr(pixels, "dtype", None) != np.uint8 or pixels.shape != (len(numbers), math.prod(CIFAR_SHAPE)):
+    pixels, numbers = (np.asarray(stored[key]) for key in ("data", labels))
+    if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), math.prod(CIFAR_SHAPE)) or len(pixels) == 0:
+        raise UserError(f"{path} holds no bytes of {math.prod(CIFAR_SHAPE)} an image. Fetch it again.")
+    if (
+        numbers.dtype.kind not in "iu"
+        or numbers.shape != (len(pixels),)
+        or not 0 <= numbers.min() <= numbers.max() < 256
+    ):
         raise UserError(
-            f"{path} holds no bytes of {math.prod(CIFAR_SHAPE)} an image for {len(numbers)} labels. Fetch it again."
+            f"{path} has no label of 0 to 255 for each of its {len(pixels)} images. Fetch it again."
         )
     return np.concatenate([numbers.astype(np.uint8)[:, None], pixels], axis=1)
 
 
+class _Type:
+    """What a pickle says of an array's numbers. numpy's own would believe that bytes are addresses of objects."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code = code
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """An array in a pickle, read as bytes."""
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        _, shape, kind, fortran, content = state
+        content = content.encode("latin1") if isinstance(content, str) else content
+        self.array = np.frombuffer(content, kind.order + kind.code).reshape(
+            shape, order="F" if fortran else "C"
+        )
+
+
 class _ArraysAlone(pickle.Unpickler):
-    """A reader of pickles that calls nothing but what makes numpy's arrays."""
+    """A reader of pickles that calls nothing but what makes arrays of numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.ndarray.__reduce__(np.empty(0))[0]
+            return lambda *_: _Array()
         if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+            return _Type if name == "dtype" else None
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array, number or text")
 
 
@@ -213,7 +244,8 @@ def _unpickled(path: Path, *keys: str) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             stored = _ArraysAlone(file, encoding="latin1").load()  # written by Python 2
-        return {key: stored[key] for key in keys}
+        found = {key: stored[key] for key in keys}
+        return {key: one.array if isinstance(one, _Array) else one for key, one in found.items()}
     except Exception as error:  # damaged ones raise almost anything
         raise UserError(
             f"{path} is not read as CIFAR's python version: {type(error).__name__}, {error}. Fetch it again, or take "

@@ -619,12 +619,13 @@ def _called(root: Path, names: Sequence[str]) -> Path | None:
     there = [root / name for name in names if (root / name).is_dir()]
     if len(there) < 2:
         return there[0] if there else None
-    return only([folder for folder in there if image_files(folder) or _series_of(folder)]) or there[0]
+    holding = [folder for folder in there if image_files(folder) or _series_of(folder) or _dcm_in(folder)]
+    return only(holding) or there[0]
 
 
 def only(found: Sequence[Path]) -> Path | None:
-    """The one place where something was found; `UserError` names several."""
-    if len(found) > 1:
+    """The one place where something was found, also under two names (a link); `UserError` names several."""
+    if len({folder.resolve() for folder in found}) > 1:
         raise UserError(
             f"{' and '.join(map(str, found))} all hold images, and only one of them would be read. Leave one, or put "
             "all into one."
