@@ -366,6 +366,19 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(
         make()
 
 
+def test_an_encoder_for_one_size_is_given_images_of_that_size() -> None:
+    """Its coarsest stride is no divisor of the size: filled up to one, the network would refuse them."""
+    encoder: Any = create_encoder("timm/efficientvit_m0", 2, 3).eval()
+    with torch.no_grad():
+        maps = encoder(torch.zeros(1, 3, *encoder.only))
+    assert [m.shape[2] for m in maps] == [14, 7, 4]
+
+
+@pytest.mark.parametrize("name", ["timm/tf_efficientnet_b0_ns", "smp/tu-tf_efficientnet_b0_ns"])
+def test_former_names_of_timm_are_names(name: str) -> None:
+    check_encoder_name(name, 2)
+
+
 @pytest.mark.parametrize("name", ["timm/resnet19", "timm/resnet18.none", "smp/resnet19", "smp/tu-resnet19"])
 def test_names_of_other_libraries_are_checked_before_anything_is_made(name: str) -> None:
     with pytest.raises(UsageError, match="Did you mean 'resnet18'"):

@@ -55,6 +55,8 @@ class ForeignEncoder(Encoder):
             fitting = next((m for m in multiples if self._takes((2 * m, m))), None)
             self.multiple = fitting or reductions[-1]
             self.only = None if fitting or usual is None else (usual, usual)
+            if self.only and self._takes(self.only):
+                self.multiple = 1
 
     @torch.no_grad()
     def _takes(self, size: tuple[int, int]) -> bool:
@@ -163,7 +165,7 @@ def check_timm_encoder(name: str) -> None:
     import timm
 
     plain, _, tag = name.partition(".")
-    if plain not in timm.list_models(plain) or (
+    if not timm.is_model(plain) or (  # also by a former name
         tag and name not in timm.list_models(f"{plain}.*", pretrained=True)
     ):
         raise UsageError(

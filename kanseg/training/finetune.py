@@ -230,7 +230,9 @@ def transfer(model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends
 
 def check_encoder_channels(spec: Mapping[str, Any], ends: Ends) -> None:
     """Raise `UsageError` where encoder_weights, which are taken as they lie, have known channels in another order."""
-    path = Path(spec["options"].get("encoder_weights") or "")
+    if not (given := spec["options"].get("encoder_weights")):
+        return
+    path = Path(given)
     plan = read_info(path / EXPORTED if path.is_dir() else path).get("plan", {})
     if not {"channel_names", "label_names"} <= plan.keys():
         return
