@@ -293,7 +293,9 @@ def _check_options(job: Pipeline) -> None:
             fitting_model(job.config, Plan.load(folder / PLAN), folder / "fold_0")
         except UsageError as error:
             others = [other for other in job.names if other != name]
-            way = f" Leave {name} out by --configurations {','.join(others)}, or correct it." if others else ""
+            way = (
+                f" Leave {name} out by --configurations {','.join(others)}, or correct it." if others else ""
+            )
             raise UsageError(f"Configuration {name}: {str(error).rstrip('.')}.{way}") from error
 
 
