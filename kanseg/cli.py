@@ -16,6 +16,7 @@ import typer
 
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError
+from kanseg.training.stop import INTERRUPTED, TERMINATED, orderly_end
 from kanseg.verbs import data, results, training
 from kanseg.verbs.common import (
     ConfigName,
@@ -41,6 +42,10 @@ ORDER += ["models", "info"]
 MASKS_ALONE = {"format_": "--format", "overlap": "--overlap", "blending": "--blending", "memory": "--memory"}
 MASKS_ALONE |= {"postprocess": "--no-postprocess"}
 SCORED_MASKS = {"labels": "--labels", "ignore": "--ignore", "tolerance": "--tolerance"}  # of evaluate
+
+# How a verb goes on that was stopped; the others write all or nothing.
+GO_ON = dict.fromkeys(("train", "search"), "Go on with --resume.")
+GO_ON |= dict.fromkeys(("run", "predict", "download"), "The same command goes on.")
 
 app = typer.Typer(
     name="kanseg",
@@ -492,12 +497,20 @@ app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.cal
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and an exit code (1, or 2 for wrong usage), never a traceback."""
+    """Entry point: a mistake of the user is one line and an exit code (1, or 2 for wrong usage), never a traceback.
+
+    Ctrl-C ends with 130 and SIGTERM with 143, one line and nothing half-written.
+    """
     # MONAI imports it; where the home is read-only it takes a temporary folder, and would say so.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
-        app()
+        with orderly_end():
+            app()
     except SystemExit as done:
+        if done.code in (INTERRUPTED, TERMINATED):
+            by = "Ctrl-C" if done.code == INTERRUPTED else "SIGTERM"
+            verb = sys.argv[1] if len(sys.argv) > 1 else ""
+            _fail(f"stopped by {by}. {GO_ON.get(verb, 'Nothing is left half-written.')}", int(done.code))
         if not done.code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from kanseg.training.parallel import leave
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 from kanseg.errors import UsageError, UserError, did_you_mean
 
@@ -207,6 +207,10 @@ class Config(Section):
     data: DataConfig = DataConfig()
     inference: InferenceConfig = InferenceConfig()
     logging: LoggingConfig = LoggingConfig()
+    _named: tuple[str, ...] = PrivateAttr(())  # keys that overrides name, also with the value of the default
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()
 
     @property
     def seed(self) -> int:
@@ -218,7 +222,9 @@ def with_options(config: Config, section: str, **options: Any) -> Config:
     """The config with other options in one of its sections, checked anew."""
     values = config.model_dump()
     values[section] |= options
-    return make_config(values)
+    made = make_config(values)
+    made._named = config._named
+    return made
 
 
 def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
@@ -242,7 +248,9 @@ def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
             composed = OmegaConf.to_container(compose(name, overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"The options {overrides} cannot be read: {str(error).splitlines()[0]}") from error
-    return make_config(cast("dict[str, Any]", composed))
+    config = make_config(cast("dict[str, Any]", composed))
+    config._named = tuple(override.partition("=")[0].lstrip("+~") for override in overrides)
+    return config
 
 
 def _with_rates(overrides: Sequence[str], folder: Path) -> list[str]:
@@ -342,7 +350,7 @@ def resumed_config(path: Path, given: Config, override: bool = False) -> Config:
     """The config in `path` that a resumed run goes on with; only `CHANGEABLE` keys may be set anew.
 
     Args:
-        override: take every option given now (that is, not at its default) instead of the stored one.
+        override: take every option given now (named, or not at its default) instead of the stored one.
 
     Raises:
         UsageError: without `override`, where other options differ from the stored ones; all are named.
@@ -383,9 +391,10 @@ def changes(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, st
 
 
 def changed_options(stored: Config, given: Config) -> list[str]:
-    """Keys of the options that are given (not at their default) and differ from the stored ones."""
+    """Keys of the options that are given (named, or not at their default) and differ from the stored ones."""
     old, new, default = flat(stored), flat(given), flat(load_config())
-    return [key for key in new if new[key] != old[key] and new[key] != default[key]]
+    named = {key for key in new if any(f"{word}.".startswith(f"{key}.") for word in given._named)}
+    return [key for key in new if new[key] != old[key] and (key in named or new[key] != default[key])]
 
 
 def unlike(stored: Config, given: Config) -> list[str]:

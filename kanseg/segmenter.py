@@ -211,12 +211,11 @@ class Segmenter:
         return self
 
     def _config(self, name: str, overrides: Sequence[str]) -> Config:
-        from kanseg.config import load_config, make_config
+        from kanseg.config import load_config, with_options
 
-        values = load_config(name, overrides).model_dump()
-        values["model"]["name"] = values["model"]["name"] or self.model
-        values["model"]["options"] = {**self.options, **values["model"]["options"]}
-        return make_config(values)
+        config = load_config(name, overrides)
+        options = {**self.options, **config.model.options}
+        return with_options(config, "model", name=config.model.name or self.model, options=options)
 
     def _plan(self, data: Path, run: Path, console: Console | None, asked: dict[str, Any]) -> Plan:
         from rich.console import Console

@@ -8,9 +8,11 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import nibabel as nib
@@ -518,6 +520,27 @@ def test_a_missing_image_is_told_before_anything_of_the_models(run: Path, tmp_pa
     told = kanseg("predict", "-m", run, "-m", run, "-i", tmp_path / "nowhere", "-o", tmp_path / "out")
     refused(told, 1, "There is no")
     assert "ensemble" not in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "by"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
+)
+def test_a_verb_that_is_stopped_says_so_and_leaves_nothing_half_written(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, by: str
+) -> None:
+    from kanseg.data import convert
+
+    write = convert._write
+
+    def stopped(*arguments: Any) -> None:
+        write(*arguments)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(convert, "_write", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    refused(kanseg("convert", blobs, "-o", tmp_path / "out"), code, f"stopped by {by}")
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_formats_of_export_are_known_without_importing_torch() -> None:

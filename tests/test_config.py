@@ -121,6 +121,29 @@ def test_a_resumed_run_keeps_its_options_but_may_get_more_time(tmp_path):
         resumed_config(path, load_config(overrides=["training.lr=0.1"]))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("training.lr=0.01", "training.lr=0.001"),
+        ("training.ema_decay=null", "training.ema_decay=0.999"),
+        ("model.options.basis=legendre", "model.options={}"),
+    ],
+)
+def test_an_option_that_is_named_counts_also_with_the_value_of_the_default(tmp_path, before, after):
+    path = write_json(tmp_path / "config.json", load_config(overrides=[before]).model_dump())
+    given = load_config(overrides=[after])
+    with pytest.raises(UsageError, match="--override"):
+        resumed_config(path, given)
+    assert resumed_config(path, given, override=True) == given
+
+
+def test_what_may_change_can_be_switched_off_again(tmp_path):
+    stored = load_config(overrides=["training.patience=3", "logging.tensorboard=true"])
+    path = write_json(tmp_path / "config.json", stored.model_dump())
+    given = load_config(overrides=["training.patience=null", "logging.tensorboard=false"])
+    assert resumed_config(path, given) == load_config()
+
+
 @pytest.mark.parametrize("registry", [LOSSES, OPTIMIZERS])
 def test_every_registered_name_can_be_chosen(registry):
     for name in registry:

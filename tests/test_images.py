@@ -7,6 +7,7 @@ import gzip
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -119,6 +120,55 @@ BAD_DICOM = {
 def test_dicom_that_is_no_volume_is_refused(shared_data: Path, name: str) -> None:
     with pytest.raises(UserError, match=BAD_DICOM[name]):
         read_image(shared_data / "bad_inputs" / "dicom" / name)
+
+
+def _frames(source: Path, out: Path, order: list[int], *, shift: float = 0, turned: bool = False) -> Path:
+    """A file of many frames again, with these of its frames: each shifted sideways, or one turned."""
+    import pydicom
+
+    (file,) = source.glob("*.dcm")
+    described = pydicom.dcmread(file)
+    pixels, frames = described.pixel_array, list(described.PerFrameFunctionalGroupsSequence)
+    for number, frame in enumerate(frames):
+        frame.PlanePositionSequence[0].ImagePositionPatient[1] += shift * number
+    if turned:
+        frames[3].PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    described.PerFrameFunctionalGroupsSequence = [frames[number] for number in order]
+    described.PixelData, described.NumberOfFrames = pixels[order].tobytes(), len(order)
+    described.save_as(out / "frames.dcm")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("order", "how", "why"),
+    [
+        ([0, 1, 2, 4, 5, 6, 7], {}, "misses slices: the distances between them are 1.20, 2.40 mm"),
+        ([3, 0, 7, 1, 5, 2, 6, 4], {}, "not in the order of their positions"),
+        ([0, 1, 2, 3, 0, 1, 2, 3], {}, "not in the order of their positions"),
+        ([0, 0, 1, 1, 2, 2, 3, 3], {}, "several slices at one position"),
+        (list(range(8)), {"shift": 0.5}, "tilted gantry"),
+        (list(range(8)), {"turned": True}, "different orientation"),
+    ],
+)
+def test_frames_that_are_no_volume_are_refused(
+    shared_data: Path, tmp_path: Path, order: list[int], how: dict[str, Any], why: str
+) -> None:
+    """ITK reads them in the order of the file, with a spacing of 1 where it finds none."""
+    folder = _frames(shared_data / "dicom" / "mr_philips_enhanced", tmp_path, order, **how)
+    for place in (folder, folder / "frames.dcm"):
+        with pytest.raises(UserError, match=why):
+            read_image(place)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_frames_in_order_are_the_volume_that_they_state(shared_data: Path, tmp_path: Path, step: int) -> None:
+    source = shared_data / "dicom" / "mr_philips_enhanced"
+    image = read_image(_frames(source, tmp_path, list(range(8))[::step]))
+    whole = read_image(source)
+    assert image.spacing == pytest.approx(whole.spacing, rel=1e-5)
+    np.testing.assert_array_equal(image.array, whole.array[..., ::step])
+    corner = whole.affine @ [0, 0, 0 if step > 0 else 7, 1]
+    np.testing.assert_allclose(image.affine[:, 3], corner, atol=1e-3)
 
 
 def test_a_dicom_slice_that_is_cut_short_is_named(shared_data: Path, tmp_path: Path) -> None:

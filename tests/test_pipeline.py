@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from kanseg.cli import app
 from kanseg.data.doctor import Diagnosis, Finding
 from kanseg.data.images import read_label
-from kanseg.data.plan import Plan
+from kanseg.data.plan import Plan, make_plan
 from kanseg.data.tables import read_rows
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.compare import load_scores
@@ -152,6 +152,21 @@ def test_other_options_are_named_and_taken_by_override(balls, done, tmp_path):
         run(balls, folder, "training.max_epochs=2")
     run(balls, folder, "training.max_epochs=2", override=True)
     assert load_checkpoint(folder / "3d/fold_1/last.safetensors")[1]["state"]["epoch"] == 2
+
+
+def test_the_folds_that_a_run_began_with_are_those_that_it_goes_on_with(balls, done, tmp_path):
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    found = run(balls, folder, "data.folds=2", override=True)
+    assert found["dice"] == done[1]["dice"]
+    assert json.loads((folder / "3d/config.json").read_text())["data"]["folds"] == 3
+
+
+def test_what_one_of_the_networks_does_not_take_is_refused_before_the_first_trains(balls, done, tmp_path):
+    (tmp_path / "2d").mkdir()
+    make_plan(balls[0], memory=2**30, dim=2).save(tmp_path / "2d" / "plan.json")
+    with pytest.raises(UsageError, match=r"2d: .* is a 3D network.*--configurations 3d"):
+        run(balls, tmp_path, f"training.weights={done[0] / '3d'}", configurations="3d,2d")
+    assert not list(tmp_path.glob("*/fold_*"))
 
 
 def test_minutes_are_shared_out_over_all_trainings(balls, tmp_path):

@@ -265,7 +265,7 @@ def read_description(path: Path) -> str:
             tags.ReadImageInformation()
             return tags.GetMetaData("description") if tags.HasMetaDataKey("description") else ""
         if suffix == ".dcm":
-            import pydicom  # of the extra that writes them
+            import pydicom
 
             return str(pydicom.dcmread(path, stop_before_pixels=True).get("ImageComments", ""))
         with Picture.open(path) as picture:
@@ -297,6 +297,8 @@ def _read_one(path: Path) -> Image:
             raise UserError(f"{path} is {what}.")
         if suffix == ".mha":
             _require_intact(path)
+        if suffix == ".dcm":
+            return _read_itk(path, _read_frames(path, path))
         return _read_itk(path, sitk.ReadImage(str(path)))
     except UserError:
         raise
@@ -426,7 +428,7 @@ def _read_dicom(folder: Path) -> Image:
         if len(names) > 1:
             _check_slices(folder, names)
         if len(names) == 1:
-            image = sitk.ReadImage(names[0])
+            image = _read_frames(folder, Path(names[0]))
         else:
             reader.SetFileNames(names)
             image = reader.Execute()
@@ -488,22 +490,79 @@ def _check_slices(folder: Path, names: Sequence[str]) -> None:
             return
         positions.append([float(v) for v in tags.GetMetaData("0020|0032").split("\\")])
         orientations.append([float(v) for v in tags.GetMetaData("0020|0037").split("\\")])
+    _require_box(folder, positions, orientations)
+
+
+def _read_frames(source: Path, file: Path) -> sitk.Image:
+    """The image of one DICOM file; of several frames that state their places, ITK takes a regular order for granted."""
+    image = sitk.ReadImage(str(file))
+    if image.GetDimension() > 2 and image.GetSize()[2] > 1:
+        places = _places_of_frames(file)
+        if len(places) == image.GetSize()[2]:
+            positions, orientations = zip(*places, strict=True)
+            _require_box(source, positions, orientations)
+    return image
+
+
+PLACES = (
+    ("PlanePositionSequence", "ImagePositionPatient"),
+    ("PlaneOrientationSequence", "ImageOrientationPatient"),
+)
+
+
+def _places_of_frames(file: Path) -> list[tuple[list[float], list[float]]]:
+    """Position and orientation of each frame that tells both, in the order of the file."""
+    import pydicom
+
+    groups = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+    try:
+        described = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(groups))
+        shared, frames = (described.get(group) or [] for group in groups)
+        found = []
+        for frame in frames:
+            position, orientation = (
+                [
+                    float(number)
+                    for part in (*shared, frame)
+                    for item in part.get(group) or []
+                    for number in item[name]
+                ]
+                for group, name in PLACES
+            )
+            if len(position) == 3 and len(orientation) == 6:
+                found.append((position, orientation))
+    except Exception as error:  # of pydicom, which has no common class
+        raise UserError(
+            f"{file} cannot be read as DICOM ({error}). Copy it again from its source."
+        ) from error
+    return found
+
+
+def _require_box(
+    source: Path, positions: Sequence[Sequence[float]], orientations: Sequence[Sequence[float]]
+) -> None:
+    """Raise `UserError` where slices, in their order, are no regular volume."""
     advice = "Export the series again, or convert it with a tool that repairs it."
     if np.ptp(orientations, axis=0).max() > 1e-3:
-        raise UserError(f"{folder} mixes slices of different orientation; one volume is expected. {advice}")
+        raise UserError(f"{source} mixes slices of different orientation; one volume is expected. {advice}")
     rows, columns = np.array(orientations[0][:3]), np.array(orientations[0][3:])
     normal = np.cross(rows, columns)
     steps = np.diff(np.array(positions), axis=0)
     along = steps @ normal
     if np.abs(along).min() < 1e-3:
-        raise UserError(f"{folder} has several slices at one position; they are no volume. {advice}")
+        raise UserError(f"{source} has several slices at one position; they are no volume. {advice}")
+    if along.min() < 0 < along.max():
+        raise UserError(
+            f"{source} has frames that are not in the order of their positions (several stacks or times?); one volume "
+            f"is expected. {advice}"
+        )
     if np.ptp(np.abs(along)) > 0.05 * np.median(np.abs(along)):
         shown = ", ".join(f"{step:.2f}" for step in sorted(set(np.round(np.abs(along), 2))))
-        raise UserError(f"{folder} misses slices: the distances between them are {shown} mm. {advice}")
+        raise UserError(f"{source} misses slices: the distances between them are {shown} mm. {advice}")
     sideways = np.linalg.norm(steps - np.outer(along, normal), axis=1)
     if sideways.max() > 0.02 * np.abs(along).max():
         raise UserError(
-            f"{folder} was taken with a tilted gantry (slices shift sideways); a box is expected. {advice}"
+            f"{source} was taken with a tilted gantry (slices shift sideways); a box is expected. {advice}"
         )
 
 

@@ -86,16 +86,7 @@ def fit(
     training, validation = fold_cases(splits, dataset, fold)
     accelerator = make_accelerator(config.training)
     set_seed(config.seed)
-    # Before anything is written: options may not fit.
-    spec, model, started, fresh = _model(config, plan, folder)
-    check_penalty(model, config.training.penalty)
-    trained = model
-    if config.training.adapt.wanted:
-        with torch.random.fork_rng([]):
-            trained = adapt(copy.deepcopy(model), **adaptation(config.training.adapt.model_dump(), fresh))
-    check_trained(trained, config.training.freeze, shares_of(config.training.lr_scale))
-    del trained
-    check_patch(model, plan.patch_size, config.training.batch_size or plan.batch_size)
+    spec, model, started, fresh = fitting_model(config, plan, folder)  # before anything is written
     task = create_task(config, plan, dataset, training, validation, accelerator)
     main = accelerator.is_main_process
     with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
@@ -137,8 +128,29 @@ def fit(
                     manifest.write(peak_memory_mb=peak, minutes=round(trainer.state.seconds / 60, 2))
 
 
+def fitting_model(
+    config: Config, plan: AnyPlan, folder: Path
+) -> tuple[dict[str, Any], nn.Module, str, list[str]]:
+    """Description of the network, the network, what was said of the weights it starts from, and what began afresh.
+
+    Args:
+        folder: of the fold; where it holds a training, that goes on.
+
+    Raises:
+        UsageError: options or weights that do not fit the plan's network.
+    """
+    spec, model, started, fresh = _model(config, plan, folder)
+    check_penalty(model, config.training.penalty)
+    trained = model
+    if config.training.adapt.wanted:
+        with torch.random.fork_rng([]):
+            trained = adapt(copy.deepcopy(model), **adaptation(config.training.adapt.model_dump(), fresh))
+    check_trained(trained, config.training.freeze, shares_of(config.training.lr_scale))
+    check_patch(model, plan.patch_size, config.training.batch_size or plan.batch_size)
+    return spec, model, started, fresh
+
+
 def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any], nn.Module, str, list[str]]:
-    """Description of the network, the network, what was said of the weights it starts from, and what began afresh."""
     weights = config.training.weights
     if weights is None and config.training.adapt.wanted:
         raise UsageError(

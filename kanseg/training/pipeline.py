@@ -34,7 +34,7 @@ from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.class_pipeline import run_classes
 from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
-from kanseg.training.fit import fit
+from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
 from kanseg.training.planning import tell_findings
 from kanseg.training.run_folder import (
@@ -147,8 +147,12 @@ def run_pipeline(
         if regions and values:
             regions = {name: [values.get(v, v) for v in region] for name, region in regions.items()}
         dataset = read_dataset(source, id_pattern=id_pattern, regions=regions)
-        folds = _folds(checked, dataset, console)
         names = _fitting(wanted, dataset)
+        begun = run / names[0]
+        if (begun / SPLITS).exists():
+            folds = len(run_splits(dataset, checked, begun))
+        else:
+            folds = _folds(checked, dataset, console)
         if not folds:  # nobody is left to choose by
             names, final = names[:1], "all"
         count = len(names) * folds + (final == "all")
@@ -161,6 +165,7 @@ def run_pipeline(
         job = Pipeline(run, dataset, checked, names, final, override, console)
         how: dict[str, Any] = {"memory": memory, "size": size, "mirror": mirror, "regions": regions}
         once(lambda: _plan(job, seconds=None if share is None else 60 * share, **how))
+        _check_options(job)
         once(lambda: write_json(run / SETTINGS, asked))
         found = _validated(job) if folds else {}
         choice = once(lambda: _choose(job, found)) if folds else names[0]
@@ -285,6 +290,22 @@ def _plan(job: Pipeline, **how: Any) -> None:
         plan = plan_run(job.dataset, job.run / name, seen=seen, dim=dim, measure=measure_step, **how)
         for reason in plan.reasons:
             job.say(f"- {reason}")
+
+
+def _check_options(job: Pipeline) -> None:
+    """Raise `UsageError` for options that the network of one configuration does not take, before the first trains."""
+    for name in job.names:
+        folder = job.run / name
+        if (folder / RESULT).exists():
+            continue
+        try:
+            fitting_model(job.config, Plan.load(folder / PLAN), folder / "fold_0")
+        except UsageError as error:
+            others = [other for other in job.names if other != name]
+            way = (
+                f" Leave {name} out by --configurations {','.join(others)}, or correct it." if others else ""
+            )
+            raise UsageError(f"Configuration {name}: {str(error).rstrip('.')}.{way}") from error
 
 
 def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:

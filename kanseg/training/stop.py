@@ -1,11 +1,32 @@
-"""Being asked to stop: SIGTERM and Ctrl-C become a flag that the loop looks at between two steps."""
+"""Being asked to stop: a flag that the training loop looks at between two steps, and an orderly end elsewhere."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
+
+TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Within it SIGTERM raises `SystemExit`, as Ctrl-C raises `KeyboardInterrupt`: half a result is cleared away."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:

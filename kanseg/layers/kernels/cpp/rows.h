@@ -692,11 +692,12 @@ void contract_lanes(
   });
 }
 
-// Rows that fill no half of a vector, side by side in memory and with the same numbers for all channels: NARROW of them
-// are one row of a buffer, (branches, NARROW * width), which is moved to or from (NARROW, branches, width).
-const int NARROW = TOGETHER * W, MOST_NARROW = (MOST + 1) * NARROW * (W / 2);
+// Rows of fewer channels than FEW, side by side in memory and with the same numbers for all channels: NARROW of them are
+// one row of a buffer, (branches, NARROW * width), which is moved to or from (NARROW, branches, width).
+const int FEW = W > 4 ? W / 2 : W;  // those of AVX fill so little of a vector that moving them is faster
+const int NARROW = TOGETHER * W, MOST_NARROW = (MOST + 1) * NARROW * (FEW - 1);
 
-INLINE bool is_narrow(const Expansion& e, int width, Size step) { return width <= W / 2 && step == width && !e.low; }
+INLINE bool is_narrow(const Expansion& e, int width, Size step) { return width < FEW && step == width && !e.low; }
 
 template <class Move>
 INLINE void move_narrow(const Expansion& e, int width, Move move) {

@@ -178,8 +178,8 @@ struct Slices {
     strip = 2 * (padded((Size)v.width * in) + GAP);
   }
 
-  // Whether channels that fill no vector can be worked on as if a row of voxels were one voxel.
-  bool few(const Source& s) const { return channels % 16 && !s.part[0]->low && !(s.part[1] && s.part[1]->low); }
+  // Whether channels that fill little of a vector can be worked on as if a row of voxels were one voxel.
+  bool few(const Source& s) const { return channels < FEW && !s.part[0]->low && !(s.part[1] && s.part[1]->low); }
 
   // Channels of a slice, from its first on.
   int first(int slice) const { return slice * width; }
