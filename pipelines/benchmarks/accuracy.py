@@ -169,14 +169,16 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the set")
     parser.add_argument("--set", required=True, choices=RECIPES, help="whose recipe to use")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/accuracy"), help="folder of the runs")
-    parser.add_argument("--rows", nargs="*", help="names; default all of the recipe")
+    parser.add_argument("--rows", nargs="*", help="names; default all that need no file of weights")
     parser.add_argument("--folds", nargs="*", type=int, help="numbers; default all")
     parser.add_argument("--minutes", type=float, help="processor time of a fold's training, one thread")
     parser.add_argument("--steps", type=int, help="the same number of steps for every row instead")
     parser.add_argument("--protocol", default="honest", choices=("honest", "u-kan"))
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the finished folds")
-    parser.add_argument("--weights", type=Path, default=Path(), help="folder of pretrained.py's file")
+    parser.add_argument(
+        "--weights", type=Path, help="folder of pretrained.py's file, for the rows that start from it"
+    )
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one row and fold
     parser.add_argument("overrides", nargs="*", help="key=value for every row, e.g. training.lr=1e-3")
     given = parser.parse_intermixed_args()
@@ -192,11 +194,17 @@ def main() -> None:
     keep_freed_memory()
     name = given.set if given.protocol == "honest" else f"{given.set} {given.protocol}"
     bench = Bench(recipe, given.data, given.out / name, given.results / name, given.protocol, given.overrides)
-    bench.weights = given.weights
+    bench.weights = given.weights or bench.weights
     if given.alone:
         return bench.train(*json.loads(given.alone), given.minutes, given.steps)
     if not given.table:
-        missing = bench.missing(given.rows or list(recipe.rows), given.folds)
+        needing = [row for row, network in recipe.rows.items() if "encoder_weights" in network["options"]]
+        if not given.weights and (wanted := set(given.rows or []) & set(needing)):
+            parser.error(
+                f"{', '.join(sorted(wanted))}: say by --weights where pretrained.py has written its file"
+            )
+        rows = given.rows or [row for row in recipe.rows if given.weights or row not in needing]
+        missing = bench.missing(rows, given.folds)
         if not given.steps and not all(bench.steps_of_finished(row) for row, _ in missing):
             bench.step_seconds()
         for pair in missing:  # each in a process of its own
