@@ -25,7 +25,7 @@ from kanseg.encoders import (
 from kanseg.encoders.layers import network_layer
 from kanseg.errors import ShapeError, UsageError, UserError
 from kanseg.layers import FAMILIES, KANAttention, MixtureOfExperts, take_balance_loss
-from kanseg.models.table import count_parameters
+from kanseg.models.table import count_flops, count_parameters
 
 # Options that make each encoder small, by the beginning of its name; the longest that fits counts.
 SMALL: dict[str, dict[str, Any]] = {
@@ -296,6 +296,11 @@ def test_transformers_come_with_their_weights(tmp_path: Path) -> None:
         torch.equal(found[name], value) for name, value in theirs.state_dict().items() if name in found
     )
     assert "blocks.11.mlp.fc2.weight" in found
+
+
+def test_operations_are_counted_behind_an_encoder_of_another_library() -> None:
+    network = partial(UKANet, 2, 3, 2, encoder="timm/resnet18", basis=None)
+    assert count_flops(network, (1, 3, 64, 64)) > 2 * 64**2  # made and run without numbers
 
 
 def test_transformers_take_any_size() -> None:

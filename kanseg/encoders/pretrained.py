@@ -46,7 +46,10 @@ class ForeignEncoder(Encoder):
         strides = [now // before for before, now in zip((1, *reductions), reductions, strict=False)]
         super().__init__(2, in_channels, out_channels, strides)
         # In channels-last memory, as our layers work: no map is turned around, depthwise convolutions are faster.
-        self.body: nn.Module = body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.body = body
+        for weight in body.parameters():
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self.kept, self.channels_last = tuple(kept), channels_last
         self.reductions = tuple(reductions)
         self.multiple, self.only = 1, None
