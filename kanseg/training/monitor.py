@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from kanseg.config import Config
+from kanseg.memory import taken
 from kanseg.progress import progress, time_left
 from kanseg.training.files import write_bytes
 from kanseg.training.trackers import start_trackers
@@ -159,6 +160,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory of this process so far: of the GPU if it computes, else resident; 0 where unknown."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    if (
+        peak := taken("VmHWM")
+    ) is not None:  # not ru_maxrss, which a child takes over from the process that starts it
+        return round(peak / 2**20, 1)
     if find_spec("resource") is None:  # Windows
         return 0.0
     import resource
