@@ -102,8 +102,8 @@ def find_arrays(path: Path) -> Found | None:
     for folder, hundred in pickled.items():
         if hundred not in binary:  # the same images in binary form are read faster
             found[folder] = partial(_read_cifar_python, folder)
-    if found:
-        return found[only(list(found)) or path]
+    if place := only(list(found)):
+        return found[place]
     files = sorted(path.glob("*.npz"))
     return partial(_read_npz, files[0]) if len(files) == 1 else None
 

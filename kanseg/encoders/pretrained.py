@@ -15,12 +15,10 @@ from kanseg.errors import ShapeError, UsageError, UserError, did_you_mean
 
 # What lets timm's transformers take images of any size; the others do anyway, and know no such option.
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
-
-
 TIMM_THERE = "tu-"  # before timm's names in smp
 ODD = (33, 17)  # a size that shows whether a network takes any
 REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)  # of a size
-OF_OPTIONS = (*REFUSALS, AttributeError)
+OF_OPTIONS = (*REFUSALS, AttributeError)  # that a network does not know, or cannot take together
 
 
 class ForeignEncoder(Encoder):

@@ -188,13 +188,14 @@ def main() -> None:
 
     import torch
 
+    from kanseg.memory import give_back
     from kanseg.training.devices import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()
     name = given.set if given.protocol == "honest" else f"{given.set} {given.protocol}"
-    bench = Bench(recipe, given.data, given.out / name, given.results / name, given.protocol, given.overrides)
-    bench.weights = given.weights or bench.weights
+    places = (given.data, given.out / name, given.results / name)
+    bench = Bench(recipe, *places, given.protocol, given.overrides, given.weights or Path())
     if given.alone:
         return bench.train(*json.loads(given.alone), given.minutes, given.steps)
     if not given.table:
@@ -207,6 +208,7 @@ def main() -> None:
         missing = bench.missing(rows, given.folds)
         if not given.steps and not all(bench.steps_of_finished(row) for row, _ in missing):
             bench.step_seconds()
+            give_back()
         for pair in missing:  # each in a process of its own
             subprocess.run([sys.executable, *sys.argv, "--alone", json.dumps(pair)], check=True)
             bench.conclude()
@@ -216,16 +218,21 @@ def main() -> None:
 class Bench:
     """One set under one protocol: runs in `out`, finished folds in `results`, what encoders start from in `weights`."""
 
-    weights = Path()
-
     def __init__(
-        self, recipe: Recipe, data: Path, out: Path, results: Path, protocol: str, overrides: Sequence[str]
+        self,
+        recipe: Recipe,
+        data: Path,
+        out: Path,
+        results: Path,
+        protocol: str,
+        overrides: Sequence[str],
+        weights: Path = Path(),
     ) -> None:
         from kanseg.data.fingerprint import fingerprint, load_fingerprint, save_fingerprint
         from kanseg.data.formats import read_dataset
         from kanseg.data.plan import Plan, make_plan
 
-        self.recipe, self.out, self.results = recipe, out, results
+        self.recipe, self.out, self.results, self.weights = recipe, out, results, weights
         self.flattering = protocol == "u-kan"
         watch = "training.validate_every=" + ("1" if self.flattering else str(NEVER))
         self.overrides = [watch, "data.workers=0", f"data.folds={recipe.folds}", *overrides]
