@@ -23,6 +23,7 @@ from kanseg.encoders import (
     register_smp,
 )
 from kanseg.encoders.layers import network_layer
+from kanseg.encoders.pretrained import ForeignEncoder
 from kanseg.errors import ShapeError, UsageError, UserError
 from kanseg.layers import FAMILIES, KANAttention, MixtureOfExperts, take_balance_loss
 from kanseg.models.table import count_flops, count_parameters
@@ -371,12 +372,39 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(
         make()
 
 
+class _OfOneSize(nn.Module):
+    """A network whose positions are learnt on a grid of 14 x 14, as transformers have them: no other size fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 4, 3, 16, 1)
+        self.positions = nn.Parameter(torch.randn(1, 4, 14, 14))
+        self.halves = nn.ModuleList(nn.Conv2d(4, 4, 3, 2, 1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        maps = [self.patches(x) + self.positions]
+        for half in self.halves:
+            maps.append(half(maps[-1]))
+        return maps
+
+
 def test_an_encoder_for_one_size_is_given_images_of_that_size() -> None:
     """Its coarsest stride is no divisor of the size: filled up to one, the network would refuse them."""
-    encoder: Any = create_encoder("timm/efficientvit_m0", 2, 3).eval()
+    encoder = ForeignEncoder(3, _OfOneSize(), [0, 1, 2], [4, 4, 4], [16, 32, 64], usual=224)
+    assert encoder.only == (224, 224)
     with torch.no_grad():
-        maps = encoder(torch.zeros(1, 3, *encoder.only))
+        maps = encoder(torch.zeros(1, 3, 224, 224))
     assert [m.shape[2] for m in maps] == [14, 7, 4]
+    with pytest.raises(ShapeError, match="takes images of 224 x 224 alone, got 256 x 256"):
+        encoder(torch.zeros(1, 3, 256, 256))
+
+
+def test_a_network_of_timm_takes_the_size_that_its_encoder_names() -> None:
+    encoder: Any = create_encoder("timm/efficientvit_m0", 2, 3).eval()  # of one size in today's timm
+    size = encoder.only or (70, 50)
+    with torch.no_grad():
+        maps = encoder(torch.zeros(1, 3, *size))
+    assert [m.shape[2:] for m in maps] == [tuple(-(-n // step) for n in size) for step in encoder.reductions]
 
 
 @pytest.mark.parametrize("name", ["timm/tf_efficientnet_b0_ns", "smp/tu-tf_efficientnet_b0_ns"])
