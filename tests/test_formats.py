@@ -17,6 +17,7 @@ from kanseg.data.convert import convert
 from kanseg.data.doctor import diagnose
 from kanseg.data.formats import Dataset, find_images, read_dataset
 from kanseg.data.labels import regions_of
+from kanseg.data.plan import check_wishes
 from kanseg.data.splits import split
 from kanseg.errors import UserError
 
@@ -162,8 +163,11 @@ def test_the_validation_list_of_a_datalist_is_its_fold(tmp_path: Path) -> None:
 
 def test_folds_of_a_list_that_share_a_patient_are_refused(tmp_path: Path) -> None:
     shared = [(n, {"fold": i % 2, "patient": "p" if n in "ab" else n}) for i, n in enumerate("abcd")]
+    dataset = read_dataset(listed(tmp_path, shared))
     with pytest.raises(UserError, match="belong to one patient"):
-        split(read_dataset(listed(tmp_path, shared)))
+        split(dataset)
+    with pytest.raises(UserError, match="belong to one patient"):
+        check_wishes(dataset)  # when it is planned, before an image is read
 
 
 @pytest.mark.parametrize("names", [(1, 2, 9, 10), ("1", "2", "9.0", " 10"), (1.0, 2, 9, 10)])
@@ -252,8 +256,11 @@ def test_images_to_validate_on_without_labels_are_test_images(tmp_path: Path) ->
 def test_a_column_that_names_no_images_is_no_channel(tmp_path: Path) -> None:
     listed(tmp_path, [])
     rows = [f"scans/{n}.nii.gz,truth/{n}.nii.gz,512,scans/d.nii.gz\n" for n in "ab"]
-    (tmp_path / "list.csv").write_text("".join(["image,label,Image_Width,image_t2\n", *rows]))
+    lines = ["image,label,Image_Width,image_t2\n", *rows]
+    (tmp_path / "list.csv").write_text("".join(lines))
+    (tmp_path / "tabs.tsv").write_text("".join(lines).replace(",", "\t"))
     dataset = read_dataset(tmp_path / "list.csv")
+    assert dataset.cases == read_dataset(tmp_path / "tabs.tsv").cases
     names = [[path.name for path in case.images] for case in dataset.cases]
     assert names == [["a.nii.gz", "d.nii.gz"], ["b.nii.gz", "d.nii.gz"]]
     assert dataset.notes == ("the columns Image_Width name no images and are not read",)

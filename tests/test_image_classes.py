@@ -275,6 +275,9 @@ def test_a_table_of_classes_says_parts_and_folds(tmp_path: Path) -> None:
     dataset = table(tmp_path, "image,class,Fold,split", *folds)
     assert [fold["val"] for fold in split(dataset)] == [["a", "b"], ["c", "d"]]
     assert [case.id for case in dataset.test_cases] == ["e"]
+    shared = ["cat,0,p", "dog,0,q", "cat,1,p", "dog,1,r"]
+    with pytest.raises(UserError, match="belong to one patient"):  # when it is planned
+        plan_classes(table(tmp_path, "image,class,fold,patient", *shared))
     dataset = table(tmp_path, "image,class,fold", "cat,a", "dog,b", "cat,a")
     assert not dataset.splits
     assert "left aside" in dataset.notes[-1]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kanseg.data.formats import few
 from kanseg.data.image_classes import ImageClasses
+from kanseg.data.splits import check_leaks
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UserError
 from kanseg.progress import progress
@@ -112,7 +113,8 @@ def plan_classes(
         same: what `kanseg.data.class_copies.copies` gave, if it is there already.
 
     Raises:
-        UserError: a patient has images to train on and to test on, or an image cannot be read.
+        UserError: a patient has images to train on and to test on, also in folds that come with the data, or an image
+            cannot be read.
     """
     from kanseg.data.class_copies import across_parts, class_fingerprint, patients_across
     from kanseg.data.fingerprint import save_fingerprint
@@ -120,6 +122,7 @@ def plan_classes(
 
     if shared := patients_across(dataset):
         raise UserError(f"{dataset.source}: {shared}. The scores would be too good. Move them to one part.")
+    check_leaks(dataset.splits, dataset)
     dims = dataset.spatial_dims
     alone = len(dataset.splits) == 1  # of several folds each validates on what others train on
     train = dataset.splits[0]["train"] if alone else [case.id for case in dataset.cases]

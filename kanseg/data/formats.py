@@ -30,6 +30,7 @@ from kanseg.data.images import (
 from kanseg.data.labels import known_values, parse_labels_of, regions_of, unions
 from kanseg.data.tables import (
     PARTS,
+    TABLES,
     TEST,
     TRAIN,
     VAL,
@@ -55,8 +56,8 @@ MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), one folder with x and x_mask (or x_label), one folder per case with image and label, a .csv with the "
-    "columns image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
+    "masks/), one folder with x and x_mask (or x_label), one folder per case with image and label, a .csv or .tsv "
+    "with the columns image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
 )
 
 
@@ -114,7 +115,7 @@ TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_mas
 COLUMNS = ("image", "label", "id", "fold", "split")  # of a list
 CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients
 LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
-LISTS = (".csv", ".json")  # suffixes of a data set that is a file
+LISTS = (*TABLES, ".json")  # suffixes of a data set that is a file
 UNUSED = "labels have no image and are not used"
 PATIENTS_IN_PART = "for it lacks"  # in a note on a table of patients that does not say all
 PATIENTS_ALIKE = "may be one patient each"  # in a note on names
@@ -170,7 +171,7 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
     if path.is_file() and path.suffix.lower() not in LISTS:
         raise UserError(f"{path} is one file, not a data set. Expected: {LAYOUTS}.")
     if path.is_file():
-        dataset = _read_csv(path) if path.suffix.lower() == ".csv" else _read_datalist(path, _load_json(path))
+        dataset = _read_csv(path) if path.suffix.lower() in TABLES else _read_datalist(path, _load_json(path))
     elif (path / "dataset.json").is_file():
         dataset = _read_described(path, _load_json(path / "dataset.json"), problem)
     else:

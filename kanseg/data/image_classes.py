@@ -38,6 +38,7 @@ from kanseg.data.formats import (
 from kanseg.data.images import SUFFIXES_2D, read_image, stem_of, suffix_of
 from kanseg.data.tables import (
     PARTS,
+    TABLES,
     TEST,
     TRAIN,
     VAL,
@@ -69,8 +70,8 @@ HAM10000 = {
 }
 LAYOUTS = (
     "a folder a class (of volumes below train/, also val/, test/), Tiny ImageNet, HAM10000 (metadata and images), a "
-    ".csv with the columns image and class (or label; or classes, with | between them), MNIST's idx files, CIFAR's "
-    "binary or python version, or MedMNIST's .npz"
+    ".csv or .tsv with the columns image and class (or label; or classes, with | between them), MNIST's idx files, "
+    "CIFAR's binary or python version, or MedMNIST's .npz"
 )
 
 
@@ -243,7 +244,7 @@ def _table(path: Path) -> Path | None:
         return None
     files = [path] if path.is_file() else [path / "cases.csv", *sorted(path.glob("HAM10000_metadata*"))]
     for file in files:
-        if file.is_file() and (file.suffix.lower() == ".csv" or file.name.startswith("HAM10000_metadata")):
+        if file.is_file() and (file.suffix.lower() in TABLES or file.name.startswith("HAM10000_metadata")):
             rows = read_rows(file)
             if rows and columns_named(rows[0], *IMAGE_COLUMNS) and _class_column(rows, file.parent):
                 patients = file == path / "cases.csv" and with_masks([path, *path.rglob("*")])

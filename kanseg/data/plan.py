@@ -18,6 +18,7 @@ import numpy as np
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import Dataset, read_dataset
 from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
+from kanseg.data.splits import check_leaks
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.memory import FITS, for_data, memory_at_hand, on_gpu, taken
@@ -317,7 +318,7 @@ def check_wishes(
     """Dimension of the network and axes of the image to mirror along; see `make_plan`. No image is read.
 
     Raises:
-        UserError: what is asked for does not fit the data set.
+        UserError: what is asked for does not fit the data set, or folds that come with it share a patient.
     """
     dims = dim or dataset.spatial_dims
     if dims > dataset.spatial_dims:
@@ -331,6 +332,7 @@ def check_wishes(
             f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
             "by slice (--dim 2)."
         )
+    check_leaks(dataset.splits, dataset)
     return dims, mirror_axes(dataset.spatial_dims, dataset.label_names, mirror)
 
 

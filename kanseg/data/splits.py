@@ -74,7 +74,7 @@ def _rarest_first(names: Sequence[str], present: Mapping[str, set[int]]) -> Iter
         left = [name for name in left if name not in chosen]
 
 
-def check_leaks(splits: Sequence[Split], dataset: Dataset, same: Pairs = ()) -> None:
+def check_leaks(splits: Sequence[Mapping[str, Sequence[str]]], dataset: Dataset, same: Pairs = ()) -> None:
     """Raise `UserError` if a patient, or one image under two names, is on both sides of a fold."""
     groups = joined({case.id: case.group for case in dataset.cases}, same)
     own = {case.id: case.group for case in dataset.cases}

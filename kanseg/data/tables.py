@@ -14,6 +14,7 @@ from typing import Any
 from kanseg.errors import UserError
 from kanseg.progress import note
 
+TABLES = (".csv", ".tsv")  # suffixes
 TRAIN, VAL, TEST = "train", "val", "test"
 PARTS = {"train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL}
 PARTS |= {"test": TEST, "testing": TEST}
