@@ -16,7 +16,15 @@ import SimpleITK as sitk
 from PIL import Image as Picture
 
 from kanseg.data import images
-from kanseg.data.images import Image, check_pair, read_image, read_label, write_array, write_label
+from kanseg.data.images import (
+    Image,
+    check_pair,
+    dicom_files,
+    read_image,
+    read_label,
+    write_array,
+    write_label,
+)
 from kanseg.errors import UserError
 
 OBLIQUE = np.array(
@@ -122,8 +130,10 @@ def test_dicom_that_is_no_volume_is_refused(shared_data: Path, name: str) -> Non
         read_image(shared_data / "bad_inputs" / "dicom" / name)
 
 
-def _frames(source: Path, out: Path, order: list[int], *, shift: float = 0, turned: bool = False) -> Path:
-    """A file of many frames again, with these of its frames: each shifted sideways, or one turned."""
+def _frames(
+    source: Path, out: Path, order: list[int], *, shift: float = 0, turned: bool = False, scaled: bool = False
+) -> Path:
+    """A file of many frames again, with these of its frames: each shifted sideways or scaled anew, or one turned."""
     import pydicom
 
     (file,) = source.glob("*.dcm")
@@ -131,6 +141,9 @@ def _frames(source: Path, out: Path, order: list[int], *, shift: float = 0, turn
     pixels, frames = described.pixel_array, list(described.PerFrameFunctionalGroupsSequence)
     for number, frame in enumerate(frames):
         frame.PlanePositionSequence[0].ImagePositionPatient[1] += shift * number
+        if scaled:
+            scale = frame.PixelValueTransformationSequence[0]
+            scale.RescaleSlope, scale.RescaleIntercept = str(0.5 * number + 2), str(-7 * number)
     if turned:
         frames[3].PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     described.PerFrameFunctionalGroupsSequence = [frames[number] for number in order]
@@ -143,8 +156,7 @@ def _frames(source: Path, out: Path, order: list[int], *, shift: float = 0, turn
     ("order", "how", "why"),
     [
         ([0, 1, 2, 4, 5, 6, 7], {}, "misses slices: the distances between them are 1.20, 2.40 mm"),
-        ([3, 0, 7, 1, 5, 2, 6, 4], {}, "not in the order of their positions"),
-        ([0, 1, 2, 3, 0, 1, 2, 3], {}, "not in the order of their positions"),
+        ([0, 1, 2, 3, 0, 1, 2, 3], {}, "several slices at one position"),
         ([0, 0, 1, 1, 2, 2, 3, 3], {}, "several slices at one position"),
         (list(range(8)), {"shift": 0.5}, "tilted gantry"),
         (list(range(8)), {"turned": True}, "different orientation"),
@@ -158,6 +170,38 @@ def test_frames_that_are_no_volume_are_refused(
     for place in (folder, folder / "frames.dcm"):
         with pytest.raises(UserError, match=why):
             read_image(place)
+
+
+def test_frames_stand_where_they_say_and_have_their_own_scales(shared_data: Path, tmp_path: Path) -> None:
+    """ITK reads them in the order of the file, all with the scale of the first."""
+    import pydicom
+
+    source = shared_data / "dicom" / "mr_philips_enhanced"
+    whole = read_image(source)
+    order = [3, 0, 7, 1, 5, 2, 6, 4]
+    mixed = read_image(_frames(source, tmp_path, order))
+    np.testing.assert_allclose(mixed.affine, whole.affine, atol=1e-3)
+    np.testing.assert_array_equal(mixed.array, whole.array)
+    (file,) = source.glob("*.dcm")
+    pixels = pydicom.dcmread(file).pixel_array.transpose(2, 1, 0)
+    scaled = read_image(_frames(source, tmp_path, order, scaled=True))
+    expected = pixels * (0.5 * np.arange(8) + 2) - 7 * np.arange(8)
+    np.testing.assert_allclose(scaled.array[0], expected, atol=1e-3)
+
+
+def test_slices_of_a_series_have_their_own_scales(shared_data: Path, tmp_path: Path) -> None:
+    """ITK would give all of them the numbers of the first slice's type: those of one without fractions would wrap."""
+    import pydicom
+
+    source = shared_data / "dicom" / "mr_jpeg2000"
+    whole = read_image(source)
+    for number, file in enumerate(map(pydicom.dcmread, dicom_files(source))):
+        file.RescaleSlope, file.RescaleIntercept = str(0.5 * number + 1), str(-1000 * number)
+        file.save_as(tmp_path / f"{number}.dcm")
+    found = read_image(tmp_path)
+    np.testing.assert_allclose(
+        found.array, whole.array * (0.5 * np.arange(4) + 1) - 1000 * np.arange(4), rtol=1e-5, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("step", [1, -1])

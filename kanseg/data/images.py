@@ -431,12 +431,21 @@ def _read_dicom(folder: Path) -> Image:
             image = _read_frames(folder, Path(names[0]))
         else:
             reader.SetFileNames(names)
+            if _is_grey(names[0]):  # or all slices would get the type of the first, whatever their scales
+                reader.SetOutputPixelType(sitk.sitkFloat32)
             image = reader.Execute()
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"{folder} cannot be read as DICOM ({_reason(error)}). Copy it again from its source."
         ) from error
     return _read_itk(folder, image)
+
+
+def _is_grey(name: str) -> bool:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(name)
+    reader.ReadImageInformation()
+    return bool(reader.GetNumberOfComponents() == 1)
 
 
 def dicom_files(folder: Path) -> list[str]:
@@ -490,28 +499,35 @@ def _check_slices(folder: Path, names: Sequence[str]) -> None:
             return
         positions.append([float(v) for v in tags.GetMetaData("0020|0032").split("\\")])
         orientations.append([float(v) for v in tags.GetMetaData("0020|0037").split("\\")])
-    _require_box(folder, positions, orientations)
+    _require_box(folder, np.array(positions), np.array(orientations))
 
 
 def _read_frames(source: Path, file: Path) -> sitk.Image:
-    """The image of one DICOM file; of several frames that state their places, ITK takes a regular order for granted."""
+    """The image of one DICOM file, of several frames by their own places and scales: ITK takes them as the first is."""
     image = sitk.ReadImage(str(file))
-    if image.GetDimension() > 2 and image.GetSize()[2] > 1:
-        places = _places_of_frames(file)
-        if len(places) == image.GetSize()[2]:
-            positions, orientations = zip(*places, strict=True)
-            _require_box(source, positions, orientations)
-    return image
+    if image.GetDimension() < 3 or image.GetSize()[2] < 2:
+        return image
+    frames = _frames(file)
+    if len(frames) != image.GetSize()[2]:
+        return image
+    image = _scaled(image, [(*frame["RescaleSlope"], *frame["RescaleIntercept"]) for frame in frames])
+    positions = [frame["ImagePositionPatient"] for frame in frames]
+    orientations = [frame["ImageOrientationPatient"] for frame in frames]
+    if not all(positions) or not all(orientations):
+        return image
+    return _stacked(source, image, np.array(positions), np.array(orientations))
 
 
-PLACES = (
-    ("PlanePositionSequence", "ImagePositionPatient"),
-    ("PlaneOrientationSequence", "ImageOrientationPatient"),
-)
+OF_FRAMES = {  # what a frame tells: the sequence that it stands in, and how many numbers where nothing is told
+    "ImagePositionPatient": ("PlanePositionSequence", []),
+    "ImageOrientationPatient": ("PlaneOrientationSequence", []),
+    "RescaleSlope": ("PixelValueTransformationSequence", [1.0]),
+    "RescaleIntercept": ("PixelValueTransformationSequence", [0.0]),
+}
 
 
-def _places_of_frames(file: Path) -> list[tuple[list[float], list[float]]]:
-    """Position and orientation of each frame that tells both, in the order of the file."""
+def _frames(file: Path) -> list[dict[str, list[float]]]:
+    """The numbers of `OF_FRAMES` that each frame tells, or all of them together, in the order of the file."""
     import pydicom
 
     groups = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
@@ -520,17 +536,12 @@ def _places_of_frames(file: Path) -> list[tuple[list[float], list[float]]]:
         shared, frames = (described.get(group) or [] for group in groups)
         found = []
         for frame in frames:
-            position, orientation = (
-                [
-                    float(number)
-                    for part in (*shared, frame)
-                    for item in part.get(group) or []
-                    for number in item[name]
-                ]
-                for group, name in PLACES
-            )
-            if len(position) == 3 and len(orientation) == 6:
-                found.append((position, orientation))
+            numbers = {name: default for name, (_, default) in OF_FRAMES.items()}
+            for part in (*shared, frame):
+                for name, (group, _) in OF_FRAMES.items():
+                    for item in part.get(group) or []:
+                        numbers[name] = [float(number) for number in np.atleast_1d(item[name].value)]
+            found.append(numbers)
     except Exception as error:  # of pydicom, which has no common class
         raise UserError(
             f"{file} cannot be read as DICOM ({error}). Copy it again from its source."
@@ -538,23 +549,45 @@ def _places_of_frames(file: Path) -> list[tuple[list[float], list[float]]]:
     return found
 
 
-def _require_box(
-    source: Path, positions: Sequence[Sequence[float]], orientations: Sequence[Sequence[float]]
-) -> None:
+def _scaled(image: sitk.Image, scales: Sequence[tuple[float, ...]]) -> sitk.Image:
+    """By each frame's own slope and intercept, where all were scaled by those of the first."""
+    if len(set(scales)) == 1 or scales[0][0] == 0 or image.GetNumberOfComponentsPerPixel() > 1:
+        return image
+    slope, intercept = (np.array(numbers).reshape(-1, 1, 1) for numbers in zip(*scales, strict=True))
+    stored = (sitk.GetArrayFromImage(image).astype(np.float64) - intercept[0]) / slope[0]
+    scaled = sitk.GetImageFromArray((stored * slope + intercept).astype(np.float32))
+    scaled.CopyInformation(image)
+    return scaled
+
+
+def _stacked(source: Path, image: sitk.Image, positions: np.ndarray, orientations: np.ndarray) -> sitk.Image:
+    """The frames in the order of their positions, which need not be that of the file."""
+    rows, columns = orientations[0, :3], orientations[0, 3:]
+    normal = np.cross(rows, columns)
+    along = positions @ normal
+    order = np.argsort(along, kind="stable")
+    _require_box(source, positions[order], orientations[order])
+    if (np.diff(order) == 1).all() or (np.diff(order) == -1).all():  # as ITK has them
+        return image
+    pixels = sitk.GetArrayFromImage(image)[order]
+    stacked = sitk.GetImageFromArray(pixels, isVector=image.GetNumberOfComponentsPerPixel() > 1)
+    stacked.SetSpacing([*image.GetSpacing()[:2], float(np.median(np.diff(along[order])))])
+    stacked.SetOrigin(positions[order[0]].tolist())
+    stacked.SetDirection(np.column_stack([rows, columns, normal]).ravel().tolist())
+    return stacked
+
+
+def _require_box(source: Path, positions: np.ndarray, orientations: np.ndarray) -> None:
     """Raise `UserError` where slices, in their order, are no regular volume."""
     advice = "Export the series again, or convert it with a tool that repairs it."
     if np.ptp(orientations, axis=0).max() > 1e-3:
         raise UserError(f"{source} mixes slices of different orientation; one volume is expected. {advice}")
-    rows, columns = np.array(orientations[0][:3]), np.array(orientations[0][3:])
-    normal = np.cross(rows, columns)
-    steps = np.diff(np.array(positions), axis=0)
+    normal = np.cross(orientations[0, :3], orientations[0, 3:])
+    steps = np.diff(positions, axis=0)
     along = steps @ normal
     if np.abs(along).min() < 1e-3:
-        raise UserError(f"{source} has several slices at one position; they are no volume. {advice}")
-    if along.min() < 0 < along.max():
         raise UserError(
-            f"{source} has frames that are not in the order of their positions (several stacks or times?); one volume "
-            f"is expected. {advice}"
+            f"{source} has several slices at one position (several stacks or times?); one volume is expected. {advice}"
         )
     if np.ptp(np.abs(along)) > 0.05 * np.median(np.abs(along)):
         shown = ", ".join(f"{step:.2f}" for step in sorted(set(np.round(np.abs(along), 2))))
