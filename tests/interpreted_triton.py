@@ -283,6 +283,21 @@ def test_a_kagn_layer_launches_twelve_kernels(
     assert len(launches) + len(others.names) <= 12, (launches, others.names)
 
 
+@pytest.mark.parametrize("family", ["kagn", "fastkan", "bottleneck_kagn"])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_inference_takes_any_memory(family: str, kernel_size: int, dims: int, launches: list[str]) -> None:
+    """Contiguous, a view, and a batch of one number: the result is that with gradients."""
+    layer = conv_layer(family)(dims, 4, 6, kernel_size)
+    x = torch.randn(2, 4, *SIZES[dims])
+    for given in (x, torch.stack([x, x], -1)[..., 0], x[:1].expand(3, *x.shape[1:])):
+        wanted = layer(given).detach()
+        launches.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(given), wanted)
+        assert "prepare" in launches
+
+
 def test_an_empty_batch() -> None:
     layer = conv_layer("kagn")(2, 4, 6)
     x = torch.zeros(0, 4, 8, 8, requires_grad=True)

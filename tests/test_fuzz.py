@@ -282,7 +282,9 @@ FILES = {
     "foreign": foreign,
     "without_functions": lambda path: compiled(path, "int kanseg_instruction_set(void) { return 1; }"),
     "unknown_instructions": lambda path: compiled(
-        path, "int kanseg_interface(void) { return 1; } int kanseg_instruction_set(void) { return 9; }"
+        path,
+        f"int kanseg_interface(void) {{ return {native.INTERFACE}; }}"
+        "int kanseg_instruction_set(void) { return 9; }",
     ),
     "another_version": lambda path: compiled(
         path, "int kanseg_interface(void) { return 0; } int kanseg_instruction_set(void) { return 0; }"

@@ -152,6 +152,49 @@ def test_gradients_by_torch_func_are_those_of_autograd(family: str | None) -> No
 
 
 @pytest.mark.parametrize("family", ALL, **IDS)
+@pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"dropout": 0.5}], **IDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_steps_are_made_again_as_they_were(family: str | None, options: dict, training: bool) -> None:
+    """Between the passes lent tensors (`functional_call`) are taken back, and the mode may change."""
+    layer, lender, x = made(family, **options), made(family, **options), image(size=6)
+    for part in layer.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(part.running_var, 0.5, 2)
+    lent = {name: t.detach().clone() for name, t in layer.state_dict().items()}
+    for name, parameter in layer.named_parameters():
+        lent[name].requires_grad_(parameter.requires_grad)
+    for parameter in lender.parameters():
+        nn.init.normal_(parameter)
+    own = {name: t.clone() for name, t in lender.state_dict().items()}
+
+    def between(given: Tensor) -> Tensor:
+        y = torch.func.functional_call(lender.train(training), lent, (given,))
+        lender.train(not training)
+        return y
+
+    torch.manual_seed(2)
+    wanted = gradients(layer.train(training), x)
+    torch.manual_seed(2)
+    y = between(x)
+    y.backward(torch.arange(y.numel(), dtype=torch.float32).cos().view_as(y))
+    for name, grad in wanted.items():
+        torch.testing.assert_close(
+            lent[name].grad, grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()), msg=name
+        )
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(lent[name], buffer)
+    assert lender.training is not training
+    assert all(torch.equal(t, own[name]) for name, t in lender.state_dict().items())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_dropout_of_an_empty_batch_says_nothing(family: str | None) -> None:
+    layer = made(family, dropout=0.5)
+    assert all(not grad.any() for grad in gradients(layer, image()[:0]).values())
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
 def test_an_unknown_place_of_dropout_is_refused(family: str | None) -> None:
     with pytest.raises(UsageError, match="Unknown dropout_at 'inputs'. Did you mean 'input'"):
         conv_layer(family, dropout=0.5, dropout_at="inputs")(2, 4, 4)

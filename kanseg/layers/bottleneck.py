@@ -31,7 +31,7 @@ class NoiseInjection(nn.Module):
         return self.training and self.p > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.acts():
+        if not self.acts() or not x.numel():
             return x
         axes = [axis for axis in range(x.dim()) if axis != 1]
         spread = x.std(dim=axes, keepdim=True, correction=int(x.numel() > x.shape[1]))

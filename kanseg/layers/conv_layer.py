@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from kanseg.layers.kernels.recipe import watched
 from kanseg.layers.kernels.rows import channels_last, is_channels_last
 from kanseg.layers.norms import (
     ActSpec,
+    FrozenStatistics,
     activation,
-    first_and_second_run,
     fused_norm_serves,
     is_affine,
     norm_layer,
@@ -116,8 +115,7 @@ class ConvLayer(nn.Module):
             for planes in (some for sample in y.split(1) for some in sample.split(height, dim=2)):
                 planes.copy_(self._norm_act(planes))
             return self.dropout(y)
-        contexts = partial(first_and_second_run, self.norm)
-        y = recomputed(self._norm_act, y, preserve_rng_state=False, context_fn=contexts)
+        y = recomputed(self._norm_act, y, preserve_rng_state=False, second=FrozenStatistics(self.norm))
         return self.dropout(y)
 
     def extra_repr(self) -> str:

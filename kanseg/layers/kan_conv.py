@@ -24,8 +24,8 @@ from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
 from kanseg.layers.kernels.rows import channels_last, is_channels_last, laid_out
 from kanseg.layers.norms import (
     ActSpec,
+    FrozenStatistics,
     activation,
-    first_and_second_run,
     fused_norm_serves,
     norm_layer,
     normalise,
@@ -143,8 +143,7 @@ class KANConv(ConvGeometry):
         """The input of the basis."""
         if not (self.recompute and self._drops("basis_input")):
             return self._normed(x)
-        norm: Any = self.input_norm
-        return recomputed(self._normed, x, context_fn=partial(first_and_second_run, norm))
+        return recomputed(self._normed, x, second=FrozenStatistics(self.input_norm))
 
     def _normed(self, x: Tensor) -> Tensor:
         norm: Any = self.input_norm

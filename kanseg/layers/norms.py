@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def is_affine(norm: nn.Module) -> bool:
     return isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None
 
 
-class FrozenStatistics:
+class FrozenStatistics(AbstractContextManager[None]):
     """Run a norm once more on the same batch without counting it in its running statistics; may be entered again."""
 
     def __init__(self, norm: Any) -> None:
@@ -85,8 +85,3 @@ class FrozenStatistics:
         if self.tracked:
             self.norm.momentum = self.momentum
             self.norm.num_batches_tracked.sub_(1)
-
-
-def first_and_second_run(norm: nn.Module) -> tuple[Any, Any]:
-    """What surrounds the two runs of steps with this norm that are recomputed: the second counts no statistics."""
-    return nullcontext(), FrozenStatistics(norm)

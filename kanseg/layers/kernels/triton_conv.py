@@ -135,8 +135,8 @@ def serves(recipe: Recipe, dtype: torch.dtype) -> bool:
 
 
 def forward(made: Expansion, inputs: Sequence[Tensor], base: Tensor | None, basis: Tensor | None) -> Tensor:
-    """As `expansion.forward`."""
-    job = _Job(made, inputs, base, basis)
+    """As `expansion.forward`; what lies in other memory (a graph that was exported on a CPU) is copied first."""
+    job = _Job(made, [channels_last(x) for x in inputs], base, basis)
     size = job.out_size
     out: Tensor | None = None
     with torch.autocast(job.x.device.type, enabled=False):
