@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.errors import UsageError
-from kanseg.layers.geometry import ConvGeometry, lean, recomputed
+from kanseg.layers.geometry import ConvGeometry, lean
 from kanseg.layers.kan_conv import KANConv, check_dropout
 from kanseg.layers.kernels.rows import laid_out
 from kanseg.layers.norms import ActSpec, activation
+from kanseg.layers.recompute import recomputed
 
 
 class NoiseInjection(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks
 
 from kanseg.errors import UsageError
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, recomputed
+from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry
 from kanseg.layers.kan_conv import KANConv
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.operators import plain_eager
@@ -26,6 +26,7 @@ from kanseg.layers.norms import (
     norm_layer,
     normalise,
 )
+from kanseg.layers.recompute import recomputed
 
 
 class GroupPReLU(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kanseg.bases import Basis, check_left_aside, create_basis
 from kanseg.errors import UsageError, did_you_mean
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomputed
+from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.plain_conv import plain_conv
 from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
@@ -30,6 +30,7 @@ from kanseg.layers.norms import (
     norm_layer,
     normalise,
 )
+from kanseg.layers.recompute import recomputed
 
 DROPOUTS = ("input", "basis_input", "basis")  # where a KAN convolution can have its dropout
 OPERANDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -21,8 +21,8 @@ from kanseg.bases.wavelet import get_wavelet
 from kanseg.errors import ShapeError, UsageError, did_you_mean, refused_options
 from kanseg.layers.bottleneck import inner_width
 from kanseg.layers.families import family_name
-from kanseg.layers.geometry import recomputed
 from kanseg.layers.norms import ActSpec, activation
+from kanseg.layers.recompute import recomputed
 
 EDGES_AT_ONCE = (
     1 << 18

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
 from kanseg.errors import unknown_option
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean, recomputed
+from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import WHOLE, Slab, outputs, planes_of, slabs
 from kanseg.layers.kernels.operators import only_first, plain_eager, transformed
 from kanseg.layers.kernels.rows import channels_last, laid_out
 from kanseg.layers.norms import ActSpec, activation
+from kanseg.layers.recompute import recomputed
 
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
