@@ -18,7 +18,6 @@ from monai.data import MetaTensor
 from monai.transforms import (
     ClassesToIndicesd,
     Compose,
-    FgBgToIndicesd,
     Orientationd,
     RandAdjustContrastd,
     RandAffined,
@@ -281,9 +280,24 @@ def _balanced_crop(plan: Plan, foreground: float) -> Transform:
 def preparation(plan: Plan, balanced: bool = False) -> Compose:
     """What `augmentation` needs and no epoch changes: cases at least a patch large, where foreground is."""
     classes = len(known_values(plan))
-    indices = ClassesToIndicesd("label", num_classes=classes) if balanced else FgBgToIndicesd("label")
+    indices = ClassesToIndicesd("label", num_classes=classes) if balanced else AnnotatedPlaces()
     beyond = [] if plan.slice_axis is None else [NeighboursBeyond(plan)]
     return Compose([*beyond, SpatialPadd(KEYS, _patch(plan)), indices])
+
+
+class AnnotatedPlaces(Transform):
+    """Where foreground and background are, as MONAI's crop takes it; what nobody annotated is neither.
+
+    A case without any annotation is background all over.
+    """
+
+    def __call__(self, item: Item) -> Item:
+        label = np.asarray(item["label"]).ravel()
+        foreground, background = (np.flatnonzero(found) for found in (label > 0, label == 0))
+        if not foreground.size + background.size:
+            background = np.arange(label.size)
+        places = {"label_fg_indices": foreground, "label_bg_indices": background}
+        return {**item, **{key: torch.from_numpy(found) for key, found in places.items()}}
 
 
 def _patch(plan: Plan) -> list[int]:
