@@ -186,7 +186,7 @@ def test_what_nobody_annotated_is_no_foreground_of_a_patch_or_of_the_intensities
     assert places["label_fg_indices"].tolist() == [3, 6]
     assert places["label_bg_indices"].tolist() == [2, 4, 5]
     none = AnnotatedPlaces()({"label": torch.full((1, 2, 2), -1.0)})
-    assert (len(none["label_fg_indices"]), len(none["label_bg_indices"])) == (0, 4)
+    assert none["label_fg_indices"].tolist() == none["label_bg_indices"].tolist() == [0, 1, 2, 3]
     dataset, inside = read_dataset(regions), []
     for case in dataset.cases:
         truth = read_label(label_path(case))

@@ -288,7 +288,8 @@ def preparation(plan: Plan, balanced: bool = False) -> Compose:
 class AnnotatedPlaces(Transform):
     """Where foreground and background are, as MONAI's crop takes it; what nobody annotated is neither.
 
-    A case without any annotation is background all over.
+    A case without any annotation is background all over. Where a case lacks one of the two, the other stands in for
+    it, as in MONAI's crop, which would warn of it at every patch.
     """
 
     def __call__(self, item: Item) -> Item:
@@ -296,6 +297,9 @@ class AnnotatedPlaces(Transform):
         foreground, background = (np.flatnonzero(found) for found in (label > 0, label == 0))
         if not foreground.size + background.size:
             background = np.arange(label.size)
+        foreground, background = (
+            a if a.size else b for a, b in ((foreground, background), (background, foreground))
+        )
         places = {"label_fg_indices": foreground, "label_bg_indices": background}
         return {**item, **{key: torch.from_numpy(found) for key, found in places.items()}}
 
