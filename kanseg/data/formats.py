@@ -350,6 +350,14 @@ def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
     return channels if first else {}
 
 
+def numbers_beside(image: Path) -> list[int]:
+    """Numbers of the channels that lie in the folder of an image under its name, none if it has no number itself."""
+    if not (own := CHANNEL.match(stem_of(image))) or not image.parent.is_dir():
+        return []
+    found = (CHANNEL.match(stem_of(file)) for file in image_files(image.parent))
+    return sorted(int(match[2]) for match in found if match and match[1] == own[1])
+
+
 def _cases(files: Sequence[Path], *, join: bool = True, problem: Problem = _refuse) -> list[Case]:
     """A case for each file, or for each group of nnU-Net channels."""
     channels = _by_channel(files) if join else {}

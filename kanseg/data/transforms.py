@@ -36,7 +36,7 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from kanseg.data.formats import CHANNEL, Case, few, label_path
+from kanseg.data.formats import CHANNEL, Case, few, label_path, numbers_beside
 from kanseg.data.images import Image, check_pair, label_from, read_image, stem_of
 from kanseg.data.labels import class_numbers, known_values
 from kanseg.data.plan import Plan
@@ -114,12 +114,23 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
         UserError: files that cannot be read or do not fit the plan or each other.
     """
     source = read_image(case.images, plan.image_dims)
-    if len(source.array) != len(plan.channel_names):
-        named = {int(match[2]) for match in map(CHANNEL.match, map(stem_of, case.images)) if match}
+    named = {int(match[2]) for match in map(CHANNEL.match, map(stem_of, case.images)) if match}
+    gap = len(case.images) > 1 and bool(named) and named != set(range(len(case.images)))
+    if gap or len(source.array) != len(plan.channel_names):
         missing = [f"{name} (_{i:04d})" for i, name in enumerate(plan.channel_names) if i not in named]
         colours = len(plan.channel_names) == 3 and plan.image_dims == 2
+        surplus = [f"_{i:04d}" for i in numbers_beside(case.images[0]) if i >= len(plan.channel_names)]
+        shown = ", ".join(f"_{i:04d}" for i in sorted(named))
+        if (
+            len(case.images) == 1 and surplus
+        ):  # of every image, or those that have none would have been joined
+            raise UserError(
+                f"{source.path} is not joined with the other channels of its image: {few(surplus)} is too many for "
+                f"the {len(plan.channel_names)} that the model takes ({', '.join(plan.channel_names)}). Take it away."
+            )
         raise UserError(
-            f"{source.path} has {len(source.array)} channels, the model expects {len(plan.channel_names)} "
+            f"{source.path} has {len(source.array)} channels{f' ({shown})' if gap else ''}, the model expects "
+            f"{len(plan.channel_names)} "
             f"({', '.join(plan.channel_names)}). Give images like those it was trained on"
             f"{f'; what is missing: {few(missing)}' if named and missing else ''}"
             f"{'; convert grey pictures to colours' if colours else ''}."
