@@ -243,6 +243,7 @@ def test_a_channel_that_is_missing_is_named(plan: Plan, blobs: Path, tmp_path: P
         ((0, 2), r"has 2 channels \(_0000, _0002\), .* what is missing: FLAIR \(_0001\)"),
         ((0, 1, 2), "has 3 channels, the model expects 2"),
         ((1,), r"what is missing: T1 \(_0000\)"),
+        ((), "files of one channel each are called x_0000, x_0001, ... in this order"),
     ],
 )
 @pytest.mark.parametrize("others", [True, False])
@@ -251,7 +252,10 @@ def test_other_channels_than_the_models_are_no_image(
 ) -> None:
     """Whether or not an image beside it has the right ones; a later channel never stands in for a missing one."""
     scan = blobs / "imagesTr" / "case_0.nii.gz"
-    names = [*(["a_0000", "a_0001"] if others else []), *(f"b_{number:04d}" for number in numbers)]
+    names = [
+        *(["a_0000", "a_0001"] if others else []),
+        *([f"b_{number:04d}" for number in numbers] or ["b_T1", "b_FLAIR"]),
+    ]
     for name in names:
         shutil.copy(scan, tmp_path / f"{name}.nii.gz")
     two = replace(
@@ -263,7 +267,7 @@ def test_other_channels_than_the_models_are_no_image(
     wrong = [case for name, case in cases.items() if name.startswith("b")]
     said = (
         said
-        if others or numbers == (1,)
+        if others or numbers in ((1,), ())
         else "not joined with the other channels of its image: _0002 is too many"
     )
     for case in wrong:

@@ -118,6 +118,7 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
     gap = len(case.images) > 1 and bool(named) and named != set(range(len(case.images)))
     if gap or len(source.array) != len(plan.channel_names):
         missing = [f"{name} (_{i:04d})" for i, name in enumerate(plan.channel_names) if i not in named]
+        apart = not named and plan.image_dims == 3 and len(source.array) < len(plan.channel_names)
         colours = len(plan.channel_names) == 3 and plan.image_dims == 2
         surplus = [f"_{i:04d}" for i in numbers_beside(case.images[0]) if i >= len(plan.channel_names)]
         shown = ", ".join(f"_{i:04d}" for i in sorted(named))
@@ -133,7 +134,8 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
             f"{len(plan.channel_names)} "
             f"({', '.join(plan.channel_names)}). Give images like those it was trained on"
             f"{f'; what is missing: {few(missing)}' if named and missing else ''}"
-            f"{'; convert grey pictures to colours' if colours else ''}."
+            f"{'; convert grey pictures to colours' if colours else ''}"
+            f"{'; files of one channel each are called x_0000, x_0001, ... in this order' if apart else ''}."
         )
     affine = torch.from_numpy(source.affine)
     item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}
