@@ -353,7 +353,7 @@ def evaluate(
     summary = evaluate_folders(prediction, reference, out, tolerance=tolerance, **how)
     console = _console(json_)
     shown = summary["metrics"] | summary["unions"]
-    console.print(score_table(shown, f"{summary['cases']} cases, mean [95 % interval]"))
+    console.print(score_table(shown, f"{summary['cases']} cases, mean [95 % interval]", summary["unit"]))
     for name in summary["absent"]:
         console.print(f"{name} is in no reference; the mean leaves it out", highlight=False)
     if surplus := summary["predictions_without_reference"]:

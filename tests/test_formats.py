@@ -15,7 +15,7 @@ from PIL import Image as Picture
 
 from kanseg.data.convert import convert
 from kanseg.data.doctor import diagnose
-from kanseg.data.formats import Dataset, find_images, read_dataset
+from kanseg.data.formats import Dataset, find_images, list_dataset, read_dataset
 from kanseg.data.labels import regions_of
 from kanseg.data.plan import check_wishes
 from kanseg.data.splits import split
@@ -123,6 +123,40 @@ def test_a_channel_that_a_case_lacks_is_named(tmp_path: Path) -> None:
     described = {"channel_names": {"0": "T1", "1": "FLAIR"}, "labels": {"background": 0, "organ": 1}}
     (tmp_path / "dataset.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match="'b' .* lacks the channel FLAIR ._0001"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("c", "said"),
+    [
+        (["c_0000"], "'c' .* lacks the channel (FLAIR .)?_0001"),
+        (
+            ["c_0000", "c_0001", "c_0002"],
+            "'c' .* has a channel _0002 too many: (dataset.json names T1, FLAIR|most have 2)",
+        ),
+    ],
+)
+def test_the_case_whose_channels_are_others_is_named_and_no_other(
+    tmp_path: Path, c: list[str], said: str, named: bool
+) -> None:
+    volumes(tmp_path / "imagesTr", ["a_0000", "a_0001", "b_0000", "b_0001", *c])
+    volumes(tmp_path / "labelsTr", ["a", "b", "c"], (1,))
+    if named:
+        described = {"channel_names": {"0": "T1", "1": "FLAIR"}, "labels": {"background": 0, "organ": 1}}
+        (tmp_path / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=said):
+        read_dataset(tmp_path)
+    told: list[str] = []
+    list_dataset(tmp_path, problem=lambda kind, case, why: told.append(case))
+    assert set(told) == {"c"}
+
+
+def test_a_gap_in_the_channels_of_a_case_folder_is_named(tmp_path: Path) -> None:
+    for case, numbers in {"a": (0, 1), "b": (0, 1), "c": (0, 2)}.items():
+        volumes(tmp_path / case, [f"image_{number:04d}" for number in numbers])
+        volumes(tmp_path / case, ["label"], (1,))
+    with pytest.raises(UserError, match="'c' .* lacks the channel _0001"):
         read_dataset(tmp_path)
 
 

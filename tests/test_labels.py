@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kanseg.data.formats import Dataset, read_dataset
-from kanseg.data.images import read_image, read_label, write_label
+from kanseg.data.fingerprint import fingerprint
+from kanseg.data.formats import Case, Dataset, label_path, read_dataset
+from kanseg.data.images import Image, read_image, read_label, write_label
 from kanseg.data.labels import (
     class_numbers,
     class_values,
@@ -25,6 +26,7 @@ from kanseg.data.labels import (
     unions,
 )
 from kanseg.data.plan import Plan, make_plan, planned_dataset
+from kanseg.data.transforms import AnnotatedPlaces
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import evaluate_folders, label_dice, label_options
 from kanseg.inference.predict import decide, predict_case
@@ -128,17 +130,36 @@ def test_what_nobody_annotated_has_no_gradient(name: str, overlapping: bool) -> 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("overlapping", [False, True])
-def test_what_nobody_annotated_adds_what_a_right_answer_without_doubt_adds(
-    name: str, overlapping: bool
-) -> None:
+def test_the_loss_is_that_of_the_annotated_voxels_alone(name: str, overlapping: bool) -> None:
+    """However few they are. A loss of distances cannot leave voxels out: for it the others are answered rightly."""
     logits = torch.randn(2, 3, 6, 6, 6)
     label = torch.randint(3, (2, 1, 6, 6, 6)).float()
     if overlapping:
         label = (torch.rand(2, 3, 6, 6, 6) > 0.5).float()
-    sure, background = logits.clone(), label.clone()
-    sure[:, 0, :2], sure[:, 1:, :2], background[:, :, :2] = 1e3, -1e3, 0
-    label[:, :, :2] = -1
-    torch.testing.assert_close(create_loss(name)(logits, label), create_loss(name)(sure, background))
+    known, rest = label[:, :, :2].clone(), logits[:, :, :2]
+    label[:, :, 2:] = -1
+    if name == "dice_boundary":
+        rest, known = logits.clone(), label.clamp(min=0)
+        rest[:, 0, 2:], rest[:, 1:, 2:] = 1e3, -1e3
+    torch.testing.assert_close(create_loss(name)(logits, label), create_loss(name)(rest, known))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_that_nobody_annotated_teaches_nothing(name: str) -> None:
+    logits = torch.randn(2, 3, 6, 6, 6, requires_grad=True)
+    loss = create_loss(name)(logits, torch.full((2, 1, 6, 6, 6), -1.0))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_dice_of_each_sample_stays_one_where_some_voxels_are_unknown() -> None:
+    logits, label = torch.randn(2, 3, 6, 6, 6), torch.randint(3, (2, 1, 6, 6, 6)).float()
+    label[0, :, :2] = -1
+    loss = create_loss("dice", batch=False)
+    each = [loss(logits[i : i + 1], label[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(loss(logits, label), torch.stack(each).mean())
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
@@ -155,6 +176,48 @@ def test_while_training_too_what_nobody_annotated_is_not_scored(plan: Plan, over
 
     scores = validate_batch(network, batch, plan if overlapping else classes, torch.device("cpu"))  # type: ignore[arg-type]
     assert scores == [1.0, 1.0]
+
+
+def test_what_nobody_annotated_is_no_foreground_of_a_patch_or_of_the_intensities(
+    plan: Plan, regions: Path
+) -> None:
+    label = torch.tensor([[[-1.0, -1, 0, 1], [0, 0, 2, -1]]])
+    places = AnnotatedPlaces()({"label": label})
+    assert places["label_fg_indices"].tolist() == [3, 6]
+    assert places["label_bg_indices"].tolist() == [2, 4, 5]
+    none = AnnotatedPlaces()({"label": torch.full((1, 2, 2), -1.0)})
+    assert none["label_fg_indices"].tolist() == none["label_bg_indices"].tolist() == [0, 1, 2, 3]
+    dataset, inside = read_dataset(regions), []
+    for case in dataset.cases:
+        truth = read_label(label_path(case))
+        inside.append(read_image(case.images).array[0][(truth > 0) & (truth != 9)])
+    assert fingerprint(dataset)["channels"][0]["mean"] == pytest.approx(np.concatenate(inside).mean())
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_post_processing_goes_by_whole_predictions_and_is_scored_where_something_is_annotated(
+    plan: Plan, regions: Path, tmp_path: Path, overlapping: bool
+) -> None:
+    """What is annotated every other slice cuts the ball into slices, of which the largest would be kept."""
+    grid = np.stack(np.meshgrid(*[np.arange(20)] * 3, indexing="ij"), -1)
+    ball = (np.linalg.norm(grid - 8, axis=-1) < 6).astype(np.uint8)
+    guess, truth = ball.copy(), ball.copy()
+    guess[16:19, 16:19, 16:19] = 1  # a speck
+    truth[1::2] = 9
+    image, path = (
+        Image(ball[None].astype(np.float32), np.eye(4), tmp_path / "x", 3),
+        tmp_path / "truth.nii.gz",
+    )
+    write_label(path, truth, image, "uint8")
+    write_label(tmp_path / "guess.nii.gz", guess, image, "uint8")
+    cases = [Case(name, (path,), path, name, (0, 1)) for name in "abc"]
+    known = plan if overlapping else replace(plan, regions=[], label_names=["background", "near", "far"])
+    found = pool(
+        known, replace(read_dataset(regions), cases=cases), {c.id: tmp_path / "guess.nii.gz" for c in cases}
+    )
+    assert any(rule.get("largest") or rule.get("min_mm3") for rule in found["postprocessing"])
+    assert found["dice_without_postprocessing"] < found["metrics"]["mean"]["dice"]["mean"]
+    assert found["metrics"][known.label_names[1]]["dice"]["mean"] == 1
 
 
 def test_cross_validation_leaves_the_unknown_out(plan: Plan, regions: Path, tmp_path: Path) -> None:

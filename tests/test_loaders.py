@@ -102,6 +102,16 @@ def test_cases_smaller_than_the_patch_are_padded(plan: Plan, blobs: Path) -> Non
     assert batch["image"].shape == batch["label"].shape == (2, 1, 32, 40, 24)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0, 1])
+def test_cases_of_one_value_give_patches_without_a_warning(plan: Plan, value: int) -> None:
+    item = {"image": torch.randn(1, 20, 20, 20), "label": torch.full((1, 20, 20, 20), float(value))}
+    for balanced in (False, True):
+        crop = augmentation(plan, balanced=balanced, strength="none")
+        (patch,) = crop(preparation(plan, balanced)(item))
+        assert (torch.as_tensor(patch["label"]) == value).all()
+
+
 def test_nothing_to_train_on_is_said(plan: Plan) -> None:
     with pytest.raises(UserError, match="no cases to train on"):
         TrainLoader(plan, [], batch_size=2, steps=1, seed=0)

@@ -326,3 +326,16 @@ def test_a_plan_names_what_limits_its_patch(tmp_path: Path) -> None:
     assert "features: the whole image in the largest batch, which fits into 64.0 GiB" in why(64)
     assert "the whole image" in why(64, 1e6)
     assert "the largest batch" in make_plan(dataset, memory=640 * GIB).reasons[1]
+
+
+def test_why_a_network_is_narrower_than_its_size_is_told_truly(tmp_path: Path) -> None:
+    """Its weights and their copies pass the memory at any patch, or a wide one would see too little."""
+    dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
+
+    def heavy(plan: Plan) -> Need:
+        return Need(GIB / 2 + plan.features_per_stage[0] * GIB / 8, 10.0)
+
+    said = " ".join(make_plan(dataset, memory=3 * GIB, size="large", measure=heavy).reasons)
+    assert "narrower than size 'large', so that it fits into the memory by itself" in said
+    said = " ".join(make_plan(dataset, memory=GIB, size="large", measure=steps_of(GIB / 2, 500)).reasons)
+    assert "narrower than size 'large', so that a patch sees enough of the image" in said

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kanseg.data.formats import find_images
 from kanseg.data.images import read_image
 from kanseg.data.plan import Plan
+from kanseg.data.transforms import load_case
 from kanseg.errors import UserError
 from kanseg.inference.logits import predict_logits
 from kanseg.inference.predict import predict_case, predict_folder
@@ -234,6 +235,44 @@ def test_a_channel_that_is_missing_is_named(plan: Plan, blobs: Path, tmp_path: P
     cases = find_images(tmp_path / "b_0001.nii.gz")
     with pytest.raises(UserError, match=r"the model expects 2 \(T1, FLAIR\).* what is missing: T1 \(_0000\)"):
         predict_case(Brightness(), cases[0], two)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((0, 2), r"has 2 channels \(_0000, _0002\), .* what is missing: FLAIR \(_0001\)"),
+        ((0, 1, 2), "has 3 channels, the model expects 2"),
+        ((1,), r"what is missing: T1 \(_0000\)"),
+        ((), "files of one channel each are called x_0000, x_0001, ... in this order"),
+    ],
+)
+@pytest.mark.parametrize("others", [True, False])
+def test_other_channels_than_the_models_are_no_image(
+    plan: Plan, blobs: Path, tmp_path: Path, numbers: tuple[int, ...], said: str, others: bool
+) -> None:
+    """Whether or not an image beside it has the right ones; a later channel never stands in for a missing one."""
+    scan = blobs / "imagesTr" / "case_0.nii.gz"
+    names = [
+        *(["a_0000", "a_0001"] if others else []),
+        *([f"b_{number:04d}" for number in numbers] or ["b_T1", "b_FLAIR"]),
+    ]
+    for name in names:
+        shutil.copy(scan, tmp_path / f"{name}.nii.gz")
+    two = replace(
+        plan, channel_names=["T1", "FLAIR"], normalization=[*plan.normalization, *plan.normalization]
+    )
+    cases = {case.id: case for case in find_images(tmp_path, channels=2)}
+    if others:
+        load_case(cases["a"], two, with_label=False)
+    wrong = [case for name, case in cases.items() if name.startswith("b")]
+    said = (
+        said
+        if others or numbers in ((1,), ())
+        else "not joined with the other channels of its image: _0002 is too many"
+    )
+    for case in wrong:
+        with pytest.raises(UserError, match=said):
+            load_case(case, two, with_label=False)
 
 
 def test_an_image_unlike_the_training_is_named_before_the_work_and_an_empty_answer_after_it(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from rich.console import Console
 
 from kanseg.errors import UsageError
-from kanseg.training.search import parse_space, search
+from kanseg.training.search import _ends_by_ctrl_c, parse_space, search
+from kanseg.training.stop import TERMINATED
 
 FIXED = ["training.max_epochs=2", "training.steps_per_epoch=2", "data.workers=0", "data.folds=3"]
 
@@ -42,6 +47,35 @@ def test_a_search_that_cannot_be_is_refused_before_it_starts(planned, words, mes
     with pytest.raises(UsageError, match=message):
         search(planned, [*FIXED, *words])
     assert not (planned / "search" / "trials").exists()
+
+
+def test_sigterm_ends_a_search_as_ctrl_c_does_with_a_code_of_its_own():
+    before = signal.getsignal(signal.SIGTERM)
+    for number, expected in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        with pytest.raises(expected) as left, _ends_by_ctrl_c():
+            signal.raise_signal(number)
+        assert getattr(left.value, "code", TERMINATED) == TERMINATED
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_search_says_so_by_its_code_and_goes_on(planned, number):
+    pytest.importorskip("ray")
+    words = [*FIXED, "training.lr=choice(0.01,0.001)"]
+    command = [sys.executable, "-m", "kanseg", "search", str(planned), *words, "--trials", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(planned.glob("search/trials/*/fold_0/log.jsonl")):
+            time.sleep(0.1)
+        process.send_signal(number)
+        try:
+            _, told = process.communicate(timeout=300)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number
+    assert told.splitlines()[-1].endswith("Go on with --resume.")
+    assert "Traceback" not in told
+    assert len(search(planned, words, trials=2, resume=True, console=Console(quiet=True))["trials"]) == 2
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+from conftest import SHORT
+from rich.console import Console
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -13,7 +16,7 @@ from kanseg.config import load_config
 from kanseg.errors import UsageError
 from kanseg.training.checkpoint import load_checkpoint, load_model, part
 from kanseg.training.devices import checkpoint_stages
-from kanseg.training.fit import Trainer
+from kanseg.training.fit import Trainer, fit
 from kanseg.training.losses import LOSSES, create_loss
 from kanseg.training.monitor import read_log
 from kanseg.training.optimizers import OPTIMIZERS, SCHEDULES, lr_factor
@@ -121,6 +124,16 @@ def test_patience_ends_a_training_that_gets_no_better(fit_balls, tmp_path):
     assert summary["epochs"] < 10
     assert summary["epochs"] - 1 - summary["best_epoch"] == 2
     assert fit_balls("training.max_epochs=50", resume=True)["epochs"] == summary["epochs"]
+
+
+def test_an_early_end_is_told_and_a_full_training_tells_none(balls, tmp_path):
+    dataset, plan = balls
+    for epochs, early in ((50, True), (1, False)):
+        told = io.StringIO()
+        options = [f"training.max_epochs={epochs}", "training.patience=2", "training.lr=1e-12"]
+        config = load_config(overrides=[*SHORT, *options])
+        fit(config, plan, dataset, tmp_path / f"run{epochs}", console=Console(file=told))
+        assert ("Ended early: 2 validations" in told.getvalue()) == early
 
 
 def test_checkpointed_stages_give_the_same_gradients_and_keep_less(balls):

@@ -31,6 +31,13 @@ except SystemExit as end:
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
+TRIAL = """
+from kanseg.memory import taken
+from kanseg.training.trial import main
+main()
+print(taken("VmHWM"))
+"""
+
 # What the loader's process takes of its own, at most after a few batches.
 LOADER = """
 import sys
@@ -65,6 +72,26 @@ def test_a_trial_that_fails_says_why(blobs: Path) -> None:
     plan = replace(make_plan(read_dataset(blobs), memory=2**31), model_options={"basis": "no such basis"})
     with pytest.raises(UserError, match="A trial step failed: .*no such basis.* --no-trial"):
         measure_step(plan)
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_a_trial_keeps_within_the_memory_of_the_plan_too(blobs: Path, size: str) -> None:
+    """Also one of a network whose weights, copied as a checkpoint copies them, would be more: it takes no step."""
+    plan = make_plan(read_dataset(blobs), memory=3 * 2**29, size=size)
+    if size == "large":
+        plan = replace(plan, features_per_stage=[48, 192, 768], strides=[[1] * 3, [2] * 3, [2] * 3])
+        plan = replace(plan, kernel_sizes=[[3] * 3] * 3, patch_size=[16] * 3)
+    done = subprocess.run(
+        [sys.executable, "-c", TRIAL],
+        input=json.dumps(plan.to_dict()),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *_, told, peak = done.stdout.splitlines()
+    need = json.loads(told)
+    assert int(peak) < plan.memory_bytes
+    assert (need["base"] > plan.memory_bytes) == (need["per_voxel"] == 0) == (size == "large")
 
 
 def test_a_loader_takes_no_more_than_plans_reckon_with(blobs: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
             )
         thumbnails[case.id] = thumbnail(image.array)
         array, label, spacing = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
-        foreground = label > 0
+        foreground = (label > 0) & (label != dataset.ignore_value)
         zeros.append([float((channel == 0).mean()) for channel in array])
         for channel, samples in zip(array, intensities, strict=True):
             inside = channel[foreground] if foreground.any() else channel.ravel()

@@ -350,6 +350,14 @@ def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
     return channels if first else {}
 
 
+def numbers_beside(image: Path) -> list[int]:
+    """Numbers of the channels that lie in the folder of an image under its name, none if it has no number itself."""
+    if not (own := CHANNEL.match(stem_of(image))) or not image.parent.is_dir():
+        return []
+    found = (CHANNEL.match(stem_of(file)) for file in image_files(image.parent))
+    return sorted(int(match[2]) for match in found if match and match[1] == own[1])
+
+
 def _cases(files: Sequence[Path], *, join: bool = True, problem: Problem = _refuse) -> list[Case]:
     """A case for each file, or for each group of nnU-Net channels."""
     channels = _by_channel(files) if join else {}
@@ -439,18 +447,35 @@ def _described_splits(file: Path, content: Any, cases: set[str]) -> tuple[dict[s
 
 
 def _require_channels(cases: Sequence[Case], names: tuple[str, ...] | None, problem: Problem) -> None:
-    """In nnU-Net's layout a channel is a file: name those that a case lacks."""
-    most = max((len(case.images) for case in cases), default=0)
-    if names is None or len(names) != most:
-        names = ("channel",) * most
+    """In nnU-Net's layout a channel is a file: name those that a case lacks, and those that it has in surplus.
+
+    Expected are as many files as channels have names, or as most cases have: one file may hold all channels.
+    """
+    counts = [len(case.images) for case in cases]
+    most = max(sorted(counts, reverse=True), key=counts.count, default=0)
+    named = names is not None and len(names) in counts
+    expected: Sequence[str] = names if names is not None and named else ("",) * most
     for case in cases:
-        if len(case.images) < most:
-            missing = ", ".join(f"{names[i]} (_{i:04d})" for i in range(len(case.images), most))
+        found = [CHANNEL.match(stem_of(image)) for image in case.images]
+        numbers = [int(match[2]) if match else number for number, match in enumerate(found)]
+        missing = [number for number in range(len(expected)) if number not in numbers]
+        surplus = [number for number in numbers if number >= len(expected)]
+        if missing and len(expected) > 1:  # else the number may be that of a frame
+            shown = ", ".join(f"{expected[n]} (_{n:04d})" if named else f"_{n:04d}" for n in missing)
             problem(
                 "missing channel",
                 case.id,
-                f"Image '{case.id}' in {case.images[0].parent} lacks the channel {missing}. Add the file, or take the "
+                f"Image '{case.id}' in {case.images[0].parent} lacks the channel {shown}. Add the file, or take the "
                 "case out.",
+            )
+        elif surplus and len(case.images) > len(expected):
+            shown = ", ".join(f"_{number:04d}" for number in surplus)
+            whose = f"dataset.json names {', '.join(expected)}" if named else f"most have {len(expected)}"
+            problem(
+                "other channels",
+                case.id,
+                f"Image '{case.id}' in {case.images[0].parent} has a channel {shown} too many: {whose}. Remove the "
+                "file, or take the case out.",
             )
 
 
@@ -676,6 +701,7 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
             )
         label = labels[0] if labels else None
         cases.append(Case(folder.name, tuple(images), label, folder.name))
+    _require_channels(cases, None, problem)
     if not any(case.label for case in cases):
         several = [folder for folder in _folders_in(root) if len(image_files(folder)) > 1]
         hint = f" If its folders are classes, put them into {root / 'train'}." if len(several) > 1 else ""

@@ -376,6 +376,7 @@ def _within_memory(
     sized = most = _sized(plan, image, features, plan.memory_bytes * SHARE / per_voxel)
     budget = f"{plan.memory_bytes / 2**30:.1f} GiB"
     said = f"{budget}, at {per_voxel / 1e3:.0f} kB a voxel as a rule"
+    narrowed = "a patch sees enough of the image"
     for _ in range(TRIALS if measure else 0):
         assert measure is not None
         need, features = measure(sized), sized.features_per_stage[0]
@@ -396,6 +397,7 @@ def _within_memory(
         )
         last = sized
         if missing > 0:  # the network itself is too large, whatever the patch
+            narrowed = "it fits into the memory by itself, its averages and its checkpoints"
             sized = most = _sized(plan, image, features // 2, sized.batch_size * math.prod(sized.patch_size))
             continue
         voxels = rest / (need.per_voxel + loaders * _loader_bytes_a_voxel(plan))
@@ -414,7 +416,7 @@ def _within_memory(
         within = f"; {seconds / step:.0f} fit into the time" if seconds else ""
         reasons.append(f"a step takes about {in_words(step)} here, a hundred {in_words(100 * step)}{within}")
     if sized.features_per_stage[0] < SIZES[plan.size].features:
-        reasons.append(f"narrower than size '{plan.size}', so that a patch sees enough of the image")
+        reasons.append(f"narrower than size '{plan.size}', so that {narrowed}")
     return sized, reasons
 
 

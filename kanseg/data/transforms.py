@@ -18,7 +18,6 @@ from monai.data import MetaTensor
 from monai.transforms import (
     ClassesToIndicesd,
     Compose,
-    FgBgToIndicesd,
     Orientationd,
     RandAdjustContrastd,
     RandAffined,
@@ -37,7 +36,7 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from kanseg.data.formats import CHANNEL, Case, few, label_path
+from kanseg.data.formats import CHANNEL, Case, few, label_path, numbers_beside
 from kanseg.data.images import Image, check_pair, label_from, read_image, stem_of
 from kanseg.data.labels import class_numbers, known_values
 from kanseg.data.plan import Plan
@@ -115,15 +114,28 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
         UserError: files that cannot be read or do not fit the plan or each other.
     """
     source = read_image(case.images, plan.image_dims)
-    if len(source.array) != len(plan.channel_names):
-        named = {int(match[2]) for match in map(CHANNEL.match, map(stem_of, case.images)) if match}
+    named = {int(match[2]) for match in map(CHANNEL.match, map(stem_of, case.images)) if match}
+    gap = len(case.images) > 1 and bool(named) and named != set(range(len(case.images)))
+    if gap or len(source.array) != len(plan.channel_names):
         missing = [f"{name} (_{i:04d})" for i, name in enumerate(plan.channel_names) if i not in named]
+        apart = not named and plan.image_dims == 3 and len(source.array) < len(plan.channel_names)
         colours = len(plan.channel_names) == 3 and plan.image_dims == 2
+        surplus = [f"_{i:04d}" for i in numbers_beside(case.images[0]) if i >= len(plan.channel_names)]
+        shown = ", ".join(f"_{i:04d}" for i in sorted(named))
+        if (
+            len(case.images) == 1 and surplus
+        ):  # of every image, or those that have none would have been joined
+            raise UserError(
+                f"{source.path} is not joined with the other channels of its image: {few(surplus)} is too many for "
+                f"the {len(plan.channel_names)} that the model takes ({', '.join(plan.channel_names)}). Take it away."
+            )
         raise UserError(
-            f"{source.path} has {len(source.array)} channels, the model expects {len(plan.channel_names)} "
+            f"{source.path} has {len(source.array)} channels{f' ({shown})' if gap else ''}, the model expects "
+            f"{len(plan.channel_names)} "
             f"({', '.join(plan.channel_names)}). Give images like those it was trained on"
             f"{f'; what is missing: {few(missing)}' if named and missing else ''}"
-            f"{'; convert grey pictures to colours' if colours else ''}."
+            f"{'; convert grey pictures to colours' if colours else ''}"
+            f"{'; files of one channel each are called x_0000, x_0001, ... in this order' if apart else ''}."
         )
     affine = torch.from_numpy(source.affine)
     item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}
@@ -281,9 +293,28 @@ def _balanced_crop(plan: Plan, foreground: float) -> Transform:
 def preparation(plan: Plan, balanced: bool = False) -> Compose:
     """What `augmentation` needs and no epoch changes: cases at least a patch large, where foreground is."""
     classes = len(known_values(plan))
-    indices = ClassesToIndicesd("label", num_classes=classes) if balanced else FgBgToIndicesd("label")
+    indices = ClassesToIndicesd("label", num_classes=classes) if balanced else AnnotatedPlaces()
     beyond = [] if plan.slice_axis is None else [NeighboursBeyond(plan)]
     return Compose([*beyond, SpatialPadd(KEYS, _patch(plan)), indices])
+
+
+class AnnotatedPlaces(Transform):
+    """Where foreground and background are, as MONAI's crop takes it; what nobody annotated is neither.
+
+    A case without any annotation is background all over. Where a case lacks one of the two, the other stands in for
+    it, as in MONAI's crop, which would warn of it at every patch.
+    """
+
+    def __call__(self, item: Item) -> Item:
+        label = np.asarray(item["label"]).ravel()
+        foreground, background = (np.flatnonzero(found) for found in (label > 0, label == 0))
+        if not foreground.size + background.size:
+            background = np.arange(label.size)
+        foreground, background = (
+            a if a.size else b for a, b in ((foreground, background), (background, foreground))
+        )
+        places = {"label_fg_indices": foreground, "label_bg_indices": background}
+        return {**item, **{key: torch.from_numpy(found) for key, found in places.items()}}
 
 
 def _patch(plan: Plan) -> list[int]:

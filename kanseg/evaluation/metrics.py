@@ -292,6 +292,7 @@ def evaluate_folders(
         "predictions_without_reference": surplus,
         "labels": dict(names),
         "absent": absent,
+        "unit": "pixels" if target.spatial_dims == 2 else "mm",
         "nsd_tolerance_mm": tolerance,
         "interval": f"95 % bootstrap interval of the mean over cases, {RESAMPLES} resamples, seed {seed}",
         "metrics": summarize_rows(rows, seed, aside=absent),

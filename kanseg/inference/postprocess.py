@@ -82,7 +82,10 @@ def check_rule(rule: Rule) -> None:
 
 
 def choose_postprocessing(
-    pairs: Iterable[Pair], labels: Mapping[str, int] | Sequence[int], memory: int | None = None
+    pairs: Iterable[Pair],
+    labels: Mapping[str, int] | Sequence[int],
+    memory: int | None = None,
+    ignore: int | None = None,
 ) -> list[Rule]:
     """Rules that raise the mean Dice of unseen cases; [] where none does.
 
@@ -92,6 +95,7 @@ def choose_postprocessing(
         pairs: (prediction, reference) or (prediction, reference, spacing in mm) of each case, label maps (*S).
         labels: the label values (or name -> value), without the background.
         memory: bytes that the label maps may take; beyond it they lie on the disk. Default all in memory.
+        ignore: value in the references of voxels that do not count; the rules see predictions there, the Dice does not.
     """
     values = list(labels.values() if isinstance(labels, Mapping) else labels)
     cases = _Cases(memory)
@@ -103,7 +107,7 @@ def choose_postprocessing(
         if not cases.predicted & set(group):  # no rule changes anything
             continue
         candidates = _candidates(group, cases.volumes(group))
-        means = np.mean([_scores(case, group, candidates) for case in cases], axis=0)
+        means = np.mean([_scores(case, group, candidates, ignore) for case in cases], axis=0)
         best = int(means.argmax())  # the first candidate changes nothing
         if means[best] >= means[0] + LEAST_GAIN:
             rules.append(candidates[best])
@@ -156,7 +160,7 @@ def _candidates(group: list[int], volumes: Sequence[float]) -> list[Rule]:
     return [{"labels": group, **part, **hole} for hole, part in product(holes, parts)]
 
 
-def _scores(case: Triple, group: list[int], candidates: Sequence[Rule]) -> list[float]:
+def _scores(case: Triple, group: list[int], candidates: Sequence[Rule], ignore: int | None) -> list[float]:
     """Dice (mean over the group's labels) of one case under each candidate."""
     prediction, reference, spacing = case
     marked = np.isin(prediction, group) | np.isin(reference, group)
@@ -165,7 +169,8 @@ def _scores(case: Triple, group: list[int], candidates: Sequence[Rule]) -> list[
     box = ndimage.find_objects(marked.astype(np.uint8))[0]  # beyond it nothing can change
     inside, truth = prediction[box], reference[box]
     done = (apply_postprocessing(inside, [candidate], spacing) for candidate in candidates)
-    return [float(np.mean(dice_of_values(labels, truth, group))) for labels in done]
+    known = slice(None) if ignore is None else truth != ignore
+    return [float(np.mean(dice_of_values(labels[known], truth[known], group))) for labels in done]
 
 
 def _cleaned(mask: np.ndarray, rule: Rule, spacing: Sequence[float] | None) -> np.ndarray:

@@ -14,20 +14,27 @@ CERTAIN = 30.0  # logit of an answer without doubt: its loss and its gradient ar
 class Annotated(_Loss):
     """A loss of logits (N, K, *S) and class numbers (N, 1, *S), for labels as `kanseg.data.labels.targets` gives them.
 
-    Voxels with a negative label add nothing: they count as background that was answered rightly. Memberships
+    Voxels with a negative label do not count: the loss is that of the others, in one row (1, K, voxels). Memberships
     (N, K, *S) of overlapping regions are K - 1 questions of two answers, "not this region" with logit 0 and "this
     region" (so the probability is the sigmoid of its logit); the losses of all are averaged.
+
+    Args:
+        placed: the loss goes by samples or places, so it keeps all voxels, and those that do not count are background
+            that was answered rightly. So they are where a batch has no other.
     """
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], placed: bool = False) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.placed = loss, placed
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         unknown = label < 0
         if unknown.any():
-            label = label.masked_fill(unknown, 0)
-            logits = self._certain(logits, unknown)
+            known = ~unknown[:, 0]
+            if self.placed or not known.any():
+                logits, label = self._certain(logits, unknown), label.masked_fill(unknown, 0)
+            else:
+                logits, label = (maps.movedim(1, -1)[known].T[None] for maps in (logits, label))
         if label.shape[1] == 1:
             return self.loss(logits, label)
         binary = [self._one(logits[:, k : k + 1], label[:, k : k + 1]) for k in range(1, logits.shape[1])]

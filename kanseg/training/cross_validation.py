@@ -184,12 +184,14 @@ def pool(plan: Plan, dataset: Dataset, predictions: Where) -> dict[str, Any]:
     room = for_data(plan.memory_bytes)
     memory = int(CACHE_SHARE * room) if room else None
     pairs = ((ours, theirs, spacing) for _, ours, theirs, spacing in progress(seen, "Reading predictions"))
-    rules = choose_postprocessing(pairs, plan.label_values[1:], memory)
+    rules = choose_postprocessing(pairs, plan.label_values[1:], memory, plan.ignore_value)
     scored: list[dict[str, Any]] = []
     plain = []
     for case, prediction, reference, spacing in progress(seen, "Scoring"):
         plain.append(np.mean(label_dice(prediction, reference, plan)))
         done = apply_postprocessing(prediction, rules, spacing)
+        if plan.ignore_value is not None:
+            done, reference = (np.where(reference == plan.ignore_value, 0, m) for m in (done, reference))
         scores = evaluate_case(done, reference, spacing, list(wanted.values()))
         scored += [{"case": case.id, "label": name, **scores[values]} for name, values in wanted.items()]
     rows, together = part_rows(scored, names)
@@ -208,7 +210,7 @@ def pool(plan: Plan, dataset: Dataset, predictions: Where) -> dict[str, Any]:
 class Seen:
     """Each case with its prediction, reference and spacing, read anew at each walk: they need not fit into memory.
 
-    Voxels with the ignore label are background in both; regions are painted in the reference as predictions are.
+    Regions are painted in the reference as predictions are; voxels with the ignore label keep it.
     """
 
     def __init__(self, cases: Sequence[Case], predictions: Where, plan: Plan) -> None:
@@ -222,7 +224,5 @@ class Seen:
             reference = read_label(label_path(case), self.plan.image_dims)
             image = read_image(self.predictions[case.id], self.plan.image_dims)
             prediction = label_from(image)
-            if self.plan.ignore_value is not None:
-                known = reference != self.plan.ignore_value
-                prediction, reference = prediction * known, reference * known
-            yield case, prediction, painted(reference, self.plan), image.spacing
+            known = reference != self.plan.ignore_value
+            yield case, prediction, np.where(known, painted(reference, self.plan), reference), image.spacing

@@ -70,7 +70,11 @@ def create_loss(name: str, **options: Any) -> DeepSupervisionLoss:
         UsageError: unknown loss, or an option that none of its terms has; the nearest is named.
     """
     with refused_options(f"The loss '{name}'"):
-        return DeepSupervisionLoss(Annotated(LOSSES.create(name, **options)))
+        loss = LOSSES.create(name, **options)
+        placed = any(
+            isinstance(part, BoundaryLoss) or not getattr(part, "batch", True) for part in loss.modules()
+        )
+        return DeepSupervisionLoss(Annotated(loss, placed))
 
 
 def check_loss(loss: nn.Module, what: str, logits: Tensor, target: Tensor) -> None:

@@ -13,8 +13,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +31,7 @@ from kanseg.training.files import locked, make_folder, read_json, write_bytes, w
 from kanseg.training.fit import fit
 from kanseg.training.monitor import LOG, read_log
 from kanseg.training.run_folder import SPLITS, require_plan
+from kanseg.training.stop import INTERRUPTED
 
 METRIC = "mean_dice"
 KINDS = {"uniform": 2, "loguniform": 2, "randint": 2, "choice": None}  # of tune: number of values
@@ -103,12 +108,13 @@ def search(
     _check_asked(folder, asked, resume)
     with locked(folder):
         write_json(folder / "search.json", asked)
-        results = _tune(run, plan, fixed, space, asked, first.training.epochs, concurrent, resume)
+        with _ends_by_ctrl_c() as terminated:
+            results = _tune(run, plan, fixed, space, asked, first.training.epochs, concurrent, resume)
         rows = [_row(result, space, folder, fold) for result in results]
-    if len(rows) < trials:  # Ray ends so when it is interrupted
-        raise UserError(
-            f"The search in {folder} stopped after {len(rows)} of {trials} trials. Go on with --resume."
-        )
+    if len(rows) < trials or terminated:  # Ray ends so when it is interrupted
+        text = f"{folder} holds {len(rows)} of {trials} trials, the last of them perhaps in part."
+        console.print(text, highlight=False, soft_wrap=True)
+        raise SystemExit(terminated[0] if terminated else INTERRUPTED)
     rows.sort(key=lambda row: -(row["dice"] if row["dice"] is not None else -1.0))
     if not rows or rows[0]["dice"] is None:
         raise UserError(
@@ -119,6 +125,31 @@ def search(
     write_json(folder / "best.json", best)
     console.print(f"Best of {len(rows)} trials: {METRIC} {best['dice']:.4f} by {' '.join(best['overrides'])}")
     return {"best": best, "trials": rows}
+
+
+@contextmanager
+def _ends_by_ctrl_c() -> Iterator[list[int]]:
+    """Within it SIGTERM is taken as the Ctrl-C by which Ray Tune ends in order; given are the exit codes of those that
+    came. Ray's own handler of SIGTERM, set when it starts, would abort.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(128 + number)
+        signal.raise_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    except KeyboardInterrupt:  # before Ray Tune listens, or a second one
+        if came:
+            raise SystemExit(came[0]) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_asked(folder: Path, asked: Mapping[str, Any], resume: bool) -> None:
@@ -145,6 +176,7 @@ def _tune(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     try:
+        import optuna
         import ray
         from optuna.samplers import TPESampler
         from ray import tune
@@ -152,9 +184,14 @@ def _tune(
         from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
         raise UserError(f"A search needs: pip install 'kanseg[ray]' ({error}).") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would name ways to go on that are not kanseg's
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        ends = signal.getsignal(signal.SIGTERM)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ends)  # for Ray sets one of its own
     try:
         job = {"plan": plan.to_dict(), "run": str(run), "fixed": list(fixed)}
         job |= {"fold": asked["fold"], "config": asked["config"]}
@@ -226,8 +263,15 @@ def _row(result: Any, space: Mapping[str, Any], folder: Path, fold: int) -> dict
         "epochs": len(records),
         **{key: (result.config or {}).get(key) for key in space},
         "folder": str(folder / "trials" / trial),
-        "error": str(result.error).splitlines()[-1] if result.error else "",
+        "error": _why(str(result.error)) if result.error else "",
     }
+
+
+def _why(error: str) -> str:
+    """The line of an error of Ray's that says what it was."""
+    if "running low on memory" in error:  # and much advice on Ray after it
+        return "the machine's memory was nearly full, so Ray ended it. Free some, or give a smaller --concurrent."
+    return error.splitlines()[-1]
 
 
 def _arguments(kind: str, values: list[Any]) -> list[Any]:

@@ -97,6 +97,11 @@ class Trainer:
         while not self.at_end():
             self._train_epoch(batches)
             self._end_epoch(self._validate() if self._validation_is_due() else None)
+        if self.fraction() < 1:
+            self.monitor.say(
+                f"Ended early: {state.stale} validations in a row were no better than that of epoch {state.best_epoch} "
+                f"(training.patience={self.options.patience})."
+            )
 
     def at_end(self) -> bool:
         """Whether the training is over and its last epoch closed."""

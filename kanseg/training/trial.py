@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kanseg.config import load_config
-from kanseg.data.plan import Need, Plan
+from kanseg.data.plan import LEAST_FEATURES, MEASURED_SHARE, Need, Plan
 from kanseg.errors import UserError
 from kanseg.memory import taken
 from kanseg.training.checkpoint import (
@@ -38,6 +38,9 @@ from kanseg.training.losses import create_loss
 from kanseg.training.optimizers import create_optimizer
 
 LARGEST_TRIAL = {"cpu": 300_000, "cuda": 8_000_000}  # voxels of a step
+# Times its weights, what a training of a network takes at least: those of the step (weights, their average, two moments
+# of the optimizer; gradients) and on a CPU, in place of gradients, those of the step twice again in a checkpoint.
+COPIES = {"cpu": 12, "cuda": 5}
 STEPS = 2  # the second finds the state of the optimizer there, as all later ones do
 LEAST_GROWTH = 0.1  # of a step's time that goes by its voxels, at least: a disturbed trial may say less
 MINUTES = 10
@@ -72,7 +75,10 @@ def measure_step(plan: Plan) -> Need:
 
 
 def trial(plan: Plan) -> dict[str, float]:
-    """Take the steps in this process; see `Need` for the keys of the answer."""
+    """Take the steps in this process; see `Need` for the keys of the answer.
+
+    Of a network whose weights alone are too many for the plan's memory no step is taken, for it would pass it.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         keep_freed_memory()
@@ -80,6 +86,12 @@ def trial(plan: Plan) -> dict[str, float]:
     batch = max(1, min(plan.batch_size, int(LARGEST_TRIAL[device] / math.prod(patch))))
     config = load_config()
     model = build_model(model_spec(config, plan)).to(device).train()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    standing = torch.cuda.memory_reserved() if device == "cuda" else taken() or 0
+    least = standing + (COPIES[device] - 1) * weights
+    narrower = plan.features_per_stage[0] > LEAST_FEATURES
+    if narrower and plan.memory_bytes and least > MEASURED_SHARE * plan.memory_bytes:
+        return {"base": float(least), "per_voxel": 0.0}
     average = copy.deepcopy(model)
     loss = create_loss(config.training.loss)
     optimizer = create_optimizer(model, config.training)
@@ -100,10 +112,10 @@ def trial(plan: Plan) -> dict[str, float]:
         save_checkpoint(Path(folder) / LAST, {**tensors, **state}, plan.to_dict())
     per_voxel = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     base = peaks[0] - per_voxel * sizes[0]
-    least = _peak(device) if _peak(device) > peaks[1] else 0.0
+    saved = _peak(device) if _peak(device) > peaks[1] else 0.0
     seconds = max((times[1] - times[0]) / (sizes[1] - sizes[0]), times[1] / sizes[1] * LEAST_GROWTH)
     overhead = max(0.0, times[1] - seconds * sizes[1])
-    return {"base": base, "per_voxel": per_voxel, "least": least, "seconds": seconds, "overhead": overhead}
+    return {"base": base, "per_voxel": per_voxel, "least": saved, "seconds": seconds, "overhead": overhead}
 
 
 def _step(
