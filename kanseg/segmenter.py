@@ -323,7 +323,7 @@ def _as_case(
     if not isinstance(image, np.ndarray):
         if spacing is not None:
             raise UsageError(f"spacing is for arrays; {image} has its own.")
-        cases = find_images(image)
+        cases = find_images(image, names=plan.channel_names)
         if len(cases) != 1:
             raise UsageError(f"{image} holds {len(cases)} images, predict takes one; use `kanseg predict`.")
         return cases[0]

@@ -16,6 +16,8 @@ from PIL import Image as Picture
 from kanseg.data.convert import convert
 from kanseg.data.doctor import diagnose
 from kanseg.data.formats import Dataset, find_images, list_dataset, read_dataset
+from kanseg.data.image_classes import is_classes
+from kanseg.data.images import stem_of
 from kanseg.data.labels import regions_of
 from kanseg.data.plan import check_wishes
 from kanseg.data.splits import split
@@ -158,6 +160,73 @@ def test_a_gap_in_the_channels_of_a_case_folder_is_named(tmp_path: Path) -> None
         volumes(tmp_path / case, ["label"], (1,))
     with pytest.raises(UserError, match="'c' .* lacks the channel _0001"):
         read_dataset(tmp_path)
+
+
+def case_folders(root: Path, channels: list[str], ending: str = "{}", label: str = "seg") -> Path:
+    """Three cases, each in a folder, with a file for each channel and a label map, named by `ending`."""
+    for case in ("pat_1", "pat_2", "pat_3"):
+        volumes(root / case, [ending.format(channel, case=case) for channel in channels])
+        volumes(root / case, [ending.format(label, case=case)], (1,))
+    return root
+
+
+@pytest.mark.parametrize("ending", ["{case}-{}", "{case}_v2_{}", "{}"])
+@pytest.mark.parametrize(
+    ("channels", "label"),
+    [(["t1c", "t1n", "t2f", "t2w"], "seg"), (["T1", "gd_T1"], "mask"), (["imaging"], "segmentation")],
+)
+def test_a_folder_a_case_with_a_file_a_channel(
+    tmp_path: Path, channels: list[str], label: str, ending: str
+) -> None:
+    """As BraTS and KiTS have them; the same names are found again in what is to be predicted."""
+    root = case_folders(tmp_path / "data", channels, ending, label)
+    dataset = read_dataset(root)
+    assert dataset.channel_names == tuple(sorted(name.lower() for name in channels))
+    files = [ending.format(name, case="pat_1") for name in sorted(channels, key=str.lower)]
+    assert [stem_of(image) for image in dataset.cases[0].images] == files
+    assert [case.label.parent.name for case in dataset.cases if case.label] == ["pat_1", "pat_2", "pat_3"]
+    assert not is_classes(root)
+    names = dataset.channel_names
+    wanted = {case.id: case.images for case in dataset.cases}
+    assert {case.id: case.images for case in find_images(root, channels=len(names), names=names)} == wanted
+    if len(names) > 1:
+        (one,) = find_images(root / "pat_1", channels=len(names), names=names)
+        assert one.images == wanted["pat_1"]
+    if ending != "{}" and len(names) > 1:  # all cases in one folder
+        for folder in sorted(root.iterdir()):
+            for file in folder.iterdir():
+                shutil.copy(file, tmp_path / file.name)
+        flat = find_images(tmp_path, channels=len(names), names=names)
+        assert [[image.name for image in case.images] for case in flat] == [
+            [image.name for image in images] for images in wanted.values()
+        ]
+
+
+def test_channels_that_a_case_folder_lacks_or_has_too_many_are_named(tmp_path: Path) -> None:
+    root = case_folders(tmp_path, ["flair", "t1"])
+    (root / "pat_2" / "t1.nii.gz").unlink()
+    with pytest.raises(UserError, match="pat_2 lacks the channel t1, which most cases have"):
+        read_dataset(root)
+    assert [(f.kind, f.case) for f in diagnose(root).findings][:1] == [("missing channel", "pat_2")]
+    (case,) = (case for case in find_images(root, channels=2, names=["FLAIR", "T1"]) if case.id == "pat_2")
+    assert [path.name for path in case.images] == ["flair.nii.gz"]  # and fails by itself
+    volumes(root / "pat_2", ["t1", "t2"])
+    with pytest.raises(UserError, match=r"pat_2 has t2.nii.gz beside the channels of most cases .flair, t1."):
+        read_dataset(root)
+    (root / "pat_2" / "t2.nii.gz").unlink()
+    (root / "pat_3" / "seg.nii.gz").unlink()
+    with pytest.raises(UserError, match="pat_3 has 0 label maps"):
+        read_dataset(root)
+
+
+def test_the_only_image_of_a_case_folder_may_have_any_name(tmp_path: Path) -> None:
+    for case in "abc":
+        volumes(tmp_path / case, [f"scan of {case}"])
+        volumes(tmp_path / case, ["seg"], (1,))
+    dataset = read_dataset(tmp_path)
+    assert [(case.id, len(case.images)) for case in dataset.cases] == [("a", 1), ("b", 1), ("c", 1)]
+    assert dataset.channel_names == ("image",)
+    assert [c.images for c in find_images(tmp_path, names=["image"])] == [c.images for c in dataset.cases]
 
 
 def test_csv_with_groups_and_datalist(tmp_path: Path) -> None:

@@ -17,6 +17,14 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from kanseg.data.case_folders import (
+    UNNAMED,
+    by_channel,
+    is_called_label,
+    look_into,
+    of_one_case,
+    usual_channels,
+)
 from kanseg.data.images import (
     LOSSY,
     SUFFIXES_2D,
@@ -56,7 +64,8 @@ MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), one folder with x and x_mask (or x_label), one folder per case with image and label, a .csv or .tsv "
+    "masks/), one folder with x and x_mask (or x_label), one folder per case with image (or a file for each "
+    "channel) and label, a .csv or .tsv "
     "with the columns image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
 )
 
@@ -210,10 +219,13 @@ def patient_notes(cases: Sequence[Case], tests: Sequence[Case]) -> list[str]:
     return notes
 
 
-def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
+def find_images(path: Path | str, *, channels: int | None = None, names: Sequence[str] = ()) -> list[Case]:
     """Images to predict: a file, a folder of images (`_0000` channels joined), or folders with one DICOM series each.
 
+    Also a folder for each case, see `kanseg.data.case_folders`; label maps in them are left aside.
+
     Args:
+        names: of the model's channels. Files called by them (CASE-t1c, CASE-flair) are joined.
         channels: how many the model takes. Files numbered `_0000`, `_0001`, ... are joined only where some image has
             just so many of them (for one channel: every image); otherwise they are images of their own, such as the
             frames of a video.
@@ -229,6 +241,8 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
     if path.is_file():
         return [Case(stem_of(path), (path,), None, stem_of(path))]
     files = image_files(path)
+    if len(names) > 1 and (cases := _joined_by_name(files, names, path.resolve().name)):
+        return cases
     if files and channels is not None and channels > 1:
         return _joined(files, channels)
     if files:
@@ -236,6 +250,8 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         return _cases(files, join=channels is None or set(counts) == {1})
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
     series = _with_dicom(folders)
+    if not series and (cases := _in_case_folders(path, names)):
+        return cases
     if not series:
         but = ", but DICOM-SEG, which label maps are not read from" if segmentations_in(path) else ""
         raise UserError(
@@ -243,6 +259,40 @@ def find_images(path: Path | str, *, channels: int | None = None) -> list[Case]:
         )
     names = ["_".join(folder.relative_to(path).parts) or folder.resolve().name for folder in series]
     return [Case(name, (folder,), None, name) for name, folder in zip(names, series, strict=True)]
+
+
+def _joined_by_name(files: Sequence[Path], names: Sequence[str], folder: str) -> list[Case]:
+    """Files called by the names of channels as images, where one has all of them; [] where none has.
+
+    What is left over is a case too, as in `_joined`, but for label maps.
+    """
+    found = by_channel(files, names)
+    if all(len(one) < len(names) for one in found.values()):
+        return []
+    cases = [_by_names(name or folder, one, names) for name, one in found.items()]
+    inside = {image for case in cases for image in case.images}
+    left = [file for file in files if file not in inside and not is_called_label(file)]
+    return sorted(
+        [*cases, *(Case(stem_of(f), (f,), None, stem_of(f)) for f in left)], key=lambda case: case.id
+    )
+
+
+def _in_case_folders(path: Path, names: Sequence[str]) -> list[Case]:
+    """A case for each folder: its images by the names of channels, or those called image, or its only image."""
+    cases = []
+    for folder in _folders_in(path):
+        files = image_files(folder)
+        images = [file for file in files if CASE_IMAGE.fullmatch(stem_of(file))]
+        others = [file for file in files if not is_called_label(file)]
+        if found := of_one_case(files, names):
+            cases.append(_by_names(folder.name, found, names))
+        elif images or len(others) == 1:
+            cases.append(Case(folder.name, tuple(images or others), None, folder.name))
+    return cases
+
+
+def _by_names(id_: str, found: Mapping[str, Path], names: Sequence[str], label: Path | None = None) -> Case:
+    return Case(id_, tuple(found[name] for name in names if name in found), label, id_)
 
 
 def _joined(files: Sequence[Path], channels: int) -> list[Case]:
@@ -691,17 +741,10 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         labels = labels or segmentations_in(folder)
         if not images:
             continue
-        if len(labels) != 1:
-            kind = "several masks" if labels else "missing label"
-            problem(
-                kind,
-                folder.name,
-                f"{folder} has {len(labels)} label maps; one, e.g. label.nii.gz, is expected.",
-                labels,
-            )
-        label = labels[0] if labels else None
-        cases.append(Case(folder.name, tuple(images), label, folder.name))
+        cases.append(Case(folder.name, tuple(images), _one_label(folder, labels, problem), folder.name))
     _require_channels(cases, None, problem)
+    if not cases and (dataset := _read_named_folders(root, problem)):
+        return dataset
     if not any(case.label for case in cases):
         several = [folder for folder in _folders_in(root) if len(image_files(folder)) > 1]
         hint = f" If its folders are classes, put them into {root / 'train'}." if len(several) > 1 else ""
@@ -711,13 +754,51 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
     return _dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])
 
 
+def _one_label(folder: Path, labels: Sequence[Path], problem: Problem) -> Path | None:
+    if len(labels) != 1:
+        kind = "several masks" if labels else "missing label"
+        said = f"{folder} has {len(labels)} label maps; one, e.g. label.nii.gz, is expected."
+        problem(kind, folder.name, said, labels)
+    return labels[0] if labels else None
+
+
+def _read_named_folders(root: Path, problem: Problem) -> Dataset | None:
+    """A folder a case whose files are called by their channels, see `kanseg.data.case_folders`."""
+    files = {folder: image_files(folder) for folder in _folders_in(root)}
+    seen = {folder: look_into(own) for folder, own in files.items() if own}
+    names = usual_channels(seen.values())
+    cases = []
+    for folder, found in seen.items() if names else ():
+        images = of_one_case(files[folder], names)
+        if names == UNNAMED and len(found.others) == 1:
+            images = dict(zip(names, found.others.values(), strict=True))
+        if not images and not found.labels:
+            continue
+        for name in repeated(map(stem_of, files[folder])):
+            why = f"{folder} has several files called '{name}'; which is the image? Take the others away."
+            problem("same name", folder.name, why)
+        if missing := [name for name in names if name not in images]:
+            why = f"{folder} lacks the channel {few(missing)}, which most cases have."
+            problem("missing channel", folder.name, f"{why} Add the file, or take the case out.")
+        if surplus := [file.name for file in found.others.values() if file not in images.values()]:
+            why = f"{folder} has {few(surplus, 3)} beside the channels of most cases ({few(names)})."
+            problem("other channels", folder.name, f"{why} Take it away, or the case out.")
+        cases.append(_by_names(folder.name, images, names, _one_label(folder, found.labels, problem)))
+    if not cases:
+        return None
+    layout = f"one folder per case with label and a file for each channel ({few(names)})"
+    named = names if len(names) == _channels(cases) and names != UNNAMED else None
+    return _dataset(root.name, root, layout, cases, [], named, [])
+
+
 def with_masks(folders: Iterable[Path]) -> bool:
     """Whether images lie beside their label maps in a folder, by the names there."""
     for folder in (folder for folder in folders if folder.is_dir()):
         stems = {IMAGE_ENDING.sub("", stem_of(file)) for file in image_files(folder)}
         pairs = any(LABEL_ENDING.search(stem) and LABEL_ENDING.sub("", stem) in stems for stem in stems)
         whole = any(map(CASE_IMAGE.fullmatch, stems)) and any(map(CASE_LABEL.fullmatch, stems))
-        if pairs or whole or (folder / "dataset.json").exists():
+        called = look_into(image_files(folder))
+        if pairs or whole or (called.labels and called.others) or (folder / "dataset.json").exists():
             return True
     return False
 

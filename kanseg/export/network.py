@@ -134,7 +134,7 @@ def export_network(
         )
     plan, network = loaded.plan, loaded.networks[0]
     kind.check(plan)
-    case = None if image is None else _one_image(image, len(plan.channel_names))
+    case = None if image is None else _one_image(image, plan.channel_names)
     shape = (plan.in_channels, *plan.patch_size)
     path = out / kind.file
     make_folder(path.parent)
@@ -202,8 +202,8 @@ def compare(network: nn.Module, run: Run, shape: Sequence[int]) -> dict[str, Any
     }
 
 
-def _one_image(image: Path, channels: int) -> Case:
-    cases = find_images(image, channels=channels)
+def _one_image(image: Path, names: Sequence[str]) -> Case:
+    cases = find_images(image, channels=len(names), names=names)
     if len(cases) != 1:
         raise UsageError(f"-i {image} holds {len(cases)} images, one is compared. Give a file.")
     return cases[0]

@@ -175,7 +175,7 @@ def predict_with(
             f"--memory {memory / 2**20:.0f}M is less than the program and the model take before the first image, "
             f"{(taken() or 0) / 2**20:.0f}M. Give more."
         )
-    cases = find_images(images, channels=len(loaded.plan.channel_names))
+    cases = find_images(images, channels=len(loaded.plan.channel_names), names=loaded.plan.channel_names)
     if images.is_dir():
         cases = _images_among(cases, images, console)
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
