@@ -15,7 +15,7 @@ from PIL import Image as Picture
 
 from kanseg.data.convert import convert
 from kanseg.data.doctor import diagnose
-from kanseg.data.formats import Dataset, find_images, list_dataset, read_dataset
+from kanseg.data.formats import Dataset, find_images, labels_in_case_folders, list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes
 from kanseg.data.images import stem_of
 from kanseg.data.labels import regions_of
@@ -186,6 +186,7 @@ def test_a_folder_a_case_with_a_file_a_channel(
     assert [stem_of(image) for image in dataset.cases[0].images] == files
     assert [case.label.parent.name for case in dataset.cases if case.label] == ["pat_1", "pat_2", "pat_3"]
     assert not is_classes(root)
+    assert labels_in_case_folders(root) == {case.id: case.label for case in dataset.cases}
     names = dataset.channel_names
     wanted = {case.id: case.images for case in dataset.cases}
     assert {case.id: case.images for case in find_images(root, channels=len(names), names=names)} == wanted

@@ -291,6 +291,12 @@ def _in_case_folders(path: Path, names: Sequence[str]) -> list[Case]:
     return cases
 
 
+def labels_in_case_folders(path: Path) -> dict[str, Path]:
+    """The label map of each folder that has one, by the folder's name."""
+    found = {folder.name: look_into(image_files(folder)).labels for folder in _folders_in(path)}
+    return {name: labels[0] for name, labels in found.items() if len(labels) == 1}
+
+
 def _by_names(id_: str, found: Mapping[str, Path], names: Sequence[str], label: Path | None = None) -> Case:
     return Case(id_, tuple(found[name] for name in names if name in found), label, id_)
 

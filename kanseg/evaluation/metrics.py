@@ -25,7 +25,14 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from scipy import ndimage
 
 from kanseg.data.beside import is_beside
-from kanseg.data.formats import few, find_images, image_files, repeated, segmentations_in
+from kanseg.data.formats import (
+    few,
+    find_images,
+    image_files,
+    labels_in_case_folders,
+    repeated,
+    segmentations_in,
+)
 from kanseg.data.images import Image, check_pair, label_from, read_image, read_label, stem_of
 from kanseg.data.labels import Labels, class_values, unions
 from kanseg.data.plan import Plan
@@ -329,6 +336,8 @@ def _predictions(prediction: Path, segments: Mapping[str, int]) -> tuple[dict[st
 def _label_maps(path: Path) -> dict[str, Path]:
     """Label maps by name, each file for itself: one numbered _0000 may be the frame of a video."""
     files = [file for file in image_files(path) if not is_beside(file)] if path.is_dir() else []
+    if path.is_dir() and not files and (labels := labels_in_case_folders(path)):
+        return labels
     if not files:
         return {_stem(case.id): case.images[0] for case in find_images(path)}
     return {_stem(stem_of(file)): file for file in files}
