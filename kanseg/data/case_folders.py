@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kanseg.data.images import stem_of
 
-LABEL = re.compile(r"label|mask|seg|segmentation")
+CASE_LABEL = re.compile(r"label|mask|seg|segmentation")
 SIGNS = "-_. "  # between the words of a name
 UNNAMED = ("image",)  # the channel of cases whose only images have no name in common
 
@@ -33,7 +33,7 @@ def look_into(files: Iterable[Path]) -> CaseFolder:
     stems = {file: stem_of(file).lower() for file in files}
     shared = os.path.commonprefix(list(stems.values()))  # noqa: RUF071 (of letters)
     start = 1 + max(shared.rfind(sign) for sign in SIGNS)
-    labels = [file for file, stem in stems.items() if LABEL.fullmatch(stem[start:])]
+    labels = [file for file, stem in stems.items() if CASE_LABEL.fullmatch(stem[start:])]
     return CaseFolder(labels, {stem[start:]: file for file, stem in stems.items() if file not in labels})
 
 
@@ -74,4 +74,4 @@ def of_one_case(files: Iterable[Path], names: Sequence[str]) -> dict[str, Path]:
 
 def is_called_label(file: Path) -> bool:
     """Whether a file's name ends as that of a label map."""
-    return bool(re.search(rf"(^|[{SIGNS}])({LABEL.pattern})$", stem_of(file), re.IGNORECASE))
+    return bool(re.search(rf"(^|[{SIGNS}])({CASE_LABEL.pattern})$", stem_of(file), re.IGNORECASE))

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from kanseg.data.case_folders import (
+    CASE_LABEL,
     UNNAMED,
     by_channel,
     is_called_label,
@@ -59,14 +60,14 @@ IMAGE_FOLDERS = ("images", "imagesTr", "image")
 LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask")
 LABEL_ENDING = re.compile(r"(_mask|_label|_seg)(_\d+)?$")
 IMAGE_ENDING = re.compile(r"(_image|_img)$")
-CASE_IMAGE, CASE_LABEL = re.compile(r"(image|img)(_\d{4})?"), re.compile(r"label|mask|seg|segmentation")
+CASE_IMAGE = re.compile(r"(image|img)(_\d{4})?")
 MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a label map
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), one folder with x and x_mask (or x_label), one folder per case with image (or a file for each "
-    "channel) and label, a .csv or .tsv "
-    "with the columns image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
+    "masks/), one folder with x and x_mask (or x_label), one folder per case with image (or a file for each channel) "
+    "and label, a .csv or .tsv with the columns image and label, or a datalist .json of MONAI; an image may be a "
+    "folder with a DICOM series"
 )
 
 
@@ -736,9 +737,7 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         files = image_files(folder)
         images = [file for file in files if CASE_IMAGE.fullmatch(stem_of(file))]
         labels = [file for file in files if CASE_LABEL.fullmatch(stem_of(file))]
-        for name in repeated(map(stem_of, images)):
-            why = f"{folder} has several files called '{name}'; which is the image? Take the others away."
-            problem("same name", folder.name, why)
+        _require_single_names(folder, images, problem)
         if not images:
             series = _series_of(folder)
             images = [path for path in series if len(series) == 1 or CASE_IMAGE.fullmatch(path.name)]
@@ -758,6 +757,12 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
             hint = " Its folders hold images beside their masks: put all into one folder."
         raise UserError(f"{root} has no layout that kanseg knows.{hint} Expected: {LAYOUTS}.")
     return _dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])
+
+
+def _require_single_names(folder: Path, files: Sequence[Path], problem: Problem) -> None:
+    for name in repeated(map(stem_of, files)):
+        why = f"{folder} has several files called '{name}'; which is the image? Take the others away."
+        problem("same name", folder.name, why)
 
 
 def _one_label(folder: Path, labels: Sequence[Path], problem: Problem) -> Path | None:
@@ -780,9 +785,7 @@ def _read_named_folders(root: Path, problem: Problem) -> Dataset | None:
             images = dict(zip(names, found.others.values(), strict=True))
         if not images and not found.labels:
             continue
-        for name in repeated(map(stem_of, files[folder])):
-            why = f"{folder} has several files called '{name}'; which is the image? Take the others away."
-            problem("same name", folder.name, why)
+        _require_single_names(folder, files[folder], problem)
         if missing := [name for name in names if name not in images]:
             why = f"{folder} lacks the channel {few(missing)}, which most cases have."
             problem("missing channel", folder.name, f"{why} Add the file, or take the case out.")

@@ -122,9 +122,7 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
         colours = len(plan.channel_names) == 3 and plan.image_dims == 2
         surplus = [f"_{i:04d}" for i in numbers_beside(case.images[0]) if i >= len(plan.channel_names)]
         shown = ", ".join(f"_{i:04d}" for i in sorted(named))
-        if (
-            len(case.images) == 1 and surplus
-        ):  # of every image, or those that have none would have been joined
+        if surplus and len(case.images) == 1:  # all images have some, or the others would have been joined
             raise UserError(
                 f"{source.path} is not joined with the other channels of its image: {few(surplus)} is too many for "
                 f"the {len(plan.channel_names)} that the model takes ({', '.join(plan.channel_names)}). Take it away."

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ from kanseg.training.files import locked, make_folder, read_json, write_bytes, w
 from kanseg.training.fit import fit
 from kanseg.training.monitor import LOG, read_log
 from kanseg.training.run_folder import SPLITS, require_plan
-from kanseg.training.stop import INTERRUPTED
+from kanseg.training.stop import INTERRUPTED, sigterm_by
 
 METRIC = "mean_dice"
 KINDS = {"uniform": 2, "loguniform": 2, "randint": 2, "choice": None}  # of tune: number of values
@@ -138,18 +137,13 @@ def _ends_by_ctrl_c() -> Iterator[list[int]]:
         came.append(128 + number)
         signal.raise_signal(signal.SIGINT)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield came
+        with sigterm_by(interrupt):
+            yield came
     except KeyboardInterrupt:  # before Ray Tune listens, or a second one
         if came:
             raise SystemExit(came[0]) from None
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _check_asked(folder: Path, asked: Mapping[str, Any], resume: bool) -> None:
@@ -188,10 +182,8 @@ def _tune(
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would name ways to go on that are not kanseg's
     started_here = not ray.is_initialized()
     if started_here:
-        ends = signal.getsignal(signal.SIGTERM)
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ends)  # for Ray sets one of its own
+        with sigterm_by(signal.getsignal(signal.SIGTERM)):  # for Ray sets a handler of its own, for good
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         job = {"plan": plan.to_dict(), "run": str(run), "fixed": list(fixed)}
         job |= {"fold": asked["fold"], "config": asked["config"]}

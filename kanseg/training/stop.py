@@ -13,20 +13,27 @@ TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit code
 
 
 @contextmanager
+def sigterm_by(handler: Any) -> Iterator[None]:
+    """Within it SIGTERM goes to `handler`, after it where it went before. Beside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def orderly_end() -> Iterator[None]:
     """Within it SIGTERM raises `SystemExit`, as Ctrl-C raises `KeyboardInterrupt`: half a result is cleared away."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(TERMINATED)
 
-    if threading.current_thread() is not threading.main_thread():
+    with sigterm_by(leave):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:
