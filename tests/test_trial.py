@@ -77,7 +77,7 @@ def test_a_trial_that_fails_says_why(blobs: Path) -> None:
 @pytest.mark.parametrize("size", ["large", "small"])
 def test_a_trial_keeps_within_the_memory_of_the_plan_too(blobs: Path, size: str) -> None:
     """Also one of a network whose weights, copied as a checkpoint copies them, would be more: it takes no step."""
-    plan = make_plan(read_dataset(blobs), memory=3 * 2**29, size=size)
+    plan = make_plan(read_dataset(blobs), memory=2**31, size=size)
     if size == "large":
         plan = replace(plan, features_per_stage=[48, 192, 768], strides=[[1] * 3, [2] * 3, [2] * 3])
         plan = replace(plan, kernel_sizes=[[3] * 3] * 3, patch_size=[16] * 3)
