@@ -136,7 +136,13 @@ def convert_u2kanet(
     """U2KANet and the small one; all seven outputs in `eval()` too. `first` is the kernel of the first layer."""
     own = taken(args, input_channels=3, num_classes=1, width_scale=1)
     network = U2KANet(
-        DIMS, own["input_channels"], own["num_classes"], width=own["width_scale"], shape=shape, basis=Blank
+        DIMS,
+        own["input_channels"],
+        own["num_classes"],
+        width=own["width_scale"],
+        shape=shape,
+        basis=Blank,
+        first_kernel=first,
     )
     rows = [
         (r"encoder\.(\d)\.(.*)", lambda m: f"stage{int(m[1]) + 1}.{_nested(m[2])}"),
@@ -144,8 +150,6 @@ def convert_u2kanet(
         (r"heads\.(\d)", lambda m: f"side{int(m[1]) + 1}"),
         (r"together", "outconv"),
     ]
-    enter: Any = network.encoder[0].enter
-    enter.reshape(kernel_size=first)
     filling = Filling(FAMILIES[family], args, state, renaming(rows))
     filling.fill(network)
     align_corners(network)

@@ -63,7 +63,8 @@ class DenseKANet(Encoder):
         stem_kernel: kernel of the stem, whose stride is 2.
         max_pool: whether a max pooling by 2 follows the stem.
         last_transition: whether a transition follows the last block too (the tiny networks).
-        inner_basis: of the k x k layers in the blocks; default as the others.
+        inner_options: layer options of the k x k layers in the blocks, over the others'. Those of torch-conv-kan's
+            narrow networks are {"dim_reduction": 8}.
         kan_stages, layer_options: see `kanseg.encoders.layers`.
 
     >>> DenseKANet(2, 1, blocks=(2, 2), growth=4, features=8).out_channels
@@ -83,7 +84,7 @@ class DenseKANet(Encoder):
         stem_kernel: int = 7,
         max_pool: bool = True,
         last_transition: bool = False,
-        inner_basis: Layer | Sequence[Layer] = "same",
+        inner_options: dict[str, Any] | None = None,
         kan_stages: str | Sequence[int] = "all",
         **layer_options: Any,
     ) -> None:
@@ -100,11 +101,7 @@ class DenseKANet(Encoder):
             maps.append(channels)
         super().__init__(spatial_dims, in_channels, maps, (2,) * len(maps))
         layers = stage_layers(basis, len(maps), kan_stages, **layer_options)
-        inner = (
-            layers
-            if inner_basis == "same"
-            else stage_layers(inner_basis, len(maps), kan_stages, **layer_options)
-        )
+        inner = stage_layers(basis, len(maps), kan_stages, **{**layer_options, **(inner_options or {})})
         stem = layers[0](spatial_dims, in_channels, features, stem_kernel, stride=2, groups=1)
         self.stages = nn.ModuleList()
         head: dict[str, nn.Module] = {"stem": stem}

@@ -89,6 +89,8 @@ class RDKANet(Encoder):
         kernel_size: of the depthwise convolutions.
         expansion: width between the 1x1 layers, in multiples of the block's input.
         transition: channels kept between stages.
+        stem_options: layer options of the stem, over the others'. In torch-conv-kan it is always narrow,
+            {"bottleneck": True}.
         basis, kan_stages, layer_options: see `kanseg.encoders.layers`; one basis a map. The depthwise convolutions are
             never narrow.
 
@@ -113,6 +115,7 @@ class RDKANet(Encoder):
         kernel_size: int = 7,
         expansion: float = 4,
         transition: float = 0.5,
+        stem_options: dict[str, Any] | None = None,
         basis: Layer | Sequence[Layer] = "gram",
         kan_stages: str | Sequence[int] = "all",
         **layer_options: Any,
@@ -141,7 +144,8 @@ class RDKANet(Encoder):
         super().__init__(spatial_dims, in_channels, [widths[number] for number in last], strides)
         layers = stage_layers(basis, len(strides), kan_stages, **layer_options)
         deep = depthwise_layers(basis, len(strides), kan_stages, **layer_options)
-        stem = layers[0](spatial_dims, in_channels, features, patch, stride=patch, padding=0, groups=1)
+        first = stage_layers(basis, len(strides), kan_stages, **{**layer_options, **(stem_options or {})})[0]
+        stem = first(spatial_dims, in_channels, features, patch, stride=patch, padding=0, groups=1)
         self.stages = nn.ModuleList()
         parts: list[nn.Module] = [stem]
         channels = features

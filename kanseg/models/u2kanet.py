@@ -6,13 +6,14 @@ After the networks of that name in torch-conv-kan (Drokin, arXiv 2407.01092), in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from monai.networks.layers.factories import Conv, Pool
 from torch import Tensor, nn
 
-from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, network_layer
+from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, check_kernels, network_layer
 from kanseg.errors import UsageError
 from kanseg.layers.geometry import CONVOLUTIONS
 from kanseg.layers.pointwise import pointwise_conv
@@ -93,6 +94,7 @@ class U2KANet(nn.Module):
         shape: "large" (44 million parameters in the plain original, 16 times fewer here at width 1) or "small".
         basis: basis or family of the layers; None for plain ones.
         bottleneck: layers in their narrow form.
+        first_kernel: kernel of the layer on the image; 1 in the small narrow network of torch-conv-kan.
         norm, dropout, layer_options: as in `UKANet`.
         deep_supervision: all seven outputs in training.
 
@@ -110,6 +112,7 @@ class U2KANet(nn.Module):
         shape: str = "large",
         basis: Layer = "gram",
         bottleneck: bool = False,
+        first_kernel: int = 3,
         norm: str | tuple = INSTANCE,
         dropout: float = 0.0,
         deep_supervision: bool = True,
@@ -123,10 +126,12 @@ class U2KANet(nn.Module):
             )
         if 4 * width < 1:
             raise UsageError(f"width must be at least 0.25, got {width}")
+        check_kernels([first_kernel])
         self.spatial_dims, self.in_channels, self.out_channels = spatial_dims, in_channels, out_channels
         self.deep_supervision = deep_supervision
         options = {"bottleneck": bottleneck, "norm": norm, "dropout": dropout, **(layer_options or {})}
-        layer, first = network_layer(basis, **options), network_layer(basis, **{**options, "groups": 1})
+        layer = network_layer(basis, **options)
+        first = partial(network_layer(basis, **{**options, "groups": 1}), kernel_size=first_kernel)
         down, up = SHAPES[shape]
 
         def nested(plan: Sequence[int], inputs: int, enter: LayerFactory) -> NestedU:
