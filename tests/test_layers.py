@@ -368,6 +368,21 @@ def test_a_compiler_follows_functions_that_are_replaced(family: str) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(("spatial_dims", "kernel_size"), [(2, 3), (3, 3), (3, 1)])
+def test_branches_of_a_narrow_layer_meet_without_copies_of_gradients(
+    spatial_dims: int, kernel_size: int
+) -> None:
+    layer = conv_layer("bottleneck_kagn")(spatial_dims, 32, 32, kernel_size)
+    waiting, seen = [layer(torch.randn(2, 32, *[8] * spatial_dims)).grad_fn], set()
+    while waiting:
+        step = waiting.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            waiting += [before for before, _ in step.next_functions]
+    assert len(seen) > 4
+    assert not [step.name() for step in seen if "CopySlices" in step.name()]
+
+
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize(

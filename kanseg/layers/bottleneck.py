@@ -118,9 +118,9 @@ class BottleneckKANConv(ConvGeometry):
         if (self.base_recipe is None or not lean(x)) and not self.mixed:
             return recomputed(self._convolve, x, preserve_rng_state=False)
         if self.mixed:  # its experts recompute what they are made of
-            return self._narrow(x).add_(self._base(x))
+            return _sum(self._narrow(x), self._base(x))
         # The narrow term first: its maps are gone before the base is made.
-        return recomputed(self._narrow, x, preserve_rng_state=False).add_(self._base(x))
+        return _sum(recomputed(self._narrow, x, preserve_rng_state=False), self._base(x))
 
     def _noisy(self, x: Tensor) -> Tensor:
         return self._summed(self.noise(x))
@@ -134,7 +134,19 @@ class BottleneckKANConv(ConvGeometry):
         return self.convolve(self.base_act(x), self.base_weight)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        return self._narrow(x).add_(self._plain_base(x))
+        return _sum(self._narrow(x), self._plain_base(x))
 
     def _narrow(self, x: Tensor) -> Tensor:
         return self.pointwise(self.inner(self.pointwise(x, self.down_weight)), self.up_weight)
+
+
+def _sum(narrow: Tensor, base: Tensor) -> Tensor:
+    """narrow + base, in the memory of one that is no view: torch copies the gradient of a changed view four times."""
+    if (
+        torch.compiler.is_compiling()
+        or narrow.dtype != base.dtype
+        or base._is_view()
+        or not narrow._is_view()
+    ):
+        return narrow.add_(base)
+    return base.add_(narrow)

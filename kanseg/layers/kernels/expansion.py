@@ -443,7 +443,7 @@ def convolve(buffer: Tensor, weight: Tensor, slab: Slab, geometry: Geometry) -> 
     made = convolution(
         buffer, weight, None, geometry.stride, slab.padding(geometry), geometry.dilation, geometry.groups
     )
-    return made[:samples]
+    return made if len(made) == samples else made[:samples]
 
 
 def _contract(
