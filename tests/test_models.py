@@ -21,10 +21,12 @@ from kanseg import KANConv, U2KANet, UKAGNet, UKANet, create_model, list_models
 from kanseg.bases import BASES
 from kanseg.errors import UsageError, UserError
 from kanseg.layers import FAMILIES, FocalModulation, KANAttention, conv_layer
+from kanseg.layers.kernels.rows import FORMATS, is_channels_last
 from kanseg.models import check_patch, describe_model
 from kanseg.models.classifier import HEADS, Classifier
 from kanseg.models.table import count_flops, table_of_layers, table_of_models
 from kanseg.models.u2kanet import NestedU
+from kanseg.models.u_shape import resize
 
 # Options that make each network small.
 SMALL: dict[str, dict[str, Any]] = {
@@ -447,3 +449,20 @@ def test_a_misspelt_classifier_is_found_too() -> None:
 def test_our_encoders_are_known_to_smp_networks_by_name() -> None:
     model = create_model("smp", 2, 1, 2, network="FPN", encoder="kanseg-plainkanet4-gram").eval()
     assert model(torch.zeros(1, 1, 40, 50)).shape == (1, 2, 40, 50)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_gradients_reach_interpolation_in_its_own_memory(spatial_dims: int) -> None:
+    """Those of one of two joined maps are a part of a larger one, with which torch's interpolation is slow."""
+    x = torch.randn(2, 4, *[3] * spatial_dims, requires_grad=True)
+    y = resize(x.to(memory_format=FORMATS[x.dim()]), [6] * spatial_dims)
+    lying: list[bool] = []
+    y.grad_fn.register_prehook(lambda grads: lying.append(is_channels_last(grads[0])))
+    joined = torch.cat([y, torch.ones_like(y)], dim=1)
+    weight = torch.randn_like(joined)
+    (joined * weight).sum().backward()
+    assert lying == [True]
+    mode = {2: "bilinear", 3: "trilinear"}[spatial_dims]
+    same = x.detach().clone().requires_grad_()
+    (nn.functional.interpolate(same, scale_factor=2, mode=mode) * weight[:, :4]).sum().backward()
+    torch.testing.assert_close(x.grad, same.grad)

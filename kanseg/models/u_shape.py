@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kanseg.encoders import Encoder
 from kanseg.errors import UsageError
-from kanseg.layers.kernels.rows import FORMATS, is_channels_last
+from kanseg.layers.kernels.rows import FORMATS, is_channels_last, with_gradient_as_rows
 from kanseg.layers.pointwise import pointwise_conv
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -26,7 +26,7 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tenso
         return x
     y = F.interpolate(x, size=tuple(size), mode=LINEAR[x.dim() - 2], align_corners=align_corners)
     if is_channels_last(x):  # which the GPU's interpolation does not keep
-        return y.to(x.dtype, memory_format=FORMATS[x.dim()])
+        return with_gradient_as_rows(y.to(x.dtype, memory_format=FORMATS[x.dim()]))
     return y.to(x.dtype)
 
 

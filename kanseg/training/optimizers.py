@@ -114,11 +114,12 @@ def lr_factor(fraction: float, warmup: float = 0.02, schedule: str = "poly", **o
 def create_optimizer(model: nn.Module, options: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer of a config over the parameters that are trained, each group with its share `lr_scale` of lr.
 
-    AdamW is torch's fused one where the parameters are on a GPU (a quarter less time for a step on small patches).
+    AdamW is torch's fused one on CPUs and GPUs (a quarter of the time of its plain one).
     """
     groups = parameter_groups(model, shares_of(options.lr_scale), options.layer_decay)
     given = {"lr": options.lr, "weight_decay": options.weight_decay, **options.optimizer_options}
-    if options.optimizer == "adamw" and all(p.is_cuda for p in model.parameters()):
+    known = {p.device.type for p in model.parameters()} <= {"cpu", "cuda"}
+    if options.optimizer == "adamw" and known and not {"foreach", "differentiable"} & given.keys():
         given.setdefault("fused", True)
     with refused_options(f"The optimizer '{options.optimizer}'"):
         return OPTIMIZERS.create(options.optimizer, groups, **given)

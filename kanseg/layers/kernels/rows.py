@@ -27,11 +27,24 @@ def with_contiguous_gradient(y: Tensor) -> Tensor:
 
     There torch 2.14 misreads that of its instance norm in channels-last memory (2D and 3D): wrong numbers, no error.
     """
-    plain = not torch.compiler.is_compiling() and not transformed()
-    # In this order: a compiler may know no number of samples.
-    if plain and y.requires_grad and y.device.type == "cpu" and len(y) == 1:
+    if _takes_hooks(y) and len(y) == 1:  # in this order: a compiler may know no number of samples
         y.register_hook(Tensor.contiguous)
     return y
+
+
+def with_gradient_as_rows(y: Tensor) -> Tensor:
+    """y, whose gradient goes on in channels-last memory on a CPU.
+
+    That of a part of joined maps lies in the larger one, which costs torch's interpolation four times the copy.
+    """
+    if _takes_hooks(y):
+        y.register_hook(partial(Tensor.contiguous, memory_format=FORMATS[y.dim()]))
+    return y
+
+
+def _takes_hooks(y: Tensor) -> bool:
+    eager = not torch.compiler.is_compiling() and not transformed()
+    return eager and y.requires_grad and y.device.type == "cpu"
 
 
 def laid_out(x: Tensor) -> Tensor:
