@@ -1,6 +1,8 @@
-"""The convolution of kernel 1 between channels: torch's, with a faster way through volumes on a CPU."""
+"""The convolution of kernel 1 between channels: torch's, with a faster way on a CPU."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,15 +10,23 @@ from kanseg.layers.geometry import check_dims, lean
 from kanseg.layers.kernels.plain_conv import pointwise_product
 
 
-class PointwiseConv3d(nn.Conv3d):
-    """`torch.nn.Conv3d` of kernel 1; on a CPU one product of matrices, in channels-last memory."""
+class Pointwise:
+    """On a CPU a convolution of kernel 1 is one product of matrices, in channels-last memory."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         fast = pointwise_product(input, self.weight, self.bias) if lean(input) else None
-        return super().forward(input) if fast is None else fast
+        return super().forward(input) if fast is None else fast  # type: ignore[misc]
 
 
-CLASSES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: PointwiseConv3d}
+class PointwiseConv2d(Pointwise, nn.Conv2d):
+    """`torch.nn.Conv2d` of kernel 1."""
+
+
+class PointwiseConv3d(Pointwise, nn.Conv3d):
+    """`torch.nn.Conv3d` of kernel 1."""
+
+
+CLASSES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: PointwiseConv2d, 3: PointwiseConv3d}
 
 
 def pointwise_conv(spatial_dims: int, in_channels: int, out_channels: int, bias: bool = True) -> nn.Module:

@@ -25,11 +25,8 @@ def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
 
 
 def pointwise_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """conv(x; weight) + bias of kernel 1 and one group on a CPU by `product`, or None where torch's own serves better.
-
-    In 2D it does: it stays in channels-last memory, and a narrow layer trains in .84 to .9 of the time by it.
-    """
-    if not _is_plain(x) or x.dim() < 5 or x.device.type != "cpu" or x.dtype != weight.dtype or not x.numel():
+    """conv(x; weight) + bias of kernel 1 and one group by `product` on a CPU, or None where torch's own serves."""
+    if not _is_plain(x) or x.device.type != "cpu" or x.dtype != weight.dtype or not x.numel():
         return None
     return product(channels_last(x), weight, bias)
 
