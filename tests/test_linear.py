@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from kanseg.bases import BASES
 from kanseg.errors import UsageError
 from kanseg.layers import KANConv, WaveletConv
-from kanseg.layers.linear import FAMILIES, KANMLP, KANLinear, WaveletLinear, linear_layer
+from kanseg.layers.linear import KANLinear, WaveletLinear
+from kanseg.layers.mlp import FAMILIES, KANMLP, linear_layer
 
 
 @pytest.mark.parametrize("basis", [*BASES.names(), None])

@@ -19,8 +19,9 @@ from kanseg.encoders.layers import network_layer
 from kanseg.errors import UsageError, UserError
 from kanseg.layers import KANAttention, KANConv, conv_layer
 from kanseg.layers.kan_conv import KANConv as Convolution
-from kanseg.layers.linear import KANLinear, linear_layer
+from kanseg.layers.linear import KANLinear
 from kanseg.layers.mixture import MixtureOfExperts
+from kanseg.layers.mlp import linear_layer
 from kanseg.models import Classifier, UKAGNet
 from kanseg.training.focal import FocalLoss, FocalTverskyLoss
 

@@ -17,8 +17,8 @@ from kanseg.compat import blocks, layers, legacy, linear
 from kanseg.compat.links import Conversion, Link, below, same_names
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.geometry import per_axis
-from kanseg.layers.linear import KANMLP
 from kanseg.layers.mixture import take_balance_loss
+from kanseg.layers.mlp import KANMLP
 from kanseg.models.u2kanet import NestedU
 from kanseg.models.u_shape import DecoderStage
 

@@ -14,7 +14,7 @@ from kanseg.compat import legacy
 from kanseg.compat.layers import activation_name, beta_link
 from kanseg.compat.links import Conversion, Link, below
 from kanseg.errors import UsageError
-from kanseg.layers.linear import FAMILIES, KANMLP, LinearLayer
+from kanseg.layers.mlp import FAMILIES, KANMLP, LinearLayer
 
 State = Mapping[str, Tensor]
 ACTS = ("base_act", "act", "basis_act")

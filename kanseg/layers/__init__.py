@@ -7,8 +7,9 @@ from kanseg.layers.families import FAMILIES, conv_layer, family_name
 from kanseg.layers.focal import FocalModulation
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.kan_conv import KANConv
-from kanseg.layers.linear import KANMLP, KANLinear, LinearLayer, linear_layer
+from kanseg.layers.linear import KANLinear
 from kanseg.layers.mixture import MixtureOfExperts, take_balance_loss
+from kanseg.layers.mlp import KANMLP, LinearLayer, linear_layer
 from kanseg.layers.spatial_norm import SpatialNorm
 from kanseg.layers.wavelet_conv import WaveletConv
 

@@ -16,7 +16,7 @@ from kanseg.encoders.layers import Layer
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.geometry import per_axis
 from kanseg.layers.heads import MatryoshkaHead
-from kanseg.layers.linear import KANMLP, own_options
+from kanseg.layers.mlp import KANMLP, own_options
 from kanseg.models.model import CLASSIFIERS
 from kanseg.models.u_shape import check_input
 
