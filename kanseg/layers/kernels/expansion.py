@@ -558,8 +558,8 @@ def _constant_gradient(grad: Tensor, constant: Tensor, size: Sequence[int], geom
     taps = _valid_taps(size[0], grad.shape[2], 0, geometry, constant)
     total = torch.zeros(taps.shape[1], *planes.shape[2:], dtype=constant.dtype, device=grad.device)
     for start, stop in _runs(taps):
-        run = planes[:, start:stop].sum((0, 1), dtype=constant.dtype)
-        total[taps[start] > 0] += run
+        for sample in planes:  # torch sums over two axes at once for ten times the time
+            total[taps[start] > 0] += sample[start:stop].sum(0, dtype=constant.dtype)
     for axis in range(1, len(size)):
         taps = _valid_taps(size[axis], grad.shape[axis + 2], axis, geometry, constant)
         total = torch.tensordot(total, taps, ([axis], [0])).movedim(-1, axis)
