@@ -204,6 +204,36 @@ def test_running_statistics_count_a_batch_once() -> None:
     torch.testing.assert_close(layer.norm.running_var, plain.running_var)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("options", "act"),
+    [({"momentum": None}, "silu"), ({"affine": False}, "prelu"), ({"momentum": 0.0}, None)],
+)
+def test_batch_norms_in_training_are_torchs(
+    spatial_dims: int, dtype: torch.dtype, options: dict, act: str | None
+) -> None:
+    """Values, gradients and running statistics after three batches, and then those of an evaluation."""
+    layer = ConvLayer(spatial_dims, 3, 8, norm=("batch", options), act=act).to(dtype)
+    plain = copy.deepcopy(layer)
+    plain.recompute = False  # torch's own steps
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-8}
+    for batch in range(4):
+        if batch == 3:
+            layer.eval(), plain.eval()
+        x = torch.randn(2, 3, *SIZES[spatial_dims], dtype=dtype)
+        inputs = x.requires_grad_(), x.detach().clone().requires_grad_()
+        y, expected = layer(inputs[0]), plain(inputs[1])
+        grad = torch.randn_like(expected)
+        y.backward(grad), expected.backward(grad)
+        torch.testing.assert_close(y, expected, **tolerance)
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **tolerance)
+    for (name, ours), theirs in zip(layer.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **tolerance, msg=name)
+    for ours, theirs in zip(layer.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     x = torch.randn(4, 4, 9, 9)
     for family in set(FAMILIES) - {"wavkan"}:  # its batch norm is the exception, in training

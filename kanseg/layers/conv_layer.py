@@ -13,7 +13,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from kanseg.errors import UsageError
 from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry
 from kanseg.layers.kan_conv import KANConv
-from kanseg.layers.kernels import instance_norm_act
+from kanseg.layers.kernels import batch_norm_act, instance_norm_act
 from kanseg.layers.kernels.operators import plain_eager
 from kanseg.layers.kernels.recipe import watched
 from kanseg.layers.kernels.rows import channels_last, is_channels_last
@@ -21,6 +21,7 @@ from kanseg.layers.norms import (
     ActSpec,
     FrozenStatistics,
     activation,
+    fused_batch_norm_serves,
     fused_norm_serves,
     is_affine,
     norm_layer,
@@ -106,11 +107,14 @@ class ConvLayer(nn.Module):
             return self.dropout(self._norm_act(y))
         alone = not (self.conv._forward_hooks or _global_forward_hooks)  # or one of them may keep y
         fused_act = self._fused_act()
-        if fused_act is not None and fused_norm_serves(self.norm, y):
-            norm, y = self.norm, channels_last(y)
-            below = self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
-            y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, fused_act, below, over=alone)
-            return self.dropout(y)
+        if fused_act is not None:
+            norm, below = self.norm, self.act.slopes(y.shape[1]) if isinstance(self.act, GroupPReLU) else None
+            if fused_norm_serves(norm, y):
+                y = channels_last(y)
+                y = instance_norm_act(y, norm.weight, norm.bias, norm.eps, fused_act, below, over=alone)
+                return self.dropout(y)
+            if fused_batch_norm_serves(norm, y):
+                return self.dropout(batch_norm_act(y, norm, fused_act, below))
         if alone and self._is_affine() and not torch.is_grad_enabled() and large(y):
             height = max(1, BLOCK * len(y) * y.shape[2] // y.numel())
             for planes in (some for sample in y.split(1) for some in sample.split(height, dim=2)):

@@ -16,9 +16,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from kanseg.errors import UsageError
 from kanseg.layers.geometry import check_dims, lean
 from kanseg.layers.kernels import gpu
+from kanseg.layers.kernels.operators import plain_eager
 from kanseg.layers.kernels.recipe import watched
 from kanseg.layers.kernels.rows import with_contiguous_gradient
 
+BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 ActSpec = str | tuple[str, dict[str, Any]] | None
 
 
@@ -61,6 +63,15 @@ def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     if watched(norm):
         return False
     return (x.dtype.itemsize >= 4 or x.device.type == "cuda" or gpu.serves(x)) and lean(x)
+
+
+def fused_batch_norm_serves(norm: nn.Module, x: Tensor) -> bool:
+    """Whether `batch_norm_act` computes this norm: in training on a CPU, where a channel has two values or more."""
+    if type(norm) not in BATCH_NORMS or not norm.training or watched(norm):
+        return False
+    known = x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu" and 3 <= x.dim() <= 5
+    alike = all(t.dtype == x.dtype for t in (norm.weight, norm.running_mean) if t is not None)
+    return known and alike and x.numel() > x.shape[1] and plain_eager(x) and lean(x)
 
 
 def is_affine(norm: nn.Module) -> bool:

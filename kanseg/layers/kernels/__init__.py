@@ -5,6 +5,6 @@ what lies between two steps stays in the processor's cache. Where the compiled k
 """
 
 from kanseg.layers.kernels.conv_operator import expanded_conv
-from kanseg.layers.kernels.norm_act import instance_norm_act
+from kanseg.layers.kernels.norm_act import batch_norm_act, instance_norm_act
 
-__all__ = ["expanded_conv", "instance_norm_act"]
+__all__ = ["batch_norm_act", "expanded_conv", "instance_norm_act"]

@@ -1,4 +1,4 @@
-"""Instance normalisation and activation in one step that keeps its input and two numbers a channel."""
+"""Normalisation and activation in one step that keeps its input and two numbers a channel."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def instance_norm_act(
     below: Tensor | None = None,
     *,
     over: bool = False,
+    seen: list[Tensor] | None = None,
 ) -> Tensor:
     """act((y - mean) / sqrt(var + eps) * weight + bias), (N, C, *S) in channels-last memory, float32 or float64,
     on a GPU that `gpu` serves also half of that.
@@ -35,6 +36,7 @@ def instance_norm_act(
         act: "identity", "silu", "relu" or "prelu".
         below: slopes below zero of "prelu", (C,).
         over: without gradients, write the result over `y`.
+        seen: where nothing watches the operators, gets mean and 1 / deviation of each sample and channel, (N, C).
     """
     if y.dim() == 3:
         return instance_norm_act(y.unsqueeze(2), weight, bias, eps, act, below, over=over).squeeze(2)
@@ -43,8 +45,32 @@ def instance_norm_act(
         return _norm(*given, eps, act)[0]
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if differentiated or forward_ad._current_level >= 0:  # the latter is refused by torch, in its words
-        return _Direct.apply(*given, eps, act)
-    return forward(*given, eps, act, out=y if over else None)[0]
+        return _Direct.apply(seen, *given, eps, act)
+    made, *statistics = forward(*given, eps, act, out=y if over else None)
+    if seen is not None:
+        seen += statistics
+    return made
+
+
+def batch_norm_act(y: Tensor, norm: Any, act: str, below: Tensor | None = None) -> Tensor:
+    """act(norm(y)) of a batch norm in training, which counts the batch in its running statistics, if it has such.
+
+    All voxels of the batch are those of one sample to `instance_norm_act`.
+    """
+    rows = channels_last(y).movedim(1, -1)
+    seen: list[Tensor] = []
+    flat = rows.reshape(1, -1, 1, rows.shape[-1]).movedim(-1, 1)
+    made = instance_norm_act(flat, norm.weight, norm.bias, norm.eps, act, below, seen=seen)
+    if norm.running_mean is not None:
+        mean, inverse = (t[0].detach() for t in seen)
+        count = flat.shape[2]
+        variance = (inverse.pow(-2) - norm.eps).clamp_(min=0) * (count / (count - 1))
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean, share)
+            norm.running_var.lerp_(variance, share)
+    return made.movedim(1, -1).reshape(rows.shape).movedim(-1, 1)
 
 
 def activate(z: Tensor, to: Affine) -> Tensor:
@@ -222,10 +248,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _lead_back(
-    ctx: Any, grad: Tensor, *others: Any, call: Callable[..., Any] | None = None
+    ctx: Any, grad: Tensor, *others: Any, call: Callable[..., Any] | None = None, needs: Any = None
 ) -> tuple[Any, ...]:
     grads = (call or _norm_backward)(grad, *ctx.saved_tensors, ctx.act)
-    needs = ctx.needs_input_grad[:4]
+    needs = needs or ctx.needs_input_grad[:4]
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
@@ -237,11 +263,14 @@ class _Direct(torch.autograd.Function):
     """The same without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
+    def forward(ctx: Any, seen: list[Tensor] | None, *given: Any) -> Tensor:
         made = forward(*given)
         _keep(ctx, given, made)
+        if seen is not None:
+            seen += made[1:]
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _lead_back(ctx, grad, call=None if torch.is_grad_enabled() else backward)
+        call = None if torch.is_grad_enabled() else backward
+        return None, *_lead_back(ctx, grad, call=call, needs=ctx.needs_input_grad[1:5])
