@@ -14,6 +14,7 @@ from kanseg.data.formats import find_images, read_dataset
 from kanseg.data.images import LPS_TO_RAS, dicom_files, read_description, read_image
 from kanseg.data.plan import Plan, make_plan
 from kanseg.errors import UserError
+from kanseg.evaluation.report import class_colours
 from kanseg.export.dicom_seg import code_of, write_segmentation
 from kanseg.inference.ensemble import combine_folders
 from kanseg.inference.predict import predict_case, predict_folder
@@ -95,6 +96,9 @@ def test_prediction_of_a_series_becomes_a_segmentation_of_it(
         (s.SegmentLabel, s.SegmentedPropertyTypeCodeSequence[0].CodeMeaning) for s in written.SegmentSequence
     ]
     assert segments == [("liver", "Liver"), ("tumour", "Neoplasm")]
+    for segment, colour in zip(written.SegmentSequence, class_colours(2), strict=True):  # as in the report
+        shown = highdicom.color.CIELabColor.from_dicom_value(segment.RecommendedDisplayCIELabValue).to_rgb()
+        np.testing.assert_allclose(shown, 255 * np.array(colour[:3]), atol=1)
     referenced = {
         image.ReferencedSOPInstanceUID
         for frame in written.PerFrameFunctionalGroupsSequence

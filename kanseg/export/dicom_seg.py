@@ -18,6 +18,7 @@ from kanseg import __version__
 from kanseg.data.beside import DICOM_SEG
 from kanseg.data.images import LPS_TO_RAS, Image, dicom_files, suffix_of
 from kanseg.errors import UserError
+from kanseg.evaluation.report import class_colours
 from kanseg.training.files import make_folder, write_bytes
 
 # Words in a name -> category and type of the code dictionary (SNOMED CT); other names are looked up as they are.
@@ -173,6 +174,7 @@ def check_series(path: Path) -> tuple[Any, Any]:
 
 
 def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[str]) -> list[Any]:
+    """With colours, which the standard leaves open: some viewers (OHIF's issue 3939) hang without."""
     from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
 
@@ -180,7 +182,7 @@ def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[
         name=f"kanseg {model}"[:64], family=codes.DCM.ArtificialIntelligence, version=__version__
     )
     found = []
-    for number, name in enumerate(names, start=1):
+    for number, (name, colour) in enumerate(zip(names, class_colours(len(names)), strict=True), start=1):
         category, kind = code_of(name)
         found.append(
             highdicom.seg.SegmentDescription(
@@ -192,6 +194,7 @@ def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[
                 algorithm_identification=algorithm,
                 tracking_id=name[:64],
                 tracking_uid=generate_uid(entropy_srcs=[*about, str(number)]),
+                display_color=highdicom.color.CIELabColor.from_rgb(*(255 * part for part in colour[:3])),
             )
         )
     return found
