@@ -314,9 +314,19 @@ def test_slices_that_would_be_misread_are_refused(name: str, shared_data: Path, 
         read_image(_series(shared_data / "dicom" / "mr_hippocrop_1", tmp_path / "series", change))
 
 
-def test_a_slice_alone_is_as_thick_as_it_says(shared_data: Path) -> None:
+def test_a_slice_alone_is_as_thick_as_it_says(shared_data: Path, tmp_path: Path) -> None:
     """ITK takes 1 mm."""
+    import pydicom
+
     assert read_image(shared_data / "dicom" / "ct1_with_rtstruct").spacing[2] == 3.0
+    folder = _frames(shared_data / "dicom" / "mr_philips_enhanced", tmp_path, [3])
+    described = pydicom.dcmread(folder / "frames.dcm")
+    (measures,) = described.PerFrameFunctionalGroupsSequence[0].PixelMeasuresSequence
+    measures.SliceThickness = 2.5
+    for part in (described, measures):
+        part.pop("SpacingBetweenSlices", None)
+    described.save_as(folder / "frames.dcm")
+    assert read_image(folder).spacing[2] == 2.5
 
 
 def test_images_that_refer_to_other_objects_are_images(shared_data: Path, tmp_path: Path) -> None:
@@ -335,13 +345,31 @@ def test_images_that_refer_to_other_objects_are_images(shared_data: Path, tmp_pa
     np.testing.assert_array_equal(read_image(folder).array, whole.array)
 
 
-def test_a_dicom_slice_that_is_cut_short_is_named(shared_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".dcm", "", ".IMA"])
+def test_a_dicom_slice_that_is_cut_short_is_named(suffix: str, shared_data: Path, tmp_path: Path) -> None:
     """The last slice: without it the others still make a regular volume."""
-    shutil.copytree(shared_data / "dicom" / "mr_ge_oblique", tmp_path / "series")
-    last = sorted((tmp_path / "series").iterdir())[-1]
+    (tmp_path / "series").mkdir()
+    for file in sorted((shared_data / "dicom" / "mr_ge_oblique").iterdir()):
+        last = tmp_path / "series" / f"{file.stem}{suffix}"
+        last.write_bytes(file.read_bytes())
     last.write_bytes(last.read_bytes()[:-5000])
     with pytest.raises(UserError, match=f"{last.name} cannot be read as DICOM"):
         read_image(tmp_path / "series")
+
+
+@pytest.mark.parametrize("kind", ["1.2.840.10008.5.1.4.1.1.9.1.1", "1.3.12.2.1107.5.9.1"])
+def test_objects_without_images_lie_beside_a_series(kind: str, shared_data: Path, tmp_path: Path) -> None:
+    """An electrocardiogram, and a maker's own notes."""
+    import pydicom
+
+    source = shared_data / "dicom" / "mr_hippocrop_1"
+    shutil.copytree(source, tmp_path / "series")
+    other = pydicom.dcmread(dicom_files(source)[0], stop_before_pixels=True)
+    other.SOPClassUID = other.file_meta.MediaStorageSOPClassUID = kind
+    other.SeriesInstanceUID = other.SOPInstanceUID = "1.2.3"
+    del other.Rows, other.Columns
+    other.save_as(tmp_path / "series" / "other.dcm")
+    np.testing.assert_array_equal(read_image(tmp_path / "series").array, read_image(source).array)
 
 
 def test_two_slices_are_a_volume(shared_data: Path) -> None:

@@ -437,7 +437,8 @@ def _read_dicom(folder: Path) -> Image:
             image = reader.Execute()
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{folder} cannot be read as DICOM ({_reason(error)}). Copy it again from its source."
+            f"{folder} cannot be read as DICOM ({_reason(error)}). Copy it again from its source, or save it "
+            "uncompressed."
         ) from error
     return _read_itk(folder, image)
 
@@ -489,12 +490,33 @@ def _require_readable(folder: Path, names: Sequence[str]) -> None:
     """GDCM passes over files that are cut short; a slice at the end would be lost without a gap to show it."""
     known = {Path(name).name for name in names}
     for path in sorted(folder.iterdir()):
-        if path.name in known or suffix_of(path) != ".dcm" or path.name[0] == ".":
-            continue
-        if not is_no_image(path):
+        if path.name not in known and _claims_an_image(path, _sop_class(Path(names[0]))):
             raise UserError(
                 f"{path} cannot be read as DICOM. It is cut short or damaged. Copy it again from its source."
             )
+
+
+def _claims_an_image(path: Path, kind: str) -> bool:
+    """Whether a file is called DICOM, or is some, and neither hidden nor an object of a kind without images.
+
+    Args:
+        kind: the SOP class of images, which may be a maker's own.
+    """
+    if path.name[0] == "." or not path.is_file() or not is_dicom(path):
+        return False
+    from pydicom.uid import UID
+
+    own = _sop_class(path)
+    is_image = own in ("", kind) or UID(own).name.endswith("Image Storage")
+    return is_image and not own.startswith(NO_IMAGES)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its name or by its first bytes."""
+    if suffix_of(path) == ".dcm":
+        return True
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def _in_order(folder: Path, names: Sequence[str]) -> list[str]:
@@ -572,9 +594,9 @@ def _read_frames(source: Path, file: Path) -> sitk.Image:
     header = _header(file)
     image = sitk.ReadImage(str(file))
     count = int(header.get("NumberOfFrames") or 1)
-    if count == 1:
-        return _with_thickness(image, header)
     frames = _frames(file, header)
+    if count == 1:
+        return _with_thickness(image, header, frames)
     places = [[frame[name] for frame in frames] for name in PLACES]
     if len(frames) != count or not all(all(numbers) for numbers in places):
         raise UserError(
@@ -585,10 +607,12 @@ def _read_frames(source: Path, file: Path) -> sitk.Image:
     return _stacked(source, image, *map(np.array, places))
 
 
-def _with_thickness(image: sitk.Image, header: Any) -> sitk.Image:
+def _with_thickness(image: sitk.Image, header: Any, frames: Sequence[dict[str, list[float]]]) -> sitk.Image:
     """A slice alone, whose neighbours tell no spacing: ITK takes 1 mm where the scanner tells no gap."""
-    if image.GetDimension() == 3 and header.get("SliceThickness") and not header.get("SpacingBetweenSlices"):
-        image.SetSpacing([*image.GetSpacing()[:2], float(header.SliceThickness)])
+    told = [header.get("SliceThickness"), *(number for frame in frames for number in frame["SliceThickness"])]
+    thickness = next(filter(None, told), None)
+    if image.GetDimension() == 3 and thickness and not header.get("SpacingBetweenSlices"):
+        image.SetSpacing([*image.GetSpacing()[:2], float(thickness)])
     return image
 
 
@@ -596,6 +620,7 @@ OF_FRAMES = {  # what a frame tells: the sequence that it stands in, and how man
     "ImagePositionPatient": ("PlanePositionSequence", []),
     "ImageOrientationPatient": ("PlaneOrientationSequence", []),
     "PixelSpacing": ("PixelMeasuresSequence", []),
+    "SliceThickness": ("PixelMeasuresSequence", []),
     "RescaleSlope": ("PixelValueTransformationSequence", [1.0]),
     "RescaleIntercept": ("PixelValueTransformationSequence", [0.0]),
 }
@@ -617,7 +642,8 @@ def _frames(file: Path, header: Any) -> list[dict[str, list[float]]]:
             for part in (*shared, frame):
                 for name, (group, _) in OF_FRAMES.items():
                     for item in part.get(group) or []:
-                        numbers[name] = [float(number) for number in np.atleast_1d(item[name].value)]
+                        if item.get(name) is not None:
+                            numbers[name] = [float(number) for number in np.atleast_1d(item[name].value)]
             found.append(numbers)
     except Exception as error:  # of pydicom, which has no common class
         raise UserError(
