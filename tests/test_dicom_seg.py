@@ -11,9 +11,10 @@ import SimpleITK as sitk
 from test_predict import Brightness
 
 from kanseg.data.formats import find_images, read_dataset
-from kanseg.data.images import LPS_TO_RAS, read_description, read_image
+from kanseg.data.images import LPS_TO_RAS, dicom_files, read_description, read_image
 from kanseg.data.plan import Plan, make_plan
 from kanseg.errors import UserError
+from kanseg.evaluation.report import class_colours
 from kanseg.export.dicom_seg import code_of, write_segmentation
 from kanseg.inference.ensemble import combine_folders
 from kanseg.inference.predict import predict_case, predict_folder
@@ -95,6 +96,9 @@ def test_prediction_of_a_series_becomes_a_segmentation_of_it(
         (s.SegmentLabel, s.SegmentedPropertyTypeCodeSequence[0].CodeMeaning) for s in written.SegmentSequence
     ]
     assert segments == [("liver", "Liver"), ("tumour", "Neoplasm")]
+    for segment, colour in zip(written.SegmentSequence, class_colours(2), strict=True):  # as in the report
+        shown = highdicom.color.CIELabColor.from_dicom_value(segment.RecommendedDisplayCIELabValue).to_rgb()
+        np.testing.assert_allclose(shown, 255 * np.array(colour[:3]), atol=1)
     referenced = {
         image.ReferencedSOPInstanceUID
         for frame in written.PerFrameFunctionalGroupsSequence
@@ -130,6 +134,45 @@ def test_real_series_carry_segmentations(name: str, shared_data: Path, tmp_path:
     shared = pydicom.dcmread(path).SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
     if len(np.unique(np.nonzero(labels)[2])) > 1:
         assert float(shared.SpacingBetweenSlices) == pytest.approx(image.spacing[2], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARED_SERIES)
+def test_each_plane_refers_to_its_own_slice(name: str, shared_data: Path, tmp_path: Path) -> None:
+    """Also where a scanner rounds positions, so that its slices lie a little beside an even row."""
+    source = shared_data / "dicom" / name
+    image = read_image(source)
+    labels = np.ones(image.array.shape[1:], int)
+    path = write_segmentation(tmp_path / "a.dcm", labels, image, values=[0, 1], names=["-", "spleen"])
+    planes = pydicom.dcmread(path).PerFrameFunctionalGroupsSequence
+    assert len(planes) == labels.shape[2]
+    headers = {h.SOPInstanceUID: h for h in map(pydicom.dcmread, map(str, dicom_files(source)))}
+    for plane in planes:
+        (reference,) = plane.DerivationImageSequence[0].SourceImageSequence
+        header = headers[reference.ReferencedSOPInstanceUID]
+        if "PerFrameFunctionalGroupsSequence" in header:
+            frame = header.PerFrameFunctionalGroupsSequence[reference.ReferencedFrameNumber - 1]
+            header = frame.PlanePositionSequence[0]
+        there, here = header.ImagePositionPatient, plane.PlanePositionSequence[0].ImagePositionPatient
+        assert np.linalg.norm(np.subtract(there, here)) < 0.1 * image.spacing[2]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_wrong_gap_in_the_header_of_frames_is_not_repeated(
+    backwards: bool, shared_data: Path, tmp_path: Path
+) -> None:
+    (file,) = (shared_data / "dicom" / "mr_philips_enhanced").glob("*.dcm")
+    described = pydicom.dcmread(file)
+    frames = list(described.PerFrameFunctionalGroupsSequence)
+    described.PerFrameFunctionalGroupsSequence = frames[::-1] if backwards else frames
+    for part in (*described.SharedFunctionalGroupsSequence, *frames):
+        for measures in part.get("PixelMeasuresSequence", []):
+            measures.SpacingBetweenSlices = 3.3
+    described.save_as(tmp_path / "frames.dcm")
+    image = read_image(tmp_path / "frames.dcm")
+    assert image.spacing[2] == pytest.approx(1.2, rel=1e-4)
+    labels = (image.array[0] > np.percentile(image.array[0], 90)).astype(int)
+    path = write_segmentation(tmp_path / "a.dcm", labels, image, values=[0, 1], names=["-", "vessel"])
+    np.testing.assert_array_equal(labels_of(path, labels, image.affine), labels)
 
 
 def test_same_result_same_identity_other_result_another(series: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import gzip
 import shutil
 import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import SimpleITK as sitk
 from PIL import Image as Picture
 
 from kanseg.data import images
+from kanseg.data.formats import find_images
 from kanseg.data.images import (
     Image,
     check_pair,
@@ -131,9 +133,18 @@ def test_dicom_that_is_no_volume_is_refused(shared_data: Path, name: str) -> Non
 
 
 def _frames(
-    source: Path, out: Path, order: list[int], *, shift: float = 0, turned: bool = False, scaled: bool = False
+    source: Path,
+    out: Path,
+    order: list[int],
+    *,
+    shift: float = 0,
+    uneven: float = 0,
+    turned: bool = False,
+    scaled: bool = False,
 ) -> Path:
-    """A file of many frames again, with these of its frames: each shifted sideways or scaled anew, or one turned."""
+    """A file of many frames again, with these of its frames: each shifted sideways or scaled anew, every second moved
+    towards the next, or one turned.
+    """
     import pydicom
 
     (file,) = source.glob("*.dcm")
@@ -141,6 +152,7 @@ def _frames(
     pixels, frames = described.pixel_array, list(described.PerFrameFunctionalGroupsSequence)
     for number, frame in enumerate(frames):
         frame.PlanePositionSequence[0].ImagePositionPatient[1] += shift * number
+        frame.PlanePositionSequence[0].ImagePositionPatient[0] += uneven * (number % 2)
         if scaled:
             scale = frame.PixelValueTransformationSequence[0]
             scale.RescaleSlope, scale.RescaleIntercept = str(0.5 * number + 2), str(-7 * number)
@@ -215,13 +227,149 @@ def test_frames_in_order_are_the_volume_that_they_state(shared_data: Path, tmp_p
     np.testing.assert_allclose(image.affine[:, 3], corner, atol=1e-3)
 
 
-def test_a_dicom_slice_that_is_cut_short_is_named(shared_data: Path, tmp_path: Path) -> None:
+def test_frames_of_a_scanner_that_rounds_stand_where_they_say(shared_data: Path, tmp_path: Path) -> None:
+    """ITK gives frames whose distances differ by a rounding a spacing of 1 and the origin 0."""
+    source = shared_data / "dicom" / "mr_philips_enhanced"
+    whole = read_image(source)
+    moved = read_image(_frames(source, tmp_path, list(range(8)), uneven=0.02))
+    assert np.abs(moved.affine - whole.affine).max() < 0.02
+
+
+def test_frames_without_places_are_no_volume(shared_data: Path, tmp_path: Path) -> None:
+    import pydicom
+
+    (file,) = (shared_data / "dicom" / "mr_philips_enhanced").glob("*.dcm")
+    described = pydicom.dcmread(file)
+    del described.PerFrameFunctionalGroupsSequence
+    described.save_as(tmp_path / "film.dcm")
+    with pytest.raises(UserError, match="8 frames that do not tell where they lie"):
+        read_image(tmp_path / "film.dcm")
+
+
+def _lacks(keyword: str) -> Callable[[Any, int], None]:
+    def change(header: Any, number: int) -> None:
+        if number == 2:
+            delattr(header, keyword)
+
+    return change
+
+
+def _cut_pixels(header: Any, number: int) -> None:
+    if number == 2:
+        header.PixelData = header.PixelData[:2000]
+
+
+def _fewer_rows(header: Any, number: int) -> None:
+    if number == 2:
+        header.Rows, header.PixelData = header.Rows - 2, header.PixelData[: -4 * header.Columns]
+
+
+def _larger_pixels(header: Any, number: int) -> None:
+    if number == 2:
+        header.PixelSpacing = [2 * header.PixelSpacing[0], header.PixelSpacing[1]]
+
+
+def _inverted(header: Any, number: int) -> None:
+    header.PhotometricInterpretation = "MONOCHROME1"
+
+
+def _move(by: Callable[[int], Sequence[float]]) -> Callable[[Any, int], None]:
+    def change(header: Any, number: int) -> None:
+        header.ImagePositionPatient = [float(x) for x in by(number)]
+        header.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+
+    return change
+
+
+BAD_SLICES = {
+    "no position": (_lacks("ImagePositionPatient"), "lacks ImagePositionPatient"),
+    "no orientation": (_lacks("ImageOrientationPatient"), "lacks ImageOrientationPatient"),
+    "no pixel size": (_lacks("PixelSpacing"), "lacks PixelSpacing"),
+    "cut": (_cut_pixels, "is cut short: it holds 2000 bytes of pixels"),
+    "rows": (_fewer_rows, "mixes slices of .* pixels"),
+    "pixel size": (_larger_pixels, "mixes slices of .* mm a pixel"),
+    "inverted": (_inverted, "is MONOCHROME1"),
+    "two times": (_move(lambda n: (0, 0, n % 16)), "several slices at one position"),
+    "creeping": (_move(lambda n: (0, 0, n + 0.045 * max(n - 16, 0))), "beside an even row"),
+    "leaning": (_move(lambda n: (0, 0.015 * 5 * n, 5 * n)), "tilted gantry"),
+}
+
+
+def _series(source: Path, out: Path, change: Callable[[Any, int], None]) -> Path:
+    """A series of single slices again, each header changed."""
+    import pydicom
+
+    out.mkdir()
+    for number, file in enumerate(map(pydicom.dcmread, dicom_files(source))):
+        change(file, number)
+        file.save_as(out / f"{number}.dcm")
+    return out
+
+
+@pytest.mark.parametrize("name", BAD_SLICES)
+def test_slices_that_would_be_misread_are_refused(name: str, shared_data: Path, tmp_path: Path) -> None:
+    """ITK takes a spacing of 1, the place of the first, or the pixels of the slice before, and says nothing."""
+    change, why = BAD_SLICES[name]
+    with pytest.raises(UserError, match=why):
+        read_image(_series(shared_data / "dicom" / "mr_hippocrop_1", tmp_path / "series", change))
+
+
+def test_a_slice_alone_is_as_thick_as_it_says(shared_data: Path, tmp_path: Path) -> None:
+    """ITK takes 1 mm."""
+    import pydicom
+
+    assert read_image(shared_data / "dicom" / "ct1_with_rtstruct").spacing[2] == 3.0
+    folder = _frames(shared_data / "dicom" / "mr_philips_enhanced", tmp_path, [3])
+    described = pydicom.dcmread(folder / "frames.dcm")
+    (measures,) = described.PerFrameFunctionalGroupsSequence[0].PixelMeasuresSequence
+    measures.SliceThickness = 2.5
+    for part in (described, measures):
+        part.pop("SpacingBetweenSlices", None)
+    described.save_as(folder / "frames.dcm")
+    assert read_image(folder).spacing[2] == 2.5
+
+
+def test_images_that_refer_to_other_objects_are_images(shared_data: Path, tmp_path: Path) -> None:
+    """Scanners write which presentation state or raw data belong to an image into its header."""
+    import pydicom
+
+    def refer(header: Any, number: int) -> None:
+        other = pydicom.Dataset()
+        other.ReferencedSOPClassUID = "1.2.840.10008.5.1.4.1.1.11.1"
+        other.ReferencedSOPInstanceUID = "1.2.3"
+        header.ReferencedImageSequence = [other]
+
+    folder = _series(shared_data / "dicom" / "mr_hippocrop_1", tmp_path / "series", refer)
+    assert [case.images for case in find_images(folder)] == [(folder,)]
+    whole = read_image(shared_data / "dicom" / "mr_hippocrop_1")
+    np.testing.assert_array_equal(read_image(folder).array, whole.array)
+
+
+@pytest.mark.parametrize("suffix", [".dcm", "", ".IMA"])
+def test_a_dicom_slice_that_is_cut_short_is_named(suffix: str, shared_data: Path, tmp_path: Path) -> None:
     """The last slice: without it the others still make a regular volume."""
-    shutil.copytree(shared_data / "dicom" / "mr_ge_oblique", tmp_path / "series")
-    last = sorted((tmp_path / "series").iterdir())[-1]
+    (tmp_path / "series").mkdir()
+    for file in sorted((shared_data / "dicom" / "mr_ge_oblique").iterdir()):
+        last = tmp_path / "series" / f"{file.stem}{suffix}"
+        last.write_bytes(file.read_bytes())
     last.write_bytes(last.read_bytes()[:-5000])
     with pytest.raises(UserError, match=f"{last.name} cannot be read as DICOM"):
         read_image(tmp_path / "series")
+
+
+@pytest.mark.parametrize("kind", ["1.2.840.10008.5.1.4.1.1.9.1.1", "1.3.12.2.1107.5.9.1"])
+def test_objects_without_images_lie_beside_a_series(kind: str, shared_data: Path, tmp_path: Path) -> None:
+    """An electrocardiogram, and a maker's own notes."""
+    import pydicom
+
+    source = shared_data / "dicom" / "mr_hippocrop_1"
+    shutil.copytree(source, tmp_path / "series")
+    other = pydicom.dcmread(dicom_files(source)[0], stop_before_pixels=True)
+    other.SOPClassUID = other.file_meta.MediaStorageSOPClassUID = kind
+    other.SeriesInstanceUID = other.SOPInstanceUID = "1.2.3"
+    del other.Rows, other.Columns
+    other.save_as(tmp_path / "series" / "other.dcm")
+    np.testing.assert_array_equal(read_image(tmp_path / "series").array, read_image(source).array)
 
 
 def test_two_slices_are_a_volume(shared_data: Path) -> None:

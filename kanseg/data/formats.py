@@ -29,6 +29,7 @@ from kanseg.data.case_folders import (
 from kanseg.data.images import (
     LOSSY,
     SUFFIXES_2D,
+    is_dicom,
     is_no_image,
     is_segmentation,
     load_image,
@@ -343,10 +344,7 @@ def _inner(folder: Path) -> str:
 def _may_be_dicom(path: Path) -> bool:
     if not path.is_file() or path.name.startswith(".") or path.name == "DICOMDIR":
         return False
-    if suffix_of(path) == ".dcm":
-        return not is_no_image(path)
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM" and not is_no_image(path)
+    return is_dicom(path) and not is_no_image(path)
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -33,17 +33,20 @@ LOSSY = (".jpg", ".jpeg")
 TWO_FILES = {".mhd": ".mha", ".nhdr": ".nrrd"}  # a header beside its data cannot be replaced in one step
 # DICOM objects that lie beside images and hold none: directory, presentation states, reports, documents, RT
 NO_IMAGES = (
-    b"1.2.840.10008.1.3.10",
-    *(b"1.2.840.10008.5.1.4.1.1." + n for n in (b"11.", b"66", b"88.", b"104.", b"481.")),
+    "1.2.840.10008.1.3.10",
+    *("1.2.840.10008.5.1.4.1.1." + n for n in ("11.", "66", "88.", "104.", "481.")),
 )
 CONVERSION = "kanseg convert DATA -o OUT makes a data set with label maps of one with DICOM-SEG"
-SEGMENTATIONS = (b"1.2.840.10008.5.1.4.1.1.66.4", b"1.2.840.10008.5.1.4.1.1.66.7")
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+SOP_CLASS = 0x00080016  # the tag SOPClassUID
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 TIFF_REMARK = 270  # the tag ImageDescription
 TIFF_BITS = 258  # the tag BitsPerSample
 TIFF_EXTRA, UNSPECIFIED = 338, 0  # the tag ExtraSamples, and its value for what is not opacity
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
+SIDEWAYS = 1.0  # mm that a slice may lie beside the normal of the first
+AGAIN = "Export the series again, or convert it with a tool that repairs it."
 
 
 @dataclass
@@ -425,18 +428,17 @@ def _read_dicom(folder: Path) -> Image:
     names = dicom_files(folder)
     try:
         _require_readable(folder, names)
-        if len(names) > 1:
-            _check_slices(folder, names)
         if len(names) == 1:
             image = _read_frames(folder, Path(names[0]))
         else:
-            reader.SetFileNames(names)
+            reader.SetFileNames(_in_order(folder, names))
             if _is_grey(names[0]):  # or all slices would get the type of the first, whatever their scales
                 reader.SetOutputPixelType(sitk.sitkFloat32)
             image = reader.Execute()
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{folder} cannot be read as DICOM ({_reason(error)}). Copy it again from its source."
+            f"{folder} cannot be read as DICOM ({_reason(error)}). Copy it again from its source, or save it "
+            "uncompressed."
         ) from error
     return _read_itk(folder, image)
 
@@ -462,85 +464,186 @@ def dicom_files(folder: Path) -> list[str]:
 
 def is_no_image(path: Path) -> bool:
     """Whether a DICOM file is an object that lies beside images: a segmentation, a report, ..."""
-    return _names_one_of(path, NO_IMAGES)
+    return _sop_class(path).startswith(NO_IMAGES)
 
 
 def is_segmentation(path: Path) -> bool:
     """Whether a DICOM file is a Segmentation object."""
-    return _names_one_of(path, SEGMENTATIONS)
+    return _sop_class(path).startswith(SEGMENTATIONS)
 
 
-def _names_one_of(path: Path, classes: Sequence[bytes]) -> bool:
-    with path.open("rb") as file:
-        start = file.read(2048)
-    return any(uid in start for uid in classes)
+def _sop_class(path: Path) -> str:
+    """What kind of DICOM object a file holds, as it says itself: it may refer to others. "" where it is none."""
+    from pydicom.filereader import read_partial
+
+    try:
+        with path.open("rb") as file:
+            header = read_partial(file, stop_when=lambda tag, vr, length: tag > SOP_CLASS, force=True)
+        return str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+    except OSError:
+        raise
+    except Exception:  # of pydicom, which has no common class
+        return ""
 
 
 def _require_readable(folder: Path, names: Sequence[str]) -> None:
     """GDCM passes over files that are cut short; a slice at the end would be lost without a gap to show it."""
     known = {Path(name).name for name in names}
     for path in sorted(folder.iterdir()):
-        if path.name in known or suffix_of(path) != ".dcm" or path.name[0] == ".":
-            continue
-        if not is_no_image(path):
+        if path.name not in known and _claims_an_image(path, _sop_class(Path(names[0]))):
             raise UserError(
                 f"{path} cannot be read as DICOM. It is cut short or damaged. Copy it again from its source."
             )
 
 
-def _check_slices(folder: Path, names: Sequence[str]) -> None:
-    """Refuse what is no regular volume: two orientations, one position twice, a gap, a gantry tilt."""
-    positions, orientations = [], []
-    for name in names:
-        tags = sitk.ImageFileReader()
-        tags.SetFileName(name)
-        tags.ReadImageInformation()
-        if not (tags.HasMetaDataKey("0020|0032") and tags.HasMetaDataKey("0020|0037")):
-            return
-        positions.append([float(v) for v in tags.GetMetaData("0020|0032").split("\\")])
-        orientations.append([float(v) for v in tags.GetMetaData("0020|0037").split("\\")])
-    _require_box(folder, np.array(positions), np.array(orientations))
+def _claims_an_image(path: Path, kind: str) -> bool:
+    """Whether a file is called DICOM, or is some, and neither hidden nor an object of a kind without images.
+
+    Args:
+        kind: the SOP class of images, which may be a maker's own.
+    """
+    if path.name[0] == "." or not path.is_file() or not is_dicom(path):
+        return False
+    from pydicom.uid import UID
+
+    own = _sop_class(path)
+    is_image = own in ("", kind) or UID(own).name.endswith("Image Storage")
+    return is_image and not own.startswith(NO_IMAGES)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its name or by its first bytes."""
+    if suffix_of(path) == ".dcm":
+        return True
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _in_order(folder: Path, names: Sequence[str]) -> list[str]:
+    """Files of single slices by their positions; refused is what is no regular volume, or tells too little of it."""
+    headers = [_header(Path(name)) for name in names]
+    if any(int(header.get("NumberOfFrames") or 1) > 1 for header in headers):
+        raise UserError(
+            f"{folder} has {len(names)} files of one series, some of them of several frames; one file is expected. "
+            "Give each a folder of its own."
+        )
+    for name, header in zip(names, headers, strict=True):
+        for keyword in PLACES:
+            if not header.get(keyword):
+                raise UserError(f"{name} lacks {keyword}: where its slice lies is not known. {AGAIN}")
+    positions = np.array([header.ImagePositionPatient for header in headers], float)
+    orientations = np.array([header.ImageOrientationPatient for header in headers], float)
+    order = _order(positions, orientations)
+    _require_box(folder, positions[order], orientations[order])
+    _require_same(folder, "pixels", [(header.Rows, header.Columns) for header in headers])
+    _require_same(folder, "mm a pixel", [tuple(map(float, header.PixelSpacing)) for header in headers])
+    return [names[number] for number in order]
+
+
+def _require_same(source: Path, what: str, sizes: Sequence[tuple[float, ...]]) -> None:
+    """Raise `UserError` where slices are not as large as the first, of which alone ITK takes the size of a pixel."""
+    for size in sizes:
+        if not np.allclose(size, sizes[0], rtol=1e-3):
+            raise UserError(
+                f"{source} mixes slices of {_times(sizes[0])} and of {_times(size)} {what}; one volume is expected. "
+                f"{AGAIN}"
+            )
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
+
+
+def _order(positions: np.ndarray, orientations: np.ndarray) -> np.ndarray:
+    """Of slices, along the normal of the first."""
+    return np.argsort(positions @ np.cross(orientations[0, :3], orientations[0, 3:]), kind="stable")
+
+
+def _header(file: Path) -> Any:
+    """What a DICOM file tells of its pixels and where they lie; the pixels stay on the disk.
+
+    Raises:
+        UserError: the file is damaged, holds fewer pixels than it says, of which ITK fills up the rest with those of
+            another slice, or is MONOCHROME1, whose numbers ITK inverts.
+    """
+    import pydicom
+
+    try:
+        header = pydicom.dcmread(file, force=True, defer_size=1024, specific_tags=list(IN_HEADERS))
+        pixels: Any = header.get_item("PixelData", keep_deferred=True)
+        kind = str(header.get("PhotometricInterpretation"))
+        samples = 2 if kind.endswith("422") else int(header.get("SamplesPerPixel") or 1)
+        bits = header.Rows * header.Columns * samples * header.BitsAllocated
+        needed = bits * int(header.get("NumberOfFrames") or 1) // 8
+    except Exception as error:  # of pydicom, which has no common class
+        raise UserError(
+            f"{file} cannot be read as DICOM ({error}). Copy it again from its source."
+        ) from error
+    if pixels is not None and pixels.length < needed:  # of compressed ones it is the largest number
+        raise UserError(
+            f"{file} is cut short: it holds {pixels.length} bytes of pixels, {needed} are expected. Copy it again from "
+            "its source."
+        )
+    if kind == "MONOCHROME1":
+        raise UserError(f"{file} is MONOCHROME1 (low numbers are bright); MONOCHROME2 is expected. {AGAIN}")
+    return header
 
 
 def _read_frames(source: Path, file: Path) -> sitk.Image:
     """The image of one DICOM file, of several frames by their own places and scales: ITK takes them as the first is."""
+    header = _header(file)
     image = sitk.ReadImage(str(file))
-    if image.GetDimension() < 3 or image.GetSize()[2] < 2:
-        return image
-    frames = _frames(file)
-    if len(frames) != image.GetSize()[2]:
-        return image
+    count = int(header.get("NumberOfFrames") or 1)
+    frames = _frames(file, header)
+    if count == 1:
+        return _with_thickness(image, header, frames)
+    places = [[frame[name] for frame in frames] for name in PLACES]
+    if len(frames) != count or not all(all(numbers) for numbers in places):
+        raise UserError(
+            f"{file} has {count} frames that do not tell where they lie (moments of a film?); one volume is expected. "
+            f"{AGAIN}"
+        )
     image = _scaled(image, [(*frame["RescaleSlope"], *frame["RescaleIntercept"]) for frame in frames])
-    positions = [frame["ImagePositionPatient"] for frame in frames]
-    orientations = [frame["ImageOrientationPatient"] for frame in frames]
-    if not all(positions) or not all(orientations):
-        return image
-    return _stacked(source, image, np.array(positions), np.array(orientations))
+    return _stacked(source, image, *map(np.array, places))
+
+
+def _with_thickness(image: sitk.Image, header: Any, frames: Sequence[dict[str, list[float]]]) -> sitk.Image:
+    """A slice alone, whose neighbours tell no spacing: ITK takes 1 mm where the scanner tells no gap."""
+    told = [header.get("SliceThickness"), *(number for frame in frames for number in frame["SliceThickness"])]
+    thickness = next(filter(None, told), None)
+    if image.GetDimension() == 3 and thickness and not header.get("SpacingBetweenSlices"):
+        image.SetSpacing([*image.GetSpacing()[:2], float(thickness)])
+    return image
 
 
 OF_FRAMES = {  # what a frame tells: the sequence that it stands in, and how many numbers where nothing is told
     "ImagePositionPatient": ("PlanePositionSequence", []),
     "ImageOrientationPatient": ("PlaneOrientationSequence", []),
+    "PixelSpacing": ("PixelMeasuresSequence", []),
+    "SliceThickness": ("PixelMeasuresSequence", []),
     "RescaleSlope": ("PixelValueTransformationSequence", [1.0]),
     "RescaleIntercept": ("PixelValueTransformationSequence", [0.0]),
 }
+PLACES = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+IN_HEADERS = (
+    *"Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated PhotometricInterpretation PixelData".split(),
+    *(*PLACES, *GROUPS, "SliceThickness", "SpacingBetweenSlices"),
+)
 
 
-def _frames(file: Path) -> list[dict[str, list[float]]]:
+def _frames(file: Path, header: Any) -> list[dict[str, list[float]]]:
     """The numbers of `OF_FRAMES` that each frame tells, or all of them together, in the order of the file."""
-    import pydicom
-
-    groups = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
     try:
-        described = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(groups))
-        shared, frames = (described.get(group) or [] for group in groups)
+        shared, frames = (header.get(group) or [] for group in GROUPS)
         found = []
         for frame in frames:
             numbers = {name: default for name, (_, default) in OF_FRAMES.items()}
             for part in (*shared, frame):
                 for name, (group, _) in OF_FRAMES.items():
                     for item in part.get(group) or []:
-                        numbers[name] = [float(number) for number in np.atleast_1d(item[name].value)]
+                        if item.get(name) is not None:
+                            numbers[name] = [float(number) for number in np.atleast_1d(item[name].value)]
             found.append(numbers)
     except Exception as error:  # of pydicom, which has no common class
         raise UserError(
@@ -560,42 +663,52 @@ def _scaled(image: sitk.Image, scales: Sequence[tuple[float, ...]]) -> sitk.Imag
     return scaled
 
 
-def _stacked(source: Path, image: sitk.Image, positions: np.ndarray, orientations: np.ndarray) -> sitk.Image:
-    """The frames in the order of their positions, which need not be that of the file."""
+def _stacked(
+    source: Path, image: sitk.Image, positions: np.ndarray, orientations: np.ndarray, pixels: np.ndarray
+) -> sitk.Image:
+    """The frames in the order of their positions, forwards or backwards as in the file, where these say they lie."""
+    order = _order(positions, orientations)
+    _require_box(source, positions[order], orientations[order])
+    _require_same(source, "mm a pixel", list(map(tuple, pixels)))
+    if (np.diff(order) < 0).all():
+        order = order[::-1]
     rows, columns = orientations[0, :3], orientations[0, 3:]
     normal = np.cross(rows, columns)
-    along = positions @ normal
-    order = np.argsort(along, kind="stable")
-    _require_box(source, positions[order], orientations[order])
-    if (np.diff(order) == 1).all() or (np.diff(order) == -1).all():  # as ITK has them
-        return image
-    pixels = sitk.GetArrayFromImage(image)[order]
-    stacked = sitk.GetImageFromArray(pixels, isVector=image.GetNumberOfComponentsPerPixel() > 1)
-    stacked.SetSpacing([*image.GetSpacing()[:2], float(np.median(np.diff(along[order])))])
+    step = (positions[order[-1]] - positions[order[0]]) @ normal / (len(order) - 1)
+    array = sitk.GetArrayFromImage(image)[order]
+    stacked = sitk.GetImageFromArray(array, isVector=image.GetNumberOfComponentsPerPixel() > 1)
+    stacked.SetSpacing([pixels[0, 1], pixels[0, 0], abs(step)])
     stacked.SetOrigin(positions[order[0]].tolist())
-    stacked.SetDirection(np.column_stack([rows, columns, normal]).ravel().tolist())
+    stacked.SetDirection(np.column_stack([rows, columns, np.sign(step) * normal]).ravel().tolist())
     return stacked
 
 
 def _require_box(source: Path, positions: np.ndarray, orientations: np.ndarray) -> None:
     """Raise `UserError` where slices, in their order, are no regular volume."""
-    advice = "Export the series again, or convert it with a tool that repairs it."
     if np.ptp(orientations, axis=0).max() > 1e-3:
-        raise UserError(f"{source} mixes slices of different orientation; one volume is expected. {advice}")
+        raise UserError(f"{source} mixes slices of different orientation; one volume is expected. {AGAIN}")
     normal = np.cross(orientations[0, :3], orientations[0, 3:])
     steps = np.diff(positions, axis=0)
     along = steps @ normal
     if np.abs(along).min() < 1e-3:
         raise UserError(
-            f"{source} has several slices at one position (several stacks or times?); one volume is expected. {advice}"
+            f"{source} has several slices at one position (several stacks or times?); one volume is expected. {AGAIN}"
         )
     if np.ptp(np.abs(along)) > 0.05 * np.median(np.abs(along)):
         shown = ", ".join(f"{step:.2f}" for step in sorted(set(np.round(np.abs(along), 2))))
-        raise UserError(f"{source} misses slices: the distances between them are {shown} mm. {advice}")
+        raise UserError(f"{source} misses slices: the distances between them are {shown} mm. {AGAIN}")
     sideways = np.linalg.norm(steps - np.outer(along, normal), axis=1)
-    if sideways.max() > 0.02 * np.abs(along).max():
+    shifts = positions - positions[0]
+    places = shifts @ normal
+    uneven = np.abs(places - np.linspace(0, places[-1], len(places))).max()
+    if uneven > 0.25 * np.median(np.abs(along)):
         raise UserError(
-            f"{source} was taken with a tilted gantry (slices shift sideways); a box is expected. {advice}"
+            f"{source} has slices up to {uneven:.2f} mm beside an even row; one distance is expected. {AGAIN}"
+        )
+    astray = np.linalg.norm(shifts - np.outer(places, normal), axis=1).max()
+    if sideways.max() > 0.02 * np.abs(along).max() or astray > SIDEWAYS:
+        raise UserError(
+            f"{source} was taken with a tilted gantry (slices shift sideways); a box is expected. {AGAIN}"
         )
 
 

@@ -54,7 +54,7 @@ def picture(
     if not values:
         values = sorted({0, *np.unique(prediction).tolist()})
     names = list(label_names) or [f"label {v}" for v in values]
-    colours = _colours(len(values) - 1)
+    colours = class_colours(len(values) - 1)
     columns = {"image": None, "reference": reference, "prediction": prediction}
     shown = {name: labels for name, labels in columns.items() if name == "image" or labels is not None}
     planes = _planes(reference if reference is not None and reference.any() else prediction)
@@ -210,7 +210,8 @@ def _aspect(spacing: Sequence[float], axis: int) -> float:
     return rest[1] / rest[0]
 
 
-def _colours(count: int) -> list[Colour]:
+def class_colours(count: int) -> list[Colour]:
+    """Of the classes but the background, in pictures and in viewers: red, green, blue and opacity, 0 to 1."""
     from matplotlib import colormaps
 
     return [

@@ -18,6 +18,7 @@ from kanseg import __version__
 from kanseg.data.beside import DICOM_SEG
 from kanseg.data.images import LPS_TO_RAS, Image, dicom_files, suffix_of
 from kanseg.errors import UserError
+from kanseg.evaluation.report import class_colours
 from kanseg.training.files import make_folder, write_bytes
 
 # Words in a name -> category and type of the code dictionary (SNOMED CT); other names are looked up as they are.
@@ -28,6 +29,10 @@ WORDS = {
     **dict.fromkeys(("edema", "oedema"), (ABNORMAL, "Edema")),
 }
 ANATOMY = "AnatomicalStructure"
+ROUNDING, DECIMALS = (
+    1e-4,
+    6,
+)  # mm between a slice and the even row of a volume; digits that a number of DICOM has room for
 MAY_BE_EMPTY = (
     "PatientID PatientName PatientBirthDate PatientSex StudyID StudyDate StudyTime AccessionNumber "
     "ReferringPhysicianName".split()
@@ -64,12 +69,12 @@ def write_segmentation(
     files = dicom_files(source.path) if source.path.is_dir() else [source.path]
     entropy = hashlib.sha256(numbers.tobytes() + description.encode()).hexdigest()
     try:
-        series = [_completed(pydicom.dcmread(f, stop_before_pixels=True), source.spacing[-1]) for f in files]
+        in_lps = LPS_TO_RAS @ source.affine
+        series = [_completed(pydicom.dcmread(f, stop_before_pixels=True), in_lps) for f in files]
         about = [series[0].SeriesInstanceUID, entropy]
-        affine = (LPS_TO_RAS @ source.affine)[:, [2, 1, 0, 3]]
         volume = highdicom.Volume(
             np.ascontiguousarray(numbers.transpose()),
-            affine=affine,
+            affine=in_lps[:, [2, 1, 0, 3]],
             coordinate_system="PATIENT",
             frame_of_reference_uid=series[0].FrameOfReferenceUID,
         )
@@ -104,8 +109,13 @@ def write_segmentation(
     return write_bytes(path, content.getvalue())
 
 
-def _completed(header: Any, spacing: float) -> Any:
-    """With what a segmentation repeats and anonymisers like to remove, the distance of the slices, texts in UTF-8."""
+def _completed(header: Any, affine: np.ndarray) -> Any:
+    """With what a segmentation repeats and anonymisers like to remove, the places of the slices, texts in UTF-8.
+
+    Args:
+        affine: from voxels to mm in DICOM's axes (LPS).
+    """
+    spacing = float(np.linalg.norm(affine[:3, 2]))
     for keyword in MAY_BE_EMPTY:
         if keyword not in header:
             setattr(header, keyword, "")
@@ -116,15 +126,32 @@ def _completed(header: Any, spacing: float) -> Any:
 
         header.FrameOfReferenceUID = generate_uid(entropy_srcs=[header.SeriesInstanceUID, "frame"])
     if "PerFrameFunctionalGroupsSequence" not in header:
+        _place(header, affine)
         header.SliceThickness = header.get("SliceThickness") or spacing
         header.SpacingBetweenSlices = spacing  # by their positions; what headers say is often the gap between
         return header
-    own = header.PerFrameFunctionalGroupsSequence[0]  # what all frames share may stand with each
-    for keyword in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
-        shared = header.SharedFunctionalGroupsSequence[0]
-        if keyword not in shared and keyword in own:
-            setattr(shared, keyword, getattr(own, keyword))
+    shared, frames = header.SharedFunctionalGroupsSequence[0], header.PerFrameFunctionalGroupsSequence
+    for keyword in (
+        "PixelMeasuresSequence",
+        "PlaneOrientationSequence",
+    ):  # what all share may stand with each
+        if keyword not in shared and keyword in frames[0]:
+            setattr(shared, keyword, getattr(frames[0], keyword))
+    shared.PixelMeasuresSequence[0].SpacingBetweenSlices = round(spacing, DECIMALS)
+    for frame in frames:
+        for plane in frame.get("PlanePositionSequence") or []:
+            _place(plane, affine)
     return header
+
+
+def _place(plane: Any, affine: np.ndarray) -> None:
+    """Put a slice where the volume has it: highdicom tells of which image a plane is by the place, to `ROUNDING`."""
+    if plane.get("ImagePositionPatient"):
+        stated = np.array(plane.ImagePositionPatient, float)
+        number = np.rint(np.linalg.solve(affine, [*stated, 1])[2])
+        place = affine[:3, 2] * number + affine[:3, 3]
+        if np.abs(place - stated).max() > ROUNDING:
+            plane.ImagePositionPatient = place.round(DECIMALS).tolist()
 
 
 def check_series(path: Path) -> tuple[Any, Any]:
@@ -147,6 +174,7 @@ def check_series(path: Path) -> tuple[Any, Any]:
 
 
 def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[str]) -> list[Any]:
+    """With colours, which the standard leaves open: some viewers (OHIF's issue 3939) hang without."""
     from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
 
@@ -154,7 +182,7 @@ def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[
         name=f"kanseg {model}"[:64], family=codes.DCM.ArtificialIntelligence, version=__version__
     )
     found = []
-    for number, name in enumerate(names, start=1):
+    for number, (name, colour) in enumerate(zip(names, class_colours(len(names)), strict=True), start=1):
         category, kind = code_of(name)
         found.append(
             highdicom.seg.SegmentDescription(
@@ -166,6 +194,7 @@ def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[
                 algorithm_identification=algorithm,
                 tracking_id=name[:64],
                 tracking_uid=generate_uid(entropy_srcs=[*about, str(number)]),
+                display_color=highdicom.color.CIELabColor.from_rgb(*(255 * part for part in colour[:3])),
             )
         )
     return found
