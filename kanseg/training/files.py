@@ -18,6 +18,7 @@ STALE, LONG_STALE = (
     60,
     2 * 86400,
 )  # seconds after which a temporary file of a dead, or an unknown, writer is nobody's
+PART = ".part"
 MOST_OF_A_NAME = 100  # characters, for a file system takes 255
 _swept: set[Path] = set()
 
@@ -30,9 +31,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
     Raises:
         UserError: the disk is full or the folder cannot be written; the temporary file is removed.
     """
-    _sweep(path.parent)
-    writer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    part = path.with_name(f".{path.name[:MOST_OF_A_NAME]}.{writer}.part")
+    part = part_of(path)
     try:
         with part.open("xb") as file:
             file.write(content)
@@ -50,14 +49,25 @@ def write_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
+def part_of(path: Path, suffix: str = "") -> Path:
+    """A name beside `path` for its content while it is written; such files of dead writers are removed on the way.
+
+    Args:
+        suffix: that the name ends in, where it decides the format.
+    """
+    _sweep(path.parent)
+    writer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name[:MOST_OF_A_NAME]}.{writer}{PART}{suffix}")
+
+
 def _sweep(folder: Path) -> None:
     """Remove, once a folder, what dead writers of this machine left there, and what others left days ago."""
     if folder in _swept:
         return
     _swept.add(folder)
-    for part in folder.glob(".*.part"):
+    for part in folder.glob(f".*{PART}*"):
         with suppress(OSError, ValueError):
-            host, pid, _ = part.name.removesuffix(".part").rsplit("-", 2)
+            host, pid, _ = part.name.rpartition(PART)[0].rsplit("-", 2)
             own = host.endswith(f".{socket.gethostname()}")
             dead = own and not _alive(int(pid))
             if time.time() - part.stat().st_mtime > (STALE if dead else LONG_STALE):
