@@ -29,7 +29,7 @@ class ResampleAlongAxes(SpatialResample):
 
     def __call__(  # type: ignore[override]  # as `Spacing` calls it
         self, img: MetaTensor, dst_affine: Tensor, spatial_size: Sequence[int], mode: str, **how: Any
-    ) -> MetaTensor:
+    ) -> Tensor:
         affine = torch.as_tensor(dst_affine, dtype=torch.float64)
         size = [int(length) for length in spatial_size]
         same = list(img.shape[1:]) == size and torch.allclose(img.affine, affine, atol=AFFINE_TOL)
@@ -37,14 +37,12 @@ class ResampleAlongAxes(SpatialResample):
         across = (there[:3, :3] - there[:3, :3].diag().diag()).abs() * torch.tensor(size)
         if mode != "bilinear" or same or prod(size) <= AT_ONCE or across.max() > STRAIGHT:
             return super().__call__(img, affine, size, mode, **how)
-        one = super().__call__(
-            img[:, :1, :1, :1], affine, [1, 1, 1], mode, **how
-        )  # for what it notes of itself
-        one.applied_operations[-1]["orig_size"] = tuple(img.shape[1:])
+        note = {**how, "dtype": img.dtype}  # without a copy of the image
+        one = super().__call__(img, affine, [1, 1, 1], mode, **note)  # for what it notes of itself
         whole = _resampled(img.as_tensor(), there, size)
-        return MetaTensor(whole, meta=one.meta, applied_operations=one.applied_operations)
+        return whole.as_subclass(MetaTensor).copy_meta_from(one) if isinstance(one, MetaTensor) else whole
 
-    def inverse(self, data: MetaTensor) -> MetaTensor:  # type: ignore[override]  # MONAI's passes `__call__` over
+    def inverse(self, data: MetaTensor) -> Tensor:  # type: ignore[override]  # MONAI's passes `__call__` over
         done = self.pop_transform(data)
         told = {key: done["extra_info"][key] for key in ("mode", "padding_mode")}
         with self.trace_transform(False):
@@ -67,8 +65,8 @@ def _resampled(values: Tensor, there: Tensor, size: Sequence[int]) -> Tensor:
         for axis, (low, high, share) in enumerate(ways):
             if axis == 0:
                 low, high, share = (way[start : start + deep] for way in (low, high, share))
-            ends = (found.index_select(1 + axis, end).double() for end in (low, high))
-            found = torch.lerp(*ends, share.view(-1, *[1] * (2 - axis)))
+            before, after = (found.index_select(1 + axis, end).double() for end in (low, high))
+            found = torch.lerp(before, after, share.view(-1, *[1] * (2 - axis)))
         whole[:, start : start + deep] = found
     return whole
 
