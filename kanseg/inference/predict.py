@@ -54,9 +54,7 @@ WRITTEN_AS = TWO_FILES | dict.fromkeys(
     LOSSY, ".png"
 )  # where label maps cannot have the format of their image
 NO_FOLDERS = tuple(".dicom .img .hdr .mgz .mgh .npy .npz .gz .zip .seg .h5 .csv".split())
-VOXEL = (
-    25  # bytes that one of the image's own grid takes on the way to a label, however many classes there are
-)
+VOXEL = 36  # bytes a voxel of the own grid takes at most on its way to a label, of any number of classes
 Network = nn.Module | Sequence[nn.Module]
 Plans = Plan | Sequence[Plan]
 T = TypeVar("T")
