@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from kanseg.errors import UsageError
@@ -14,6 +15,7 @@ from kanseg.errors import UsageError
 FITS = 0.5  # of the room that is left: the rest is for what computes
 NEAR = 0.6  # of the memory: from there on what is freed is not kept for later
 LITTLE = 0.05  # of the memory: always fits, for freed memory that the process keeps counts as taken
+LASTING = "/var/tmp"  # for what is larger than memory, by the rules of Linux systems
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -86,6 +88,28 @@ def _fits(size: int, memory: int | None) -> bool:
     if memory is None:
         return size <= FITS * free_memory()
     return size <= max(FITS * (memory - (taken() or 0)), LITTLE * memory)
+
+
+def spill_folder() -> str:
+    """Folder for what does not fit into memory: the system's temporary one, or where that lies in memory /var/tmp.
+
+    A folder that TMPDIR names is taken as it is.
+    """
+    folder = tempfile.gettempdir()
+    if "TMPDIR" in os.environ or not _in_memory(folder):
+        return folder
+    return LASTING if os.access(LASTING, os.W_OK) and not _in_memory(LASTING) else folder
+
+
+def _in_memory(folder: str) -> bool:
+    """Whether a folder lies on a tmpfs, as /tmp does on some systems."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return False
+    path = Path(folder).resolve()
+    around = [(len(place), kind) for place, kind in mounts if path.is_relative_to(place)]
+    return bool(around) and max(around)[1] in ("tmpfs", "ramfs")
 
 
 def settle(memory: int | None) -> None:

@@ -176,3 +176,15 @@ def test_voxels_that_a_plan_ignores_count_in_no_comparison(tmp_path: Path, blobs
     result = compare(tmp_path / "a", tmp_path / "b", reference=tmp_path / "reference", **how)
     assert {row["class"] for row in result["rows"]} == {"near", "far", "mean"}
     assert all(row["mean_a"] == row["mean_b"] == 1 for row in result["rows"] if row["metric"] == "dice")
+
+
+@pytest.mark.parametrize("patients", [1, 5, 6])
+def test_too_few_patients_for_the_test_are_told(tmp_path: Path, patients: int) -> None:
+    """One side wins each case, and no p below 0.05 can come of fewer than six."""
+    better = random_dice(0, cases=patients, classes=1)
+    result = compare(table(tmp_path / "a", better), table(tmp_path / "b", better - 0.1))
+    few = patients < 6
+    assert ("too few patients" in str(comparison_table(result).title)) == few
+    row = result["rows"][0]
+    assert row["p"] == pytest.approx(2 / 2**patients)
+    assert (row["p"] >= 0.05) == few

@@ -8,15 +8,19 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kanseg.data.images import Image, write_label
 from kanseg.errors import UserError
+from kanseg.training import files
 from kanseg.training.files import (
     STALE,
     _drop,
     _refuse_if_alive,
     _take,
     locked,
+    part_of,
     read_json,
     write_bytes,
     write_json,
@@ -79,3 +83,19 @@ def test_a_lock_that_another_took_meanwhile_is_left(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="A training runs"):
             _take(lock)
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".png"])
+def test_what_a_killed_prediction_left_is_removed_by_the_next(tmp_path: Path, suffix: str) -> None:
+    dims = 2 if suffix == ".png" else 3
+    like = Image(np.zeros((1, *[4] * dims), np.float32), np.eye(4), tmp_path / f"scan{suffix}", dims)
+    dead = multiprocessing.get_context("fork").Process(target=int)
+    dead.start()
+    dead.join()
+    left = part_of(tmp_path / f"a{suffix}", suffix)
+    left.write_bytes(b"half")
+    left = left.rename(left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")))
+    os.utime(left, (time.time() - 2 * STALE,) * 2)
+    files._swept.clear()  # as in another process
+    write_label(tmp_path / f"b{suffix}", np.zeros([4] * dims, np.int32), like)
+    assert [path.name for path in tmp_path.iterdir()] == [f"b{suffix}"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from kanseg.data.transforms import restore
 from kanseg.errors import UserError
 from kanseg.inference.logits import InMemory, OnDisk, predict_logits, whole_logits
 from kanseg.inference.predict import predict, predict_case
-from kanseg.memory import fits, free_memory
+from kanseg.memory import fits, free_memory, spill_folder
 from kanseg.models import create_model
 from kanseg.training.checkpoint import BEST, build_model, load_model, named, save_checkpoint
 
@@ -155,6 +157,19 @@ def test_a_disk_without_room_is_one_line(plan: Plan, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**30, 2**30 - 10, 10))
     with pytest.raises(UserError, match="Name a larger disk by TMPDIR, or give more --memory"):
         whole_logits(network(3), torch.randn(1, 1, 64, 64, 64), plan, memory=2**20)
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="the system has no file system in memory")
+def test_what_does_not_fit_goes_to_no_file_system_in_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    assert spill_folder() == "/var/tmp"
+    monkeypatch.setenv("TMPDIR", "/dev/shm")  # a wish
+    assert spill_folder() == "/dev/shm"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert spill_folder() == str(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory")

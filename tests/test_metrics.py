@@ -16,6 +16,7 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
 from monai.networks import one_hot
 from PIL import Image as Picture
+from scipy import ndimage
 
 from kanseg.data.formats import read_dataset
 from kanseg.data.plan import make_plan
@@ -82,6 +83,21 @@ def test_scores_equal_monai_on_the_whole_volume(shape: tuple[int, ...], seed: in
     for metric, values in wanted.items():
         found = [scores[label][metric] for label in (1, 2, 3)]
         np.testing.assert_allclose(found, values.numpy(), rtol=1e-5, err_msg=metric)
+
+
+@pytest.mark.parametrize("shape", [(13, 17, 11), (30, 22)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_distances_are_those_of_surface_voxels_by_scipy(shape: tuple[int, ...], seed: int) -> None:
+    """The convention that the docstring names: faces make a surface, also at the end of the image; the larger side."""
+    prediction, reference = (blocks(shape, 2 * seed + side) == 1 for side in (0, 1))
+    spacing, cross = SPACING[: len(shape)], ndimage.generate_binary_structure(len(shape), 1)
+    surfaces = [mask & ~ndimage.binary_erosion(mask, cross) for mask in (prediction, reference)]
+    maps = [ndimage.distance_transform_edt(~surface, sampling=spacing) for surface in surfaces]
+    sides = [maps[1][surfaces[0]], maps[0][surfaces[1]]]
+    tolerance = float(np.median(np.concatenate(sides)))  # that some distances are equal to
+    scores = evaluate_case(prediction.astype(int), reference.astype(int), spacing, [1], tolerance + 1e-6)[1]
+    assert scores["hd95"] == pytest.approx(max(np.percentile(side, 95) for side in sides), rel=1e-5)
+    assert scores["nsd"] == pytest.approx(np.mean(np.concatenate(sides) <= tolerance + 1e-6))
 
 
 @pytest.mark.parametrize("shift", [1, 3, 7])

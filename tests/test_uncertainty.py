@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from kanseg.data.plan import Plan
 from kanseg.errors import UserError
 from kanseg.inference.ensemble import combine_folders
 from kanseg.inference.predict import predict, predict_folder
-from kanseg.inference.uncertainty import QUALITY, doubt, in_words
+from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
 
 NAMES = ("background", "left", "right")
 
@@ -117,3 +119,23 @@ def test_what_a_rule_removed_of_a_region_does_not_count() -> None:
 def test_the_line_of_expected_dice_says_that_it_is_not_calibrated() -> None:
     rows = [{"class": "liver", "expected_dice": 0.9}, {"class": "tumour", "expected_dice": None}]
     assert in_words(rows) == "expected Dice (not calibrated): liver 0.900, tumour not found"
+
+
+def keep_some(path: Path, first: int, start: Barrier) -> None:
+    start.wait()
+    row = {"class": "organ", "volume_ml": 1.0, "expected_dice": 0.5, "uncertainty": 0.1}
+    for number in range(first, first + 50):
+        keep_quality(path, f"case {number}", [row])
+
+
+def test_several_processes_lose_no_row_of_the_table(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(4)
+    args = [(tmp_path / QUALITY, 100 * k, start) for k in range(4)]
+    writers = [context.Process(target=keep_some, args=one) for one in args]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read_quality(tmp_path / QUALITY)) == 4 * 50
+    assert [path.name for path in tmp_path.iterdir()] == [QUALITY]

@@ -6,10 +6,9 @@ format says in its own convention. Every reader of kanseg goes through here, so 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import logging
-import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from PIL import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
 from kanseg.errors import UserError
+from kanseg.training.files import part_of
 
 MILLIMETRES = {"meter": 1e3, "micron": 1e-3}  # in units that NIfTI headers may name
 SUFFIXES_NIFTI = (".nii.gz", ".nii")
@@ -185,24 +185,18 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
             f"{path}: a picture holds 2D labels or colours up to 65535, these are {array.ndim}D up to "
             f"{array.max(initial=0)}. Write .nii.gz instead."
         )
-    temporary = None
+    temporary = part_of(path, suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=suffix, prefix=".part-", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
         writers[suffix](temporary, array.astype(dtype), like, description)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be written: {_reason(error)}. Free space or choose another folder."
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # after success it is gone already
+            temporary.unlink()
     return path
 
 

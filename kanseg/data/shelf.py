@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kanseg.memory import spill_folder
+
 Arrays = dict[str, Any]  # name -> tensor, array, or list of arrays
 
 
@@ -38,7 +40,7 @@ class Shelf(Sequence[Arrays]):
             self._entries.append(plain)
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="kanseg-")
+            self._folder = tempfile.TemporaryDirectory(prefix="kanseg-", dir=spill_folder())
         folder = Path(self._folder.name) / str(len(self._entries))
         folder.mkdir()
         for name, array in _flat(plain):

@@ -40,6 +40,7 @@ from kanseg.data.formats import CHANNEL, Case, few, label_path, numbers_beside
 from kanseg.data.images import Image, check_pair, label_from, read_image, stem_of
 from kanseg.data.labels import class_numbers, known_values
 from kanseg.data.plan import Plan
+from kanseg.data.resample import ResampleAlongAxes
 from kanseg.errors import UserError
 
 KEYS = ("image", "label")
@@ -97,11 +98,10 @@ def preprocessing(plan: Plan) -> Compose:
     spacing = list(plan.spacing)
     if plan.slice_axis is not None:
         spacing.insert(plan.slice_axis, -1.0)  # MONAI: not positive is as it is
+    spaced = Spacingd(KEYS, spacing, mode=modes, padding_mode="border", allow_missing_keys=True)
+    spaced.spacing_transform.sp_resample = ResampleAlongAxes(dtype=np.float64)
     return Compose(
-        [
-            Orientationd(KEYS, axcodes=plan.orientation, labels=None, allow_missing_keys=True),
-            Spacingd(KEYS, spacing, mode=modes, padding_mode="border", allow_missing_keys=True),
-        ]
+        [Orientationd(KEYS, axcodes=plan.orientation, labels=None, allow_missing_keys=True), spaced]
     )
 
 

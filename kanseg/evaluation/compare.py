@@ -38,6 +38,7 @@ TABLES = ("cases.csv", "cross_validation.csv", "validation/predictions.csv", "pr
 ACCURACY = "accuracy"  # of classifiers: 1 for an image whose class is the likeliest, else 0
 LOWER_IS_BETTER = ("hd95",)
 ALPHA = 0.05
+FEWEST = 6  # patients; with fewer the smallest p that Wilcoxon's test can give, 2 / 2^n, is above ALPHA
 Scores = dict[str, dict[str, dict[str, float]]]  # metric -> class -> case -> score
 
 
@@ -314,6 +315,8 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 
     counts = f"{result['cases']} cases of {result['patients']} patients, 95 % intervals"
     title = escape(f"A = {result['a']}, B = {result['b']}\n{counts}")
+    if (patients := result["patients"]) < FEWEST:
+        title += f"\ntoo few patients for the test: its p is {min(1.0, 2 / 2**patients):.2g} at least"
     table = Table("class", "metric", title=title, title_justify="left")
     for heading in ("A", "B", "A - B", "p (Holm)", "A wins"):
         table.add_column(heading, justify="right", no_wrap=heading == "A - B")

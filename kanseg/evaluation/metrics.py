@@ -109,6 +109,11 @@ def evaluate_case(
 
     Returns:
         For each label dice, iou, nsd (0 to 1), hd95 (mm), volume_ml and reference_volume_ml (2D: thickness 1 mm).
+        The surface of a mask are its voxels with a face (2D: an edge) to another value or to the end of the image;
+        distances are those of voxel centres. hd95 is the larger of the two 95th percentiles, of the distances from
+        one surface to the other and back; medpy takes one percentile of both together, which lies between them.
+        nsd is the share of surface voxels of both that lie within the tolerance, itself
+        included; DeepMind's surface-distance weighs pieces of surface by their area, and gives other numbers.
     """
     if prediction.shape != reference.shape:
         raise UserError(f"Shapes differ: prediction {prediction.shape}, reference {reference.shape}.")

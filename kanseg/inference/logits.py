@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import slices_as_channels
 from kanseg.errors import UserError
-from kanseg.memory import FITS, fits
+from kanseg.memory import FITS, fits, spill_folder
 from kanseg.progress import telling
 
 WINDOWS_AT_ONCE = 2
@@ -95,14 +95,15 @@ class OnDisk(Logits):
         self.axis = 0 if self.shape[1] > 1 else 1  # of (N, *S), along which planes are cut
         self.planes = slice(0, 0)
         self.held: Tensor | None = torch.zeros(len(self), 0) if hold else None
-        folder, needed = tempfile.gettempdir(), len(self) * self.bytes
-        free = shutil.disk_usage(folder).free
+        self.folder, needed = spill_folder(), len(self) * self.bytes
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
                 f"The logits of {len(self)} classes take {needed / 2**30:.1f} GiB: more than the memory allows, and "
-                f"than {folder} has free ({free / 2**30:.1f} GiB). Name a larger disk by TMPDIR, or give more --memory."
+                f"than {self.folder} has free ({free / 2**30:.1f} GiB). Name a larger disk by TMPDIR, or give more "
+                "--memory."
             )
-        self.file = tempfile.TemporaryFile(prefix="kanseg-")  # noqa: SIM115  # gone with this object
+        self.file = tempfile.TemporaryFile(prefix="kanseg-", dir=self.folder)  # noqa: SIM115  # gone with this object
         self.file.truncate(needed)
 
     def read(self, number: int) -> Tensor:
@@ -142,9 +143,7 @@ class OnDisk(Logits):
                 self.file.write((values.ravel() + before).tobytes())
                 self.file.flush()
             except OSError as error:
-                raise UserError(
-                    f"The logits do not fit onto {tempfile.gettempdir()}: {error.strerror}."
-                ) from error
+                raise UserError(f"The logits do not fit onto {self.folder}: {error.strerror}.") from error
         self.planes, self.held = slice(0, 0), torch.zeros(len(self), 0)
 
 

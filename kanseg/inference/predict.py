@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from kanseg.export.dicom_seg import check_series, write_segmentation
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
+from kanseg.memory import settle, taken
 from kanseg.progress import telling
 from kanseg.training.files import make_folder
 
@@ -53,8 +54,10 @@ WRITTEN_AS = TWO_FILES | dict.fromkeys(
     LOSSY, ".png"
 )  # where label maps cannot have the format of their image
 NO_FOLDERS = tuple(".dicom .img .hdr .mgz .mgh .npy .npz .gz .zip .seg .h5 .csv".split())
+VOXEL = 36  # bytes a voxel of the own grid takes at most on its way to a label, of any number of classes
 Network = nn.Module | Sequence[nn.Module]
 Plans = Plan | Sequence[Plan]
+T = TypeVar("T")
 
 
 @dataclass
@@ -88,19 +91,30 @@ class Prediction:
     source: Image
     parts: list[Part]
 
-    def labels(self) -> np.ndarray:
-        """Label map (*original) in the values of the training labels; of several networks by their mean probability."""
+    def labels(self, watch: Watch | None = None) -> np.ndarray:
+        """Label map (*original) in the values of the training labels; of several networks by their mean probability.
+
+        Args:
+            watch: told how many classes are back on the image's own grid.
+        """
         first = self.parts[0]
         if len(self.parts) == 1:
-            numbers = restored_labels(first.logits, first.item, first.plan)
+            numbers = restored_labels(_counted(first.logits, watch), first.item, first.plan)
             return np.asarray(first.plan.label_values, np.int32)[numbers]
-        chances = (self.probability(number) for number in range(len(first.logits)))
+        chances = (self.probability(number) for number in _counted(range(len(first.logits)), watch))
         return decide(chances, first.plan.label_values, bool(first.plan.regions))
 
     def probability(self, number: int) -> np.ndarray:
         """Probability of one class, (*original) float32."""
         maps = [part.probability(number) for part in self.parts]
         return np.asarray(np.mean(maps, axis=0, dtype=np.float32))
+
+
+def _counted(items: Sequence[T], watch: Watch | None) -> Iterator[T]:
+    for done, item in enumerate(items):
+        if watch is not None:
+            watch(done, len(items))
+        yield item
 
 
 def decide(chances: Iterable[np.ndarray], values: Sequence[int], regions: bool) -> np.ndarray:
@@ -129,6 +143,7 @@ def predict(
     parts = []
     for number, (network, own) in enumerate(zip(models, plans, strict=True)):
         item, source = load_case(case, own, with_label=False)
+        settle(how.get("memory"))  # what reading left
         if look is not None and number == 0:
             look(source)
         seen = None if watch is None else _shifted(watch, number, len(models))
@@ -138,6 +153,7 @@ def predict(
             logits = whole_logits(network, item["image"].as_tensor()[None], own, watch=seen, **how)
         finally:
             network.train(was_training)
+        settle(how.get("memory"))
         parts.append(Part(logits, item, own))
     return Prediction(source, parts)
 
@@ -217,14 +233,15 @@ def predict_folder(
                     progress.advance(task)
                     continue
 
-                watch = (
-                    telling(f"{case.id}: windows") if progress.disable else partial(_show, progress, within)
-                )
-                look = partial(_remark_on, console, case.id, first)
+                show = partial(_show, progress, within)
+                watch = telling(f"{case.id}: windows") if progress.disable else show
+                look = partial(_remark_on, console, case.id, first, how.get("memory"))
                 make_folder(path.parent)  # or there is no use in predicting
                 predicted = predict(model, case, plan, watch=watch, look=look, **how)
                 remove_beside(path)  # of another prediction
-                labels = predicted.labels()
+                progress.update(within, description=f"{case.id}: classes")
+                back = f"{case.id}: classes on the image's own grid"
+                labels = predicted.labels(telling(back) if progress.disable else show)
                 if rules:
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
                 chances = _probabilities(path, predicted, first, keep=probabilities)
@@ -252,10 +269,18 @@ def predict_folder(
     return failures
 
 
-def _remark_on(console: Console, case: str, plan: Plan, image: Image) -> None:
-    """Say before the work begins what looks unlike the images of the training."""
+def _remark_on(console: Console, case: str, plan: Plan, memory: int | None, image: Image) -> None:
+    """Say before the work begins what looks unlike the images of the training, or is too large for the memory."""
     if said := unlike_training(image.array.shape[1:], image.affine, plan.fingerprint):
         console.print(f"{case}: note: {said}", highlight=False, soft_wrap=True)
+    needed = (taken() or 0) + VOXEL * image.array[0].size
+    if plan.image_dims == 3 and memory is not None and needed > memory:
+        console.print(
+            f"{case}: note: its label map alone takes the program to {needed / 2**30:.1f} GiB, more than --memory "
+            f"{memory / 2**30:.1f}G",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:

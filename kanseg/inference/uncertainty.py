@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kanseg.errors import UserError
-from kanseg.training.files import write_bytes
+from kanseg.training.files import in_turn, write_bytes
 
 COLUMNS = ("case", "class", "volume_ml", "expected_dice", "uncertainty")
 QUALITY = "quality.csv"
@@ -111,14 +111,21 @@ def read_quality(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_quality(path: Path, case: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Put the rows of a case into the table at `path`, in place of older ones of the same case; atomically."""
-    kept = [row for row in read_quality(path) if row["case"] != case]
+    """Put the rows of a case into the table at `path`, in place of older ones of the same case; atomically, and
+    after another process that does the same.
+    """
+    new = [{"case": case, **{key: _shown(value) for key, value in row.items()}} for row in rows]
+    with in_turn(path.parent):
+        kept = [row for row in read_quality(path) if row["case"] != case]
+        write_bytes(path, _table([*kept, *new]))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    new = ({"case": case, **{key: _shown(value) for key, value in row.items()}} for row in rows)
-    writer.writerows(sorted([*kept, *new], key=lambda row: row["case"]))
-    write_bytes(path, text.getvalue().encode())
+    writer.writerows(sorted(rows, key=lambda row: row["case"]))
+    return text.getvalue().encode()
 
 
 def _shown(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ STALE, LONG_STALE = (
     60,
     2 * 86400,
 )  # seconds after which a temporary file of a dead, or an unknown, writer is nobody's
+PART = ".part"
 MOST_OF_A_NAME = 100  # characters, for a file system takes 255
 _swept: set[Path] = set()
 
@@ -30,9 +32,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
     Raises:
         UserError: the disk is full or the folder cannot be written; the temporary file is removed.
     """
-    _sweep(path.parent)
-    writer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    part = path.with_name(f".{path.name[:MOST_OF_A_NAME]}.{writer}.part")
+    part = part_of(path)
     try:
         with part.open("xb") as file:
             file.write(content)
@@ -50,14 +50,25 @@ def write_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
+def part_of(path: Path, suffix: str = "") -> Path:
+    """A name beside `path` for its content while it is written; such files of dead writers are removed on the way.
+
+    Args:
+        suffix: that the name ends in, where it decides the format.
+    """
+    _sweep(path.parent)
+    writer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name[:MOST_OF_A_NAME]}.{writer}{PART}{suffix}")
+
+
 def _sweep(folder: Path) -> None:
     """Remove, once a folder, what dead writers of this machine left there, and what others left days ago."""
     if folder in _swept:
         return
     _swept.add(folder)
-    for part in folder.glob(".*.part"):
+    for part in folder.glob(f".*{PART}*"):
         with suppress(OSError, ValueError):
-            host, pid, _ = part.name.removesuffix(".part").rsplit("-", 2)
+            host, pid, _ = part.name.rpartition(PART)[0].rsplit("-", 2)
             own = host.endswith(f".{socket.gethostname()}")
             dead = own and not _alive(int(pid))
             if time.time() - part.stat().st_mtime > (STALE if dead else LONG_STALE):
@@ -89,6 +100,23 @@ def make_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK):
         raise UserError(f"Folder {path} cannot be written. Choose another folder.")
     return path
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process is within such a body of the same folder; on Windows there is no waiting."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -1,0 +1,103 @@
+"""Resampling along the axes: the numbers of MONAI and of scipy, there and back, in little memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Orientationd, Spacingd
+from scipy.ndimage import map_coordinates
+from scipy.spatial.transform import Rotation
+
+from kanseg.data import resample
+from kanseg.data.plan import Plan
+from kanseg.data.resample import ResampleAlongAxes
+from kanseg.data.transforms import preprocessing
+
+KEYS = ("image", "label")
+TURNED = Rotation.from_euler("xyz", [0.3, -0.2, 0.1]).as_matrix()
+SHEAR = np.array([[1, 0.2, 0], [0, 1, 0], [0, 0, 1]])
+GRIDS = {
+    "finer": ((24, 20, 18), (1.5, 1.5, 1.5), (0.7, 0.7, 1.0)),
+    "coarser": ((40, 36, 30), (0.7, 0.7, 1.0), (1.5, 1.5, 1.5)),
+    "thick": ((32, 30, 7), (0.5, 0.5, 6.0), (1.0, 1.0, 1.0)),
+    "thin": ((1, 30, 40), (2.0, 0.8, 0.8), (2.0, 1.0, 1.0)),
+    "same": ((20, 20, 20), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+}
+
+
+def item(shape: tuple[int, ...], spacing: tuple[float, ...], turn: np.ndarray) -> dict:
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn * np.array(spacing) * (-1, 1, 1), (3, 4, 5)
+    affine = torch.from_numpy(affine.astype(np.float32).astype(float))  # as NIfTI stores it
+    return {
+        "image": MetaTensor(torch.randn(2, *shape), affine=affine),
+        "label": MetaTensor(torch.randint(5, (1, *shape)).float(), affine=affine),
+    }
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("turn", [np.eye(3), TURNED, SHEAR], ids=["straight", "turned", "sheared"])
+@pytest.mark.parametrize("at_once", [1 << 21, 500])
+def test_resampling_there_and_back_is_monais(
+    grid: str, turn: np.ndarray, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resample, "AT_ONCE", at_once)
+    shape, spacing, wanted = GRIDS[grid]
+    given, results = item(shape, spacing, turn), []
+    for own in (False, True):
+        spaced = Spacingd(
+            KEYS, wanted, mode=["bilinear", "nearest"], padding_mode="border", allow_missing_keys=True
+        )
+        if own:
+            spaced.spacing_transform.sp_resample = ResampleAlongAxes(dtype=np.float64)
+        both = Compose([Orientationd(KEYS, axcodes="RAS", labels=None, allow_missing_keys=True), spaced])
+        done = both({key: value.clone() for key, value in given.items()})
+        back = both.inverse({"image": done["image"]})["image"]
+        assert back.shape == given["image"].shape
+        results.append([done["image"], done["label"], back, done["image"].affine, back.affine])
+    exact = at_once > 500
+    for monai, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, monai, atol=0 if exact else 1e-5, rtol=0)
+
+
+def test_finer_and_coarser_grids_are_interpolated_as_by_scipy(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resample, "AT_ONCE", 500)
+    plan.spacing[:] = [0.8, 1.3, 1.0]
+    given = item((20, 24, 18), (1.0, 1.0, 1.5), np.eye(3))
+    done = preprocessing(plan)(given)["image"]
+    places = np.stack([*np.indices(done.shape[1:]), np.ones(done.shape[1:])]).reshape(4, -1)
+    places = np.linalg.solve(given["image"].affine.numpy(), done.affine.numpy() @ places)[:3]
+    expected = map_coordinates(given["image"][0].numpy().astype(float), places, order=1, mode="nearest")
+    np.testing.assert_allclose(done[0].numpy().ravel(), expected, atol=1e-5)
+
+
+MEMORY = """
+import numpy as np
+from monai.data import MetaTensor
+import torch
+from kanseg.data.resample import ResampleAlongAxes
+from kanseg.memory import taken
+size, affine = (320, 320, 320), torch.diag(torch.tensor([0.5, 0.5, 0.5, 1.0])).double()
+values = MetaTensor(torch.zeros(1, 160, 160, 160), affine=torch.eye(4).double())
+how = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
+resampled = ResampleAlongAxes(dtype=np.float64)
+base = taken("VmRSS")
+found = resampled(values, affine, size, **how)
+print(taken("VmHWM") - base, found.numel())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory")
+def test_resampling_takes_little_more_than_its_result() -> None:
+    """Coordinates of all voxels at once would be 56 bytes of each; the result has 4."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    peak, voxels = map(int, done.stdout.split())
+    assert peak < 10 * voxels
