@@ -245,7 +245,11 @@ def predict(
     again: Annotated[bool, typer.Option("--again", help="Predict also the cases that are done.")] = False,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", "--max-memory", help="Memory limit, e.g. 4G; default: what is free."),
+        typer.Option(
+            "--memory",
+            "--max-memory",
+            help="What does not fit beside an image and its label map goes to the disk, e.g. 4G; default: what is free.",
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
