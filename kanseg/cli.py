@@ -248,7 +248,7 @@ def predict(
         typer.Option(
             "--memory",
             "--max-memory",
-            help="What does not fit beside an image and its label map goes to the disk, e.g. 4G; default: what is free.",
+            help="Logits beyond it go to the disk, e.g. 4G; image and label map come on top. Default: what is free.",
         ),
     ] = None,
     json_: Json = False,
