@@ -49,12 +49,19 @@ def test_a_search_that_cannot_be_is_refused_before_it_starts(planned, words, mes
     assert not (planned / "search" / "trials").exists()
 
 
-def test_sigterm_ends_a_search_as_ctrl_c_does_with_a_code_of_its_own():
-    before = signal.getsignal(signal.SIGTERM)
-    for number, expected in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
-        with pytest.raises(expected) as left, _ends_by_ctrl_c():
-            signal.raise_signal(number)
-        assert getattr(left.value, "code", TERMINATED) == TERMINATED
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_ends_a_search_as_ctrl_c_does_with_a_code_of_its_own(ctrl_c):
+    """Also in a job of the background, to which Ctrl-C does not go."""
+    before, own = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        with pytest.raises(SystemExit) as left, _ends_by_ctrl_c():
+            signal.raise_signal(signal.SIGTERM)
+        assert left.value.code == TERMINATED
+        if ctrl_c != signal.SIG_IGN:
+            with pytest.raises(KeyboardInterrupt), _ends_by_ctrl_c():
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, own)
     assert signal.getsignal(signal.SIGTERM) == before
 
 

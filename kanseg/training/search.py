@@ -135,6 +135,8 @@ def _ends_by_ctrl_c() -> Iterator[list[int]]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         came.append(128 + number)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as jobs in the background have it
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
     try:
