@@ -306,6 +306,23 @@ def _series(source: Path, out: Path, change: Callable[[Any, int], None]) -> Path
     return out
 
 
+def test_bright_is_high_in_a_radiograph_whose_low_numbers_are_bright(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    import pydicom
+
+    header = pydicom.dcmread(dicom_files(shared_data / "dicom" / "mr_hippocrop_1")[0])
+    header.Modality, header.PhotometricInterpretation = "DX", "MONOCHROME1"
+    header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 12, 11, 0
+    header.RescaleSlope, header.RescaleIntercept = 1, 0
+    stored = np.random.default_rng(0).integers(0, 2**12, (header.Rows, header.Columns), dtype=np.uint16)
+    header.PixelData = stored.tobytes()
+    (tmp_path / "ray").mkdir()
+    header.save_as(tmp_path / "ray" / "1.dcm")
+    read = read_image(tmp_path / "ray").array.squeeze()
+    assert np.array_equal(np.sort(read.ravel()), np.sort((2**12 - 1 - stored).ravel()))
+
+
 @pytest.mark.parametrize("name", BAD_SLICES)
 def test_slices_that_would_be_misread_are_refused(name: str, shared_data: Path, tmp_path: Path) -> None:
     """ITK takes a spacing of 1, the place of the first, or the pixels of the slice before, and says nothing."""

@@ -38,6 +38,7 @@ NO_IMAGES = (
 )
 CONVERSION = "kanseg convert DATA -o OUT makes a data set with label maps of one with DICOM-SEG"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+RADIOGRAPHS = "CR DX IO MG PX RF RG XA".split()  # modalities whose numbers mean brightness alone
 SOP_CLASS = 0x00080016  # the tag SOPClassUID
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -558,7 +559,8 @@ def _header(file: Path) -> Any:
 
     Raises:
         UserError: the file is damaged, holds fewer pixels than it says, of which ITK fills up the rest with those of
-            another slice, or is MONOCHROME1, whose numbers ITK inverts.
+            another slice, or is MONOCHROME1, whose numbers ITK inverts; that is right for radiographs alone, whose
+            numbers have no unit.
     """
     import pydicom
 
@@ -578,7 +580,7 @@ def _header(file: Path) -> Any:
             f"{file} is cut short: it holds {pixels.length} bytes of pixels, {needed} are expected. Copy it again from "
             "its source."
         )
-    if kind == "MONOCHROME1":
+    if kind == "MONOCHROME1" and header.get("Modality") not in RADIOGRAPHS:
         raise UserError(f"{file} is MONOCHROME1 (low numbers are bright); MONOCHROME2 is expected. {AGAIN}")
     return header
 
@@ -622,7 +624,7 @@ PLACES = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 IN_HEADERS = (
     *"Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated PhotometricInterpretation PixelData".split(),
-    *(*PLACES, *GROUPS, "SliceThickness", "SpacingBetweenSlices"),
+    *(*PLACES, *GROUPS, "SliceThickness", "SpacingBetweenSlices", "Modality"),
 )
 
 
