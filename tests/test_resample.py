@@ -100,4 +100,4 @@ def test_resampling_takes_little_more_than_its_result() -> None:
     """Coordinates of all voxels at once would be 56 bytes of each; the result has 4."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     peak, voxels = map(int, done.stdout.split())
-    assert peak < 10 * voxels
+    assert peak < 20 * voxels  # a third of that here; libraries that are loaded on the way count too
