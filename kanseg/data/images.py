@@ -483,9 +483,9 @@ def _sop_class(path: Path) -> str:
 
 def _require_readable(folder: Path, names: Sequence[str]) -> None:
     """GDCM passes over files that are cut short; a slice at the end would be lost without a gap to show it."""
-    known = {Path(name).name for name in names}
+    known, kind = {Path(name).name for name in names}, _sop_class(Path(names[0]))
     for path in sorted(folder.iterdir()):
-        if path.name not in known and _claims_an_image(path, _sop_class(Path(names[0]))):
+        if path.name not in known and _claims_an_image(path, kind):
             raise UserError(
                 f"{path} cannot be read as DICOM. It is cut short or damaged. Copy it again from its source."
             )

@@ -233,15 +233,13 @@ def predict_folder(
                     progress.advance(task)
                     continue
 
-                show = partial(_show, progress, within)
-                watch = telling(f"{case.id}: windows") if progress.disable else show
+                told = partial(_watch, progress, within, case.id)
                 look = partial(_remark_on, console, case.id, first, how.get("memory"))
                 make_folder(path.parent)  # or there is no use in predicting
-                predicted = predict(model, case, plan, watch=watch, look=look, **how)
+                predicted = predict(model, case, plan, watch=told("windows"), look=look, **how)
                 remove_beside(path)  # of another prediction
                 progress.update(within, description=f"{case.id}: classes")
-                back = f"{case.id}: classes on the image's own grid"
-                labels = predicted.labels(telling(back) if progress.disable else show)
+                labels = predicted.labels(told("classes on the image's own grid"))
                 if rules:
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
                 chances = _probabilities(path, predicted, first, keep=probabilities)
@@ -281,6 +279,11 @@ def _remark_on(console: Console, case: str, plan: Plan, memory: int | None, imag
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _watch(progress: Progress, task: TaskID, case: str, what: str) -> Watch:
+    """Who is told how far a case is: the bar, or where there is none a line from time to time."""
+    return telling(f"{case}: {what}") if progress.disable else partial(_show, progress, task)
 
 
 def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
