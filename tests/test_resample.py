@@ -22,11 +22,11 @@ from kanseg.data.transforms import preprocessing
 KEYS = ("image", "label")
 TURNED = Rotation.from_euler("xyz", [0.3, -0.2, 0.1]).as_matrix()
 SHEAR = np.array([[1, 0.2, 0], [0, 1, 0], [0, 0, 1]])
-GRIDS = {
+GRIDS = {  # without places halfway between two voxels, where MONAI takes one label or the other by rounding
     "finer": ((24, 20, 18), (1.5, 1.5, 1.5), (0.7, 0.7, 1.0)),
-    "coarser": ((40, 36, 30), (0.7, 0.7, 1.0), (1.5, 1.5, 1.5)),
-    "thick": ((32, 30, 7), (0.5, 0.5, 6.0), (1.0, 1.0, 1.0)),
-    "thin": ((1, 30, 40), (2.0, 0.8, 0.8), (2.0, 1.0, 1.0)),
+    "coarser": ((40, 36, 30), (0.7, 0.7, 1.0), (1.43, 1.43, 1.43)),
+    "thick": ((32, 30, 7), (0.5, 0.5, 5.9), (1.0, 1.0, 1.0)),
+    "thin": ((1, 30, 40), (2.0, 0.81, 0.81), (2.0, 1.0, 1.0)),
     "same": ((20, 20, 20), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
 }
 
@@ -79,15 +79,34 @@ def test_finer_and_coarser_grids_are_interpolated_as_by_scipy(
     np.testing.assert_allclose(done[0].numpy().ravel(), expected, atol=1e-5)
 
 
+def test_labels_come_from_the_nearest_voxel(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halfway between two voxels from one of them, also where a finer grid has such places by the dozen."""
+    monkeypatch.setattr(resample, "AT_ONCE", 500)
+    plan.spacing[:] = [0.5, 1.0, 2.5]
+    given = item((12, 14, 11), (1.0, 1.0, 1.0), np.eye(3))
+    done = preprocessing(plan)({key: value.clone() for key, value in given.items()})["label"][0]
+    labels = given["label"][0].flip(0)  # the axis points to the left
+    ways = [np.arange(n) * step for n, step in zip(done.shape, plan.spacing, strict=True)]
+    places = np.meshgrid(
+        *(way.clip(0, n - 1) for way, n in zip(ways, labels.shape, strict=True)), indexing="ij"
+    )
+    ends = [[np.ceil(place - 0.5).astype(int), np.floor(place + 0.5).astype(int)] for place in places]
+    assert done.numel() > 500
+    assert any((end[0] != end[1]).any() for end in ends)
+    near = np.array([labels[x, y, z].numpy() for x in ends[0] for y in ends[1] for z in ends[2]])
+    assert (near == done.numpy()).any(0).all()
+
+
 MEMORY = """
+import sys
 import numpy as np
 from monai.data import MetaTensor
 import torch
 from kanseg.data.resample import ResampleAlongAxes
 from kanseg.memory import taken
-size, affine = (320, 320, 320), torch.diag(torch.tensor([0.5, 0.5, 0.5, 1.0])).double()
+mode, size, affine = sys.argv[1], (320, 320, 320), torch.diag(torch.tensor([0.5, 0.5, 0.5, 1.0])).double()
 values = MetaTensor(torch.zeros(1, 160, 160, 160), affine=torch.eye(4).double())
-how = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
+how = {"mode": mode, "padding_mode": "border", "align_corners": False}
 resampled = ResampleAlongAxes(dtype=np.float64)
 base = taken("VmRSS")
 found = resampled(values, affine, size, **how)
@@ -96,8 +115,9 @@ print(taken("VmHWM") - base, found.numel())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory")
-def test_resampling_takes_little_more_than_its_result() -> None:
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_resampling_takes_little_more_than_its_result(mode: str) -> None:
     """Coordinates of all voxels at once would be 56 bytes of each; the result has 4."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MEMORY, mode], capture_output=True, text=True, check=True)
     peak, voxels = map(int, done.stdout.split())
     assert peak < 20 * voxels  # a third of that here; libraries that are loaded on the way count too

@@ -131,11 +131,15 @@ def label_from(image: Image) -> np.ndarray:
             f"{image.path} has {array.shape[0]} channels that differ; a label map has one number a voxel. Save it "
             "with one channel."
         )
-    rounded = np.rint(array[0])
-    if np.abs(array[0] - rounded).max(initial=0) > 1e-3:
-        value = float(array[0][np.abs(array[0] - rounded) > 1e-3].flat[0])
-        raise UserError(f"{image.path} is no label map: it holds {value:g}; whole numbers are expected.")
-    return rounded.astype(np.int32)
+    labels = np.empty(array.shape[1:], np.int32)
+    for plane, whole in zip(array[0], labels, strict=True):  # without copies of a large volume
+        rounded = np.rint(plane)
+        if (off := np.abs(plane - rounded) > 1e-3).any():
+            raise UserError(
+                f"{image.path} is no label map: it holds {plane[off].flat[0]:g}; whole numbers are expected."
+            )
+        whole[...] = rounded
+    return labels
 
 
 def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None = None) -> None:

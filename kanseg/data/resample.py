@@ -6,7 +6,7 @@ five times as long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -17,14 +17,15 @@ from monai.transforms import SpatialResample
 from torch import Tensor
 
 AT_ONCE = 1 << 21  # voxels of the result; up to that many it is MONAI's to the bit
+Along = Callable[[Tensor, int, Tensor], Tensor]  # values, axis, places -> values at these places of the axis
 STRAIGHT = 1e-3  # voxels that an axis may depart from an axis of the other grid over its whole length
 
 
 class ResampleAlongAxes(SpatialResample):
     """MONAI's resampling between grids whose axes are parallel, with memory for little more than the result.
 
-    Numbers are MONAI's to the rounding of float32. MONAI itself resamples labels, between grids whose axes are not
-    parallel (of a sheared image), and what is small.
+    Numbers are MONAI's to the rounding of float32; of two labels that are equally near it may take the other. MONAI
+    itself resamples between grids whose axes are not parallel (of a sheared image), and what is small.
     """
 
     def __call__(  # type: ignore[override]  # as `Spacing` calls it
@@ -35,11 +36,11 @@ class ResampleAlongAxes(SpatialResample):
         same = list(img.shape[1:]) == size and torch.allclose(img.affine, affine, atol=AFFINE_TOL)
         there = torch.linalg.solve(img.affine.double(), affine)
         across = (there[:3, :3] - there[:3, :3].diag().diag()).abs() * torch.tensor(size)
-        if mode != "bilinear" or same or prod(size) <= AT_ONCE or across.max() > STRAIGHT:
+        if mode not in WAYS or same or prod(size) <= AT_ONCE or across.max() > STRAIGHT:
             return super().__call__(img, affine, size, mode, **how)
         note = {**how, "dtype": img.dtype}  # without a copy of the image
         one = super().__call__(img, affine, [1, 1, 1], mode, **note)  # for what it notes of itself
-        whole = _resampled(img.as_tensor(), there, size)
+        whole = _resampled(img.as_tensor(), there, size, WAYS[mode])
         return whole.as_subclass(MetaTensor).copy_meta_from(one) if isinstance(one, MetaTensor) else whole
 
     def inverse(self, data: MetaTensor) -> Tensor:  # type: ignore[override]  # MONAI's passes `__call__` over
@@ -51,7 +52,7 @@ class ResampleAlongAxes(SpatialResample):
             )
 
 
-def _resampled(values: Tensor, there: Tensor, size: Sequence[int]) -> Tensor:
+def _resampled(values: Tensor, there: Tensor, size: Sequence[int], along: Along) -> Tensor:
     """Values (C, *S) on a grid (C, *size), float32; beyond their ends the last ones stand in.
 
     Args:
@@ -59,20 +60,29 @@ def _resampled(values: Tensor, there: Tensor, size: Sequence[int]) -> Tensor:
     """
     whole = torch.empty(len(values), *size)
     deep = max(1, AT_ONCE // prod(size[1:]))
-    ways = [_neighbours(there[k, k], there[k, 3], size[k], values.shape[1 + k]) for k in range(3)]
+    places = [_places(there[k, k], there[k, 3], size[k], values.shape[1 + k]) for k in range(3)]
     for start in range(0, size[0], deep):
-        found = values
-        for axis, (low, high, share) in enumerate(ways):
-            if axis == 0:
-                low, high, share = (way[start : start + deep] for way in (low, high, share))
-            before, after = (found.index_select(1 + axis, end).double() for end in (low, high))
-            found = torch.lerp(before, after, share.view(-1, *[1] * (2 - axis)))
+        found = along(values, 1, places[0][start : start + deep])
+        for axis in (2, 3):
+            found = along(found, axis, places[axis - 1])
         whole[:, start : start + deep] = found
     return whole
 
 
-def _neighbours(step: Tensor, first: Tensor, count: int, length: int) -> tuple[Tensor, ...]:
-    """Of each of `count` places along an axis of `length` voxels those before and after it, and the second's share."""
-    place = (torch.arange(count, dtype=torch.float64) * step + first).clamp(0, length - 1)
-    low = place.floor().long()
-    return low, (low + 1).clamp(max=length - 1), place - low
+def _places(step: Tensor, first: Tensor, count: int, length: int) -> Tensor:
+    """Where `count` voxels of the result lie along an axis of `length` voxels, float64."""
+    return (torch.arange(count, dtype=torch.float64) * step + first).clamp(0, length - 1)
+
+
+def _linear(values: Tensor, axis: int, places: Tensor) -> Tensor:
+    low = places.floor().long()
+    high = (low + 1).clamp(max=values.shape[axis] - 1)
+    before, after = (values.index_select(axis, end).double() for end in (low, high))
+    return torch.lerp(before, after, (places - low).view(-1, *[1] * (values.ndim - 1 - axis)))
+
+
+def _nearest(values: Tensor, axis: int, places: Tensor) -> Tensor:
+    return values.index_select(axis, places.round().long())
+
+
+WAYS: dict[str, Along] = {"bilinear": _linear, "nearest": _nearest}

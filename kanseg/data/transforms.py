@@ -149,11 +149,11 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
 
 
 def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Channel by channel: z-score of the image (or of what is not 0), or CT scaled by the data set's foreground."""
+    """Channel by channel, in place: z-score of the image (or of what is not 0), or CT scaled by the foreground."""
     for channel, scheme in enumerate(schemes):
         values = image[channel]
         if scheme["scheme"] == "ct":
-            values = values.clamp(scheme["lower"], scheme["upper"])
+            values.clamp_(scheme["lower"], scheme["upper"])
             mean, std = scheme["mean"], scheme["std"]
         elif scheme["scheme"] == "zscore":
             mean, std = values.mean(), values.std(correction=0)
@@ -161,12 +161,12 @@ def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
             inside = values != 0
             chosen = values[inside] if inside.any() else values.flatten()
             mean, std = chosen.mean(), chosen.std(correction=0)
-            values = torch.where(inside, values, mean)
+            values.masked_fill_(~inside, mean)
         else:
             raise UserError(
                 f"Unknown normalization '{scheme['scheme']}' in the plan. Known: ct, zscore, zscore_nonzero."
             )
-        image[channel] = (values - mean) / max(float(std), 1e-6)
+        values.sub_(mean).div_(max(float(std), 1e-6))
     return image
 
 
