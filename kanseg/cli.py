@@ -223,7 +223,7 @@ def predict(
     images: Annotated[Path, typer.Option("-i", "--input", help="Image, folder of images, or DICOM folder.")],
     out: OutFile,
     format_: Annotated[
-        str | None, typer.Option("--format", help="nii.gz, nrrd, mha, dicom-seg, png, ...")
+        str | None, typer.Option("--format", help="nii.gz, nrrd, mha, dicom-seg, rtstruct, png, ...")
     ] = None,
     overlap: Annotated[
         float, typer.Option(help="Overlap of neighbouring windows, 0 to 0.9.", min=0, max=0.9)
@@ -268,16 +268,17 @@ def predict(
 
     Example: kanseg predict -m runs/liver -i series/ -o liver.dcm --uncertainty
 
+    Example: kanseg predict -m runs/liver -i series/ -o liver.rtstruct.dcm
+
     Example: kanseg predict -m runs/moles -i pictures/ -o moles.csv
     """
-    from kanseg.data.beside import DICOM_SEG
-    from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D
+    from kanseg.data.images import DICOM, RTSTRUCT, SUFFIXES_2D, SUFFIXES_3D, SUFFIXES_DICOM
 
     suffix = None if format_ is None else f".{format_.lstrip('.')}"
-    suffix = DICOM_SEG if suffix == ".dicom-seg" else suffix
-    if suffix is not None and suffix not in (*SUFFIXES_3D, *SUFFIXES_2D, DICOM_SEG):
+    suffix = {".dicom-seg": DICOM, ".rtstruct": RTSTRUCT}.get(suffix or "", suffix)
+    if suffix is not None and suffix not in (*SUFFIXES_3D, *SUFFIXES_2D, *SUFFIXES_DICOM):
         raise UsageError(
-            f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, dicom-seg, png, tif."
+            f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, dicom-seg, rtstruct, png, tif."
         )
     if blending not in ("gaussian", "constant"):
         raise UsageError(f"--blending is gaussian or constant, got '{blending}'.")
@@ -308,7 +309,8 @@ def predict(
 def evaluate(
     context: typer.Context,
     prediction: Annotated[
-        Path, typer.Argument(help="Folder of label maps (or DICOM-SEG), one file, or predictions.csv.")
+        Path,
+        typer.Argument(help="Folder of label maps (or DICOM-SEG, RTSTRUCT), one file, or predictions.csv."),
     ],
     reference: Annotated[
         Path, typer.Argument(help="References with the same names, or images with classes.")
@@ -331,7 +333,7 @@ def evaluate(
     of them: accuracy, top-5 and AUC with intervals, recall and precision of each class; --labels, --ignore and
     --tolerance are for label maps alone.
     A missing or unreadable prediction counts as a failure with Dice 0; the exit code is then 1.
-    Predictions that are DICOM-SEG need the names of their segments, from a run folder or name=1,name=2.
+    Predictions that are DICOM-SEG or RTSTRUCT need the names of their segments, from a run folder or name=1,name=2.
 
     Example: kanseg evaluate masks/ labelsTs/ -o scores/
 

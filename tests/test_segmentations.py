@@ -226,7 +226,7 @@ def test_segments_that_overlap_are_refused(shared_data: Path) -> None:
 
 def test_a_file_that_is_none_is_refused(series: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a.dcm").write_bytes(b"\0" * 200)
-    with pytest.raises(UserError, match="is no DICOM-SEG"):
+    with pytest.raises(UserError, match="is neither DICOM-SEG nor RTSTRUCT"):
         read_segments(tmp_path / "a.dcm", read_image(series[0]), ["liver"])
     with pytest.raises(UserError, match="There is no file"):
         read_segments(tmp_path / "b.dcm", read_image(series[0]), ["liver"])

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from kanseg.data.images import read_description, stem_of, suffix_of
+from kanseg.data.images import SUFFIXES_DICOM, read_description, stem_of, suffix_of
 
-NIFTI, DICOM_SEG = ".nii.gz", ".dcm"
+NIFTI = ".nii.gz"
 NAMED = re.compile(r"_prob_|_uncertainty$")  # names of what a prediction puts beside its label map
 UNCERTAINTY = "uncertainty, 0 to 1"
 PROBABILITY = re.compile(r"probability of (region|class) (\d+), painted as (\d+)")
@@ -26,7 +26,11 @@ def probability_path(path: Path, names: Sequence[str], number: int) -> Path:
 
 
 def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name[: -len(suffix_of(path))] + ending.replace(DICOM_SEG, NIFTI))
+    """What ends as an object of DICOM would has maps that are NIfTI."""
+    suffix = suffix_of(path)
+    if suffix in SUFFIXES_DICOM:
+        ending = ending.replace(suffix, NIFTI)
+    return path.with_name(path.name[: -len(suffix)] + ending)
 
 
 def uncertainty_path(path: Path) -> Path:

@@ -48,8 +48,11 @@ class Layout:
     describe: Callable[[Dataset, dict[int, int], dict[str, list[str]], Sequence[str]], dict[str, Any]]
 
 
-def convert(dataset: Dataset, out: Path | str, to: str) -> dict[str, Any]:
+def convert(dataset: Dataset, out: Path | str, to: str, *, only: bool = False) -> dict[str, Any]:
     """Write a data set in another layout; images keep their voxels and grids, patients go into `subjects`.
+
+    Args:
+        only: of labels that are segmentations, segments that are no classes are left aside; see `read_segments`.
 
     Returns:
         {"out", "layout", "training", "test": how many images, "test_labels": how many of the latter have labels,
@@ -58,8 +61,8 @@ def convert(dataset: Dataset, out: Path | str, to: str) -> dict[str, Any]:
     Raises:
         UserError: `out` is not empty, an image cannot be read or written or lacks a channel, or two have one name.
     """
-    tests = _samples(dataset, dataset.test_cases)
-    return write_dataset(dataset, out, to, _samples(dataset, dataset.cases), tests)
+    tests = _samples(dataset, dataset.test_cases, only)
+    return write_dataset(dataset, out, to, _samples(dataset, dataset.cases, only), tests)
 
 
 def write_dataset(
@@ -130,12 +133,12 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _samples(dataset: Dataset, cases: Sequence[Case]) -> Iterator[Sample]:
+def _samples(dataset: Dataset, cases: Sequence[Case], only: bool) -> Iterator[Sample]:
     for case in progress(cases, "Converting"):
         image = read_image(case.images, dataset.spatial_dims)
         label = None
         if are_segmentations([case]):
-            label = read_segments(label_path(case), image, dataset.label_names[1:])
+            label = read_segments(label_path(case), image, dataset.label_names[1:], only=only)
         elif case.label is not None:
             found = read_image(label_path(case), dataset.spatial_dims)
             check_pair(image, found)

@@ -234,7 +234,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
     found = Diagnosis(path, dataset.layout, len(dataset.cases), findings, masks=masks)
     if are_segmentations(dataset.cases):
         findings.append(
-            Finding("DICOM-SEG", "", f"the labels are DICOM-SEG. {CONVERSION}; examine that then")
+            Finding("DICOM-SEG", "", f"the labels are DICOM-SEG or RTSTRUCT. {CONVERSION}; examine that then")
         )
         return found
     for kind, mark in TOLD.items():

@@ -29,6 +29,7 @@ from kanseg.data.case_folders import (
 from kanseg.data.images import (
     LOSSY,
     SUFFIXES_2D,
+    SUFFIXES_DICOM,
     is_dicom,
     is_no_image,
     is_segmentation,
@@ -255,7 +256,11 @@ def find_images(path: Path | str, *, channels: int | None = None, names: Sequenc
     if not series and (cases := _in_case_folders(path, names)):
         return cases
     if not series:
-        but = ", but DICOM-SEG, which label maps are not read from" if segmentations_in(path) else ""
+        but = (
+            ", but DICOM-SEG or RTSTRUCT, which label maps are not read from"
+            if segmentations_in(path)
+            else ""
+        )
         raise UserError(
             f"{path} holds no images{but}.{_inner(path)} Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
         )
@@ -349,7 +354,7 @@ def _may_be_dicom(path: Path) -> bool:
 
 def image_files(folder: Path) -> list[Path]:
     """Images directly in a folder, links to nothing among them; hidden files and other things are passed over."""
-    named = (p for p in folder.iterdir() if suffix_of(p) not in ("", ".dcm") and p.name[0] != ".")
+    named = (p for p in folder.iterdir() if suffix_of(p) not in ("", *SUFFIXES_DICOM) and p.name[0] != ".")
     return sorted(p for p in named if p.is_file() or (p.is_symlink() and not p.exists()))
 
 
@@ -380,12 +385,12 @@ def _with_dicom(folders: Iterable[Path]) -> list[Path]:
 
 
 def _dcm_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if suffix_of(p) == ".dcm" and p.name[0] != ".")
+    return sorted(p for p in folder.iterdir() if suffix_of(p) in SUFFIXES_DICOM and p.name[0] != ".")
 
 
 def segmentations_in(path: Path) -> list[Path]:
-    """The DICOM-SEG of a folder, or the file itself where it is one."""
-    files = _dcm_in(path) if path.is_dir() else [path] if suffix_of(path) == ".dcm" else []
+    """The DICOM-SEG and RTSTRUCT of a folder, or the file itself where it is one."""
+    files = _dcm_in(path) if path.is_dir() else [path] if suffix_of(path) in SUFFIXES_DICOM else []
     return [file for file in files if file.is_file() and is_segmentation(file)]
 
 
@@ -728,7 +733,7 @@ def _read_one_folder(root: Path, problem: Problem) -> Dataset:
 
 def _read_case_folders(root: Path, problem: Problem) -> Dataset:
     """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ..., or a DICOM series, in a folder or not) beside
-    NAME/label.nii.gz (or mask, seg, or the one DICOM-SEG).
+    NAME/label.nii.gz (or mask, seg, or the one DICOM-SEG or RTSTRUCT).
     """
     cases = []
     for folder in _folders_in(root):

@@ -35,7 +35,7 @@ from kanseg.data.formats import (
     repeated,
     with_masks,
 )
-from kanseg.data.images import SUFFIXES_2D, read_image, stem_of, suffix_of
+from kanseg.data.images import SUFFIXES_2D, SUFFIXES_DICOM, read_image, stem_of, suffix_of
 from kanseg.data.tables import (
     PARTS,
     TABLES,
@@ -270,7 +270,7 @@ def _read_table(path: Path, table: Path) -> ImageClasses:
     groups, root = group_columns(rows[0], "lesionid"), table.parent
     files: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
-        if suffix_of(file) not in ("", ".dcm"):
+        if suffix_of(file) not in ("", *SUFFIXES_DICOM):
             files.setdefault(stem_of(file), []).append(file)
     shown = HAM10000 if columns_named([kind], "dx") else {}
     several = bool(columns_named([kind], *SEVERAL_COLUMNS))

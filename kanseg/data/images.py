@@ -28,6 +28,11 @@ MILLIMETRES = {"meter": 1e3, "micron": 1e-3}  # in units that NIfTI headers may 
 SUFFIXES_NIFTI = (".nii.gz", ".nii")
 SUFFIXES_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
+DICOM, RTSTRUCT = (
+    ".dcm",
+    ".rtstruct.dcm",
+)  # the second of what kanseg writes alone: others call it as they like
+SUFFIXES_DICOM = (RTSTRUCT, DICOM)
 SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LOSSY = (".jpg", ".jpeg")
 TWO_FILES = {".mhd": ".mha", ".nhdr": ".nrrd"}  # a header beside its data cannot be replaced in one step
@@ -36,8 +41,9 @@ NO_IMAGES = (
     "1.2.840.10008.1.3.10",
     *("1.2.840.10008.5.1.4.1.1." + n for n in ("11.", "66", "88.", "104.", "481.")),
 )
-CONVERSION = "kanseg convert DATA -o OUT makes a data set with label maps of one with DICOM-SEG"
-SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+CONVERSION = "kanseg convert DATA -o OUT makes a data set with label maps of one with DICOM-SEG or RTSTRUCT"
+STRUCTURES = "1.2.840.10008.5.1.4.1.1.481.3"
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7", STRUCTURES)
 RADIOGRAPHS = "CR DX IO MG PX RF RG XA".split()  # modalities whose numbers mean brightness alone
 SOP_CLASS = 0x00080016  # the tag SOPClassUID
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
@@ -68,7 +74,7 @@ class Image:
 def suffix_of(path: Path) -> str:
     """The known suffix of a file name in lower case (".nii.gz" whole), or ""."""
     name = path.name.lower()
-    return next((s for s in (*SUFFIXES_3D, *SUFFIXES_2D, ".dcm") if name.endswith(s)), "")
+    return next((s for s in (*SUFFIXES_3D, *SUFFIXES_2D, *SUFFIXES_DICOM) if name.endswith(s)), "")
 
 
 def stem_of(path: Path) -> str:
@@ -266,10 +272,11 @@ def read_description(path: Path) -> str:
             tags.SetFileName(str(path))
             tags.ReadImageInformation()
             return tags.GetMetaData("description") if tags.HasMetaDataKey("description") else ""
-        if suffix == ".dcm":
+        if suffix in SUFFIXES_DICOM:
             import pydicom
 
-            return str(pydicom.dcmread(path, stop_before_pixels=True).get("ImageComments", ""))
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+            return str(header.get("ImageComments") or header.get("StructureSetDescription", ""))
         with Picture.open(path) as picture:
             return str(
                 getattr(picture, "text", {}).get("Description") or picture.getexif().get(TIFF_REMARK, "")
@@ -292,14 +299,16 @@ def _read_one(path: Path) -> Image:
             return _read_nifti(path)
         if suffix in SUFFIXES_2D:
             return _read_picture(path)
-        if suffix == ".dcm" and is_no_image(path):
+        if suffix in SUFFIXES_DICOM and is_no_image(path):
             what = (
-                f"a DICOM-SEG. {CONVERSION}" if is_segmentation(path) else "a DICOM object without an image"
+                f"a segmentation. {CONVERSION}"
+                if is_segmentation(path)
+                else "a DICOM object without an image"
             )
             raise UserError(f"{path} is {what}.")
         if suffix == ".mha":
             _require_intact(path)
-        if suffix == ".dcm":
+        if suffix in SUFFIXES_DICOM:
             return _read_itk(path, _read_frames(path, path))
         return _read_itk(path, sitk.ReadImage(str(path)))
     except UserError:
@@ -467,8 +476,13 @@ def is_no_image(path: Path) -> bool:
 
 
 def is_segmentation(path: Path) -> bool:
-    """Whether a DICOM file is a Segmentation object."""
+    """Whether a DICOM file is a Segmentation object or a structure set."""
     return _sop_class(path).startswith(SEGMENTATIONS)
+
+
+def is_structures(path: Path) -> bool:
+    """Whether a DICOM file is an RT Structure Set."""
+    return _sop_class(path).startswith(STRUCTURES)
 
 
 def _sop_class(path: Path) -> str:
@@ -512,7 +526,7 @@ def _claims_an_image(path: Path, kind: str) -> bool:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its name or by its first bytes."""
-    if suffix_of(path) == ".dcm":
+    if suffix_of(path) in SUFFIXES_DICOM:
         return True
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"

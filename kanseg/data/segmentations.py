@@ -1,60 +1,81 @@
-"""Labels that are DICOM Segmentation objects (PS3.3 A.51) beside the series they were drawn on.
+"""Labels that are DICOM Segmentation objects (PS3.3 A.51) or RT Structure Sets (A.19) beside their series.
 
 A file numbers its segments as it likes, and holds no more planes than it needs: what it says is known by the names of
-the segments and by the grid of the image. highdicom (Bridge et al., arXiv 2106.07806) reads them: the extra `dicom`.
+the segments and by the grid of the image. highdicom (Bridge et al., arXiv 2106.07806) reads DICOM-SEG: the extra
+`dicom`. Contours of structures are filled by the centres of voxels; one within another cuts a hole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom import dcmread
 
 from kanseg.data.formats import Case, Dataset, few, label_path
-from kanseg.data.images import LPS_TO_RAS, Image, dicom_files, is_segmentation, suffix_of
+from kanseg.data.images import (
+    LPS_TO_RAS,
+    SUFFIXES_DICOM,
+    Image,
+    dicom_files,
+    is_segmentation,
+    is_structures,
+    suffix_of,
+)
 from kanseg.data.labels import IGNORE
-from kanseg.errors import UserError
+from kanseg.errors import UserError, did_you_mean
 
 BACKGROUND = "background"
 OFF_GRID = 0.1  # voxels that a plane may lie beside one of the image
 OTHER_VOXELS = 0.01  # of the image's, by which those of the file may differ in size or direction
 HALF = 0.5  # a fraction from which on a voxel belongs
+ASIDE = (1.2e-5, 0.7e-5)  # voxels: no line there and back (a keyhole) goes exactly through such a place
+CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")  # contours that hold voxels
 
 
 def are_segmentations(cases: Sequence[Case]) -> bool:
-    """Whether there are labels that are DICOM-SEG."""
-    return any(case.label is not None and suffix_of(case.label) == ".dcm" for case in cases)
+    """Whether there are labels that are DICOM-SEG or RTSTRUCT."""
+    return any(case.label is not None and suffix_of(case.label) in SUFFIXES_DICOM for case in cases)
 
 
-def with_segments(dataset: Dataset) -> Dataset:
+def with_segments(dataset: Dataset, only: Sequence[str] = ()) -> Dataset:
     """The data set with a class for each name of a segment in its files, numbered from 1 in alphabetic order.
 
     Names that differ by blanks or capitals alone are one class. What a dataset.json says of labels does not count: it
     speaks of numbers, which such files do not keep.
 
+    Args:
+        only: names of the segments that are classes, in the order of their numbers; others are left aside.
+
     Raises:
-        UserError: some labels are no DICOM-SEG, a file is unreadable, a segment has no name or that of no class, or
-            highdicom is not installed.
+        UserError: some labels are neither DICOM-SEG nor RTSTRUCT, a file is unreadable, a segment has no name or that
+            of no class, no file has one that `only` names, or highdicom is not installed.
     """
-    others = [case.id for case in dataset.cases if suffix_of(label_path(case)) != ".dcm"]
+    others = [case.id for case in dataset.cases if suffix_of(label_path(case)) not in SUFFIXES_DICOM]
     if others:
         raise UserError(
-            f"Some labels of {dataset.root} are DICOM-SEG and some are not ({few(others, 3)}). Give each kind a data "
-            "set of its own."
+            f"Some labels of {dataset.root} are DICOM-SEG or RTSTRUCT and some are not ({few(others, 3)}). Give each "
+            "kind a data set of its own."
         )
     spelt: dict[str, str] = {}
+    wanted = {_key(name): name for name in only}
     for case in dataset.cases:
         path = label_path(case)
-        for name in _segments(_opened(path, header=True)):
-            if _key(name) in ("", BACKGROUND, IGNORE):
+        for name in _opened(path, header=True).names.values():
+            if _key(name) in ("", BACKGROUND, IGNORE) and not only:
                 raise UserError(
-                    f"{path} has a segment called '{name}', which names no class. Give it another name."
+                    f"{path} has a segment called '{name}', which names no class. Give it another name, or choose "
+                    "segments with --only."
                 )
             spelt.setdefault(_key(name), name)
-    names = [spelt[key] for key in sorted(spelt)]
+    if strange := [name for key, name in wanted.items() if key not in spelt]:
+        raise UserError(
+            f"No label of {dataset.root} has a segment '{strange[0]}'.{did_you_mean(strange[0], spelt.values())}"
+        )
+    names = [*wanted.values()] or [spelt[key] for key in sorted(spelt)]
     labels: dict[str, Any] = {
         "label_names": (BACKGROUND, *names),
         "label_values": tuple(range(len(names) + 1)),
@@ -62,8 +83,11 @@ def with_segments(dataset: Dataset) -> Dataset:
     return replace(dataset, **labels, regions=(), ignore_value=None)
 
 
-def read_segments(path: Path, like: Image, names: Sequence[str]) -> np.ndarray:
-    """The label map (*S) of a DICOM-SEG on the grid of its image; a segment is 1 + its place in `names`.
+def read_segments(path: Path, like: Image, names: Sequence[str], *, only: bool = False) -> np.ndarray:
+    """The label map (*S) of a DICOM-SEG or RTSTRUCT on the grid of its image; a segment is 1 + its place in `names`.
+
+    Args:
+        only: other segments are left aside, and of those that overlap the later in `names` has the voxel.
 
     Raises:
         UserError: segments that overlap, that `names` lacks, or that lie beside the voxels of the image; a file drawn
@@ -72,19 +96,24 @@ def read_segments(path: Path, like: Image, names: Sequence[str]) -> np.ndarray:
     file, keys = _opened(path), [_key(name) for name in names]
     _require_same_frame(file, path, like)
     labels = np.zeros(like.array.shape[1:], np.int32)
-    for number, name in zip(file.segment_numbers, _segments(file), strict=True):
-        if _key(name) not in keys:
-            raise UserError(f"{path} has a segment '{name}', which is none of {few(names)}.")
-        voxels = _voxels(file, int(number), path, like)
+    found = {number: _key(name) for number, name in file.names.items()}
+    if strange := [file.names[number] for number, key in found.items() if key not in keys and not only]:
+        raise UserError(f"{path} has a segment '{strange[0]}', which is none of {few(names)}.")
+    numbers = [number for number, key in found.items() if key in keys]
+    for number in sorted(numbers, key=lambda number: keys.index(found[number])) if only else numbers:
+        voxels = file.voxels(number, path, like)
         taken = labels[voxels]
-        value = 1 + keys.index(_key(name))
+        value = 1 + keys.index(found[number])
         clash = next((v for v in np.unique(taken).tolist() if v not in (0, value)), None)
-        if clash is not None:
+        if clash is not None and not only:
             raise UserError(
-                f"{path}: the segments '{names[clash - 1]}' and '{name}' overlap in {int((taken == clash).sum())} "
-                "voxels; a label map has one class a voxel. Decide in a viewer which of them a voxel belongs to."
+                f"{path}: the segments '{names[clash - 1]}' and '{file.names[number]}' overlap in "
+                f"{int((taken == clash).sum())} voxels; a label map has one class a voxel. Choose the segments that "
+                "are classes with --only, the last of which has the voxel, or part them in a viewer."
             )
         labels[voxels] = value
+    if numbers and isinstance(file, Structures) and not labels.any():
+        _refuse_place(path, like, "outside the image")
     return labels
 
 
@@ -107,65 +136,159 @@ def require_highdicom(path: Path | str) -> Any:
     return highdicom
 
 
-def _opened(path: Path, *, header: bool = False) -> Any:
+def _opened(path: Path, *, header: bool = False) -> Segments | Structures:
     """The file; with `header` its voxels stay on the disk until they are asked for."""
-    highdicom = require_highdicom(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     if not is_segmentation(path):
         raise UserError(
-            f"{path} is no DICOM-SEG. Export the label as one (not as RTSTRUCT or image), or as NIfTI."
+            f"{path} is neither DICOM-SEG nor RTSTRUCT. Export the label as one, not as an image, or as NIfTI."
         )
+    structures = is_structures(path)
+    highdicom: Any = None if structures else require_highdicom(path)
     try:
-        return highdicom.seg.segread(path, lazy_frame_retrieval=header)
+        file = (
+            Structures(dcmread(path))
+            if structures
+            else Segments(highdicom.seg.segread(path, lazy_frame_retrieval=header))
+        )
+        dict(file.names)  # a file that was cut short lacks what they need
+        return file
     except Exception as error:  # of highdicom and pydicom, without a common class
-        raise UserError(f"{path} cannot be read as DICOM-SEG ({error}). Export it again.") from error
+        kind = "RTSTRUCT" if structures else "DICOM-SEG"
+        raise UserError(f"{path} cannot be read as {kind} ({error}). Export it again.") from error
 
 
-def _segments(file: Any) -> list[str]:
-    """Names of the segments, in their order."""
-    return [
-        " ".join(str(file.get_segment_description(n).segment_label).split()) for n in file.segment_numbers
-    ]
+def _plain(name: Any) -> str:
+    return " ".join(str(name or "").split())
 
 
-def _require_same_frame(file: Any, path: Path, like: Image) -> None:
+@dataclass(frozen=True)
+class Segments:
+    """A DICOM-SEG: which segments it has, and where."""
+
+    file: Any
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Name of each segment by its number, in their order."""
+        return {
+            int(n): _plain(self.file.get_segment_description(n).segment_label)
+            for n in self.file.segment_numbers
+        }
+
+    @property
+    def frame(self) -> str:
+        """Its frame of reference."""
+        return str(self.file.get("FrameOfReferenceUID") or "")
+
+    def voxels(self, number: int, path: Path, like: Image) -> tuple[np.ndarray, ...]:
+        """Indices of a segment's voxels in the image, an array an axis."""
+        try:
+            volume = self.file.get_volume(
+                segment_numbers=[number], combine_segments=False, allow_missing_positions=True
+            )
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: its planes make no volume ({error}). Export it as one, or as NIfTI."
+            ) from error
+        array = volume.array[..., 0]
+        to_index = np.linalg.inv(like.affine) @ LPS_TO_RAS @ volume.affine
+        steps = np.abs(to_index[:3, :3])[:, [size > 1 for size in array.shape]]
+        if (np.abs(steps - (steps > HALF)) > OTHER_VOXELS).any():
+            raise UserError(
+                f"{path} has other voxels than {like.path}. Export it on the grid of the image, or as NIfTI."
+            )
+        inside = np.argwhere(array >= HALF)
+        exact = inside @ to_index[:3, :3].T + to_index[:3, 3]
+        index = np.rint(exact).astype(int)
+        off = float(np.abs(exact - index).max(initial=0))
+        beyond = ((index < 0) | (index >= like.array.shape[1:])).any()
+        if off > OFF_GRID or beyond:
+            _refuse_place(
+                path, like, "outside the image" if beyond else f"{off:.2f} voxels beside those of the image"
+            )
+        return tuple(index.T)
+
+
+@dataclass(frozen=True)
+class Structures:
+    """An RT Structure Set: which structures have closed contours, and where."""
+
+    file: Any
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Name of each structure by its number, in their order."""
+        return {
+            int(one.ROINumber): _plain(one.get("ROIName"))
+            for one in self.file.get("StructureSetROISequence") or ()
+            if self._contours(int(one.ROINumber))
+        }
+
+    @property
+    def frame(self) -> str:
+        """Its frame of reference; "" where it has several."""
+        frames = {str(one.get("FrameOfReferenceUID") or "") for one in self._references()}
+        return str(self.file.get("FrameOfReferenceUID") or "") or (frames.pop() if len(frames) == 1 else "")
+
+    def _references(self) -> Sequence[Any]:
+        return self.file.get("ReferencedFrameOfReferenceSequence") or ()
+
+    def _contours(self, number: int) -> list[Any]:
+        """Points of each closed contour, x y z x y z ... in mm (LPS)."""
+        return [
+            contour.ContourData
+            for one in self.file.get("ROIContourSequence") or ()
+            if int(one.ReferencedROINumber) == number
+            for contour in one.get("ContourSequence") or ()
+            if contour.get("ContourGeometricType") in CLOSED and contour.get("ContourData")
+        ]
+
+    def voxels(self, number: int, path: Path, like: Image) -> tuple[np.ndarray, ...]:
+        """Indices of the voxels in the image whose centres lie within an odd number of contours, an array an axis."""
+        to_index = np.linalg.inv(like.affine) @ LPS_TO_RAS
+        shape = like.array.shape[1:]
+        planes: dict[int, np.ndarray] = {}
+        for contour in self._contours(number):
+            if len(contour) % 3:
+                raise UserError(
+                    f"{path} has a contour of {len(contour)} numbers, not three a point. Export it again."
+                )
+            points = np.array(contour, float).reshape(-1, 3) @ to_index[:3, :3].T + to_index[:3, 3]
+            k = round(points[:, 2].mean())
+            off = float(np.abs(points[:, 2] - k).max())
+            if off > OFF_GRID:
+                _refuse_place(path, like, f"{off:.2f} slices beside those of the image")
+            if 0 <= k < shape[2]:  # an image may be a part of what was drawn on
+                _fill(planes.setdefault(k, np.zeros(shape[:2], bool)), points[:, :2])
+        inside = [np.argwhere(plane[..., None]) + np.array((0, 0, k)) for k, plane in planes.items()]
+        return tuple(np.concatenate([np.zeros((0, 3), int), *inside]).T)
+
+
+def _fill(plane: np.ndarray, ring: np.ndarray) -> None:
+    """Turn the voxels of a plane over whose centres lie within a ring (N, 2)."""
+    from matplotlib.path import Path as Outline
+
+    low = np.ceil(ring.min(0)).clip(0).astype(int)
+    high = np.floor(ring.max(0)).astype(int) + 1
+    part = plane[low[0] : max(high[0], 0), low[1] : max(high[1], 0)]
+    if part.size:
+        centres = np.indices(part.shape).reshape(2, -1).T + low + ASIDE
+        part ^= Outline(ring).contains_points(centres).reshape(part.shape)
+
+
+def _refuse_place(path: Path, like: Image, where: str) -> None:
+    raise UserError(f"{path} lies {where} {like.path}. Was it drawn on this series?")
+
+
+def _require_same_frame(file: Segments | Structures, path: Path, like: Image) -> None:
     """Two images of one frame of reference (a scan of one patient, lying still) have its identifier in common."""
     if not like.path.is_dir():
         return
-    from pydicom import dcmread
-
     image = dcmread(dicom_files(like.path)[0], stop_before_pixels=True)
-    frames = [str(header.get("FrameOfReferenceUID") or "") for header in (file, image)]
+    frames = [file.frame, str(image.get("FrameOfReferenceUID") or "")]
     if all(frames) and frames[0] != frames[1]:
         raise UserError(
             f"{path} was drawn on another scan than {like.path}: their frames of reference differ."
         )
-
-
-def _voxels(file: Any, number: int, path: Path, like: Image) -> tuple[np.ndarray, ...]:
-    """Indices of a segment's voxels in the image, an array an axis."""
-    try:
-        volume = file.get_volume(
-            segment_numbers=[number], combine_segments=False, allow_missing_positions=True
-        )
-    except (RuntimeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: its planes make no volume ({error}). Export it as one, or as NIfTI."
-        ) from error
-    array = volume.array[..., 0]
-    to_index = np.linalg.inv(like.affine) @ LPS_TO_RAS @ volume.affine
-    steps = np.abs(to_index[:3, :3])[:, [size > 1 for size in array.shape]]
-    if (np.abs(steps - (steps > HALF)) > OTHER_VOXELS).any():
-        raise UserError(
-            f"{path} has other voxels than {like.path}. Export it on the grid of the image, or as NIfTI."
-        )
-    inside = np.argwhere(array >= HALF)
-    exact = inside @ to_index[:3, :3].T + to_index[:3, 3]
-    index = np.rint(exact).astype(int)
-    off = float(np.abs(exact - index).max(initial=0))
-    beyond = ((index < 0) | (index >= like.array.shape[1:])).any()
-    if off > OFF_GRID or beyond:
-        why = "outside the image" if beyond else f"{off:.2f} voxels beside those of the image"
-        raise UserError(f"{path} lies {why} {like.path}. Was it drawn on this series?")
-    return tuple(index.T)

@@ -33,7 +33,7 @@ from kanseg.data.formats import (
     repeated,
     segmentations_in,
 )
-from kanseg.data.images import Image, check_pair, label_from, read_image, read_label, stem_of
+from kanseg.data.images import Image, check_pair, is_structures, label_from, read_image, read_label, stem_of
 from kanseg.data.labels import Labels, class_values, unions
 from kanseg.data.plan import Plan
 from kanseg.data.segmentations import read_segments, require_highdicom
@@ -239,15 +239,15 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """Score a folder of label maps (or one file) against its references; pairs by file name without suffix.
 
-    A prediction that is missing or unreadable counts as an empty one and as a failure. Predictions may be DICOM-SEG;
-    they are laid on the grids of the references, which are label maps.
+    A prediction that is missing or unreadable counts as an empty one and as a failure. Predictions may be DICOM-SEG or
+    RTSTRUCT; they are laid on the grids of the references, which are label maps.
 
     Args:
         out: folder for cases.csv (a row a case and class), unions.csv (the like, where there are) and summary.json.
         labels: name -> value (or values, of a region) of the classes to score; default every value but 0 in the
             references and predictions.
         unions: name -> values of structures that are scored beside the classes and are no part of the mean.
-        segments: name -> value of the segments of DICOM-SEG; default the `labels` that have one value.
+        segments: name -> value of the segments of DICOM-SEG or RTSTRUCT; default the `labels` that have one value.
         ignore: value in the references of voxels that do not count.
 
     Returns:
@@ -256,7 +256,7 @@ def evaluate_folders(
 
     Raises:
         UserError: nothing to score, a reference that cannot be read, label maps on different grids (all such cases are
-            looked for), images in place of label maps, or DICOM-SEG without `labels` or `segments`.
+            looked for), images in place of label maps, or segmentations without `labels` or `segments`.
     """
     references = _label_maps(Path(reference))
     single = {name: value for name, value in (labels or {}).items() if isinstance(value, int)}
@@ -321,20 +321,21 @@ Reader = Callable[[Path, Image], Image]  # of a prediction, beside its reference
 
 
 def _predictions(prediction: Path, segments: Mapping[str, int]) -> tuple[dict[str, Path], Reader]:
-    """Label maps by name, or DICOM-SEG where there are some, and how they are read."""
+    """Label maps by name, or DICOM-SEG and RTSTRUCT where there are some, and how they are read."""
     files = segmentations_in(prediction)
     if not files:
         return _label_maps(prediction) if _any(prediction) else {}, lambda path, _: read_image(path)
     if prediction.is_dir() and (others := [p.name for p in image_files(prediction) if not is_beside(p)]):
         raise UserError(
-            f"{prediction} holds DICOM-SEG and label maps ({few(others, 3)}). Give one kind at a time."
+            f"{prediction} holds DICOM-SEG or RTSTRUCT and label maps ({few(others, 3)}). Give one kind at a time."
         )
     if not segments:
         raise UserError(
-            f"{prediction} is DICOM-SEG, whose segments have names and no values. Say which value of the references "
-            "each has: --labels with the run folder, or name=1,name=2."
+            f"{prediction} is DICOM-SEG or RTSTRUCT, whose segments have names and no values. Say which value of the "
+            "references each has: --labels with the run folder, or name=1,name=2."
         )
-    require_highdicom(prediction)
+    if not all(map(is_structures, files)):
+        require_highdicom(prediction)
     return {_stem(stem_of(path)): path for path in files}, partial(_laid_on, segments)
 
 
@@ -358,7 +359,7 @@ def _called_alike(maps: Mapping[str, Path], others: Mapping[str, Path]) -> dict[
 
 
 def _laid_on(segments: Mapping[str, int], path: Path, target: Image) -> Image:
-    """A DICOM-SEG as a label map on the grid of another one."""
+    """A DICOM-SEG or RTSTRUCT as a label map on the grid of another one."""
     values = np.array([0, *segments.values()])
     return replace(target, array=values[read_segments(path, target, list(segments))][None], path=path)
 

@@ -6,6 +6,7 @@ highdicom (Bridge et al., arXiv 2106.07806) writes them: the extra `dicom`.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Sequence
@@ -15,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from kanseg import __version__
-from kanseg.data.beside import DICOM_SEG
-from kanseg.data.images import LPS_TO_RAS, Image, dicom_files, suffix_of
+from kanseg.data.images import DICOM, LPS_TO_RAS, RTSTRUCT, SUFFIXES_DICOM, Image, dicom_files, suffix_of
 from kanseg.errors import UserError
 from kanseg.evaluation.report import class_colours
 from kanseg.training.files import make_folder, write_bytes
@@ -62,7 +62,10 @@ def write_segmentation(
     Raises:
         UserError: highdicom is not installed, or the series lacks what a segmentation has to repeat.
     """
-    highdicom, pydicom = check_series(source.path)
+    check_series(source.path)
+    import highdicom
+    import pydicom
+
     numbers = np.zeros(labels.shape, np.uint8 if len(values) <= 256 else np.uint16)
     for number, value in enumerate(values[1:], start=1):
         numbers[labels == value] = number
@@ -121,10 +124,7 @@ def _completed(header: Any, affine: np.ndarray) -> Any:
             setattr(header, keyword, "")
     header.decode()
     header.SpecificCharacterSet = "ISO_IR 192"
-    if not header.get("FrameOfReferenceUID"):
-        from pydicom.uid import generate_uid
-
-        header.FrameOfReferenceUID = generate_uid(entropy_srcs=[header.SeriesInstanceUID, "frame"])
+    header.FrameOfReferenceUID = frame_of(header)
     if "PerFrameFunctionalGroupsSequence" not in header:
         _place(header, affine)
         header.SliceThickness = header.get("SliceThickness") or spacing
@@ -144,6 +144,16 @@ def _completed(header: Any, affine: np.ndarray) -> Any:
     return header
 
 
+def frame_of(header: Any) -> str:
+    """The frame of reference of an image; of one that an anonymiser left without, one that goes with its series."""
+    from pydicom.uid import generate_uid
+
+    return str(
+        header.get("FrameOfReferenceUID")
+        or generate_uid(entropy_srcs=[header.get("SeriesInstanceUID", ""), "frame"])
+    )
+
+
 def _place(plane: Any, affine: np.ndarray) -> None:
     """Put a slice where the volume has it: highdicom tells of which image a plane is by the place, to `ROUNDING`."""
     if plane.get("ImagePositionPatient"):
@@ -154,23 +164,19 @@ def _place(plane: Any, affine: np.ndarray) -> None:
             plane.ImagePositionPatient = place.round(DECIMALS).tolist()
 
 
-def check_series(path: Path) -> tuple[Any, Any]:
-    """The libraries that write segmentations of this image.
+def check_series(path: Path, suffix: str = DICOM) -> None:
+    """Raise `UserError` if an image cannot have label maps of that suffix.
 
-    Raises:
-        UserError: it is neither a folder with a DICOM series nor a DICOM file, or a library is not installed.
+    It must be a folder with a DICOM series or a DICOM file, and DICOM-SEG needs a library that may not be installed.
     """
-    if not path.is_dir() and suffix_of(path) != DICOM_SEG:
+    kind = "RTSTRUCT" if suffix == RTSTRUCT else "DICOM-SEG"
+    if not path.is_dir() and suffix_of(path) not in SUFFIXES_DICOM:
         raise UserError(
-            f"{path} is no DICOM series, and a DICOM-SEG refers to one. Give the folder of a series, a DICOM file, or "
+            f"{path} is no DICOM series, and {kind} refers to one. Give the folder of a series, a DICOM file, or "
             "write another format."
         )
-    try:
-        import highdicom
-        import pydicom
-    except ImportError as error:
-        raise UserError(f"DICOM-SEG needs {error.name}: pip install 'kanseg[dicom]'.") from error
-    return highdicom, pydicom
+    if suffix != RTSTRUCT and importlib.util.find_spec("highdicom") is None:
+        raise UserError("DICOM-SEG needs highdicom: pip install 'kanseg[dicom]'.")
 
 
 def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[str]) -> list[Any]:

@@ -311,7 +311,7 @@ def _predictions(folder: Path) -> dict[str, Case]:
     """Label maps of a folder; the maps of probabilities and uncertainty beside them are none."""
     if any(folder.glob("*.dcm")):
         raise UserError(
-            f"{folder} holds DICOM-SEG, which are not combined. Predict again with --format nii.gz."
+            f"{folder} holds DICOM-SEG or RTSTRUCT, which are not combined. Predict again with --format nii.gz."
         )
     return {case.id: case for case in find_images(folder, channels=1) if not is_beside(case.images[0])}
 

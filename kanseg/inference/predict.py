@@ -17,7 +17,6 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from kanseg.data.beside import (
-    DICOM_SEG,
     NIFTI,
     UNCERTAINTY,
     probability_path,
@@ -29,8 +28,10 @@ from kanseg.data.fingerprint import unlike_training
 from kanseg.data.formats import Case
 from kanseg.data.images import (
     LOSSY,
+    RTSTRUCT,
     SUFFIXES_2D,
     SUFFIXES_3D,
+    SUFFIXES_DICOM,
     TWO_FILES,
     Image,
     read_description,
@@ -43,6 +44,7 @@ from kanseg.data.plan import Plan
 from kanseg.data.transforms import Item, highest, load_case, restore, restored_labels
 from kanseg.errors import UsageError, UserError
 from kanseg.export.dicom_seg import check_series, write_segmentation
+from kanseg.export.rt_struct import write_structures
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
@@ -190,7 +192,7 @@ def predict_folder(
         model, plan: a network and its plan, or as many of both; then their probabilities are averaged.
         out: a folder, or the file to write where there is one case and `out` has the suffix of an image.
         suffix: format of the outputs; default that of each input (.nii.gz for DICOM, .png for JPEG, one file for two).
-            .dcm: DICOM-SEG, of DICOM series; what lies beside it is .nii.gz.
+            .dcm: DICOM-SEG, .rtstruct.dcm: RT structures, of DICOM series; what lies beside them is .nii.gz.
         probabilities: also write <id>_prob_<class><suffix>, float32, one file a class.
         uncertainty: also write <id>_uncertainty<suffix>, and a row a case and class to quality.csv beside the label
             maps; see `kanseg.inference.uncertainty`.
@@ -309,7 +311,7 @@ def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) ->
 
 def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]:
     """Where each label map goes."""
-    if suffix_of(out) in (*SUFFIXES_3D, *SUFFIXES_2D, DICOM_SEG) and not out.is_dir():
+    if suffix_of(out) in (*SUFFIXES_3D, *SUFFIXES_2D, *SUFFIXES_DICOM) and not out.is_dir():
         if suffix is not None and suffix != suffix_of(out):
             raise UsageError(f"-o {out} ends in {suffix_of(out)}, --format says {suffix}. Give one of them.")
         if len(cases) != 1:
@@ -323,8 +325,8 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
     else:
         paths = [out / f"{case.id}{suffix or _suffix(case)}" for case in cases]
     for case, path in zip(cases, paths, strict=True):
-        if suffix_of(path) == DICOM_SEG:
-            check_series(case.images[0])
+        if suffix_of(path) in SUFFIXES_DICOM:
+            check_series(case.images[0], suffix_of(path))
             if path.resolve().parent == case.images[0].resolve():
                 raise UserError(f"{path} would lie among the images of its series. Choose another folder.")
     taken = {image.resolve(): "an image to be segmented" for case in cases for image in case.images}
@@ -339,9 +341,10 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
 
 
 def _write(path: Path, labels: np.ndarray, source: Image, plan: Plan, remark: str) -> None:
-    if suffix_of(path) == DICOM_SEG:
+    if suffix_of(path) in SUFFIXES_DICOM:
+        write = write_structures if suffix_of(path) == RTSTRUCT else write_segmentation
         values, names = plan.label_values, plan.label_names
-        write_segmentation(path, labels, source, values, names, model=plan.dataset_name, description=remark)
+        write(path, labels, source, values, names, model=plan.dataset_name, description=remark)
     else:
         write_label(path, labels, source, plan.label_dtype, remark)
 

@@ -77,17 +77,25 @@ def convert(
         str | None, typer.Option("--from", help="Source of published weights: torch-conv-kan.")
     ] = None,
     architecture: Annotated[str | None, typer.Option(help="Published name of the weights' network.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Segment or structure that becomes a class; give it once a class. Default: all."),
+    ] = None,
     id_pattern: Pattern = None,
     json_: Json = False,
 ) -> None:
     """Write a data set in the layout of the Decathlon or of nnU-Net; or make a model of published weights.
 
-    Patients go along as `subjects`, test images with their labels; labels that are DICOM-SEG are joined by the names of
-    their segments. Published weights of torch-conv-kan (a file, or the folder with its model.safetensors) are VGG
+    Patients go along as `subjects`, test images with their labels. Labels that are DICOM-SEG or RTSTRUCT are joined by
+    the names of their segments; where those overlap, --only says which become classes, the last of which has the voxel.
+
+    Published weights of torch-conv-kan (a file, or the folder with its model.safetensors) are VGG
     KAGN 11 v2 and v4, VGG KAGN-BN 11 v4 and the same with attention (vgg_kagn_bn11sa_v4); the encoder then starts a
     segmenter: kanseg train RUN model.options.encoder=vggkan11v4 ...
 
     Example: kanseg convert scans/ -o nnUNet_raw/Dataset001_Scans --to nnunet
+
+    Example: kanseg convert tcia/ -o data --only Liver --only GTV
 
     Example: kanseg convert --from torch-conv-kan vgg_kagn11_v4.safetensors -o models/vgg11v4
     """
@@ -102,8 +110,13 @@ def convert(
 
     require_label_maps(source)
     listed = list_dataset(source, id_pattern=id_pattern)
-    dataset = with_segments(listed) if are_segmentations(listed.cases) else with_values(listed)
-    made = convert_to(dataset, out, to)
+    drawn = are_segmentations(listed.cases)
+    if only and not drawn:
+        raise UsageError(
+            f"--only chooses segments of DICOM-SEG or RTSTRUCT; the labels of {source} are neither."
+        )
+    dataset = with_segments(listed, only or ()) if drawn else with_values(listed)
+    made = convert_to(dataset, out, to, only=bool(only))
     for said in dataset.notes:
         talk.print(f"- {said}", highlight=False, soft_wrap=True)
     labelled = f" ({made['test_labels']} of them with labels)" if made["test_labels"] else ""
