@@ -53,7 +53,7 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     stored = getattr(norm, "track_running_stats", False) and not norm.training  # statistics, which serve
     if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1 and not stored:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
-    return with_contiguous_gradient(norm(x)) if isinstance(norm, _InstanceNorm) else norm(x)
+    return with_contiguous_gradient(norm(x)) if isinstance(norm, _NormBase) else norm(x)
 
 
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:
