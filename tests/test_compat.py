@@ -183,9 +183,13 @@ def gram(t: torch.Tensor, beta: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
-def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(spatial_dims: int) -> None:
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (1, 2)])
+def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(
+    size: int, stride: int, spatial_dims: int
+) -> None:
+    """Its gate looks at all positions, also those that a stride leaves out."""
     inputs, outputs, inner, experts, k, degree, groups = 4, 6, 2, 3, 2, 2, 2
-    kernel, wide = (3,) * spatial_dims, groups * inner
+    kernel, wide = (size,) * spatial_dims, groups * inner
     sizes = {
         "w_gate": (wide, experts),
         "w_noise": (wide, experts),
@@ -205,7 +209,8 @@ def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(spatial_di
         sizes[f"inner_proj.{g}.weight"] = (inner, inputs // groups, *[1] * spatial_dims)
         sizes[f"out_proj.{g}.weight"] = (outputs // groups, inner, *[1] * spatial_dims)
     state = {key: torch.randn(size, dtype=torch.float64) * 0.5 for key, size in sizes.items()}
-    args = {"input_dim": inputs, "output_dim": outputs, "kernel_size": 3, "padding": 1, "groups": groups}
+    geometry = {"stride": stride, "padding": size // 2}
+    args = {"input_dim": inputs, "output_dim": outputs, "kernel_size": size, "groups": groups, **geometry}
     args |= {"degree": degree, "num_experts": experts, "k": k, "min_internal": inner, "pregate": True}
     layer = from_torch_conv_kan(f"MoEBottleNeckKAGNConv{spatial_dims}DLayer", args, state)
     x = torch.randn(5, inputs, *(6, 5, 4)[:spatial_dims], dtype=torch.float64)
@@ -228,12 +233,12 @@ def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(spatial_di
     for e in range(experts):
         weights, beta = (state[f"experts.experts.{e}.{name}_weights"] for name in ("poly", "beta"))
         expanded = [F.silu(torch.cat(gram(torch.tanh(part), beta), 1)) for part in z.chunk(groups, 1)]
-        answer = torch.cat([conv(part, weights[g], padding=1) for g, part in enumerate(expanded)], 1)
+        answer = torch.cat([conv(part, weights[g], **geometry) for g, part in enumerate(expanded)], 1)
         mixed = mixed + answer * gates[:, e].view(-1, 1, *[1] * spatial_dims)
     out = []
     for g, (part, narrow) in enumerate(zip(parts, mixed.chunk(groups, 1), strict=True)):
         sum_of_both = conv(narrow, state[f"out_proj.{g}.weight"])
-        sum_of_both = sum_of_both + conv(F.silu(part), state[f"base_conv.{g}.weight"], padding=1)
+        sum_of_both = sum_of_both + conv(F.silu(part), state[f"base_conv.{g}.weight"], **geometry)
         out.append(F.silu(F.instance_norm(sum_of_both)))
     variations = [v.var() / (v.mean() ** 2 + 1e-10) for v in (gates.sum(0), (gates > 0).double().sum(0))]
     found, loss = layer(x)
