@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kanseg.compat import from_torch_conv_kan, reference_gradients, to_torch_conv_kan
+from kanseg.compat.layers import reference_layer
 from kanseg.compat.links import spread
 from kanseg.compat.torch_conv_kan import find
 from kanseg.errors import UsageError, UserError
@@ -183,9 +186,13 @@ def gram(t: torch.Tensor, beta: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
-def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(spatial_dims: int) -> None:
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (1, 2)])
+def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(
+    size: int, stride: int, spatial_dims: int
+) -> None:
+    """Its gate looks at all positions, also those that a stride leaves out."""
     inputs, outputs, inner, experts, k, degree, groups = 4, 6, 2, 3, 2, 2, 2
-    kernel, wide = (3,) * spatial_dims, groups * inner
+    kernel, wide = (size,) * spatial_dims, groups * inner
     sizes = {
         "w_gate": (wide, experts),
         "w_noise": (wide, experts),
@@ -205,7 +212,8 @@ def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(spatial_di
         sizes[f"inner_proj.{g}.weight"] = (inner, inputs // groups, *[1] * spatial_dims)
         sizes[f"out_proj.{g}.weight"] = (outputs // groups, inner, *[1] * spatial_dims)
     state = {key: torch.randn(size, dtype=torch.float64) * 0.5 for key, size in sizes.items()}
-    args = {"input_dim": inputs, "output_dim": outputs, "kernel_size": 3, "padding": 1, "groups": groups}
+    geometry = {"stride": stride, "padding": size // 2}
+    args = {"input_dim": inputs, "output_dim": outputs, "kernel_size": size, "groups": groups, **geometry}
     args |= {"degree": degree, "num_experts": experts, "k": k, "min_internal": inner, "pregate": True}
     layer = from_torch_conv_kan(f"MoEBottleNeckKAGNConv{spatial_dims}DLayer", args, state)
     x = torch.randn(5, inputs, *(6, 5, 4)[:spatial_dims], dtype=torch.float64)
@@ -228,12 +236,12 @@ def test_a_narrow_mixture_with_a_layer_before_its_gate_is_the_formula(spatial_di
     for e in range(experts):
         weights, beta = (state[f"experts.experts.{e}.{name}_weights"] for name in ("poly", "beta"))
         expanded = [F.silu(torch.cat(gram(torch.tanh(part), beta), 1)) for part in z.chunk(groups, 1)]
-        answer = torch.cat([conv(part, weights[g], padding=1) for g, part in enumerate(expanded)], 1)
+        answer = torch.cat([conv(part, weights[g], **geometry) for g, part in enumerate(expanded)], 1)
         mixed = mixed + answer * gates[:, e].view(-1, 1, *[1] * spatial_dims)
     out = []
     for g, (part, narrow) in enumerate(zip(parts, mixed.chunk(groups, 1), strict=True)):
         sum_of_both = conv(narrow, state[f"out_proj.{g}.weight"])
-        sum_of_both = sum_of_both + conv(F.silu(part), state[f"base_conv.{g}.weight"], padding=1)
+        sum_of_both = sum_of_both + conv(F.silu(part), state[f"base_conv.{g}.weight"], **geometry)
         out.append(F.silu(F.instance_norm(sum_of_both)))
     variations = [v.var() / (v.mean() ** 2 + 1e-10) for v in (gates.sum(0), (gates > 0).double().sum(0))]
     found, loss = layer(x)
@@ -268,6 +276,55 @@ def test_a_norm_of_the_channels_is_one_for_each_group(groups: int) -> None:
         summed = summed + F.conv2d(torch.cat([torch.ones_like(t), t], 1), state["poly_weights"][g])
         y.append(F.silu(norms[g](summed.movedim(1, -1)).movedim(-1, 1)))
     torch.testing.assert_close(layer(x), torch.cat(y, 1))
+
+
+@pytest.mark.parametrize(
+    "act", ["Softplus", nn.Hardswish, partial(nn.LeakyReLU, 0.3), "torch.nn.PReLU"], ids=str
+)
+def test_any_pointwise_activation_of_torch_is_taken(act: Any) -> None:
+    """By its name, as a class or as what makes one: conv(act(x)) where the functions have no weight."""
+    made = getattr(nn, act.rsplit(".", 1)[-1])() if isinstance(act, str) else act()
+    state = {"base_conv.0.weight": torch.randn(6, 4, 3, 3), "spline_conv.0.weight": torch.zeros(6, 32, 3, 3)}
+    state |= {f"base_activation.{key}": value for key, value in made.state_dict().items()}
+    args = {"input_dim": 4, "output_dim": 6, "kernel_size": 3, "base_activation": act}
+    layer, x = from_torch_conv_kan("FastKANConv2DLayer", args, state), torch.randn(2, 4, 6, 5)
+    torch.testing.assert_close(layer(x), F.conv2d(made(x), state["base_conv.0.weight"]))
+
+
+def test_one_learned_slope_serves_all_places_of_a_fully_connected_layer() -> None:
+    """prelu(norm(prelu(phi(x)) W + prelu(x) V)) with one slope, whose gradient is the sum of all places."""
+    state = {"act.weight": torch.tensor([0.3]), "beta_weights": torch.randn(4), "norm.bias": torch.randn(3)}
+    state |= {"base_weights": torch.randn(3, 5), "grams_basis_weights": torch.randn(5, 3, 4)}
+    state["norm.weight"] = torch.randn(3)
+    args = {"in_channels": 5, "out_channels": 3, "act": "PReLU"}
+    layer, x = from_torch_conv_kan("kans.GRAMLayer", args, state), torch.randn(6, 5)
+    slope = state["act.weight"].clone().requires_grad_()
+    basis = F.prelu(torch.stack(gram(torch.tanh(x), state["beta_weights"]), -1), slope)
+    y = torch.einsum("bld,lod->bo", basis, state["grams_basis_weights"])
+    y = F.layer_norm(
+        y + F.prelu(x, slope) @ state["base_weights"].T, (3,), state["norm.weight"], state["norm.bias"]
+    )
+    expected, found = F.prelu(y, slope), layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(reference_gradients(layer)["act.weight"], slope.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_chebyshev_polynomials_keep_away_from_the_ends_of_the_arc_cosine() -> None:
+    """T_m at 1 - 1e-7 where tanh(x) is 1."""
+    weight = torch.randn(3, 8, 1, dtype=torch.float64)
+    args = {"input_dim": 2, "output_dim": 3, "kernel_size": 1, "norm_layer": "Identity"}
+    layer = from_torch_conv_kan("KACNConv1DLayer", args, {"poly_conv.0.weight": weight})
+    angle = torch.arange(4, dtype=torch.float64).repeat(2) * math.acos(1 - 1e-7)
+    found = layer(torch.full((1, 2, 4), 30.0, dtype=torch.float64))
+    torch.testing.assert_close(found[0, :, 0], weight[..., 0] @ angle.cos(), rtol=1e-10, atol=1e-10)
+
+
+def test_same_padding_is_that_of_each_axis() -> None:
+    args = {"input_dim": 4, "output_dim": 6, "kernel_size": (3, 5), "padding": "same", "dilation": [2, 1]}
+    layer, x = reference_layer("KANConv", 2, args), torch.randn(1, 4, 7, 8)
+    assert layer(x).shape == (1, 6, 7, 8)
 
 
 UNSUITED = {
@@ -316,6 +373,17 @@ def test_functions_make_the_layers_of_their_classes(name: str) -> None:
     )
     one, x = from_torch_conv_kan(class_name, args, state), torch.randn(3, 4, 7, 6)
     torch.testing.assert_close(other(x), one(x), rtol=0, atol=0)
+
+
+def test_the_plain_layer_takes_an_activation() -> None:
+    """act(norm(conv(x)))"""
+    state = {"0.weight": torch.randn(6, 2, 3, 3), "0.bias": torch.randn(6)}
+    norm = nn.BatchNorm2d(6).eval()
+    state |= {f"1.{key}": value for key, value in norm.state_dict().items()}
+    args = {"in_planes": 4, "out_planes": 6, "groups": 2, "base_activation": nn.Tanh}
+    layer, x = from_torch_conv_kan("conv3x3", args, state), torch.randn(2, 4, 5, 6)
+    y = F.conv2d(x, state["0.weight"], state["0.bias"], padding=1, groups=2)
+    torch.testing.assert_close(layer(x), norm(y).tanh())
 
 
 def test_classes_that_take_a_class_are_the_classes_that_name_it() -> None:

@@ -210,6 +210,22 @@ def test_weights_go_there_and_back(name: str) -> None:
     )
 
 
+def test_attention_stands_before_pools_and_last_at_once() -> None:
+    args = {"input_channels": 1, "num_classes": 2, "vgg_type": "VGG11sa", "expected_feature_shape": (1, 1)}
+    state = made_up("vggkagn", {**args, "last_attention": True})
+    gates = [key for key in state if key.endswith(".gamma")]
+    assert sorted(gates) == ["features.10.gamma", "features.13.gamma", "features.6.gamma"]
+
+
+@pytest.mark.parametrize("name", ["tiny_densekagnet", "vggkan"])
+def test_an_odd_end_is_dropped_where_maps_are_halved(name: str) -> None:
+    args = {"input_channels": 1, "num_classes": 2}
+    network = from_torch_conv_kan(name, args, made_up(name, args))
+    pools = [module for module in network.modules() if hasattr(module, "ceil_mode")]
+    x = torch.arange(25.0).view(1, 1, 5, 5)
+    assert {tuple(pool(x).shape[2:]) for pool in pools} == {(2, 2)}
+
+
 def test_places_without_arguments_have_their_own_defaults() -> None:
     args = {"block": "FastKANBasicBlock", "layers": (2, 1, 1, 1)}
     state = made_up("UKANet", args)
@@ -379,6 +395,9 @@ def test_the_published_architecture_is_recognised_or_explained(tmp_path: Path) -
     args = {"vgg_type": "VGG11v4", "num_classes": 3, "width_scale": 2, "expected_feature_shape": (1, 1)}
     save_file(made_up("vggkagn", args), path)
     assert write_published(path, tmp_path / "model")["options"]["encoder"] == "vggkan11v4"
+    narrower = {**args, "vgg_type": "VGG11v2", "width_scale": 1}
+    save_file(made_up("vggkagn", narrower), tmp_path / "v2.safetensors")
+    assert write_published(tmp_path / "v2.safetensors", tmp_path)["options"]["encoder"] == "vggkan11v2"
     with pytest.raises(
         UserError, match=r"is no vgg_kagn_bn11_v4: .*missing \['features.0.inner_proj.0.weight'"
     ):

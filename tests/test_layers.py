@@ -416,16 +416,25 @@ def test_branches_of_a_narrow_layer_meet_without_copies_of_gradients(
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize(
-    "options", [{"recompute": False}, {"norm": ("instance", {"track_running_stats": True})}]
+    "options",
+    [
+        {"recompute": False},
+        {"recompute": False, "norm": "batch", "act": None},
+        {"norm": ("instance", {"track_running_stats": True})},
+    ],
 )
 def test_gradients_may_lie_in_any_memory(spatial_dims: int, samples: int, options: dict) -> None:
-    """torch's own instance norm misreads those of a single sample; the layer does not."""
+    """torch's own instance and batch norms misread those of a single sample; the layer does not."""
     layer = ConvLayer(spatial_dims, 4, 8, **options).double()
     x = torch.randn(samples, 4, *SIZES[spatial_dims], dtype=torch.float64, requires_grad=True)
     grad = torch.randn_like(layer(x))
     last = grad.contiguous(memory_format=FORMATS[grad.dim()])
-    one, other = (torch.autograd.grad(layer(x), [x, *layer.parameters()], given) for given in (grad, last))
-    torch.testing.assert_close(one, other)
+    of_attention = grad.flatten(2).mT.contiguous().mT.view(grad.shape)
+    one, *others = (
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], given) for given in (grad, last, of_attention)
+    )
+    for other in others:
+        torch.testing.assert_close(one, other)
 
 
 def test_autocast_changes_digits_of_a_gradient_alone() -> None:

@@ -62,7 +62,8 @@ def convert_vgg(family: str, spatial_dims: int, args: Arguments, state: State) -
         raise UsageError(
             f"Unknown vgg_type '{own['vgg_type']}'; expected VGG11, VGG13v2, VGG16v4, VGG11sa, ..."
         )
-    last, sa = args.pop("last_attention", False), bool(match[2] or match[4])
+    at = {(True, True): "both", (True, False): "last"}
+    last, sa = bool(args.pop("last_attention", False)), bool(match[2] or match[4])
     encoder = VGGKAN(
         DIMS,
         own["input_channels"],
@@ -70,7 +71,7 @@ def convert_vgg(family: str, spatial_dims: int, args: Arguments, state: State) -
         basis=Blank,
         width=own["width_scale"],
         attention=BlankMixer if last or sa else None,
-        attention_at="last" if last else "pools",
+        attention_at=at.get((last, sa), "pools"),
     )
     network = _classifier(encoder, own["num_classes"], VGG_HEADS.get(head, "none"), tuple(shape))
     numbers = _vgg_numbers(encoder)

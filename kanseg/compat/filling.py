@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from kanseg.compat import blocks, layers, legacy, linear
 from kanseg.compat.links import Conversion, Link, below, same_names
+from kanseg.encoders.densekanet import AveragePool
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.geometry import per_axis
 from kanseg.layers.mixture import take_balance_loss
 from kanseg.layers.mlp import KANMLP
+from kanseg.layers.norms import activation
 from kanseg.models.u2kanet import NestedU
 from kanseg.models.u_shape import DecoderStage
 
@@ -165,7 +167,7 @@ class Filling:
         self.plain_places, self.single_places = re.compile(plain_places), re.compile(single_places)
         self.own_norm_places, self.block_places = re.compile(own_norm_places), re.compile(block_places)
         self.degree, self.kinds_vary = degree, kinds_vary
-        own = () if family.layer is None else layers.LAYERS[family.layer].arguments
+        own = ("base_activation",) if family.layer is None else layers.LAYERS[family.layer].arguments
         known = {*own, *SEEN, *NORM_ARGUMENTS, *also, *(EXPERTS if family.mixture else ())}
         if unknown := sorted(set(args) - known):
             raise UsageError(
@@ -221,7 +223,7 @@ class Filling:
     def layer(self, prefix: str, blank: Blank, state: State) -> Conversion:
         """A convolution of the family, or a mixture of such."""
         if self.family.layer is None:
-            return _plain_layer(blank, state)
+            return _plain_layer(blank, state, self.args.get("base_activation", "GELU"))
         args = self._layer_arguments(prefix, blank, state)
         depthwise = blank.geometry.get("groups", 1) > 1
         name = "KAGNConvV2" if depthwise else self.family.layer
@@ -332,15 +334,16 @@ def _narrow(inner: int, widest: int) -> Arguments:
     return {"dim_reduction": widest / (inner + 0.5), "min_internal": 1}
 
 
-def _plain_layer(blank: Blank, state: State) -> Conversion:
-    """[Dropout,] convolution with bias, which may be wrapped, batch norm, GELU."""
+def _plain_layer(blank: Blank, state: State, act: Any) -> Conversion:
+    """[Dropout,] convolution with bias, which may be wrapped, batch norm, activation."""
     weights = {key: value for key, value in state.items() if key.endswith("weight") and value.dim() > 1}
     theirs = next((key.removesuffix("weight") for key in weights), "0.")
     first = int(theirs.split(".")[0])
     groups = blank.inputs // weights[f"{theirs}weight"].shape[1] if weights else 1
     conv = nn.Conv2d(blank.inputs, blank.outputs, **{**blank.geometric(), "groups": groups})
-    module = nn.Sequential(conv, nn.BatchNorm2d(blank.outputs), nn.GELU())
-    links = [*same_names(conv, "0.", theirs), *same_names(module[1], "1.", f"{first + 1}.")]
+    module = nn.Sequential(conv, nn.BatchNorm2d(blank.outputs), activation(layers.activation_spec(act)))
+    links = same_names(conv, "0.", theirs)
+    links += [link for n in (1, 2) for link in same_names(module[n], f"{n}.", f"{first + n}.")]
     return Conversion(module, links)
 
 
@@ -374,7 +377,7 @@ def taken(args: Arguments, **defaults: Any) -> Arguments:
 def halve_by_floor(network: nn.Module) -> None:
     """The reference drops what is left over when it halves an odd size."""
     for module in network.modules():
-        if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        if isinstance(module, nn.MaxPool2d | AveragePool):
             module.ceil_mode = False
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.compat import legacy
@@ -17,6 +17,7 @@ from kanseg.compat.links import Conversion, Link, below, stacked
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers import ConvLayer
 from kanseg.layers.families import FAMILIES
+from kanseg.layers.geometry import per_axis
 from kanseg.layers.wavelet_conv import WaveletConv
 
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "dropout")
@@ -26,6 +27,7 @@ NORMS = {"BatchNorm": "batch", "InstanceNorm": "instance", "Identity": None, CHA
 ACTIVATIONS: dict[str, str | None] = {
     name: name.lower() for name in ("GELU", "SiLU", "ReLU", "Tanh", "Sigmoid", "Mish", "ELU", "SELU", "CELU")
 }
+OVER_CHANNELS = ("GLU", "LogSoftmax", "Softmax", "Softmax2d", "Softmin")  # no functions of one number
 ACTIVATIONS |= {"LeakyReLU": "leakyrelu", "ReLU6": "relu6", "PReLU": "prelu", "Identity": None}
 
 
@@ -64,6 +66,10 @@ def _legendre(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
     return {"squash": legacy.BatchMinMax(groups)}
 
 
+def _chebyshev(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
+    return {"squash": legacy.clamped_tanh}
+
+
 def _bernstein(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
     return {"basis": legacy.Ones}
 
@@ -89,7 +95,7 @@ LAYERS: dict[str, Family] = {
     "KANConv": Family("kan", SPLINE, "spline_conv.{g}.weight", keys={"act.weight": "prelus.{g}.weight"}),
     "FastKANConv": Family("fastkan", RBF, "spline_conv.{g}.weight"),
     "KALNConv": Family("kaln", POLYNOMIAL, degree_major=True, options=_legendre),
-    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight"),
+    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight", options=_chebyshev),
     "KAGNConv": Family(
         "kagn", POLYNOMIAL, degree_major=True, options=_gram, keys={"basis.beta": "beta_weights"}
     ),
@@ -141,12 +147,12 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
         args.pop(unused, None)
     geometry = {"padding": DEFAULT_PADDING, **{name: args.pop(name) for name in GEOMETRY if name in args}}
     if isinstance(geometry["padding"], str):
-        geometry["padding"] = named_padding(geometry)
+        geometry["padding"] = named_padding(spatial_dims, geometry)
     norm = norm_name(args.pop("norm_layer", args.pop("norm_class", None)), spec.norm)
     own = {ours: args.pop(theirs) for theirs, ours in spec.arguments.items() if theirs in args}
     own.pop("wav_version", None)  # three ways to store the same layer
     if "base_act" in own:
-        own["base_act"] = activation_name(own["base_act"])
+        own["base_act"] = activation_spec(own["base_act"])
     if "grid_range" in own:
         own["grid_range"] = tuple(own["grid_range"])
     options = {**FAMILIES[spec.family], **geometry}
@@ -168,16 +174,20 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
     return layer
 
 
-def named_padding(geometry: Mapping[str, Any]) -> Any:
+def named_padding(spatial_dims: int, geometry: Mapping[str, Any]) -> Any:
     """torch's "valid" and "same" as numbers."""
     if geometry["padding"] == "valid":
         return 0
-    kernel, dilation = geometry["kernel_size"], geometry.get("dilation", 1)
-    if geometry["padding"] != "same" or not isinstance(kernel, int) or not isinstance(dilation, int):
+    if geometry["padding"] != "same":
         raise UsageError(f"padding must be a number an axis, 'valid' or 'same', got '{geometry['padding']}'")
-    if dilation * (kernel - 1) % 2:
-        raise UsageError(f"padding 'same' of the even kernel_size {kernel} is not the same on both sides")
-    return dilation * (kernel - 1) // 2
+    sizes, dilations = (
+        per_axis(geometry.get(name, 1), spatial_dims, name) for name in ("kernel_size", "dilation")
+    )
+    total = [dilation * (size - 1) for size, dilation in zip(sizes, dilations, strict=True)]
+    if any(width % 2 for width in total):
+        size = geometry["kernel_size"]
+        raise UsageError(f"padding 'same' of the even kernel_size {size} is not the same on both sides")
+    return tuple(width // 2 for width in total)
 
 
 def norm_spec(norm: str | None, arguments: Mapping[str, Any]) -> Any:
@@ -209,13 +219,22 @@ def norm_name(norm: Any, default: str) -> str | None:
     return NORMS[base]
 
 
-def activation_name(act: Any) -> str | None:
-    """MONAI's name of an activation that is given as a class, an instance or by its name."""
-    name = act if isinstance(act, str) else getattr(act, "__name__", type(act).__name__)
-    base = name.rsplit(".", 1)[-1]
-    if base not in ACTIVATIONS:
-        raise UsageError(f"base_activation '{name}' is not supported.{did_you_mean(base, ACTIVATIONS)}")
-    return ACTIVATIONS[base]
+def activation_spec(act: Any) -> str | nn.Module | None:
+    """MONAI's name of an activation that is given as a class or by its name; itself where MONAI has none of it."""
+    given: Any = getattr(nn, act.rsplit(".", 1)[-1], None) if isinstance(act, str) else act
+    name = getattr(given, "__name__", "")
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    try:
+        made = given if isinstance(given, nn.Module) else given()
+    except TypeError:
+        made = None
+    if not isinstance(made, nn.Module) or type(made).__name__ in OVER_CHANNELS:
+        known = {*ACTIVATIONS, *nn.modules.activation.__all__}.difference(OVER_CHANNELS)
+        raise UsageError(
+            f"base_activation '{name or act}' is not supported.{did_you_mean(name or str(act), known)}"
+        )
+    return made
 
 
 def reference_links(name: str, layer: ConvLayer, state: Mapping[str, Tensor]) -> list[Link]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kanseg.compat import legacy
-from kanseg.compat.layers import activation_name, beta_link
+from kanseg.compat.layers import activation_spec, beta_link
 from kanseg.compat.links import Conversion, Link, below
 from kanseg.errors import UsageError
 from kanseg.layers.mlp import FAMILIES, KANMLP, LinearLayer
@@ -30,9 +30,10 @@ class Layer:
         arguments: further arguments of its own -> ours.
         keys: our parameters -> its own.
         basis: its key of the basis weights, and whether they are (in, out, K) instead of (out, in K).
-        acts: which of our activations its `act` (or `base_activation`) is.
+        acts: which of our activations its `act` is.
         options: options of ours that make it as the reference is.
         norm: its name of the norm; `norm_at` ours.
+        act: its name of the activation.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Layer:
     options: Mapping[str, Any] = field(default_factory=dict)
     norm: str | None = "norm"
     norm_at: str = "norm"
+    act: str = "base_activation"
 
 
 POLYNOMIAL = {"degree": "degree"}
@@ -59,6 +61,7 @@ GRAM = Layer(
     ("grams_basis_weights", True),
     ACTS,
     {"basis": legacy.multiplied_gram},
+    act="act",
 )
 LAYERS: dict[str, Layer] = {
     "KANLayer": Layer(
@@ -102,6 +105,7 @@ LAYERS: dict[str, Layer] = {
         keys=BASES,
         basis=("jacobi_coeffs", True),
         acts=ACTS[:2],
+        act="act",
     ),
     "BernsteinKANLayer": Layer(
         "kabn",
@@ -109,6 +113,7 @@ LAYERS: dict[str, Layer] = {
         keys=BASES,
         basis=("bernstein_coeffs", True),
         acts=ACTS[:2],
+        act="act",
         options={"basis": legacy.Ones},
     ),
     "ReLUKANLayer": Layer(
@@ -196,13 +201,12 @@ def _options(spec: Layer, args: dict[str, Any]) -> dict[str, Any]:
     if "grid_min" in args or "grid_max" in args:
         args["grid_range"] = (args.pop("grid_min", -2.0), args.pop("grid_max", 2.0))
     if args.get("use_base_update") is False:
-        args["bias"] = False
+        args["bias"], act = False, None
     options = {ours: args.pop(theirs) for theirs, ours in spec.arguments.items() if theirs in args}
     if act is not None:
-        name = activation_name(act)
-        if name == "prelu" and len(spec.acts) > 1:
-            raise UsageError("act PReLU is not supported where one learned slope serves several places")
-        options.update(dict.fromkeys(spec.acts, name))
+        name = activation_spec(act)
+        shared = nn.PReLU() if name == "prelu" else name  # one learned slope, wherever it serves
+        options.update(dict.fromkeys(spec.acts, shared))
     if "grid_range" in options:
         options["grid_range"] = tuple(options["grid_range"])
     if "wavelet" in options:
@@ -217,8 +221,8 @@ def _links(spec: Layer, layer: nn.Module, state: State) -> list[Link]:
             links.append(beta_link(ours, theirs))
         elif ours in own:
             links.append(Link(ours, (theirs,)))
-    if "linear.base_act.weight" in own:
-        links.append(Link("linear.base_act.weight", ("base_activation.weight",)))
+    for place in (f"{prefix}{act}." for prefix in ("", "linear.", "linear.inner.") for act in spec.acts):
+        links += [Link(place + key, (f"{spec.act}.{key}",)) for key in below(own, place)]
     if spec.basis is not None:
         inner = "linear.inner" if "linear.inner.basis_weight" in own else "linear"
         functions = layer.get_submodule(f"{inner}.basis").num_functions

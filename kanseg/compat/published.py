@@ -84,9 +84,10 @@ def _guess(state: Mapping[str, Tensor], path: Path | str) -> str:
     narrow = any(".inner_proj.0.weight" in key for key in state)
     numbers = [int(match[1]) for match in (re.match(r"features\.(\d+)\.", key) for key in state) if match]
     last = state.get(f"features.{max(numbers, default=0)}.base_conv.0.weight")
+    widening = 0 if last is None or FIRST not in state else last.shape[0] // state[FIRST].shape[0]
     fits = {
-        "vgg_kagn11_v2": not narrow and last is not None and last.shape[0] == last.shape[1] == 256,
-        "vgg_kagn11_v4": not narrow and last is not None and last.shape[0] == 512,
+        "vgg_kagn11_v2": not narrow and widening == 8,
+        "vgg_kagn11_v4": not narrow and widening == 16,
         "vgg_kagn_bn11_v4": narrow and last is not None,
         "vgg_kagn_bn11sa_v4": narrow and last is None,  # attention is the last
     }

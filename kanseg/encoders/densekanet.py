@@ -130,14 +130,16 @@ class DenseKANet(Encoder):
 class AveragePool(nn.Module):
     """Means over blocks of two voxels an axis; at an odd end, and of an axis of one, over what is there.
 
-    torch's own refuses an axis of one in 3D, and bfloat16 on a CPU.
+    torch's own refuses an axis of one in 3D, and bfloat16 on a CPU. With `ceil_mode` off an odd end is dropped.
     """
+
+    ceil_mode = True
 
     def forward(self, x: Tensor) -> Tensor:
         spatial_dims = x.dim() - 2
         block = [min(2, size) for size in x.shape[2:]]
         wide = x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
-        return POOLING[spatial_dims](wide, block, [2] * spatial_dims, ceil_mode=True).to(x.dtype)
+        return POOLING[spatial_dims](wide, block, [2] * spatial_dims, ceil_mode=self.ceil_mode).to(x.dtype)
 
 
 def _transition(spatial_dims: int, channels: int) -> nn.Sequential:

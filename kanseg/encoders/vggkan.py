@@ -27,7 +27,7 @@ class VGGKAN(PlainKANet):
         width: factor of all channels.
         attention: basis or family of attention layers, or their constructor, (spatial_dims, channels) -> module; None
             for none.
-        attention_at: "pools" (before the last two poolings) or "last" (in place of the last convolution).
+        attention_at: "pools" (before the last two poolings), "last" (in place of the last convolution) or "both".
         options: of `PlainKANet`.
 
     >>> VGGKAN(2, 3, basis="legendre", width=0.25).out_channels
@@ -54,13 +54,14 @@ class VGGKAN(PlainKANet):
         ]
         if LAST_STAGE[version]:
             stages.append([int(features * width) for features in LAST_STAGE[version]])
-        places = {"pools": _before_pools, "last": _as_last}
+        places = {"pools": [_before_pools], "last": [_as_last], "both": [_before_pools, _as_last]}
         if attention is not None:
             if attention_at not in places:
                 raise UsageError(
                     f"Unknown attention_at '{attention_at}'.{did_you_mean(attention_at, places)}"
                 )
-            places[attention_at](stages)
+            for put in places[attention_at]:
+                put(stages)
         super().__init__(
             spatial_dims,
             in_channels,

@@ -21,15 +21,15 @@ from kanseg.layers.kernels.recipe import watched
 from kanseg.layers.kernels.rows import with_contiguous_gradient
 
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
-ActSpec = str | tuple[str, dict[str, Any]] | None
+ActSpec = str | tuple[str, dict[str, Any]] | nn.Module | None
 
 
 def activation(act: ActSpec) -> nn.Module:
-    """An activation by MONAI's name ("silu" is "swish" there), identity for None."""
+    """An activation by MONAI's name ("silu" is "swish" there), identity for None; one that is given is taken."""
     if act is None:
         return nn.Identity()
     try:
-        made = nn.SiLU() if act == "silu" else get_act_layer(act)
+        made = act if isinstance(act, nn.Module) else nn.SiLU() if act == "silu" else get_act_layer(act)
     except (ValueError, TypeError) as error:
         raise UsageError(f"act={act!r} cannot be made: {' '.join(str(error).split())}") from error
     if getattr(made, "inplace", False):
@@ -53,7 +53,7 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     stored = getattr(norm, "track_running_stats", False) and not norm.training  # statistics, which serve
     if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1 and not stored:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
-    return with_contiguous_gradient(norm(x)) if isinstance(norm, _InstanceNorm) else norm(x)
+    return with_contiguous_gradient(norm(x)) if isinstance(norm, _NormBase) else norm(x)
 
 
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:

@@ -25,7 +25,8 @@ def channels_last(x: Tensor) -> Tensor:
 def with_contiguous_gradient(y: Tensor) -> Tensor:
     """y, whose gradient goes on in contiguous memory where there is a single sample on a CPU.
 
-    There torch 2.14 misreads that of its instance norm in channels-last memory (2D and 3D): wrong numbers, no error.
+    There torch 2.14 misreads that of its instance and batch norms in channels-last memory (2D and 3D): wrong numbers,
+    no error.
     """
     if _takes_hooks(y) and len(y) == 1:  # in this order: a compiler may know no number of samples
         y.register_hook(Tensor.contiguous)
