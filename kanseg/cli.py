@@ -361,7 +361,7 @@ def evaluate(
     summary = evaluate_folders(prediction, reference, out, tolerance=tolerance, **how)
     console = _console(json_)
     shown = summary["metrics"] | summary["unions"]
-    title = f"{summary['cases']} cases, mean [95 % interval]"
+    title = "1 case" if summary["cases"] == 1 else f"{summary['cases']} cases, mean [95 % interval]"
     console.print(score_table(shown, title, summary["unit"], tolerance))
     for name in summary["absent"]:
         console.print(f"{name} is in no reference; the mean leaves it out", highlight=False)
