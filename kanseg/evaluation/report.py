@@ -86,7 +86,9 @@ def picture(
         for number, (name, colour) in enumerate(DIFFERENCES.items(), start=1):
             legend += [Patch(color=colour, label=name)] * any(number in kind for kind in kinds)
     columns = ["image", *layers[0]]
-    names_a_row = min(2 + len(columns), max(1, len(legend)))
+    longest = max((len(str(patch.get_label())) for patch in legend), default=0)
+    names_a_row = int(WIDTH * len(columns) / (0.5 + 0.085 * longest))  # inches of a name, about
+    names_a_row = max(1, min(2 + len(columns), names_a_row, len(legend)))
     heights = [
         np.clip(_height(_cut(prediction, *plane), _aspect(spacing, plane[0])), *SHAPES) for plane in planes
     ]
@@ -132,7 +134,7 @@ def _draw_plane(
     height, width = cut.shape[:2]
     cells["image"].set_ylabel(PLANES[axis] if axis >= 0 else f"{width} x {height} pixels")
     if axis >= 0:
-        _mark(cells["image"], axis, width, height, next(s for a, s in enumerate(spacing) if a != axis))
+        _mark(cells["image"], axis, width, next(s for a, s in enumerate(spacing) if a != axis))
 
 
 def _differences(prediction: np.ndarray, reference: np.ndarray, values: Sequence[int]) -> np.ndarray:
@@ -142,7 +144,7 @@ def _differences(prediction: np.ndarray, reference: np.ndarray, values: Sequence
     return np.where(np.isin(reference, values), kinds, 0)
 
 
-def _mark(cell: Axes, axis: int, width: int, height: int, spacing: float) -> None:
+def _mark(cell: Axes, axis: int, width: int, spacing: float) -> None:
     """Write into a plane which end of the patient is where, and draw a scale of at most 0.3 of the width.
 
     Args:
@@ -157,10 +159,11 @@ def _mark(cell: Axes, axis: int, width: int, height: int, spacing: float) -> Non
     most = 0.3 * width * spacing
     unit = 10.0 ** math.floor(math.log10(most))
     length = max(step * unit for step in (1, 2, 5) if step * unit <= most)
-    left, low = 0.04 * width, 0.95 * height
+    left = 0.04 * width
+    how: dict[str, Any] = {"transform": cell.get_xaxis_transform(), **seen}
     cell.set_autoscale_on(False)
-    cell.plot([left, left + length / spacing], [low, low], linewidth=2, solid_capstyle="butt", **seen)
-    cell.text(left, low - 0.03 * height, f"{length:g} mm", fontsize=8, va="bottom", **seen)
+    cell.plot([left, left + length / spacing], [0.05, 0.05], linewidth=2, solid_capstyle="butt", **how)
+    cell.text(left, 0.08, f"{length:g} mm", fontsize=8, va="bottom", **how)
 
 
 def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, title: str = "") -> Path:
@@ -270,7 +273,7 @@ def draw_curves(
         axes.set_xlim(-0.5, max(last, 1) + 0.5)  # of one epoch alone, ticks would be fractions
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.ticklabel_format(axis="y", useOffset=False)
-    left.legend()
+    figure.legend(handles=left.lines, loc="outside right upper", frameon=False)
     figure.suptitle(title)
     return saved(figure, path)
 
