@@ -260,3 +260,14 @@ def test_the_table_says_within_what_distance_a_surface_counts() -> None:
     for unit, tolerance, said in (("mm", 1.0, "1 mm"), ("mm", 2.5, "2.5 mm"), ("pixels", 1, "1 pixel")):
         columns = score_table(summarize_rows(rows), unit=unit, tolerance=tolerance).columns
         assert columns[-1].header == f"NSD ({said})"
+
+
+@pytest.mark.parametrize("letters", [5, 18, 45])
+def test_the_legend_stays_within_the_picture(letters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.arange(26).repeat(40).reshape(26, 40)
+    names = ["background", *(f"{'n' * letters}{k}" for k in range(25))]
+    for reference in (labels, None):
+        figure = drawn(monkeypatch, picture, labels, reference, labels, spacing=(1, 1), label_names=names)
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1

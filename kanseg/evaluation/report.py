@@ -87,7 +87,7 @@ def picture(
             legend += [Patch(color=colour, label=name)] * any(number in kind for kind in kinds)
     columns = ["image", *layers[0]]
     longest = max((len(str(patch.get_label())) for patch in legend), default=0)
-    names_a_row = int(WIDTH * len(columns) / (0.5 + 0.085 * longest))  # inches of a name, about
+    names_a_row = int(WIDTH * len(columns) / (0.6 + 0.09 * longest))  # inches of a name, about
     names_a_row = max(1, min(2 + len(columns), names_a_row, len(legend)))
     heights = [
         np.clip(_height(_cut(prediction, *plane), _aspect(spacing, plane[0])), *SHAPES) for plane in planes
