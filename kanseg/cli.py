@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -323,7 +324,10 @@ def evaluate(
     ] = None,
     ignore: Annotated[int | None, typer.Option(help="Value of voxels that do not count.")] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Distance in mm up to which NSD counts a surface as right.", min=0)
+        float,
+        typer.Option(
+            help="Distance up to which NSD counts a surface as right: mm, of pictures pixels.", min=0
+        ),
     ] = 1.0,
     json_: Json = False,
 ) -> None:
@@ -359,7 +363,8 @@ def evaluate(
     summary = evaluate_folders(prediction, reference, out, tolerance=tolerance, **how)
     console = _console(json_)
     shown = summary["metrics"] | summary["unions"]
-    console.print(score_table(shown, f"{summary['cases']} cases, mean [95 % interval]", summary["unit"]))
+    title = "1 case" if summary["cases"] == 1 else f"{summary['cases']} cases, mean [95 % interval]"
+    console.print(score_table(shown, title, summary["unit"], tolerance))
     for name in summary["absent"]:
         console.print(f"{name} is in no reference; the mean leaves it out", highlight=False)
     if surplus := summary["predictions_without_reference"]:
@@ -499,6 +504,9 @@ def info(json_: Json = False) -> None:
 
 for _theme in (data, results, training):
     app.registered_commands += _theme.app.registered_commands
+for _command in app.registered_commands:  # a terminal breaks lines anew, and those of the text would be torn
+    _parts = (getdoc(_command.callback) or "").split("\n\n")
+    _command.help = "\n\n".join(" ".join(part.split()) for part in _parts)
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -129,6 +130,7 @@ def test_every_verb_shows_an_example_and_has_few_short_options() -> None:
     assert tuple(commands) == VERBS
     for name, command in commands.items():
         assert f"Example: kanseg {name}" in command.help
+        assert not re.search(r"[^\n]\n[^\n]", command.help), f"{name}: a terminal would tear this line"
         options = {option for parameter in command.params for option in parameter.opts}
         assert {o for o in options if not o.startswith("--") and o.startswith("-")} <= {
             "-i",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -11,7 +12,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image as Picture
+from rich.console import Console
 from scipy.stats import ttest_rel, wilcoxon
 
 from kanseg.data.formats import read_dataset
@@ -68,6 +71,37 @@ def test_a_true_difference_is_found_on_the_right_side(tmp_path: Path) -> None:
     for one, other, side in ((better, worse, "a"), (worse, better, "b"), (worse, worse, "")):
         rows = compare(one, other)["rows"]
         assert {row["better"] for row in rows} == {side}  # also for distances, where less is better
+
+
+def test_no_number_is_cut_in_a_terminal_of_80_letters(tmp_path: Path) -> None:
+    """Least p, long distances and names of classes included."""
+    base = random_dice(0)
+    noise = np.random.default_rng(2).normal(0, 0.001, base.shape)
+    result = compare(table(tmp_path / "a", base + 0.02 + noise), table(tmp_path / "b", base))
+    for row in result["rows"]:
+        row["class"] = row["class"].replace("organ", "a structure of a long name, left and right")
+        if row["metric"] == "hd95":
+            row["mean_a"] += 200
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison_table(result))
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    (row,) = (row for row in result["rows"] if (row["class"], row["metric"]) == ("mean", "hd95"))
+    assert f"{row['mean_a']:.2f}" in shown
+    assert f"{row['p_holm']:.2g}" in shown
+    assert "30 cases, 95 %" in shown  # whose patients nobody knows
+
+
+def test_the_picture_says_who_a_and_b_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
+    )
+    sides = [table(tmp_path / name, random_dice(seed)) for seed, name in enumerate(("kan", "plain"))]
+    compare(*sides, tmp_path / "out")
+    said = figures[0].get_suptitle()
+    assert said.index("kan") < said.index("plain")
 
 
 def test_scans_of_one_patient_count_once(tmp_path: Path) -> None:

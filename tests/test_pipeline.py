@@ -30,6 +30,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.compare import load_scores
 from kanseg.evaluation.metrics import label_options
 from kanseg.inference.ensemble import Loaded
+from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.segmenter import Segmenter
 from kanseg.training import pipeline
 from kanseg.training.checkpoint import load_checkpoint
@@ -91,7 +92,7 @@ def test_the_report_is_one_file_that_shows_all(balls, done, tmp_path):
     assert found["report"] == str(folder / "report.html")
     page = Path(shutil.copy(found["report"], tmp_path)).read_text()
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 6  # Dice by case, four cases, curves
+    assert len(sources) == 7  # Dice by case, volumes, four cases, curves
     for source in sources:
         picture = Picture.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
         assert min(picture.size) > 200
@@ -110,8 +111,42 @@ def test_the_report_is_one_file_that_shows_all(balls, done, tmp_path):
     splits = json.loads((folder / "3d/splits.json").read_text())
     assert all(", ".join(fold["val"]) in page for fold in splits)
     links = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text())
-    assert len(links) == 6
+    assert len(links) == 7
     assert all((folder / link).is_file() for link in links)
+
+
+def test_the_report_tells_volumes_settings_times_and_every_case(balls, done):
+    """The mean difference and the limits of agreement are those of the label maps, counted here by hand."""
+    dataset, plan = balls
+    page = (done[0] / "report.md").read_text()
+    rules = json.loads((done[0] / "3d/postprocessing.json").read_text())["rules"]
+    said, true = [], []
+    for case in dataset.cases:
+        reference = nib.load(case.label)
+        (file,) = (done[0] / "3d").glob(f"fold_*/validation/{case.id}.nii.gz")
+        mask = apply_postprocessing(np.asarray(nib.load(file).dataobj), rules, reference.header.get_zooms())
+        for labels, volumes in ((mask, said), (np.asarray(reference.dataobj), true)):
+            sizes = [(labels == value).sum() for value in plan.label_values[1:]]
+            volumes.append(np.array(sizes) * np.prod(reference.header.get_zooms()) / 1000)
+    difference = np.array(said) - np.array(true)
+    spread = 1.96 * difference.std(axis=0, ddof=1)
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in page.partition("### Volumes")[2].partition("###")[0].splitlines()
+    ]
+    rows = {row[0]: row for row in rows if row[0] in plan.label_names}
+    for number, name in enumerate(plan.label_names[1:]):
+        found = [float(word) for word in (*rows[name][1:4], *rows[name][4].split(" to "))]
+        mean = difference[:, number].mean()
+        wanted = [np.mean(true, axis=0)[number], np.mean(said, axis=0)[number], mean]
+        wanted += [mean - spread[number], mean + spread[number]]
+        assert found == pytest.approx(wanted, rel=0.006, abs=1e-9)
+    manifest = json.loads((done[0] / "3d/fold_0/manifest.json").read_text())
+    assert manifest["sessions"][0]["began"][:16].replace("T", " ") in page
+    assert f"lr {manifest['config']['training']['lr']}" in page
+    assert all(f"| {case.id} |" in page for case in dataset.cases)
+    assert "`3d/cross_validation.csv`" in page
+    assert "NSD (1 mm)" in page
 
 
 def test_a_report_is_made_anew_from_what_is_there(balls, done, tmp_path):
@@ -122,7 +157,7 @@ def test_a_report_is_made_anew_from_what_is_there(balls, done, tmp_path):
     assert one == Path(done[1]["report"]).read_text().replace(str(done[0]), str(folder))
     single = write_report(folder / "3d").read_text()  # as of `kanseg train -f all`
     assert "6 unseen cases" in single
-    assert single.count("<img") == 6
+    assert single.count("<img") == 7
     with pytest.raises(UserError, match=r"holds no plan.json"):
         write_report(folder / "model")
 
@@ -131,7 +166,7 @@ def test_a_report_says_when_folds_were_scored_after_the_pooling(balls, done, tmp
     folder = Path(shutil.copytree(done[0] / "3d", tmp_path / "a run"))
     before = write_report(folder).read_text()
     assert "cases have scores now" not in before
-    assert before.count("<img") == 6  # a blank in the name breaks no picture
+    assert before.count("<img") == 7  # a blank in the name breaks no picture
     file = folder / "cross_validation.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "cases": 4}))
     assert "6 cases have scores now" in write_report(folder).read_text()

@@ -151,7 +151,7 @@ def plan_classes(
         multilabel=dataset.multilabel,
         model_options={"encoder": ENCODERS[max(size) > SMALL], "basis": "gram", "bottleneck": True},
         reasons=[
-            f"images of {size}: {why}",
+            f"images of {' x '.join(map(str, size))}: {why}",
             f"channels by mean and spread of {len(chosen)} images",
             *(["an image may have several classes, or none"] if dataset.multilabel else []),
             *filter(None, [uneven(dataset)]),

@@ -8,7 +8,7 @@ is measured by one where `make_plan` is given a way to; else it goes by a figure
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -270,7 +270,7 @@ def make_plan(
     if coarse is not None:
         wish = "a longer training or more memory allow" if seconds else "more memory allows"
         why_spacing += (
-            f"; coarsened to {_numbers(coarse)} so that a patch of what can be had here sees a "
+            f"; coarsened to {_numbers(coarse)} mm so that a patch of what can be had here sees a "
             f"{1 / LEAST_SHARE:.0f}th of an image; {wish} finer voxels"
         )
         plan = replace(plan, spacing=[float(s) for s in coarse])
@@ -408,9 +408,12 @@ def _within_memory(
         sized.training_bytes = int(need.base + cache + need.per_voxel * _voxels(sized))
         if sized.features_per_stage == last.features_per_stage and sized.strides == last.strides:
             break
-    size = [round(float(s)) for s in image]
-    why = f"patch {sized.patch_size} of a median image {size} at that spacing, batch {sized.batch_size}, "
-    reasons = [why + f"{sized.features_per_stage} features: {_limit(sized, most, image, seconds)} {said}"]
+    patch, size = _numbers(sized.patch_size), _numbers(image.round())
+    why = f"patch {patch} of a median image {size} at that spacing, batch {sized.batch_size}, "
+    reasons = [
+        why
+        + f"{', '.join(map(str, sized.features_per_stage))} features: {_limit(sized, most, image, seconds)} {said}"
+    ]
     if need.seconds:
         step = need.overhead + need.seconds * _voxels(sized)
         within = f"; {seconds / step:.0f} fit into the time" if seconds else ""
@@ -508,7 +511,7 @@ def _why_spacing(plan: Plan, cases: int) -> str:
     if plan.image_dims == 2:
         return f"pixels as they are: {cases} pictures without a physical spacing"
     spacing = np.array(plan.spacing)
-    why = f"spacing {_numbers(spacing)}: the median of {cases} cases"
+    why = f"spacing {_numbers(spacing)} mm: the median of {cases} cases"
     if spacing.max() > THICK * np.sort(spacing)[-2]:
         why += "; slices are thick: their distance goes by its 10th percentile, and they are halved in plane first"
     return why
@@ -516,10 +519,12 @@ def _why_spacing(plan: Plan, cases: int) -> str:
 
 def _further_reasons(plan: Plan, seen: dict[str, Any]) -> list[str]:
     """Of what goes neither by spacing nor by memory, and what else there is to know."""
-    schemes = [n["scheme"] for n in plan.normalization]
+    channels = zip(plan.channel_names, plan.normalization, strict=True)
+    schemes = ", ".join(f"{name} by {how['scheme']}" for name, how in channels)
+    strides = ", ".join(map(_numbers, plan.strides))
     reasons = [
-        f"strides {plan.strides}: an axis is halved while it is within twice the finest spacing and long enough",
-        f"normalization {schemes} by channel {plan.channel_names}",
+        f"strides {strides}: an axis is halved while it is within twice the finest spacing and long enough",
+        f"normalization: {schemes}",
     ]
     if plan.slice_axis is not None:
         many = f", each with its neighbours, {plan.slices} in all" if plan.slices > 1 else ""
@@ -613,5 +618,5 @@ def _range(values: np.ndarray) -> dict[str, list[float]]:
     return {name: [round(float(v), 4) for v in row] for name, row in rows.items()}
 
 
-def _numbers(values: np.ndarray) -> str:
-    return " x ".join(f"{v:g}" for v in values) + " mm"
+def _numbers(values: Iterable[float]) -> str:
+    return " x ".join(f"{v:g}" for v in values)

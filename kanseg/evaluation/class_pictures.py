@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.evaluation.report import saved
+from kanseg.evaluation.report import saved, told_apart
 
 MOST_COUNTED, MOST_NAMED = 20, 60  # classes with counts in cells, and with names
 MOST_COLOURED = 10  # classes with a curve in colour
@@ -81,6 +81,7 @@ def draw_roc(curves: Mapping[str, Roc], path: Path | str) -> Path:
     named = list(curves) if len(curves) <= MOST_COLOURED else ranked[: MOST_COLOURED // 2]
     figure = Figure(figsize=(7.8, 4.6), dpi=110, layout=_layout())
     axes = figure.subplots()
+    told_apart(axes)
     for name, curve in curves.items():
         if name not in named:
             axes.plot(curve.false, curve.true, color="lightgray", linewidth=0.6)

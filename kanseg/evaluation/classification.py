@@ -480,7 +480,11 @@ def shown_classes(scores: Mapping[str, Any], digits: int = 3) -> tuple[list[str]
         if key in next(iter(scores["classes"].values()))
     ]
     rows = [
-        [name, str(row["images"]), *("" if row[key] is None else f"{row[key]:.{digits}f}" for key in columns)]
+        [
+            name,
+            str(row["images"]),
+            *("-" if row[key] is None else f"{row[key]:.{digits}f}" for key in columns),
+        ]
         for name, row in scores["classes"].items()
     ]
     return ["class", "images", *(key.upper() if key == "auc" else key for key in columns)], rows

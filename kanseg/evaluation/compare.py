@@ -20,6 +20,7 @@ from scipy.stats import wilcoxon
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.image_classes import read_classes
 from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.class_pictures import short
 from kanseg.evaluation.classification import (
     answers,
     evaluate_classes,
@@ -28,7 +29,7 @@ from kanseg.evaluation.classification import (
     read_scored,
 )
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
-from kanseg.evaluation.report import Whole
+from kanseg.evaluation.report import Whole, told_apart
 from kanseg.training.files import make_folder, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ TABLES = ("cases.csv", "cross_validation.csv", "validation/predictions.csv", "pr
 ACCURACY = "accuracy"  # of classifiers: 1 for an image whose class is the likeliest, else 0
 LOWER_IS_BETTER = ("hd95",)
 ALPHA = 0.05
+LETTERS = 60  # of a path in the picture
 FEWEST = 6  # patients; with fewer the smallest p that Wilcoxon's test can give, 2 / 2^n, is above ALPHA
 Scores = dict[str, dict[str, dict[str, float]]]  # metric -> class -> case -> score
 
@@ -313,23 +315,28 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    counts = f"{result['cases']} cases of {result['patients']} patients, 95 % intervals"
+    several = result["patients"] < result["cases"]  # else each may count as one for want of knowledge
+    of = f" of {result['patients']} patients" if several else ""
+    counts = f"{result['cases']} cases{of}, 95 % intervals"
     title = escape(f"A = {result['a']}, B = {result['b']}\n{counts}")
     if (patients := result["patients"]) < FEWEST:
         title += f"\ntoo few patients for the test: its p is {min(1.0, 2 / 2**patients):.2g} at least"
-    table = Table("class", "metric", title=title, title_justify="left")
-    for heading in ("A", "B", "A - B", "p (Holm)", "A wins"):
-        table.add_column(heading, justify="right", no_wrap=heading == "A - B")
+    table = Table(title=title, title_justify="left")
+    table.add_column("class", overflow="fold")  # alone gives way in a narrow terminal: no number is cut
+    table.add_column("metric", no_wrap=True)
+    for heading in ("A", "B", "A - B", "p\n(Holm)", "A\nwins"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
-        low, high = row["ci95"]
-        mean_a, mean_b = f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}"
+        digits = 2 if row["metric"] in LOWER_IS_BETTER else 4
+        mean_a, mean_b = (f"{row[key]:.{digits}f}" for key in ("mean_a", "mean_b"))
+        difference, low, high = (f"{value:+.{digits}f}" for value in (row["difference"], *row["ci95"]))
         table.add_row(
             escape(row["class"]),
             row["metric"],
             f"[bold]{mean_a}[/bold]" if row["better"] == "a" else mean_a,
             f"[bold]{mean_b}[/bold]" if row["better"] == "b" else mean_b,
-            Whole(f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"),
-            f"{row['p_holm']:.3g}",
+            Whole(f"{difference} [{low}, {high}]"),
+            f"{row['p_holm']:.2g}",
             f"{row['wins']}:{row['losses']}",
         )
     return table
@@ -346,13 +353,17 @@ def draw(
     rows = [row for row in result["rows"] if row["metric"] == "dice"] or result["rows"]
     figure = Figure(figsize=(10, max(3.8, 0.45 * len(rows) + 1.6)), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
+    told_apart(left)
+    figure.suptitle(f"A: {short(result['a'], LETTERS)}    B: {short(result['b'], LETTERS)}", parse_math=False)
     for label, (first, second) in scatter.items():
         if label != "mean" or len(scatter) == 1:
             both = [case for case in cases if case in first and case in second]
             left.plot([second[c] for c in both], [first[c] for c in both], ".", label=label, alpha=0.7)
     name, point = ("Dice", "case") if scatter else (rows[0]["metric"], "class")
     if not scatter:
-        left.plot([row["mean_b"] for row in rows], [row["mean_a"] for row in rows], ".", alpha=0.7)
+        each = [row for row in rows if row["class"] != "mean"] or rows
+        left.plot([row["mean_b"] for row in each], [row["mean_a"] for row in each], ".", alpha=0.7)
+    left.set_aspect("equal")
     left.axline((0, 0), slope=1, color="grey", linewidth=0.8)
     title = f"each point is a {point}; above the line A is better"
     left.set(xlabel=f"{name} of B", ylabel=f"{name} of A", title=title)
@@ -363,7 +374,7 @@ def draw(
         right.plot([row["difference"]], [place], "o", color="black")
     right.axvline(0, color="grey", linewidth=0.8)
     right.set_yticks(range(len(rows)), [row["class"] for row in reversed(rows)])
-    right.set(xlabel=f"A - B ({rows[0]['metric']}), mean and 95 % interval")
+    right.set(xlabel=f"A - B ({name}), mean and 95 % interval")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -13,15 +13,21 @@ import numpy as np
 from kanseg.training.files import make_folder, write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.measure import Measurement
     from rich.table import Table
 
 Colour = tuple[float, float, float, float]
-OPACITY = 0.45
+OPACITY, SURE = 0.45, 0.85  # of classes, and of differences
 WIDTH, SHAPES = 3.1, (0.35, 1.6)  # inches of a column; least and greatest height by width
-NAMES_A_ROW, MOST_NAMES = 4, 40  # of a legend
+# Of Okabe and Ito, told apart by colour-blind readers too.
+SAFE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+DIFFERENCES = {"missed": "#F0E442", "added": "#FF00FF", "other class": "#00FFFF"}  # over grey
+ENDS = (("A", "P"), ("R", "L"), ("R", "L"))  # of the patient, at the left and right of each plane
+MOST_NAMES = 40  # of a legend
+PANELS = 3  # in a row
 MOST_CLASSES, FEW_NAMES, FEW_LETTERS, FEW_POINTS = 40, 6, 12, 30
 WIDE = 110  # letters in a line of a terminal that has room for intervals beside means
 PLANES = ("sagittal", "coronal", "axial")
@@ -38,7 +44,9 @@ def picture(
     label_names: Sequence[str] = (),
     label_values: Sequence[int] | None = None,
 ) -> Path:
-    """Save a PNG: columns image, reference and prediction; three planes through the largest cuts (one row in 2D).
+    """Save a PNG: image, reference, prediction and their difference; three planes through the largest cuts, or one row.
+
+    Volumes lie as radiologists look at them, the patient's right on the left; letters and a scale say so.
 
     Args:
         image: (*S), axes in RAS order for volumes, or a picture in colours, (*S, 3) from 0 to 255; reference and
@@ -47,6 +55,7 @@ def picture(
         label_names: names in the legend, background first; what the picture does not show is left out.
         label_values: their values in the label maps; default 0, 1, 2, ...
     """
+    from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -55,14 +64,13 @@ def picture(
         values = sorted({0, *np.unique(prediction).tolist()})
     names = list(label_names) or [f"label {v}" for v in values]
     colours = class_colours(len(values) - 1)
-    columns = {"image": None, "reference": reference, "prediction": prediction}
-    shown = {name: labels for name, labels in columns.items() if name == "image" or labels is not None}
     planes = _planes(reference if reference is not None and reference.any() else prediction)
-    low, high = np.percentile(image, (0.5, 99.5))
-    seen: set[int] = set()
-    for axis, index in planes:
-        cuts = (_cut(labels, axis, index) for labels in shown.values() if labels is not None)
-        seen.update(value for cut in cuts for value in np.unique(cut).tolist())
+    maps = {"reference": reference, "prediction": prediction}
+    cuts = [
+        {name: _cut(labels, *plane) for name, labels in maps.items() if labels is not None}
+        for plane in planes
+    ]
+    seen = {value for shown in cuts for cut in shown.values() for value in np.unique(cut).tolist()}
     legend = [
         Patch(color=colour, label=name)
         for colour, name, value in zip(colours, names[1:], values[1:], strict=True)
@@ -70,35 +78,92 @@ def picture(
     ]
     if len(legend) > MOST_NAMES:
         legend[MOST_NAMES:] = [Patch(alpha=0, label=f"and {len(legend) - MOST_NAMES} more")]
-    rows = math.ceil(len(legend) / NAMES_A_ROW)
+    layers = [{name: _painted(cut, values, colours) for name, cut in shown.items()} for shown in cuts]
+    if reference is not None:
+        kinds = [_differences(shown["prediction"], shown["reference"], values) for shown in cuts]
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer["difference"] = _painted(kind, range(4), [to_rgba(c) for c in DIFFERENCES.values()], SURE)
+        for number, (name, colour) in enumerate(DIFFERENCES.items(), start=1):
+            legend += [Patch(color=colour, label=name)] * any(number in kind for kind in kinds)
+    columns = ["image", *layers[0]]
+    longest = max((len(str(patch.get_label())) for patch in legend), default=0)
+    names_a_row = int(WIDTH * len(columns) / (0.6 + 0.09 * longest))  # inches of a name, about
+    names_a_row = max(1, min(2 + len(columns), names_a_row, len(legend)))
     heights = [
         np.clip(_height(_cut(prediction, *plane), _aspect(spacing, plane[0])), *SHAPES) for plane in planes
     ]
-    size = (WIDTH * len(shown), WIDTH * sum(heights) + 0.6 + 0.22 * rows)
+    below = 0.22 * math.ceil(len(legend) / names_a_row)
+    size = (WIDTH * len(columns), WIDTH * sum(heights) + 0.6 + below)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    axes = figure.subplots(len(planes), len(shown), squeeze=False, gridspec_kw={"height_ratios": heights})
-    for row, (axis, index) in enumerate(planes):
-        aspect, name = _aspect(spacing, axis), PLANES[axis] if prediction.ndim == 3 else ""
-        for column, (heading, labels) in enumerate(shown.items()):
-            cell = axes[row, column]
-            if image.ndim > prediction.ndim:
-                cell.imshow(np.clip(image / max(255, image.max()), 0, 1), aspect=aspect)
-            else:
-                cell.imshow(_cut(image, axis, index), cmap="gray", vmin=low, vmax=high, aspect=aspect)
-            if labels is not None:
-                cut = _painted(_cut(labels, axis, index), values, colours)
-                cell.imshow(cut, aspect=aspect, interpolation="nearest")
-            cell.set_xticks([])
-            cell.set_yticks([])
-            if row == 0:
-                cell.set_title(heading)
-            if column == 0:
-                cell.set_ylabel(name)
-    figure.legend(
-        handles=legend, loc="outside lower center", ncols=min(NAMES_A_ROW, max(1, len(legend))), frameon=False
+    axes = figure.subplots(len(planes), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
+    limits = (
+        np.percentile(image, (0.5, 99.5)) if image.ndim == prediction.ndim else (0, max(255, image.max()))
     )
+    for cells, layer, plane in zip(axes, layers, planes, strict=True):
+        _draw_plane(dict(zip(columns, cells, strict=True)), image, layer, plane, spacing, limits)
+    for cell, column in zip(axes[0], columns, strict=True):
+        cell.set_title(column)
+    figure.legend(handles=legend, loc="outside lower center", ncols=names_a_row, frameon=False)
     figure.suptitle(title)
     return saved(figure, path)
+
+
+def _draw_plane(
+    cells: Mapping[str, Axes],
+    image: np.ndarray,
+    layers: Mapping[str, np.ndarray],
+    plane: tuple[int, int],
+    spacing: Sequence[float],
+    limits: Sequence[float],
+) -> None:
+    """One row of a picture: a plane of the image in every cell, and over it what is painted there."""
+    axis, (low, high) = plane[0], limits
+    cut = _cut(image, *plane)
+    how: dict[str, Any] = {"aspect": _aspect(spacing, axis)}
+    for name, cell in cells.items():
+        if cut.ndim == 2:
+            cell.imshow(cut, cmap="gray", vmin=low, vmax=high, **how)
+        else:
+            bright = np.clip(cut / high, 0, 1)
+            grey = bright.mean(-1, keepdims=True).repeat(3, -1)
+            cell.imshow(grey if name == "difference" else bright, **how)
+        if name in layers:
+            cell.imshow(layers[name], interpolation="nearest", **how)
+        cell.set_xticks([])
+        cell.set_yticks([])
+    height, width = cut.shape[:2]
+    cells["image"].set_ylabel(PLANES[axis] if axis >= 0 else f"{width} x {height} pixels")
+    if axis >= 0:
+        _mark(cells["image"], axis, width, next(s for a, s in enumerate(spacing) if a != axis))
+
+
+def _differences(prediction: np.ndarray, reference: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Of each voxel its place in `DIFFERENCES`, from 1; 0 where both agree and what the reference says is ignored."""
+    there, said = reference != values[0], prediction != values[0]
+    kinds = np.select([there & ~said, said & ~there, prediction != reference], [1, 2, 3])
+    return np.where(np.isin(reference, values), kinds, 0)
+
+
+def _mark(cell: Axes, axis: int, width: int, spacing: float) -> None:
+    """Write into a plane which end of the patient is where, and draw a scale of at most 0.3 of the width.
+
+    Args:
+        spacing: mm, along the rows of pixels.
+    """
+    from matplotlib.patheffects import withStroke
+
+    seen: dict[str, Any] = {"color": "white", "path_effects": [withStroke(linewidth=2.5, foreground="black")]}
+    written: dict[str, Any] = {"transform": cell.transAxes, "fontsize": 9, "va": "center", **seen}
+    for place, align, letter in zip((0.02, 0.98), ("left", "right"), ENDS[axis], strict=True):
+        cell.text(place, 0.5, letter, ha=align, **written)
+    most = 0.3 * width * spacing
+    unit = 10.0 ** math.floor(math.log10(most))
+    length = max(step * unit for step in (1, 2, 5) if step * unit <= most)
+    left = 0.04 * width
+    how: dict[str, Any] = {"transform": cell.get_xaxis_transform(), **seen}
+    cell.set_autoscale_on(False)
+    cell.plot([left, left + length / spacing], [0.05, 0.05], linewidth=2, solid_capstyle="butt", **how)
+    cell.text(left, 0.08, f"{length:g} mm", fontsize=8, va="bottom", **how)
 
 
 def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, title: str = "") -> Path:
@@ -134,12 +199,54 @@ def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, titl
     return saved(figure, path)
 
 
+def limits_of_agreement(differences: np.ndarray) -> tuple[float, float]:
+    """Between which 95 % of differences (N,) lie by Bland and Altman: their mean -+ 1.96 standard deviations.
+
+    >>> limits_of_agreement(np.array([-1.0, 0.0, 1.0]))
+    (-1.96, 1.96)
+    """
+    mean, spread = float(differences.mean()), 1.96 * float(differences.std(ddof=1))
+    return mean - spread, mean + spread
+
+
+def draw_agreement(
+    volumes: Mapping[str, np.ndarray], path: Path | str, *, what: str = "volume", unit: str = "ml"
+) -> Path:
+    """Save a PNG of Bland and Altman's plots: a panel a class, a point a case, and the limits of agreement.
+
+    Args:
+        volumes: of each class, (2, N): of the predictions, and of the references.
+    """
+    from matplotlib.figure import Figure
+
+    across = min(PANELS, len(volumes))
+    down = math.ceil(len(volumes) / across)
+    figure = Figure(figsize=(3.4 * max(across, 2), 2.9 * down + 0.3), dpi=110, layout="constrained")
+    cells = figure.subplots(down, across, squeeze=False).ravel()
+    for cell, (name, (said, true)) in zip(cells, volumes.items(), strict=False):
+        difference = said - true
+        cell.plot((said + true) / 2, difference, ".", color="tab:blue", alpha=0.6)
+        cell.axhline(0, color="grey", linewidth=0.8)
+        cell.axhline(difference.mean(), color="black", label="mean")
+        for limit in limits_of_agreement(difference):
+            cell.axhline(limit, color="black", linestyle="--", label="95 % limits")
+        cell.set_title(name, parse_math=False)
+    for cell in cells[len(volumes) :]:
+        cell.set_axis_off()
+    figure.supxlabel(f"mean of both {what}s ({unit})", fontsize="medium")
+    figure.supylabel(f"prediction - reference ({unit})", fontsize="medium")
+    lines = cells[0].get_legend_handles_labels()[0][:2]
+    figure.legend(handles=lines, loc="outside upper right", ncols=2, frameon=False)
+    return saved(figure, path)
+
+
 def draw_curves(
     trainings: Mapping[str, Sequence[Mapping[str, Any]]],
     path: Path | str,
     *,
     metric: str = "dice",
     label: str = "mean Dice of validation cases",
+    title: str = "",
 ) -> Path:
     """Save a PNG: loss and validation score over the epochs, a line a training.
 
@@ -152,6 +259,8 @@ def draw_curves(
 
     figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
+    told_apart(left)
+    told_apart(right)
     for name, records in trainings.items():
         marker = "." if len(records) < FEW_POINTS else ""
         left.plot([r["epoch"] for r in records], [r["loss"] for r in records], marker=marker, label=name)
@@ -164,8 +273,16 @@ def draw_curves(
         axes.set_xlim(-0.5, max(last, 1) + 0.5)  # of one epoch alone, ticks would be fractions
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.ticklabel_format(axis="y", useOffset=False)
-    left.legend()
+    figure.legend(handles=left.lines, loc="outside right upper", frameon=False)
+    figure.suptitle(title)
     return saved(figure, path)
+
+
+def told_apart(axes: Axes) -> None:
+    """Draw the lines of several things in colours of `SAFE`, and from the seventh on in another style."""
+    from cycler import cycler
+
+    axes.set_prop_cycle(cycler(linestyle=["-", "-."]) * cycler(color=SAFE))
 
 
 def saved(figure: Figure, path: Path | str) -> Path:
@@ -176,11 +293,13 @@ def saved(figure: Figure, path: Path | str) -> Path:
     return write_bytes(path, buffer.getvalue())
 
 
-def _painted(cut: np.ndarray, values: Sequence[int], colours: Sequence[Colour]) -> np.ndarray:
+def _painted(
+    cut: np.ndarray, values: Sequence[int], colours: Sequence[Colour], opacity: float = OPACITY
+) -> np.ndarray:
     """A cut through a label map in colours that let the image shine through, (*S, 4)."""
     picture = np.zeros((*cut.shape, 4))
     for value, colour in zip(values[1:], colours, strict=True):
-        picture[cut == value] = (*colour[:3], OPACITY)
+        picture[cut == value] = (*colour[:3], opacity)
     return picture
 
 
@@ -213,21 +332,22 @@ def _aspect(spacing: Sequence[float], axis: int) -> float:
 def class_colours(count: int) -> list[Colour]:
     """Of the classes but the background, in pictures and in viewers: red, green, blue and opacity, 0 to 1."""
     from matplotlib import colormaps
+    from matplotlib.colors import to_rgba
 
-    return [
-        colormaps["tab10" if count <= 10 else "turbo"](i if count <= 10 else i / count) for i in range(count)
-    ]
+    return [to_rgba(SAFE[i]) if count <= len(SAFE) else colormaps["turbo"](i / count) for i in range(count)]
 
 
 def score_rows(
-    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str = "mm"
+    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str = "mm", tolerance: float = 1.0
 ) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of a table from the `metrics` of a summary: a class, mean [95 % interval] of each metric.
 
     Args:
         unit: of lengths: "mm", or "pixels" of pictures.
+        tolerance: of NSD, in that unit.
     """
-    columns = {"dice": "Dice", "iou": "IoU", "hd95": f"HD95 ({unit})", "nsd": "NSD"}
+    within = f"{tolerance:g} {unit.removesuffix('s') if tolerance == 1 else unit}"
+    columns = {"dice": "Dice", "iou": "IoU", "hd95": f"HD95 ({unit})", "nsd": f"NSD ({within})"}
     shown = {label: scores for label, scores in metrics.items() if label != "mean" or len(metrics) != 2}
     digits = {"hd95": 2}
     rows = [
@@ -238,16 +358,21 @@ def score_rows(
 
 
 def score_table(
-    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str = "", unit: str = "mm"
+    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    title: str = "",
+    unit: str = "mm",
+    tolerance: float = 1.0,
 ) -> Table:
     """The same for the terminal."""
     from rich.markup import escape
     from rich.table import Table
 
-    heading, rows = score_rows(metrics, unit)
+    heading, rows = score_rows(metrics, unit, tolerance)
     table = Table(title=title or None, title_justify="left")
     for number, name in enumerate(heading):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+        table.add_column(
+            name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold"
+        )  # a long name goes on below, for an end that is cut off may be what tells it from the others
     for label, *cells in rows:
         table.add_row(escape(label), *map(Whole, cells), style="bold" if label == "mean" else None)
     return table

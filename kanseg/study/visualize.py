@@ -82,4 +82,5 @@ def plot_learned_functions(
         axis.set_axis_off()
     figure.suptitle(f"Strongest learned functions of {name}", fontsize=10)
     figure.supxlabel("input value", fontsize=8)
+    figure.supylabel("output value", fontsize=8)
     return figure

@@ -67,6 +67,7 @@ class ClassReport(Told):
 
     score = "accuracy of held-out images"
     most_named = 20
+    part = "classification"
 
     def trained_score(self, summary: Mapping[str, Any]) -> str:
         """Accuracy of the held-out images, and how many there are."""
@@ -130,12 +131,18 @@ class ClassReport(Told):
         for name, shown in shown_scores(self.result, 3).items():
             rows.append([WORDS[name], shown])
             if several:
-                rows[-1].append(f"{np.mean(spread[name]):.3f} +- {np.std(spread[name]):.3f}")
+                rows[-1].append(f"{np.mean(spread[name]):.3f} ± {np.std(spread[name]):.3f}")
         yield table(
-            ["score", "all together", *(["mean +- deviation over the folds"] if several else [])], rows
+            ["score", "all together", *(["mean ± deviation over the folds"] if several else [])], rows
         )
         if self.plan.multilabel:
             yield f"A class is said to be there from a probability of {THRESHOLD} on."
+        else:
+            chance = scored.probabilities.max(1).mean()
+            yield (
+                f"Mean probability of the answers: {chance:.3f}; {self.result['accuracy']:.3f} of them are right. The "
+                "closer these two, the more the probabilities say."
+            )
         for fold, message in (read_json(self.run / RESULT) or {}).get("failed", {}).items():
             yield f"**Fold {fold} failed:** {message}"
 
@@ -148,6 +155,8 @@ class ClassReport(Told):
             rows.sort(key=lambda row: known[row[0]]["recall"] if known[row[0]]["recall"] is not None else 2.0)
             yield f"The {CLASSES} of {len(rows)} classes with the lowest recall:"
         yield table(heading, rows[:CLASSES])
+        if any("-" in row for row in rows[:CLASSES]):
+            yield "-: nothing to tell it by, as no image has the class, or none is said to have it."
         if not self.plan.multilabel:
             yield from self._confusion(scored)
         each = zip(scored.names, scored.probabilities.T, scored.truth.T, strict=True)
@@ -206,7 +215,7 @@ class ClassReport(Told):
             chance, truth = scored.probabilities[place], scored.values[place]
             there = ", ".join(f"{scored.names[k]} ({chance[k]:.2f})" for k in truth) or "none"
             said = f"{scored.names[answer]} ({chance[answer]:.2f})"
-            rows.append([name, scored.groups[place], said, there])
+            rows.append([name, *[scored.groups[place]] * self.patients_known, said, there])
             if name in known:
                 images.append(self._thumbnail(known[name]))
                 lines = [short(name, 34), f"predicted {short(said, 28)}", f"true {short(there, 32)}"]
@@ -214,7 +223,8 @@ class ClassReport(Told):
         if images:
             draw_images(images, captions, self.run / PICTURES / "mistakes.png")
             yield f"![The most confident mistakes](./{PICTURES}/mistakes.png)"
-        yield table(["image", "patient", "wrong answer (probability)", "true class (its probability)"], rows)
+        columns = ["image", *["patient"] * self.patients_known]
+        yield table([*columns, "wrong answer (probability)", "true class (its probability)"], rows)
 
     def _thumbnail(self, case: Case) -> np.ndarray:
         """A picture of an image: in colours where it has them, of a volume the middle axial slice."""
@@ -231,15 +241,15 @@ class ClassReport(Told):
         """Layout, sizes, classes, and what the doctor found."""
         cases, tests = self.dataset.cases, self.dataset.test_cases
         yield "## Data"
-        patients = len({case.group for case in cases})
+        dots = "pixels (height x width)" if self.plan.spatial_dims == 2 else "voxels"
         rows = [
             ["source", f"{self.plan.data} ({self.dataset.layout})"],
             [
                 "images",
-                f"{len(cases)} of {patients} patients to train on and validate, {len(tests)} to test on",
+                f"{len(cases)} to train on and validate, {len(tests)} to test on, {self.of_patients([*cases, *tests])}",
             ],
             ["channels", ", ".join(self.plan.channel_names)],
-            ["seen by the network", f"{' x '.join(map(str, self.plan.patch_size))} pixels or voxels"],
+            ["seen by the network", f"{' x '.join(map(str, self.plan.patch_size))} {dots}"],
         ]
         yield table(["what", "found"], rows)
         counts = [Counter(number for case in part for number in case.values) for part in (cases, tests)]

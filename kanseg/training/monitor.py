@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from kanseg.config import Config
+from kanseg.evaluation.report import told_apart
 from kanseg.memory import taken
 from kanseg.progress import progress, time_left
 from kanseg.training.files import write_bytes
@@ -136,6 +137,7 @@ def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
     left.plot([record["epoch"] for record in records], [record["loss"] for record in records], f"k{marker}-")
     left.set(xlabel="epoch", ylabel="training loss")
     for right in more:
+        told_apart(right)
         epochs = [record["epoch"] for record in validated]
         names = list(validated[-1][metric])
         many = len(names) > MOST_SHOWN

@@ -5,6 +5,7 @@ RUN/report.md with the pictures in RUN/report/, and RUN/report.html, which is th
 
 from __future__ import annotations
 
+import csv
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +23,17 @@ from kanseg.data.labels import painted
 from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan, dataset_of, load_plan
 from kanseg.errors import UserError
-from kanseg.evaluation.compare import Scores, compare, load_scores
+from kanseg.evaluation.compare import FEWEST, Scores, compare, load_scores
 from kanseg.evaluation.document import as_html, table
-from kanseg.evaluation.report import draw_curves, draw_scores, interval, picture, score_rows
+from kanseg.evaluation.report import (
+    draw_agreement,
+    draw_curves,
+    draw_scores,
+    interval,
+    limits_of_agreement,
+    picture,
+    score_rows,
+)
 from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.training.cross_validation import RESULT, TABLE
 from kanseg.training.files import read_json, write_bytes
@@ -35,11 +44,15 @@ from kanseg.training.validate import kept_prediction
 
 MARKDOWN, HTML, PICTURES = "report.md", "report.html", "report"
 CHOICE, SETTINGS, DOCTOR = "choice.json", "run.json", "doctor.json"  # of a run of the pipeline
-WORST, FINDINGS, CLASSES = 10, 20, 60  # rows that are shown
+ALL, WORST, FINDINGS, CLASSES = 30, 10, 20, 60  # rows that are shown; of up to ALL cases all
 MOST_COLUMNS = 6  # classes of a table of cases
 REMARK = (
     "Scores are of cases that the network which predicted them has not seen in training, after post-processing. "
     "Post-processing was chosen by the same cases. kanseg is research software, not a medical device."
+)
+MEANING = (
+    "Dice, IoU and NSD are 1 at best, HD95 is 0. HD95: the 95th percentile of the distances from one surface to the "
+    "other, or back, whichever is larger. NSD: the share of both surfaces within the distance in brackets."
 )
 
 
@@ -57,6 +70,16 @@ class Configuration:
     @cached_property
     def scores(self) -> Scores:
         return load_scores(self.folder / TABLE)
+
+    @cached_property
+    def volumes(self) -> dict[str, np.ndarray]:
+        """Of each class, (2, cases): of the predictions, and of the references, in ml."""
+        found: dict[str, list[list[float]]] = {}
+        with (self.folder / TABLE).open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                both = [float(row["volume_ml"]), float(row["reference_volume_ml"])]
+                found.setdefault(row["label"], []).append(both)
+        return {name: np.array(rows).T for name, rows in found.items()}
 
     @property
     def folds(self) -> list[Path]:
@@ -122,6 +145,7 @@ class Told(ABC):
     metric, curve = "dice", "mean Dice of validation cases"  # of the epochs of a training
     score = "Dice before post-processing"  # of its end
     most_named = 500  # cases of a split
+    part = "training"  # of the options, that has the loss
 
     def parts(self) -> Iterator[str]:
         """The document, paragraph by paragraph."""
@@ -154,6 +178,20 @@ class Told(ABC):
     def groups(self) -> dict[str, str]:
         """Patient of each case."""
         return {case.id: case.group for case in self.dataset.cases}
+
+    @cached_property
+    def patients_known(self) -> bool:
+        """Whether the data say whose images they are; else each is taken for a patient's only one."""
+        return any(case != patient for case, patient in self.groups.items())
+
+    def of_patients(self, cases: Sequence[Case]) -> str:
+        """How many patients there are, in words."""
+        patients = len({case.group for case in cases})
+        return (
+            f"of {patients} patients"
+            if self.patients_known
+            else "whose patients are not known: each counts as one"
+        )
 
     @property
     def trainings(self) -> list[Path]:
@@ -188,7 +226,8 @@ class Told(ABC):
             logs = {fold.name.replace("_", " "): read_log(fold / LOG) for fold in folds}
             if logs := {name: records for name, records in logs.items() if records}:
                 picture = self.run / PICTURES / f"curves_{folder.name}.png"
-                draw_curves(logs, picture, metric=self.metric, label=self.curve)
+                title = folder.name if len(self.planned) > 1 else ""
+                draw_curves(logs, picture, metric=self.metric, label=self.curve, title=title)
                 drawn.append(
                     f"![Loss and {self.curve}: {folder.name}](./{PICTURES}/{quote(f'curves_{folder.name}.png')})"
                 )
@@ -228,7 +267,11 @@ class Told(ABC):
         last = next(reversed(made.values()))
         hardware = dict(last["hardware"])
         hardware["memory"] = f"{hardware.pop('memory_bytes') / 2**30:.1f} GiB"
+        sessions = [session for manifest in made.values() for session in manifest["sessions"]]
+        times = sorted(time for s in sessions for time in (s["began"], s["until"]) if time)
         facts = {
+            "trained": f"{times[0][:16].replace('T', ' ')} to {times[-1][:16].replace('T', ' ')} UTC",
+            "how": self._settings(last["config"]),
             **hardware,
             "seed": last["seed"],
             "git": _revision(last["git"]),
@@ -237,6 +280,12 @@ class Told(ABC):
         facts |= {"command": " ".join(last["command"]), **last["versions"]}
         facts["options"] = " ".join((read_json(self.run / SETTINGS) or {}).get("overrides", [])) or None
         yield table(["what", "which"], [[key, value] for key, value in facts.items() if value is not None])
+
+    def _settings(self, config: Mapping[str, Any]) -> str:
+        """The options of a training that readers ask for first."""
+        known = {**config["training"], "loss": config[self.part]["loss"]}
+        told = ("loss", "optimizer", "lr", "weight_decay", "schedule", "steps_per_epoch", "ema_decay")
+        return f"{', '.join(f'{key} {known[key]}' for key in told)}; all options are in config.json"
 
     def split(self) -> Iterator[str]:
         """Who validated where; patients are never parted."""
@@ -302,7 +351,7 @@ class _Report(Told):
             return
         yield "## Cross-validation"
         if len(self.found) > 1 and self.chosen:
-            yield self._against()
+            yield from self._against()
         for one in self.found:
             result = one.result
             yield f"### {one.name}"
@@ -320,21 +369,23 @@ class _Report(Told):
             yield f"Post-processing: {rules} (mean Dice without it: {result['dice_without_postprocessing']:.4f})."
             for fold, message in result.get("failed", {}).items():
                 yield f"**Fold {fold} failed:** {message}"
+        yield MEANING
 
-    def _against(self) -> str:
+    def _against(self) -> Iterator[str]:
         assert self.chosen is not None
-        rows = []
+        rows, patients = [], FEWEST
         for one in self.found:
             dice = interval(one.result["metrics"]["mean"]["dice"])
             difference = ["", ""]
             if one is not self.chosen:
-                found = compare(one.folder, self.chosen.folder)["rows"]
-                row = next(row for row in reversed(found) if row["metric"] == "dice")
+                found = compare(one.folder, self.chosen.folder)
+                row = next(row for row in reversed(found["rows"]) if row["metric"] == "dice")
+                patients = found["patients"]
                 difference = [f"{row['difference']:+.3f} {_range(row['ci95'])}", f"{row['p']:.2g}"]
             rows.append([f"**{one.name}**" if one is self.chosen else one.name, dice, *difference])
-        return table(
-            ["configuration", "mean Dice", f"difference to {self.chosen.name}", "p (Wilcoxon)"], rows
-        )
+        yield table(["configuration", "mean Dice", f"difference to {self.chosen.name}", "p (Wilcoxon)"], rows)
+        if patients < FEWEST:
+            yield f"{patients} patients are too few for the test: its p is {2 / 2**patients:.2g} at least."
 
     def cases(self, one: Configuration) -> Iterator[str]:
         """Dice by case, and pictures of the best, the middle and the worst."""
@@ -342,15 +393,55 @@ class _Report(Told):
         dice = {name: list(column.values()) for name, column in one.scores["dice"].items()}
         draw_scores(dice, self.run / PICTURES / "dice.png")
         yield f"![Dice of every case by class](./{PICTURES}/dice.png)"
+        yield "Each point is a case. Boxes reach from quartile to quartile, with the median inside."
+        yield from self.agreement(one)
         ranked = sorted(one.dice(), key=one.dice().__getitem__)
-        yield f"### The {min(WORST, len(ranked))} worst of {len(ranked)} cases"
-        yield self._worst(one, ranked[:WORST])
+        few = len(ranked) if len(ranked) <= ALL else WORST
+        yield (
+            f"### The {few} worst of {len(ranked)} cases"
+            if few < len(ranked)
+            else "### The worst cases first"
+        )
+        yield self._worst(one, ranked[:few])
+        yield f"All scores and volumes, a row a case and class: `{(one.folder / TABLE).relative_to(self.run)}`"
         known = {case.id: case for case in self.dataset.cases}
         for name, case in _examples(ranked).items():
             file = f"./{PICTURES}/{name.replace(' ', '_')}.png"
             yield f"### {name.capitalize()} case: {case}, mean Dice {one.dice()[case]:.3f}"
             self._draw(one, known[case], self.run / file)
             yield f"![Image, reference and prediction of {case}]({file})"
+
+    def agreement(self, one: Configuration) -> Iterator[str]:
+        """Volumes (of pictures areas) of the predictions beside those of the references."""
+        flat = self.plan.image_dims == 2  # whose pixels are taken for mm3
+        what, unit = ("area", "pixels") if flat else ("volume", "ml")
+        volumes = {name: both * (1000 if flat else 1) for name, both in one.volumes.items()}
+        if next(iter(volumes.values())).shape[1] < 2:
+            return
+        yield f"### {what.capitalize()}s"
+        yield (
+            f"Prediction less reference, case by case, in {unit}. 95 % limits of agreement (Bland and Altman): mean "
+            "difference ± 1.96 standard deviations."
+        )
+        rows = []
+        for name, (said, true) in list(volumes.items())[:CLASSES]:
+            numbers = (true.mean(), said.mean(), (said - true).mean(), *limits_of_agreement(said - true))
+            mean, other, difference, low, high = (
+                np.format_float_positional(number, 3, unique=False, fractional=False, trim="-")
+                for number in numbers
+            )
+            rows.append([name, mean, other, difference, f"{low} to {high}"])
+        heading = [
+            "class",
+            f"reference, mean ({unit})",
+            f"prediction, mean ({unit})",
+            "difference",
+            "95 % limits",
+        ]
+        yield table(heading, rows)
+        shown = dict(list(volumes.items())[:MOST_COLUMNS])
+        draw_agreement(shown, self.run / PICTURES / f"{what}s.png", what=what, unit=unit)
+        yield f"![Difference of {what}s over their mean, a point a case](./{PICTURES}/{what}s.png)"
 
     def _worst(self, one: Configuration, cases: Sequence[str]) -> str:
         where = {case: number for number, fold in enumerate(self._splits()) for case in fold["val"]}
@@ -360,14 +451,14 @@ class _Report(Told):
         for case in cases:
             by_class = {name: one.scores["dice"][name][case] for name in classes}
             lowest = min(by_class, key=by_class.__getitem__)
-            rows.append([case, self.groups.get(case, case), where.get(case, ""), f"{one.dice()[case]:.3f}"])
+            patient = [self.groups.get(case, case)] if self.patients_known else []
+            rows.append([case, *patient, where.get(case, ""), f"{one.dice()[case]:.3f}"])
             if len(classes) > 1:
                 rows[-1] += [f"{by_class[name]:.3f}" for name in few] or [f"{lowest} {by_class[lowest]:.3f}"]
             rows[-1].append(f"{np.mean([one.scores['hd95'][name][case] for name in classes]):.1f}")
         columns = few or (["lowest class"] if len(classes) > 1 else [])
-        return table(
-            ["case", "patient", "fold", "mean Dice", *columns, f"mean HD95 ({self.plan.unit})"], rows
-        )
+        columns = ["case", *["patient"] * self.patients_known, "fold", "mean Dice", *columns]
+        return table([*columns, f"mean HD95 ({self.plan.unit})"], rows)
 
     def _draw(self, one: Configuration, case: Case, path: Path) -> None:
         image = read_image(case.images, self.plan.image_dims)
@@ -387,22 +478,22 @@ class _Report(Told):
     def data(self) -> Iterator[str]:
         """Layout, sizes, classes, and what the doctor found."""
         plan, summary = self.plan, self.plan.fingerprint
-        patients = len({case.group for case in self.dataset.cases})
         yield "## Data"
         rows = [
             ["source", f"{plan.data} ({self.dataset.layout})"],
-            ["cases", f"{len(self.dataset.cases)} labelled images of {patients} patients"],
+            ["cases", f"{len(self.dataset.cases)} labelled images {self.of_patients(self.dataset.cases)}"],
             ["channels", ", ".join(plan.channel_names)],
         ]
         physical = [("spacing", "mm")] if plan.image_dims == 3 else []
-        for key, unit in [("size", "voxels"), *physical]:
+        dots = "voxels" if plan.image_dims == 3 else "pixels"
+        for key, unit in [("size", dots if physical else f"{dots} (height x width)"), *physical]:
             parts = (f"{name} {' x '.join(f'{v:g}' for v in summary[key][name])}" for name in summary[key])
             rows.append([key, f"{', '.join(parts)} {unit}"])
         yield table(["what", "found"], rows)
         voxels = summary.get("voxels", {})
         names = list(zip(plan.label_names, plan.label_values, strict=True))
         yield table(
-            ["class", "value", "median voxels"],
+            ["class", "value", f"median {dots}"],
             [[name, value, voxels.get(name, "")] for name, value in names[: CLASSES + 1]],
         )
         if len(names) > CLASSES + 1:

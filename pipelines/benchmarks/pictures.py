@@ -40,6 +40,7 @@ NAMES = {  # rows and families as the README names them; others stay as they are
     "half resolution first, plain": "plain twin, half resolution first",
     "all but full resolution": "UKANet, KAN in all but the finest stage",
     "smp unet resnet34": "smp's Unet, ResNet34",
+    "smp unet, pretrained encoder": "smp's Unet, pretrained encoder",
     "ukan, rational functions": "ukan with rational functions",
     "ukan, rational functions from the identity": "ukan, rational from the identity",
     "rational functions": "UKANet, rational functions",
