@@ -26,18 +26,21 @@ from kanseg.data.case_folders import (
     of_one_case,
     usual_channels,
 )
+from kanseg.data.colours import require_classes
 from kanseg.data.images import (
+    FULL,
     LOSSY,
     SUFFIXES_2D,
     is_dicom,
     is_no_image,
     is_segmentation,
+    label_from,
     load_image,
-    read_label,
+    read_image,
     stem_of,
     suffix_of,
 )
-from kanseg.data.labels import known_values, parse_labels_of, regions_of, unions
+from kanseg.data.labels import IGNORE, given_regions, known_values, parse_labels_of, unions
 from kanseg.data.tables import (
     PARTS,
     TABLES,
@@ -121,7 +124,7 @@ class Dataset:
         return self.cases
 
 
-FULL, MOST_EDGE_VALUES = 255, 16  # of a mask; one with more values was resized
+MOST_EDGE_VALUES = 16  # of a mask of 0 and 255; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
 COLUMNS = ("image", "label", "id", "fold", "split")  # of a list
 CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients
@@ -146,7 +149,8 @@ def read_dataset(
 
     Args:
         id_pattern: regular expression with one group that takes the patient from a case's id.
-        regions: classes by name as lists of label values, in place of those that the data declares.
+        regions: classes by name as lists of label values, in place of those that the data declares; see
+            `kanseg.data.labels.given_regions`.
 
     Raises:
         UserError: nothing recognised, images without labels, values outside the declared set, no cases.
@@ -158,7 +162,11 @@ def with_values(dataset: Dataset, regions: Mapping[str, Sequence[int]] | None = 
     """A data set that was listed, after a look into every label; see `read_dataset`."""
     declared = set(known_values(dataset))
     if regions:
-        dataset = replace(dataset, **regions_of({"background": 0, **regions}, None, "regions"))
+        dataset = replace(dataset, **given_regions(regions))
+        if not dataset.regions:  # nothing but what to ignore was given
+            pairs = zip(dataset.label_names, dataset.label_values, strict=True)
+            kept = {value: name for name, value in pairs if value != dataset.ignore_value}
+            dataset = replace(dataset, label_names=tuple(kept.values()), label_values=tuple(kept))
     _require_files(dataset)
     dataset = _with_label_values(dataset)
     named = {value for values in (regions or {}).values() for value in values}
@@ -1044,9 +1052,11 @@ def _require_files(dataset: Dataset) -> None:
                 )
 
 
-def _values_in(path: Path, spatial_dims: int) -> set[int]:
-    """Numbers in a label file; refuse what only looks like one."""
-    label = read_label(path, spatial_dims)
+def _values_in(path: Path, spatial_dims: int, palette: dict[int, int]) -> set[int]:
+    """Numbers in a label file; refuse what only looks like one; `palette` is that of the others."""
+    image = read_image(path, spatial_dims)
+    label = label_from(image)
+    require_classes(image, palette)
     values = np.unique(label)
     if len(values) > MOST_VALUES or values.min(initial=0) < 0:
         raise UserError(
@@ -1073,7 +1083,11 @@ def has_soft_edges(label: np.ndarray, values: np.ndarray) -> bool:
 
 
 def mixed_masks(cases: Sequence[Case]) -> tuple[str, str]:
-    """Whether some labels are masks of 0 and 255 and others hold other values: `TWO_WAYS`, `BESIDE` or "", in words."""
+    """Whether labels hold 255 beside other values, or are masks of 0 and 255 in part: `BESIDE`, `TWO_WAYS` or ""."""
+    beside = [case for case in cases if {FULL} < set(case.values) - {0}]
+    if beside and 2 * max({v for case in cases for v in case.values} - {FULL}) + 1 < FULL:  # no level of grey
+        who = f"{len(beside)} labels have 255 beside other classes"
+        return BESIDE, f"{who}: if it marks what does not count, give --regions {IGNORE}={FULL}"
     full = [case.id for case in cases if set(case.values) - {0} == {FULL}]
     others = sorted({value for case in cases if case.id not in full for value in case.values} - {0})
     if not full or not others or FULL in others:
@@ -1090,9 +1104,10 @@ def _with_label_values(dataset: Dataset) -> Dataset:
     """Look into the label files: which values stand there, and do they fit what is declared."""
     declared = set(known_values(dataset)) if dataset.label_values else set()
     accepted = declared | ({dataset.ignore_value} - {None})
-    cases = []
+    cases: list[Case] = []
+    palette: dict[int, int] = {}
     for case in progress(dataset.cases, "Reading labels"):
-        values = _values_in(label_path(case), dataset.spatial_dims)
+        values = _values_in(label_path(case), dataset.spatial_dims, palette)
         if declared and not values <= accepted:
             where = "the regions do not name" if dataset.regions else "dataset.json does not declare"
             raise UserError(
@@ -1106,7 +1121,8 @@ def _with_label_values(dataset: Dataset) -> Dataset:
             raise UserError(
                 f"In {dataset.root}, {said}. Write all in one, or let kanseg doctor DATA --fix OUT do it."
             )
-        values_in_order = tuple(sorted({0}.union(*(case.values for case in cases))))
+        dataset = noted(dataset, *([said] if kind == BESIDE else []))
+        values_in_order = tuple(sorted({0}.union(*(case.values for case in cases)) - {dataset.ignore_value}))
         names = ("background", *(f"label {value}" for value in values_in_order[1:]))
         dataset = replace(dataset, label_names=names, label_values=values_in_order)
     if len(dataset.label_values) < 2:

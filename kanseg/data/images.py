@@ -30,12 +30,19 @@ SUFFIXES_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
 SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LOSSY = (".jpg", ".jpeg")
+COLOURED = ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of Pillow
+FULL = 255  # the brightest of 8 bits
+MOST_COLOURS, SHOWN_COLOURS = (
+    256,
+    8,
+)  # that tell classes apart in a label (more are a picture), and of those in words
 TWO_FILES = {".mhd": ".mha", ".nhdr": ".nrrd"}  # a header beside its data cannot be replaced in one step
 # DICOM objects that lie beside images and hold none: directory, presentation states, reports, documents, RT
 NO_IMAGES = (
     "1.2.840.10008.1.3.10",
     *("1.2.840.10008.5.1.4.1.1." + n for n in ("11.", "66", "88.", "104.", "481.")),
 )
+NUMBERS = "kanseg doctor DATA --fix OUT numbers the colours of a data set"
 CONVERSION = "kanseg convert DATA -o OUT makes a data set with label maps of one with DICOM-SEG"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 RADIOGRAPHS = "CR DX IO MG PX RF RG XA".split()  # modalities whose numbers mean brightness alone
@@ -52,12 +59,21 @@ AGAIN = "Export the series again, or convert it with a tool that repairs it."
 
 @dataclass
 class Image:
-    """An image and where it lies: `array` (C, *spatial) float32, `affine` 4x4 in mm RAS+."""
+    """An image and where it lies: `array` (C, *spatial) float32, `affine` 4x4 in mm RAS+.
+
+    `indices` (*spatial) are the numbers of a picture whose colours stand in a palette.
+    """
 
     array: np.ndarray
     affine: np.ndarray
     path: Path
     spatial_dims: int
+    indices: np.ndarray | None = None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The voxels (C, *spatial) as of a label map: of a palette its numbers, not its colours."""
+        return self.array if self.indices is None else self.indices[None]
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -107,6 +123,8 @@ def load_image(paths: Sequence[Path] | Path) -> Image:
     paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
     images = [_read_one(path) for path in paths]
     first = images[0]
+    if len(images) == 1:
+        return first
     for other in images[1:]:
         _require_same_grid(first, other)
     return Image(np.concatenate([i.array for i in images]), first.affine, first.path, first.spatial_dims)
@@ -115,7 +133,8 @@ def load_image(paths: Sequence[Path] | Path) -> Image:
 def read_label(path: Path, spatial_dims: int | None = None) -> np.ndarray:
     """A label map, (*spatial) int32, with the values that are in the file.
 
-    Whole numbers stored as floats are rounded (0.99999997 is 1). Colour masks are accepted where their colours agree.
+    Whole numbers stored as floats are rounded (0.99999997 is 1). Of a picture with a palette the numbers count. Colour
+    masks are accepted where their colours agree.
 
     Raises:
         UserError: as `read_image`, or values that are no whole numbers.
@@ -125,17 +144,52 @@ def read_label(path: Path, spatial_dims: int | None = None) -> np.ndarray:
 
 def label_from(image: Image) -> np.ndarray:
     """The label map in an image that was read."""
-    array = image.array
-    if array.shape[0] > 1 and not all(np.array_equal(array[0], channel) for channel in array[1:]):
-        raise UserError(
-            f"{image.path} has {array.shape[0]} channels that differ; a label map has one number a voxel. Save it "
-            "with one channel."
-        )
+    array = image.labels
+    if len(array) > 1 and (array != array[0]).any():
+        raise UserError(f"{image.path} has {several_channels(image)}")
     rounded = np.rint(array[0])
     if np.abs(array[0] - rounded).max(initial=0) > 1e-3:
         value = float(array[0][np.abs(array[0] - rounded) > 1e-3].flat[0])
         raise UserError(f"{image.path} is no label map: it holds {value:g}; whole numbers are expected.")
     return rounded.astype(np.int32)
+
+
+def several_channels(image: Image) -> str:
+    """What a picture in colour or a volume with channels has in place of labels, and what to do, in words."""
+    told = f"{len(image.array)} channels that differ"
+    if image.spatial_dims == 3 or len(image.array) != 3 or image.array.max() > FULL:
+        return f"{told}; a label map has one number a voxel. Save it with one channel."
+    colours = [colour_name(code) for code in np.unique(colour_codes(image.array)).tolist()]
+    if suffix_of(image.path) in LOSSY or len(colours) > MOST_COLOURS:
+        return f"{told}, {len(colours)} colours; a label map has one number a voxel. Is it an image?"
+    return (
+        f"the colours {', '.join(colours[:SHOWN_COLOURS])}{', ...' * (len(colours) > SHOWN_COLOURS)}; a label map has "
+        f"one number a voxel. {NUMBERS}."
+    )
+
+
+def colour_codes(array: np.ndarray) -> np.ndarray:
+    """A number (*S) for each colour of a picture (1 or 3, *S) of 8 bits: that which #804080 writes."""
+    red, green, blue = np.broadcast_to(array, (3, *array.shape[1:])).astype(np.int64)
+    return (red << 16) | (green << 8) | blue
+
+
+def colour_name(code: int) -> str:
+    """As the web writes it.
+
+    >>> colour_name(0x804080)
+    '#804080'
+    """
+    return f"#{code:06x}"
+
+
+def in_colour(path: Path) -> bool:
+    """Whether a picture is stored in colours or with a palette, by its header; False for what is no picture."""
+    try:
+        with Picture.open(path) as picture:
+            return picture.mode in COLOURED
+    except (OSError, SyntaxError, Picture.DecompressionBombError):  # whoever reads it says what is wrong
+        return False
 
 
 def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None = None) -> None:
@@ -387,6 +441,9 @@ def _read_picture(path: Path) -> Image:
             )
         if picture.mode[0] not in "IF" and (";16" in str(picture.tile) or max(_bits(picture)) > 8):
             return Image(_deep_colours(path), np.eye(4), path, 2)
+        indices = None
+        if picture.mode == "P" and (np.ptp(_palette(picture), axis=1) > 0).any():  # else it only saves bytes
+            indices = np.array(picture, dtype=np.float32)
         one_mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L"}.get(
             picture.mode
         )
@@ -394,7 +451,12 @@ def _read_picture(path: Path) -> Image:
             picture = picture.convert(one_mode)
         array = np.asarray(picture, dtype=np.float32)
     channels = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    return Image(np.ascontiguousarray(channels), np.eye(4), path, 2)
+    return Image(np.ascontiguousarray(channels), np.eye(4), path, 2, indices)
+
+
+def _palette(picture: Any) -> np.ndarray:
+    """Colours (N, 3) in their order."""
+    return np.array(picture.getpalette("RGB")).reshape(-1, 3)
 
 
 def _bits(picture: Any) -> tuple[int, ...]:

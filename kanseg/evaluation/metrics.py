@@ -25,6 +25,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from scipy import ndimage
 
 from kanseg.data.beside import is_beside
+from kanseg.data.colours import require_classes
 from kanseg.data.formats import (
     few,
     find_images,
@@ -273,9 +274,11 @@ def evaluate_folders(
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
     wanted = {**names, **(unions or {})}
     scored, elsewhere = [], []
+    palette: dict[int, int] = {}
     for case, path in progress(references.items(), "Scoring"):
         target = read_image(path)
         truth = label_from(target)
+        require_classes(target, palette)
         guess = np.zeros_like(truth)
         if case not in failures:
             try:
@@ -384,15 +387,19 @@ def _stem(name: str) -> str:
 
 
 def _found_labels(sides: Mapping[Path | str, Sequence[Path]]) -> dict[str, Label]:
-    """Every value but 0 in the files of both sides; a file that cannot be read is reported when it is scored.
+    """Every value but 0 in the files of both sides, the references first; an unreadable prediction is told later.
 
     Raises:
-        UserError: one side has many values and few of them are the other's, so it holds images.
+        UserError: a reference cannot be read, or one side has many values and few of them are the other's, so it
+            holds images.
     """
-    found: dict[Path | str, set[int]] = {side: set() for side in sides}
+    first, found = next(iter(sides)), {side: set[int]() for side in sides}
     for side, path in progress([(side, path) for side, paths in sides.items() for path in paths], "Reading"):
-        with contextlib.suppress(UserError):
+        try:
             found[side] |= set(np.unique(read_label(path)).tolist())
+        except UserError:
+            if side == first:
+                raise
     shared, every = set.intersection(*found.values()), set.union(*found.values()) - {0}
     for side, values in found.items():
         many = all(found.values()) and len(values - shared) > max(MOST_ALONE, len(shared))
