@@ -31,6 +31,7 @@ SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
 SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LOSSY = (".jpg", ".jpeg")
 COLOURED = ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of Pillow
+SHOWN_SERIES, UID_END = 6, 12  # that are named of several series, and of an identifier
 FULL = 255  # the brightest of 8 bits
 MOST_COLOURS, SHOWN_COLOURS = (
     256,
@@ -513,10 +514,29 @@ def dicom_files(folder: Path) -> list[str]:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     series = [reader.GetGDCMSeriesFileNames(str(folder), one) for one in reader.GetGDCMSeriesIDs(str(folder))]
     series = [names for names in series if not is_no_image(Path(names[0]))]
-    if len(series) != 1:
-        what = "no DICOM series" if not series else f"{len(series)} DICOM series"
-        raise UserError(f"{folder} has {what}; one is expected. Give each series a folder of its own.")
+    if not series:
+        raise UserError(f"{folder} has no DICOM series; one is expected.")
+    if len(series) > 1:
+        told = "; ".join(map(_series_in_words, series[:SHOWN_SERIES])) + "; ..." * (
+            len(series) > SHOWN_SERIES
+        )
+        raise UserError(
+            f"{folder} has {len(series)} DICOM series; one is expected. Move the files of each into a folder of its "
+            f"own: {told}."
+        )
     return list(series[0])
+
+
+def _series_in_words(names: Sequence[str]) -> str:
+    """What a person tells the series of some files by: description, modality, size, identifier."""
+    import pydicom
+
+    file = Path(names[0])
+    header = pydicom.dcmread(file, force=True, stop_before_pixels=True)
+    called = header.get("SeriesDescription") or header.get("ProtocolName") or "without a description"
+    count = f"{len(names)} files such as {file.name}" if len(names) > 1 else f"the file {file.name}"
+    uid = str(header.get("SeriesInstanceUID") or "")
+    return f"{called} ({header.get('Modality') or 'no modality'}, {count}, series ...{uid[-UID_END:]})"
 
 
 def is_no_image(path: Path) -> bool:
