@@ -321,7 +321,10 @@ def evaluate(
     ] = None,
     ignore: Annotated[int | None, typer.Option(help="Value of voxels that do not count.")] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Distance in mm up to which NSD counts a surface as right.", min=0)
+        float,
+        typer.Option(
+            help="Distance in mm (of pictures: pixels) up to which NSD counts a surface as right.", min=0
+        ),
     ] = 1.0,
     json_: Json = False,
 ) -> None:

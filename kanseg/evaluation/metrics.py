@@ -34,7 +34,16 @@ from kanseg.data.formats import (
     repeated,
     segmentations_in,
 )
-from kanseg.data.images import Image, check_pair, label_from, read_image, read_label, stem_of
+from kanseg.data.images import (
+    SUFFIXES_2D,
+    Image,
+    check_pair,
+    label_from,
+    read_image,
+    read_label,
+    stem_of,
+    suffix_of,
+)
 from kanseg.data.labels import Labels, class_values, unions
 from kanseg.data.plan import Plan
 from kanseg.data.segmentations import read_segments, require_highdicom
@@ -104,9 +113,9 @@ def evaluate_case(
 
     Args:
         prediction, reference: label maps (*S), 2D or 3D.
-        spacing: mm, one number an axis.
+        spacing: mm, one number an axis; ones for pictures, whose lengths are in pixels.
         labels: the values to score; a tuple of values is one region.
-        tolerance: of the normalised surface distance (NSD), in mm.
+        tolerance: of the normalised surface distance (NSD), in mm; of pictures in pixels.
 
     Returns:
         For each label dice, iou, nsd (0 to 1), hd95 (mm), volume_ml and reference_volume_ml (2D: thickness 1 mm).
@@ -301,14 +310,15 @@ def evaluate_folders(
     rows, together = part_rows(scored, names)
     surplus = sorted(set(predictions) - set(references))
     absent = absent_labels(rows) if labels else []  # else a prediction has it, and that counts
+    unit = "pixels" if suffix_of(target.path) in SUFFIXES_2D else "mm"
     summary = {
         "cases": len(references),
         "failed": failures,
         "predictions_without_reference": surplus,
         "labels": dict(names),
         "absent": absent,
-        "unit": "pixels" if target.spatial_dims == 2 else "mm",
-        "nsd_tolerance_mm": tolerance,
+        "unit": unit,
+        f"nsd_tolerance_{unit}": tolerance,
         "interval": f"95 % bootstrap interval of the mean over cases, {RESAMPLES} resamples, seed {seed}",
         "metrics": summarize_rows(rows, seed, aside=absent),
         "unions": summarize_unions(together, seed),
