@@ -318,8 +318,8 @@ def _joined(files: Sequence[Path], channels: int) -> list[Case]:
     """
     numbered: dict[str, dict[int, Path]] = {}
     for file in files:
-        if match := CHANNEL.match(stem_of(file)):
-            numbered.setdefault(match[1], {})[int(stem_of(file)[-4:])] = file
+        if own := channel_of(file):
+            numbered.setdefault(own[0], {})[own[1]] = file
     if not any(sorted(found) == list(range(channels)) for found in numbered.values()):
         return _cases(files, join=False)
     cases = {
@@ -404,28 +404,33 @@ def _folders_in(folder: Path) -> list[Path]:
 def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
     """Files named as nnU-Net does, name -> files of its channels; empty unless every file is, from _0000 on."""
     channels: dict[str, list[Path]] = {}
-    for file in files:
-        match = CHANNEL.match(stem_of(file))
-        if match is None:
+    found = list(map(channel_of, files))
+    for file, own in zip(files, found, strict=True):
+        if own is None:
             return {}
-        channels.setdefault(match[1], []).append(file)
-    first = any(stem_of(file).endswith("_0000") for file in files)
-    return channels if first else {}
+        channels.setdefault(own[0], []).append(file)
+    return channels if any(own and own[1] == 0 for own in found) else {}
+
+
+def channel_of(file: Path) -> tuple[str, int] | None:
+    """Name of the image and number of the channel of a file called as nnU-Net calls it, NAME_0001; None of others."""
+    match = CHANNEL.match(stem_of(file))
+    return (match[1], int(match[2])) if match else None
 
 
 def numbers_beside(image: Path) -> list[int]:
     """Numbers of the channels that lie in the folder of an image under its name, none if it has no number itself."""
-    if not (own := CHANNEL.match(stem_of(image))) or not image.parent.is_dir():
+    if not (own := channel_of(image)) or not image.parent.is_dir():
         return []
-    found = (CHANNEL.match(stem_of(file)) for file in image_files(image.parent))
-    return sorted(int(match[2]) for match in found if match and match[1] == own[1])
+    found = map(channel_of, image_files(image.parent))
+    return sorted(other[1] for other in found if other and other[0] == own[0])
 
 
 def _cases(files: Sequence[Path], *, join: bool = True, problem: Problem = _refuse) -> list[Case]:
     """A case for each file, or for each group of nnU-Net channels."""
     channels = _by_channel(files) if join else {}
     for name, paths in channels.items():
-        numbers = [int(stem_of(p)[-4:]) for p in paths]
+        numbers = [own[1] for own in map(channel_of, paths) if own]
         if numbers != list(range(len(paths))):
             problem(
                 "missing channel",
@@ -440,7 +445,7 @@ def _cases(files: Sequence[Path], *, join: bool = True, problem: Problem = _refu
 
 def _numbered(files: Sequence[Path], problem: Problem) -> list[Path]:
     """The files whose names have a channel, where that is most of them; what is wrong with the others is said."""
-    numbered = [file for file in files if CHANNEL.match(stem_of(file))]
+    numbered = [file for file in files if channel_of(file)]
     if 2 * len(numbered) <= len(files):
         return list(files)
     for file in files:
@@ -519,8 +524,8 @@ def _require_channels(cases: Sequence[Case], names: tuple[str, ...] | None, prob
     named = names is not None and len(names) in counts
     expected: Sequence[str] = names if names is not None and named else ("",) * most
     for case in cases:
-        found = [CHANNEL.match(stem_of(image)) for image in case.images]
-        numbers = [int(match[2]) if match else number for number, match in enumerate(found)]
+        found = map(channel_of, case.images)
+        numbers = [own[1] if own else place for place, own in enumerate(found)]
         missing = [number for number in range(len(expected)) if number not in numbers]
         surplus = [number for number in numbers if number >= len(expected)]
         if missing and len(expected) > 1:  # else the number may be that of a frame
@@ -623,8 +628,8 @@ def _listed(root: Path, entry: Any, groups: dict[str, str]) -> Case:
             f"{root}: entry {entry} needs a path (or a list of paths) as 'image', and one as 'label'."
         )
     paths = tuple(_inside(root, image) for image in images)
-    stem = CHANNEL.sub(r"\1", stem_of(paths[0])) if len(paths) > 1 else stem_of(paths[0])
-    name = str(entry["id"]) if told(entry.get("id")) else stem
+    numbered = channel_of(paths[0]) if len(paths) > 1 else None
+    name = str(entry["id"]) if told(entry.get("id")) else numbered[0] if numbered else stem_of(paths[0])
     group = group_in(entry, group_columns(entry)) or groups.get(name, name)
     return Case(name, paths, _inside(root, label) if label else None, str(group))
 
