@@ -238,18 +238,21 @@ def _words(path: Path) -> dict[str, str]:
     return {key: f"{words.partition(',')[0]} ({key})" for key, _, words in rows}
 
 
-def _table(path: Path) -> Path | None:
-    """A table of images and classes: the file itself, or the one beside them (HAM10000's metadata)."""
+def _tables(path: Path) -> list[Path]:
+    """Tables of images and classes: the file itself, or those beside them (cases.csv, HAM10000's metadata)."""
     if any((path / name).is_dir() for name in LABEL_FOLDERS):
-        return None
-    files = [path] if path.is_file() else [path / "cases.csv", *sorted(path.glob("HAM10000_metadata*"))]
-    for file in files:
-        if file.is_file() and (file.suffix.lower() in TABLES or file.name.startswith("HAM10000_metadata")):
+        return []
+    known = path.parent if path.is_file() else path
+    found, beside = [], [known / "cases.csv", *sorted(known.glob("HAM10000_metadata*"))]
+    for file in [path] if path.is_file() else beside:
+        ending = file.suffix.lower()
+        if file.is_file() and (ending in TABLES or (file in beside and ending in ("", ".tab", ".txt"))):
             rows = read_rows(file)
             if rows and columns_named(rows[0], *IMAGE_COLUMNS) and _class_column(rows, file.parent):
-                patients = file == path / "cases.csv" and with_masks([path, *path.rglob("*")])
-                return None if patients else file
-    return None
+                if file == path / "cases.csv" and with_masks([path, *path.rglob("*")]):  # one of patients
+                    return []
+                found.append(file)
+    return found
 
 
 def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
@@ -263,7 +266,13 @@ def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
     return found[0] if found else None
 
 
-def _read_table(path: Path, table: Path) -> ImageClasses:
+def _read_table(path: Path, tables: Sequence[Path]) -> ImageClasses:
+    table = tables[0]
+    if len(set(map(file_digest, tables))) > 1:
+        raise UserError(
+            f"{path} has several tables of images and classes, {few([file.name for file in tables])}. Give the one "
+            f"that counts in place of the folder, e.g. {table}, or take the others away."
+        )
     rows = read_rows(table)
     key, kind = columns_named(rows[0], *IMAGE_COLUMNS)[0], _class_column(rows, table.parent) or ""
     id_, split, fold = ((columns_named(rows[0], name) or [""])[0] for name in ("id", "split", "fold"))
@@ -402,7 +411,7 @@ def make(
 READERS: Sequence[tuple[Callable[[Path], Any], Callable[[Path, Any], ImageClasses]]] = (
     (find_arrays, _read_arrays),
     (_tiny_imagenet, _read_tiny_imagenet),
-    (_table, _read_table),
+    (_tables, _read_table),
     (_part_folders, _read_folders),
     (_picture_folders, _read_folders),
 )
