@@ -156,6 +156,7 @@ def test_void_beside_classes_is_told_and_may_be_left_aside(tmp_path: Path) -> No
     assert "255 beside classes" in {f.kind for f in diagnose(root).findings}
     dataset = read_dataset(root, regions={"ignore": [255]})
     assert (dataset.label_values, dataset.ignore_value) == ((0, 1, 2, 3), 255)
+    assert not [note for note in dataset.notes if "--regions" in note]
     named = read_dataset(root, regions={"all": [1, 2, 3], "third": [3], "ignore": [255]})
     assert named.label_names == ("background", "all", "third")
     assert named.ignore_value == 255

@@ -1126,7 +1126,7 @@ def _with_label_values(dataset: Dataset) -> Dataset:
             raise UserError(
                 f"In {dataset.root}, {said}. Write all in one, or let kanseg doctor DATA --fix OUT do it."
             )
-        dataset = noted(dataset, *([said] if kind == BESIDE else []))
+        dataset = noted(dataset, *([said] if kind == BESIDE and dataset.ignore_value != FULL else []))
         values_in_order = tuple(sorted({0}.union(*(case.values for case in cases)) - {dataset.ignore_value}))
         names = ("background", *(f"label {value}" for value in values_in_order[1:]))
         dataset = replace(dataset, label_names=names, label_values=values_in_order)
