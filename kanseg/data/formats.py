@@ -12,6 +12,8 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -31,6 +33,7 @@ from kanseg.data.images import (
     FULL,
     LOSSY,
     SUFFIXES_2D,
+    colour_codes,
     is_dicom,
     is_no_image,
     is_segmentation,
@@ -60,8 +63,9 @@ from kanseg.errors import UserError
 from kanseg.progress import progress
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")
-IMAGE_FOLDERS = ("images", "imagesTr", "image")
-LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask")
+VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"
+IMAGE_FOLDERS = ("images", "imagesTr", "image", VOC_IMAGES)
+LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask", VOC_LABELS)
 LABEL_ENDING = re.compile(r"(_mask|_label|_seg)(_\d+)?$")
 IMAGE_ENDING = re.compile(r"(_image|_img)$")
 CASE_IMAGE = re.compile(r"(image|img)(_\d{4})?")
@@ -69,9 +73,9 @@ MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), one folder with x and x_mask (or x_label), one folder per case with image (or a file for each channel) "
-    "and label, a .csv or .tsv with the columns image and label, or a datalist .json of MONAI; an image may be a "
-    "folder with a DICOM series"
+    "masks/), both also in train/, val/ and test/ or with these below, PASCAL VOC's folders, one folder with x and "
+    "x_mask (or x_label), one folder per case with image (or a file for each channel) and label, a .csv or .tsv with "
+    "the columns image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
 )
 
 
@@ -124,9 +128,18 @@ class Dataset:
         return self.cases
 
 
+MOST_BESIDE, LOOKS, LOOKED_AT = (
+    4,
+    3,
+    256,
+)  # folders, pictures and their pixels an axis, to tell label maps from images
 MOST_EDGE_VALUES = 16  # of a mask of 0 and 255; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
-COLUMNS = ("image", "label", "id", "fold", "split")  # of a list
+COLUMNS = {  # of a list, and what else they may be called
+    "image": ("image", "imagepath", "imagefile", "filename", "filepath", "file", "path"),
+    "label": ("label", "mask", "labelpath", "maskpath", "labelfile", "maskfile"),
+    **{name: (name,) for name in ("id", "fold", "split")},
+}
 CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients
 LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
 LISTS = (*TABLES, ".json")  # suffixes of a data set that is a file
@@ -692,20 +705,109 @@ def _label_names(case: str, files: Iterable[str]) -> list[str]:
 
 def _read_folders(root: Path, problem: Problem) -> Dataset:
     """images/ (or imagesTr/) beside labels/ or masks/, or all in one folder; cases.csv may give a group or patient."""
-    images, labels = (_called(root, names) for names in (IMAGE_FOLDERS, LABEL_FOLDERS))
+    if parts := _parts(root):
+        return _read_parts(root, parts, problem)
+    images, labels = _both_called(root)
     if images is None or labels is None:
         return _read_one_folder(root, problem)
-    files, masks = image_files(images), [*image_files(labels), *_dcm_in(labels)]
+    if images.name == VOC_IMAGES and labels.name == VOC_LABELS:
+        return _read_voc(root, images, labels, problem)
+    cases, unused = _in_two_folders(image_files(images), images, labels, problem)
+    layout = f"folders {images.name}/ and {labels.name}/"
+    tests, others = _with_test_labels(root, _test_cases(root), {})
+    return _dataset(root.name, root, layout, cases, tests, None, [*unused, *others])
+
+
+def _in_two_folders(
+    files: Sequence[Path], images: Path, labels: Path, problem: Problem
+) -> tuple[list[Case], list[str]]:
+    """Cases of the files, and of the series in `images`, with their labels, and a note on labels of none."""
+    masks = [*image_files(labels), *_dcm_in(labels)]
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
     cases = _named(_cases(files, join=not own, problem=problem))
     cases += _series_cases(images, problem)
     _require_channels(cases, None, problem)
-    cases, unused = _paired(cases, masks, {}, problem)
-    layout = f"folders {images.name}/ and {labels.name}/"
-    tests, others = _with_test_labels(root, _test_cases(root), {})
-    return _dataset(root.name, root, layout, cases, tests, None, [*unused, *others])
+    return _paired(cases, masks, {}, problem)
+
+
+def _read_voc(root: Path, images: Path, labels: Path, problem: Problem) -> Dataset:
+    """PASCAL VOC's folders: only some images have a label, and lists say which of them are to validate on."""
+    masks = {stem_of(path) for path in image_files(labels)}
+    files = image_files(images)
+    labelled = [file for file in files if stem_of(file) in masks]
+    cases, notes = _in_two_folders(labelled, images, labels, problem)
+    if others := len(files) - len(labelled):
+        notes.append(f"{others} images have no label in {labels.name}/ and are not used")
+    val = root / VOC_LISTS / "val.txt"
+    validation = set(val.read_text(encoding="utf-8").split()) if val.is_file() else set()
+    ids = [case.id for case in cases]
+    folds, said = _own_fold(ids, validation, f"{VOC_LISTS}/val.txt")
+    dataset = _dataset(
+        root.name, root, f"PASCAL VOC ({VOC_IMAGES}, {VOC_LABELS})", cases, [], None, [*notes, *said]
+    )
+    return replace(dataset, splits=folds)
+
+
+def _parts(root: Path) -> dict[str, tuple[Path, Path | None]]:
+    """Folders of images and labels by part: those in train/, val/ and test/, or those that have such folders."""
+    found: dict[str, tuple[Path, Path | None]] = {}
+    images, labels = _both_called(root)
+    for folder in _folders_in(images or root) if not (images and image_files(images)) else ():
+        part = PARTS.get(folder.name.lower().rstrip("0123456789"))  # train2017
+        own = (folder, labels / folder.name if labels else None)
+        if images is None:
+            inside, own_labels = _both_called(folder)
+            own = (inside or folder, own_labels)
+        if part is None or not image_files(own[0]):
+            continue
+        if part in found:
+            raise UserError(
+                f"{found[part][0]} and {own[0]} are both for {part}. Leave one, or put all into one."
+            )
+        found[part] = (own[0], own[1] if own[1] and own[1].is_dir() else None)
+    return found if found.get(TRAIN, (root, None))[1] else {}
+
+
+def _read_parts(root: Path, parts: Mapping[str, tuple[Path, Path | None]], problem: Problem) -> Dataset:
+    """The images of each part; where several parts have images of one name, all begin with that of their part."""
+    found: dict[str, list[Case]] = {TRAIN: [], VAL: [], TEST: []}
+    notes: list[str] = []
+    for part, (images, labels) in parts.items():
+        if labels:
+            found[part], unused = _in_two_folders(image_files(images), images, labels, problem)
+            notes += unused
+        elif part == TEST:
+            found[part] = _cases(image_files(images))
+        else:
+            raise UserError(
+                f"{images} has no labels beside it, as those to train on have. Add them, or take it away."
+            )
+    if repeated(case.id for cases in found.values() for case in cases):
+        for part, cases in found.items():
+            names = [f"{part}_{case.id}" for case in cases]
+            found[part] = [replace(c, id=name, group=name) for c, name in zip(cases, names, strict=True)]
+    layout = f"images and labels in {', '.join(parts)}"
+    cases = [*found[TRAIN], *found[VAL]]
+    folds, said = _own_fold([case.id for case in cases], {case.id for case in found[VAL]}, VAL)
+    dataset = _dataset(root.name, root, layout, cases, found[TEST], None, [*notes, *said])
+    return replace(dataset, splits=folds)
+
+
+def _own_fold(
+    ids: Sequence[str], validation: Collection[str], where: str
+) -> tuple[tuple[Mapping[str, Sequence[str]], ...], list[str]]:
+    """The fold of data that say what to validate on, and a note on it; none where that is nothing or all."""
+    fold = {TRAIN: [i for i in ids if i not in validation], VAL: [i for i in ids if i in validation]}
+    if not all(fold.values()):
+        return (), []
+    return (fold,), [f"one fold, which validates on the {len(fold[VAL])} images of {where}"]
+
+
+def _both_called(root: Path) -> tuple[Path | None, Path | None]:
+    """The folders of images and of labels, by their names."""
+    return _called(root, IMAGE_FOLDERS), _called(root, (*LABEL_FOLDERS, "annotations"))
 
 
 def _called(root: Path, names: Sequence[str]) -> Path | None:
@@ -766,6 +868,9 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         hint = f" If its folders are classes, put them into {root / 'train'}." if len(several) > 1 else ""
         if with_masks(several):
             hint = " Its folders hold images beside their masks: put all into one folder."
+        if pair := beside_masks(several):
+            looks = f"{pair[0].name}/ looks like images and {pair[1].name}/ like their label maps"
+            hint = f" {looks}: call them images/ and labels/, with files of the same names."
         raise UserError(f"{root} has no layout that kanseg knows.{hint} Expected: {LAYOUTS}.")
     return _dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])
 
@@ -809,6 +914,36 @@ def _read_named_folders(root: Path, problem: Problem) -> Dataset | None:
     layout = f"one folder per case with label and a file for each channel ({few(names)})"
     named = names if len(names) == _channels(cases) and names != UNNAMED else None
     return _dataset(root.name, root, layout, cases, [], named, [])
+
+
+def beside_masks(folders: Sequence[Path]) -> tuple[Path, Path] | None:
+    """A folder of pictures and one of their label maps, by a look at some; None where no two are such.
+
+    They have as many files, or files of the same names, and one has few values where the other has many.
+    """
+    stems = {folder: set(map(stem_of, image_files(folder))) for folder in folders}
+    few_values = cache(_few_values)
+    for images, labels in permutations(stems if len(stems) <= MOST_BESIDE else (), 2):
+        shared = 2 * len(stems[images] & stems[labels]) > len(stems[labels])
+        alike = shared or len(stems[images]) == len(stems[labels])
+        if alike and few_values(labels) and not few_values(images):
+            return images, labels
+    return None
+
+
+def _few_values(folder: Path) -> bool:
+    """Whether the first pictures of a folder have few values or colours each, and some more than one."""
+    counts = []
+    for path in image_files(folder)[:LOOKS]:
+        try:
+            codes = colour_codes(load_image([path]).array)
+        except UserError:
+            return False
+        if codes.ndim != 2:
+            return False
+        rows, columns = (max(1, size // LOOKED_AT) for size in codes.shape)
+        counts.append(len(np.unique(codes[::rows, ::columns])))
+    return 1 < max(counts, default=0) <= MOST_EDGE_VALUES
 
 
 def with_masks(folders: Iterable[Path]) -> bool:
@@ -892,13 +1027,15 @@ def noted(dataset: Data, *notes: str) -> Data:
 
 def _read_csv(path: Path) -> Dataset:
     rows = read_rows(path)
-    columns = {plain[0]: name for name in COLUMNS if (plain := columns_named(rows[0] if rows else (), name))}
+    found = [(name, columns_named(rows[0] if rows else (), *names)) for name, names in COLUMNS.items()]
+    columns = {named[0]: name for name, named in found if named}
     if not {"image", "label"} <= set(columns.values()):
-        found = ", ".join(rows[0]) if rows else "no row"
+        there = ", ".join(rows[0]) if rows else "no row"
         raise UserError(
-            f"{path} needs the columns image and label (also image_2, ..., group, id, fold, split), found: {found}."
+            f"{path} needs the columns image and label (also image_2, ..., group, id, fold, split), found: {there}."
         )
     further = [c for c in rows[0] if c.lower().startswith("image_") and not columns_named([c], "imageid")]
+    further = [column for column in further if column not in columns]
     numbers = {column: int(column[6:]) for column in further if column[6:].isdecimal()}
     unread = [c for c in further if c not in numbers and not are_paths((r[c] for r in rows), path.parent)]
     notes = [f"the columns {', '.join(unread)} name no images and are not read"] if unread else []

@@ -26,6 +26,7 @@ from kanseg.data.formats import (
     Case,
     Dataset,
     are_paths,
+    beside_masks,
     by_pattern,
     few,
     image_files,
@@ -107,7 +108,7 @@ class ImageClasses(Dataset):
 
 
 def is_classes(path: Path | str) -> bool:
-    """Whether images with classes are recognised there; nothing but names is looked at."""
+    """Whether images with classes are recognised there, by names and a look at some pictures of a few folders."""
     return _recognised(Path(path)) is not None
 
 
@@ -166,7 +167,7 @@ def _part_folders(path: Path) -> dict[str, Path]:
     for folder in sorted(p for p in path.glob("*/") if p.name.lower() in PARTS):
         called.setdefault(PARTS[folder.name.lower()], []).append(folder)
     classes = [below for folder in called.get(TRAIN, ()) for below in _class_folders(folder)]
-    if len(classes) < 2 or with_masks(classes):
+    if len(classes) < 2 or with_masks(classes) or beside_masks(classes):
         return {}
     return {part: only(list(filter(_class_folders, all_))) or all_[0] for part, all_ in called.items()}
 
@@ -175,7 +176,8 @@ def _picture_folders(path: Path) -> dict[str, Path]:
     """Class folders without train/ above: of pictures alone, as folders of volumes are rather those of patients."""
     folders = _class_folders(path)
     pictures = [suffix_of(image_files(folder)[0]) in SUFFIXES_2D for folder in folders]
-    return {"train": path} if len(folders) > 1 and all(pictures) and not with_masks(folders) else {}
+    masks = with_masks(folders) or beside_masks(folders)
+    return {"train": path} if len(folders) > 1 and all(pictures) and not masks else {}
 
 
 def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
