@@ -826,3 +826,17 @@ def test_columns_of_a_list_may_be_called_filename_and_mask(tmp_path: Path) -> No
         dataset = read_dataset(tmp_path / "list.csv")
         assert [(len(case.images), case.id) for case in dataset.cases] == [(1, "a"), (1, "b")]
         assert dataset.label_values == (0, 1)
+
+
+def test_capitals_in_the_names_of_folders_do_not_count(tmp_path: Path) -> None:
+    masks(tmp_path, "Images", "Masks", ["a", "b"])
+    assert not is_classes(tmp_path)
+    assert len(read_dataset(tmp_path).cases) == 2
+
+
+def test_colours_in_one_file_called_0000_are_the_image_of_that_name(tmp_path: Path) -> None:
+    """nnU-Net's way to write natural images, for a model of three channels."""
+    masks(tmp_path, "in", "", ["a_0000", "b_0000"])
+    assert [case.id for case in find_images(tmp_path / "in", channels=3)] == ["a", "b"]
+    masks(tmp_path, "in", "", ["b_0001"])  # frames of a video
+    assert [case.id for case in find_images(tmp_path / "in", channels=3)] == ["a_0000", "b_0000", "b_0001"]

@@ -47,6 +47,7 @@ from kanseg.data.images import (
     colour_name,
     grid_distance,
     header_dtype,
+    is_turned,
     load_image,
     several_channels,
     suffix_of,
@@ -82,6 +83,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "crooked axes": (WARNING, "they are turned to right angles"),
     "sheared axes": (WARNING, None),
     "extreme spacing": (WARNING, None),
+    "turned by EXIF": (WARNING, None),
     "constant image": (WARNING, None),
     "different grids": (ERROR, LEFT_OUT),
     "grids differ by rounding": (ERROR, "the label takes the grid of its image"),
@@ -450,6 +452,9 @@ def _repaired_image(image: Image, case: Case, dataset: Dataset, note: Any) -> Im
     if bad.any():
         note("not finite", f"{image.path} has {int(bad.sum())} voxels that are NaN or infinite")
         image = replace(image, array=np.where(bad, image.array[~bad].min(), image.array))
+    if any(map(is_turned, case.images)):
+        said = "is to be shown turned (EXIF), and is taken as it is stored; was its label drawn so?"
+        note("turned by EXIF", f"{image.path} {said}")
     if image.array.min() == image.array.max():
         note("constant image", f"{image.path} has the value {image.array.flat[0]:g} everywhere")
     if any(_is_4d_with_one(path) for path in case.images):

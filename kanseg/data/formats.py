@@ -334,7 +334,9 @@ def _joined(files: Sequence[Path], channels: int) -> list[Case]:
         if own := channel_of(file):
             numbered.setdefault(own[0], {})[own[1]] = file
     if not any(sorted(found) == list(range(channels)) for found in numbered.values()):
-        return _cases(files, join=False)
+        return _cases(
+            files, join=all(set(found) == {0} for found in numbered.values())
+        )  # colours in one file
     cases = {
         name: Case(name, tuple(found[n] for n in sorted(found)), None, name)
         for name, found in numbered.items()
@@ -811,8 +813,9 @@ def _both_called(root: Path) -> tuple[Path | None, Path | None]:
 
 
 def _called(root: Path, names: Sequence[str]) -> Path | None:
-    """The folder that has one of these names; of several the one that holds images."""
-    there = [root / name for name in names if (root / name).is_dir()]
+    """The folder that has one of these names, in any capitals; of several the one that holds images."""
+    folders = _folders_in(root)
+    there = [folder for name in names for folder in folders if folder.name.lower() == name.lower()]
     if len(there) < 2:
         return there[0] if there else None
     holding = [folder for folder in there if image_files(folder) or _series_of(folder) or _dcm_in(folder)]

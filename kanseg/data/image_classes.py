@@ -22,6 +22,7 @@ from kanseg.data.class_arrays import Found, find_arrays
 from kanseg.data.digests import file_digest
 from kanseg.data.formats import (
     COLOURS,
+    IMAGE_FOLDERS,
     LABEL_FOLDERS,
     Case,
     Dataset,
@@ -52,7 +53,9 @@ from kanseg.data.tables import (
 )
 from kanseg.errors import UsageError, UserError
 
-SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that hold no class
+SEGMENTATION = {
+    name.lower() for name in (*LABEL_FOLDERS, *IMAGE_FOLDERS)
+}  # names of folders that hold no class
 CLASSES = "classes"
 # Headings of tables, whatever their capitals, blanks and signs.
 IMAGE_COLUMNS = "image imageid imageindex imagename imagepath filename filepath file path".split()
@@ -156,7 +159,7 @@ def _class_folders(path: Path) -> list[Path]:
     if not path.is_dir() or (path / "dataset.json").exists():
         return []
     folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
-    if any(folder.name in SEGMENTATION for folder in folders):
+    if any(folder.name.lower() in SEGMENTATION for folder in folders):
         return []
     return [folder for folder in folders if image_files(folder)]
 

@@ -51,6 +51,7 @@ SOP_CLASS = 0x00080016  # the tag SOPClassUID
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 TIFF_REMARK = 270  # the tag ImageDescription
+TURNED = 274  # the tag Orientation
 TIFF_BITS = 258  # the tag BitsPerSample
 TIFF_EXTRA, UNSPECIFIED = 338, 0  # the tag ExtraSamples, and its value for what is not opacity
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
@@ -810,9 +811,19 @@ def _require_same_grid(one: Image, other: Image) -> None:
         if np.isinf(distance)
         else f"grids up to {distance:.3g} mm apart"
     )
+    turned = next((image.path for image in (one, other) if is_turned(image.path)), None)
+    way = f"{turned} is to be shown turned (EXIF): save it so." if turned else "Resample one to the other."
     raise UserError(
-        f"{one.path} and {other.path} lie on different grids: {what}; one grid is expected. Resample one to the other."
+        f"{one.path} and {other.path} lie on different grids: {what}; one grid is expected. {way}"
     )
+
+
+def is_turned(path: Path) -> bool:
+    """Whether a photograph says that it is to be shown turned or mirrored; its pixels are read as they are stored."""
+    if suffix_of(path) not in SUFFIXES_2D or not path.is_file():
+        return False
+    with Picture.open(path) as picture:
+        return picture.getexif().get(TURNED, 1) > 1
 
 
 def in_ras(image: Image, array: np.ndarray) -> tuple[np.ndarray, list[float]]:
