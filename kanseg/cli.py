@@ -190,7 +190,7 @@ def train(
     number = int(fold) if fold.isdigit() else fold
     if not planned:
         require_fold(run, number, checked)
-    make: dict[str, Any] = {"console": console, "id_pattern": id_pattern, "trial": trial}
+    make: dict[str, Any] = {"console": console, "id_pattern": id_pattern, "trial": trial, "config": checked}
     once(lambda: planned or plan_data(run, folder, **make))
     plan_ = load_plan(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())

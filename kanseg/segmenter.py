@@ -120,7 +120,7 @@ class Segmenter:
         run = Path(run)
         if not (run / "plan.json").exists():
             require_fold(Path(data), fold, checked)
-        plan = self._plan(Path(data), run, console, planned)
+        plan = self._plan(Path(data), run, checked, console, planned)
         dataset = read_dataset(data, id_pattern=plan.id_pattern, regions=plan.given_regions)
         how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
         if fold == ALL:
@@ -217,7 +217,9 @@ class Segmenter:
         options = {**self.options, **config.model.options}
         return with_options(config, "model", name=config.model.name or self.model, options=options)
 
-    def _plan(self, data: Path, run: Path, console: Console | None, asked: dict[str, Any]) -> Plan:
+    def _plan(
+        self, data: Path, run: Path, config: Config, console: Console | None, asked: dict[str, Any]
+    ) -> Plan:
         from rich.console import Console
 
         from kanseg.data.image_classes import require_label_maps
@@ -226,12 +228,13 @@ class Segmenter:
         from kanseg.training.planning import plan_data
 
         file = run / "plan.json"
-        known = inspect.signature(plan_data).parameters.keys() - {"data", "run", "console", "dim", "same"}
+        own = {"data", "run", "console", "dim", "same", "config"}
+        known = inspect.signature(plan_data).parameters.keys() - own
         _refuse_unknown("Segmenter.fit", asked, ["fold", "overrides", "config", "resume", "override", *known])
         there = file.exists()
         if not there:
             require_label_maps(data)
-            how = {"console": console or Console(), "dim": self.spatial_dims, **asked}
+            how = {"console": console or Console(), "dim": self.spatial_dims, "config": config, **asked}
             once(lambda: plan_data(data, run, **how))
         plan = Plan.load(file)
         if there and (late := _other_wishes(plan, asked)):

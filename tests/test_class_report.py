@@ -94,7 +94,6 @@ def test_options_of_label_maps_are_refused_by_name(run: Path, pictures: Path, tm
     for words in (
         ["export", run, *out, "-i", pictures],
         ["export", run, *out, "--to", "monai"],
-        ["search", run, "training.lr=uniform(0.1,0.2)"],
     ):
         code, said = kanseg(*words)
         assert code in (1, 2)

@@ -202,16 +202,33 @@ def test_a_segmentation_needs_a_series(blobs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "kind", "side"),
     [
-        ("Right_Kidney", "Kidney"),
-        ("spleen", "Spleen"),
-        ("label 255", "AnatomicalStructure"),
-        ("GTV lesion", "Lesion"),
+        ("Right_Kidney", "Kidney", "Right"),
+        ("Lung_L", "Lung", "Left"),
+        ("rib_left_1", "Rib", "Left"),
+        ("ventricle, left", "LeftVentricle", ""),
+        ("lung left and right", "AnatomicalStructure", ""),
+        ("vertebrae_L5", "AnatomicalStructure", ""),
+        ("spleen", "Spleen", ""),
+        ("label 255", "AnatomicalStructure", ""),
+        ("GTV lesion", "Lesion", ""),
     ],
 )
-def test_names_are_looked_up_in_the_code_dictionary(name: str, kind: str) -> None:
-    assert code_of(name)[1] == kind
+def test_names_are_looked_up_in_the_code_dictionary(name: str, kind: str, side: str) -> None:
+    assert code_of(name)[1:] == (kind, side)
+
+
+def test_a_side_in_a_name_is_the_modifier_of_its_segment(series: Path, tmp_path: Path) -> None:
+    image = read_image(series)
+    labels = (image.array[0] > image.array[0].mean()).astype(int)
+    labels[:8] *= 2
+    write_segmentation(tmp_path / "a.dcm", labels, image, [0, 1, 2], ["-", "kidney_left", "liver"])
+    left, liver = pydicom.dcmread(tmp_path / "a.dcm").SegmentSequence
+    (side,) = left.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence
+    assert (side.CodeValue, side.CodingSchemeDesignator, side.CodeMeaning) == ("7771000", "SCT", "Left")
+    assert "SegmentedPropertyTypeModifierCodeSequence" not in liver.SegmentedPropertyTypeCodeSequence[0]
+    assert highdicom.seg.segread(tmp_path / "a.dcm").number_of_segments == 2
 
 
 def test_results_are_neither_put_among_the_images_nor_taken_for_some(

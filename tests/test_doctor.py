@@ -14,6 +14,7 @@ import pytest
 from PIL import Image as Picture
 
 from kanseg.data.doctor import ERROR, KINDS, LEFT_OUT, diagnose, rows
+from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image, read_label
 from kanseg.errors import UserError
@@ -364,3 +365,22 @@ def test_series_of_one_patient_are_joined(shared_data: Path, tmp_path: Path) -> 
         lines.append(f"{folder},{tmp_path / f'{number}.nii.gz'},case_{number}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
     assert "same patient" in {finding.kind for finding in diagnose(tmp_path / "list.csv").findings}
+
+
+def test_photographs_that_are_to_be_shown_turned_are_told(tmp_path: Path) -> None:
+    """Phones store them on their side; most tools to draw labels turn them, others do not."""
+    how = Picture.Exif()
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 255, (10, 14, 3), np.uint8)
+        how[274] = 6 if number else 1
+        Picture.fromarray(noise).save(tmp_path / "images" / f"{number}.jpg", exif=how)
+        label = np.zeros((14, 10) if number == 2 else (10, 14), np.uint8)
+        label[3:6, 3 + number : 7] = 1
+        Picture.fromarray(label).save(tmp_path / "masks" / f"{number}.png")
+    found = diagnose(tmp_path).findings
+    assert [f.case for f in found if f.kind == "turned by EXIF"] == ["1", "2"]
+    assert [f.case for f in found if f.kind == "different grids"] == ["2"]
+    with pytest.raises(UserError, match=r"2.jpg is to be shown turned \(EXIF\): save it so"):
+        fingerprint(read_dataset(tmp_path))

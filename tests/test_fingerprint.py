@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -13,7 +14,13 @@ import numpy as np
 import pytest
 
 from kanseg.data.digests import near_duplicates, thumbnail
-from kanseg.data.fingerprint import check_unchanged, fingerprint, load_fingerprint, unlike_training
+from kanseg.data.fingerprint import (
+    check_unchanged,
+    exchanged_channels,
+    fingerprint,
+    load_fingerprint,
+    unlike_training,
+)
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.plan import plan_run
@@ -182,3 +189,19 @@ def test_an_image_a_little_too_large_along_every_axis_is_told() -> None:
     both = str(unlike_training((58, 53, 36), np.diag([1.0, 1.0, 2.0, 1.0]), seen))
     assert "58 x 53 x 72 mm" in both
     assert "coarser" in both
+
+
+def test_exchanged_channels_are_told_and_others_are_not(shared_data: Path) -> None:
+    """Photographs of the retina written blue first, as OpenCV does with colours of others."""
+    dataset = read_dataset(shared_data / "chase_db1")
+    cases = dataset.cases[::2]
+    seen, names = fingerprint(replace(dataset, cases=cases[:8])), dataset.channel_names
+    unseen = [read_image(case.images).array for case in cases[8:]]
+    assert not any(exchanged_channels(array, seen, names) for array in unseen)
+    told = [exchanged_channels(array[::-1], seen, names) for array in unseen]
+    assert len(list(filter(None, told))) >= len(unseen) / 2
+    assert "'red' and 'blue'" in str(next(filter(None, told)))
+    assert (
+        exchanged_channels(unseen[0][::-1], {"channels": [{"mean": 1.0}] * 3}, names) is None
+    )  # an older plan
+    assert exchanged_channels(unseen[0][:1], {"channels": seen["channels"][:1]}, names) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -755,3 +756,87 @@ def test_jpeg_masks_are_refused(tmp_path: Path) -> None:
     Picture.fromarray(mask).save(tmp_path / "masks" / "a.jpg", quality=50)
     with pytest.raises(UserError, match="because JPEG changes numbers"):
         read_dataset(tmp_path)
+
+
+def masks(root: Path, images: str, labels: str, names: Sequence[str]) -> None:
+    """Photographs of noise as JPEG, and masks of 0 and 1."""
+    for folder in filter(None, (images, labels)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        noise = np.random.default_rng(len(name)).integers(0, 255, (12, 14, 3), np.uint8)
+        Picture.fromarray(noise).save(root / images / f"{name}.jpg")
+        if labels:
+            label = np.pad(np.ones((4, 4), np.uint8), ((3, 5), (4, 6)))
+            Picture.fromarray(label).save(root / labels / f"{name}.png")
+
+
+def test_pascal_voc_has_labels_for_some_images_and_lists_for_validation(tmp_path: Path) -> None:
+    masks(tmp_path, "JPEGImages", "", ["a", "b", "c", "d"])
+    masks(tmp_path, "JPEGImages", "SegmentationClass", ["a", "b", "c"])
+    masks(tmp_path, "JPEGImages", "SegmentationObject", ["a", "b", "c"])
+    assert not is_classes(tmp_path)
+    dataset = read_dataset(tmp_path)
+    assert [case.id for case in dataset.cases] == ["a", "b", "c"]
+    assert not dataset.splits
+    assert any("1 images have no label in SegmentationClass/" in note for note in dataset.notes)
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("b\nd\n")
+    assert read_dataset(tmp_path).splits == ({"train": ["a", "c"], "val": ["b"]},)
+
+
+@pytest.mark.parametrize("nested", ["{part}/images {part}/masks", "images/{part} annotations/{part}"])
+@pytest.mark.parametrize("train", ["train", "Training", "train2017"])
+def test_parts_of_folders_are_the_parts_of_the_data(tmp_path: Path, nested: str, train: str) -> None:
+    for part, names in ((train, "ab"), ("val", "c"), ("test", "d")):
+        images, labels = nested.format(part=part).split()
+        masks(tmp_path, images, "" if part == "test" else labels, list(names))
+    assert not is_classes(tmp_path)
+    dataset = read_dataset(tmp_path)
+    assert dataset.splits == ({"train": ["a", "b"], "val": ["c"]},)
+    assert [case.id for case in dataset.test_cases] == ["d"]
+    images, labels = nested.format(part="val").split()
+    masks(tmp_path, images, labels, ["a"])  # as another image is called
+    dataset = read_dataset(tmp_path)
+    assert dataset.splits == ({"train": ["train_a", "train_b"], "val": ["val_a", "val_c"]},)
+    shutil.rmtree(tmp_path / labels)
+    with pytest.raises(UserError, match="val.* has no labels beside it"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("labels", ["x{}", "{}"])
+def test_a_folder_of_masks_is_no_class(tmp_path: Path, labels: str) -> None:
+    """Two folders of pictures, one of images and one of their masks, must not become a classifier of those."""
+    masks(tmp_path, "pics", "segs", ["a", "b"])
+    for file in list((tmp_path / "segs").iterdir()):
+        file.rename(file.with_stem(labels.format(file.stem)))
+    assert not is_classes(tmp_path)
+    with pytest.raises(UserError, match="pics/ looks like images and segs/ like their label maps: call them"):
+        read_dataset(tmp_path)
+    shutil.rmtree(tmp_path / "segs")
+    masks(tmp_path, "dogs", "", ["a", "b"])
+    assert is_classes(tmp_path)
+
+
+def test_columns_of_a_list_may_be_called_filename_and_mask(tmp_path: Path) -> None:
+    masks(tmp_path, "pics", "segs", ["a", "b"])
+    for heading in ("filename,mask", "image_path,mask_path", "Image,Label"):
+        (tmp_path / "list.csv").write_text(f"{heading}\npics/a.jpg,segs/a.png\npics/b.jpg,segs/b.png\n")
+        assert not is_classes(tmp_path / "list.csv")
+        dataset = read_dataset(tmp_path / "list.csv")
+        assert [(len(case.images), case.id) for case in dataset.cases] == [(1, "a"), (1, "b")]
+        assert dataset.label_values == (0, 1)
+
+
+def test_capitals_in_the_names_of_folders_do_not_count(tmp_path: Path) -> None:
+    masks(tmp_path, "Images", "Masks", ["a", "b"])
+    assert not is_classes(tmp_path)
+    assert len(read_dataset(tmp_path).cases) == 2
+
+
+def test_colours_in_one_file_called_0000_are_the_image_of_that_name(tmp_path: Path) -> None:
+    """nnU-Net's way to write natural images, for a model of three channels."""
+    masks(tmp_path, "in", "", ["a_0000", "b_0000"])
+    assert [case.id for case in find_images(tmp_path / "in", channels=3)] == ["a", "b"]
+    masks(tmp_path, "in", "", ["b_0001"])  # frames of a video
+    assert [case.id for case in find_images(tmp_path / "in", channels=3)] == ["a_0000", "b_0000", "b_0001"]

@@ -446,6 +446,23 @@ def test_images_of_a_lesion_stay_together_and_folds_are_alike(tmp_path: Path) ->
         assert sorted(case.values[0] for case in dataset.cases if case.id in fold["val"]) == [0, 1]
 
 
+def test_two_tables_of_images_in_one_folder_are_named(tmp_path: Path) -> None:
+    """A second one that says the same is no question; each may be given itself, also without an ending."""
+    ham10000(tmp_path)
+    table, other = tmp_path / "HAM10000_metadata.csv", tmp_path / "HAM10000_metadata"
+    other.write_bytes(table.read_bytes())
+    (tmp_path / "HAM10000_metadata.zip").write_bytes(b"PK")
+    assert len(read_classes(tmp_path).cases) == 4
+    other.write_text("\n".join(table.read_text().splitlines()[:3]))
+    with pytest.raises(
+        UserError, match="several tables.*HAM10000_metadata, HAM10000_metadata.csv.*in place of"
+    ):
+        read_classes(tmp_path)
+    assert is_classes(tmp_path)
+    assert len(read_classes(table).cases) == 4
+    assert len(read_classes(other).cases) == 2
+
+
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:

@@ -394,6 +394,21 @@ def test_two_slices_are_a_volume(shared_data: Path) -> None:
     assert read_image(shared_data / "bad_inputs" / "dicom" / "mr_two_slices").array.shape[-1] == 2
 
 
+def test_several_series_in_one_folder_are_named(shared_data: Path, tmp_path: Path) -> None:
+    """Each by what a person knows it by, and by a file of it: whoever must part them finds them."""
+    import pydicom
+
+    for name in ("mr_jpeg2000", "mr_hitachi_oblique"):
+        for number, file in enumerate(map(pydicom.dcmread, dicom_files(shared_data / "dicom" / name))):
+            file.SeriesDescription = f"{name} again"
+            file.save_as(tmp_path / f"{name}_{number}.dcm")
+            last = str(file.SeriesInstanceUID)[-12:]
+    count = len(list(tmp_path.glob(f"{name}_*")))
+    expected = rf"has 2 DICOM series; .*{name} again \(MR, {count} files such as {name}_\d+.dcm, series \.\.\.{last}\)"
+    with pytest.raises(UserError, match=expected):
+        read_image(tmp_path)
+
+
 def test_a_label_drawn_on_a_dicom_series_lies_on_its_grid(shared_data: Path) -> None:
     folder = shared_data / "dicom" / "ct_chaos_set3"
     check_pair(read_image(folder / "series"), read_image(folder / "liver_label.nii.gz"))

@@ -19,6 +19,7 @@ from PIL import Image as Picture
 from scipy import ndimage
 
 from kanseg.data.formats import read_dataset
+from kanseg.data.images import Image, write_label
 from kanseg.data.plan import make_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import (
@@ -164,6 +165,24 @@ def test_folders_give_a_row_a_case_and_class_and_a_summary(
     assert summary["metrics"]["mean"]["hd95"]["mean"] == pytest.approx(1 / 3)
     assert summary["failed"] == {}
     assert evaluate_folders(*folders) == summary  # seeded
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dims", "unit"), [(".png", 2, "pixels"), (".mha", 2, "mm"), (".nii.gz", 3, "mm")]
+)
+def test_lengths_are_named_by_their_unit(tmp_path: Path, suffix: str, dims: int, unit: str) -> None:
+    """A picture has no spacing; a flat MHA has one."""
+    path = tmp_path / f"a{suffix}"
+    square = np.zeros((9, 9) if dims == 2 else (9, 9, 1), int)
+    square[2:5, 2:5] = 1
+    masks = [square, np.roll(square, 1, axis=0)]
+    affine = np.diag([0.5, 0.5, 0.5, 1.0]) if unit == "mm" else np.eye(4)
+    for name, mask in zip("ab", masks, strict=True):
+        path = write_label(tmp_path / name / f"a{suffix}", mask, Image(mask[None], affine, path, dims))
+    summary = evaluate_folders(tmp_path / "a", tmp_path / "b", tolerance=0.2)
+    assert summary["unit"] == unit
+    assert [key for key in summary if key.startswith("nsd_tolerance")] == [f"nsd_tolerance_{unit}"]
+    assert summary["metrics"]["mean"]["hd95"]["mean"] == pytest.approx(1.0 if unit == "pixels" else 0.5)
 
 
 def test_a_missing_or_broken_prediction_is_a_failure_with_dice_0(folders: tuple[Path, Path]) -> None:

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from kanseg.errors import UsageError
+from kanseg.training.planning import plan_data
 from kanseg.training.search import _ends_by_ctrl_c, parse_space, search
 from kanseg.training.stop import TERMINATED
 
@@ -102,3 +105,22 @@ def test_four_trials_on_a_local_ray_find_the_better_rate_and_a_resumed_search_ma
         search(planned, words, **how)
     again = search(planned, words, resume=True, **how)
     assert {row["trial"] for row in again["trials"]} == {row["trial"] for row in found["trials"]}
+
+
+@pytest.mark.slow
+def test_options_of_a_classifier_are_searched_by_its_accuracy(tmp_path):
+    pytest.importorskip("ray")
+    for number in range(12):
+        shade = np.random.default_rng(number).integers(0, 40, (16, 16, 3), np.uint8) + 200 * (number % 2)
+        Image.fromarray(shade.astype(np.uint8)).save(tmp_path / f"{number}.png")
+    rows = [f"{number}.png,{'ab'[number % 2]}" for number in range(12)]
+    (tmp_path / "cases.csv").write_text("\n".join(["image,class", *rows]))
+    run = tmp_path / "run"
+    plan_data(tmp_path, run, console=Console(quiet=True))
+    words = [*FIXED, "training.lr=choice(0.01,0.001)"]
+    found = search(run, words, trials=2, console=Console(quiet=True))
+    assert [row["accuracy"] for row in found["trials"]] == sorted(
+        (row["accuracy"] for row in found["trials"]), reverse=True
+    )
+    assert 0 <= found["best"]["accuracy"] <= 1
+    assert json.loads((run / "search" / "best.json").read_text()) == found["best"]

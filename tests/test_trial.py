@@ -12,11 +12,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from rich.console import Console
 
+from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
 from kanseg.data.loaders import affordable_workers
 from kanseg.data.plan import loader_bytes, make_plan
-from kanseg.errors import UserError
+from kanseg.errors import UsageError, UserError
+from kanseg.training.pipeline import run_pipeline
+from kanseg.training.planning import plan_data
 from kanseg.training.trial import measure_step
 
 MIB = 2**20
@@ -146,3 +150,25 @@ def test_planning_and_training_stay_within_the_memory(tmp_path: Path) -> None:
     taken = peak("train", run, *options)
     print(json.dumps({"allowed": memory, "taken": taken}))
     assert 0.6 * memory < taken < memory
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.options.strides=[[1,1],[2,2]]"], "strides"),
+        (["model.options.kernel_sizes=[3,3]"], "kernel_sizes"),
+        (["training.freeze=[encodr.*]"], "encodr"),
+    ],
+)
+def test_options_that_the_network_refuses_are_refused_before_a_step_is_measured(
+    blobs, tmp_path, monkeypatch, words, message
+):
+    """By a training that must plan first, and by `kanseg run`."""
+    monkeypatch.setattr("kanseg.training.planning.measure_step", lambda plan: sys.exit("measured"))
+    quiet = Console(quiet=True)
+    with pytest.raises(UsageError, match=message):
+        plan_data(blobs, tmp_path / "a", config=load_config("default", words), console=quiet)
+    with pytest.raises(UsageError, match=f"Configuration 3d: .*{message}"):
+        run_pipeline(blobs, tmp_path / "b", words, configurations="3d", console=quiet)
+    with pytest.raises(SystemExit, match="measured"):
+        plan_data(blobs, tmp_path / "a", config=load_config("default"), console=quiet)

@@ -66,6 +66,11 @@ class ClassPlan(StoredPlan):
         return list(range(len(self.label_names)))
 
     @property
+    def metric(self) -> str:
+        """Of its validations."""
+        return "auc" if self.multilabel else "accuracy"
+
+    @property
     def image_dims(self) -> int:
         """Dimension of the images."""
         return self.spatial_dims

@@ -16,11 +16,11 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
+from kanseg.data.colours import label_colours, numbered
 from kanseg.data.convert import Sample, on_own_grid, write_dataset
 from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
 from kanseg.data.formats import (
     BESIDE,
-    FULL,
     LISTS,
     MOST_VALUES,
     PATIENTS_ALIKE,
@@ -38,14 +38,18 @@ from kanseg.data.formats import (
 )
 from kanseg.data.images import (
     CONVERSION,
+    FULL,
     GRID_TOLERANCE,
     LOSSY,
     SUFFIXES_2D,
     SUFFIXES_NIFTI,
     Image,
+    colour_name,
     grid_distance,
     header_dtype,
+    is_turned,
     load_image,
+    several_channels,
     suffix_of,
 )
 from kanseg.data.labels import known_values
@@ -79,10 +83,13 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "crooked axes": (WARNING, "they are turned to right angles"),
     "sheared axes": (WARNING, None),
     "extreme spacing": (WARNING, None),
+    "turned by EXIF": (WARNING, None),
     "constant image": (WARNING, None),
     "different grids": (ERROR, LEFT_OUT),
     "grids differ by rounding": (ERROR, "the label takes the grid of its image"),
     "no label map": (ERROR, LEFT_OUT),
+    "colours": (ERROR, "they are numbered, black is the background"),
+    "colours for values": (ERROR, None),
     "lossy label": (ERROR, "it is split at the middle"),
     "soft edges": (WARNING, "it is split at the middle"),
     "float label": (NOTE, "it is saved as whole numbers"),
@@ -151,6 +158,7 @@ class Diagnosis:
         dataset: with the cases that remain, in groups that are joined where images belong to one patient; None where
             nothing was recognised.
         masks: case -> its several label files.
+        colours: of labels that are pictures in colour; a repaired label has their places here.
         copies: pairs of images with classes that are the same; None where it was not looked.
     """
 
@@ -160,6 +168,7 @@ class Diagnosis:
     findings: list[Finding] = field(default_factory=list)
     dataset: Dataset | None = None
     masks: dict[str, list[Path]] = field(default_factory=dict)
+    colours: tuple[int, ...] = ()
     copies: list[tuple[str, str]] | None = None
 
     @property
@@ -201,7 +210,7 @@ class Diagnosis:
         if self.mapped:  # the files have other values than the repaired ones
             dataset = replace(dataset, label_values=())
         for case in progress(dataset.cases, "Repairing"):
-            sample = examine(case, dataset, self.masks.get(case.id, ()), [])
+            sample = examine(case, dataset, self.masks.get(case.id, ()), [], self.colours)
             if sample is None:
                 raise UserError(f"{case.images[0]} has changed since it was examined. Start again.")
             assert sample.label is not None
@@ -239,12 +248,23 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
         return found
     for kind, mark in TOLD.items():
         findings += [Finding(kind, "", said) for said in dataset.notes if mark in said]
+    found.colours = label_colours([p for case in dataset.cases for p in _labels_of(case, masks)])
+    if found.colours:
+        said = f"labels have the colours {few([*map(colour_name, found.colours)])} in place of numbers"
+        if dataset.label_values:
+            findings.append(
+                Finding("colours for values", "", f"{said}; paint them with those of dataset.json")
+            )
+            return found
+        findings.append(Finding("colours", "", said))
+        names = ("background", *map(colour_name, found.colours[1:]))
+        dataset = replace(dataset, label_names=names, label_values=tuple(range(len(names))))
     samples = _Seen()
     kept = []
     for case in progress(dataset.cases, "Examining"):
-        sample = (
-            None if _hopeless(findings, case.id) else examine(case, dataset, masks.get(case.id, ()), findings)
-        )
+        sample = None
+        if not _hopeless(findings, case.id):
+            sample = examine(case, dataset, masks.get(case.id, ()), findings, found.colours)
         if sample is not None:
             kept.append(replace(case, values=samples.add(case, sample)))
     _across(kept, samples, dataset, findings)
@@ -268,13 +288,20 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
     return found
 
 
-def examine(case: Case, dataset: Dataset, masks: Sequence[Path], findings: list[Finding]) -> Sample | None:
-    """Read and repair one case; None where that cannot be. What is wrong is added to `findings`."""
+def examine(
+    case: Case, dataset: Dataset, masks: Sequence[Path], findings: list[Finding], colours: Sequence[int] = ()
+) -> Sample | None:
+    """Read and repair one case; None where that cannot be. What is wrong is added to `findings`.
+
+    Args:
+        masks: its label files where there are several.
+        colours: of all labels, where these are pictures in colour.
+    """
 
     def note(kind: str, message: str) -> None:
         findings.append(Finding(kind, case.id, message))
 
-    paths = list(masks or ([case.label] if case.label else []))
+    paths = _labels_of(case, {case.id: masks})
     for file in (*case.images, *paths):
         if not file.exists():
             note("missing file", f"{file} is not there")
@@ -288,7 +315,7 @@ def examine(case: Case, dataset: Dataset, masks: Sequence[Path], findings: list[
     repaired = _repaired_image(image, case, dataset, note)
     if repaired is None or not labels:
         return None
-    numbers = [_repaired_label(label, (image, repaired), note) for label in labels]
+    numbers = [_repaired_label(label, (image, repaired), colours, note) for label in labels]
     usable = [number for number in numbers if number is not None]
     if len(usable) < len(numbers):
         return None
@@ -305,6 +332,10 @@ def examine(case: Case, dataset: Dataset, masks: Sequence[Path], findings: list[
     if not merged.any():
         note("empty label", f"{paths[0]} holds the background alone")
     return Sample(case.id, repaired, merged, case.group)
+
+
+def _labels_of(case: Case, masks: Mapping[str, Sequence[Path]]) -> list[Path]:
+    return list(masks.get(case.id) or ([case.label] if case.label else []))
 
 
 class _Seen:
@@ -421,6 +452,9 @@ def _repaired_image(image: Image, case: Case, dataset: Dataset, note: Any) -> Im
     if bad.any():
         note("not finite", f"{image.path} has {int(bad.sum())} voxels that are NaN or infinite")
         image = replace(image, array=np.where(bad, image.array[~bad].min(), image.array))
+    if any(map(is_turned, case.images)):
+        said = "is to be shown turned (EXIF), and is taken as it is stored; was its label drawn so?"
+        note("turned by EXIF", f"{image.path} {said}")
     if image.array.min() == image.array.max():
         note("constant image", f"{image.path} has the value {image.array.flat[0]:g} everywhere")
     if any(_is_4d_with_one(path) for path in case.images):
@@ -471,7 +505,9 @@ def _is_4d_with_one(path: Path) -> bool:
     return len(shape) > 3 and shape[-1] == 1
 
 
-def _repaired_label(label: Image, images: Sequence[Image], note: Any) -> np.ndarray | None:
+def _repaired_label(
+    label: Image, images: Sequence[Image], colours: Sequence[int], note: Any
+) -> np.ndarray | None:
     """Whole numbers (*S) on the grid of the image (as it was, and repaired), or None."""
     image = images[0]
     distance = min(grid_distance(one, label) for one in images)
@@ -486,9 +522,11 @@ def _repaired_label(label: Image, images: Sequence[Image], note: Any) -> np.ndar
         return None
     if distance > GRID_TOLERANCE:
         note("grids differ by rounding", f"{label.path} lies {distance:.3g} mm off the grid of its image")
-    array = label.array
-    if len(array) > 1 and not all(np.array_equal(array[0], channel) for channel in array[1:]):
-        note("no label map", f"{label.path} has {len(array)} channels that differ")
+    if colours and suffix_of(label.path) not in LOSSY:
+        return numbered(label, colours)
+    array = label.labels
+    if len(array) > 1 and (array != array[0]).any():
+        note("no label map", f"{label.path} has {several_channels(label)}")
         return None
     values = np.unique(array[0])
     if suffix_of(label.path) in LOSSY and len(values) > 2:

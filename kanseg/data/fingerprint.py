@@ -33,6 +33,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     cases: dict[str, dict[str, Any]] = {}
     intensities: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
     zeros: list[list[float]] = []  # share of voxels that are 0, a channel
+    middles: list[list[float]] = []  # what `_middle` gives
     thumbnails: dict[str, np.ndarray] = {}
     dtypes = set()
     values = known_values(dataset)
@@ -51,6 +52,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
         array, label, spacing = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
         foreground = (label > 0) & (label != dataset.ignore_value)
         zeros.append([float((channel == 0).mean()) for channel in array])
+        middles.append(list(map(_middle, array)))
         for channel, samples in zip(array, intensities, strict=True):
             inside = channel[foreground] if foreground.any() else channel.ravel()
             samples.append(generator.choice(inside, min(SAMPLES, inside.size), replace=False))
@@ -66,8 +68,14 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     return {
         "cases": cases,
         "channels": [
-            {**_intensity(np.concatenate(samples)), "zeros": float(share)}
-            for samples, share in zip(intensities, np.median(zeros, axis=0), strict=True)
+            {
+                **_intensity(np.concatenate(samples)),
+                "zeros": float(share),
+                "middle": [min(middle), max(middle)],
+            }
+            for samples, share, middle in zip(
+                intensities, np.median(zeros, axis=0), zip(*middles, strict=True), strict=True
+            )
         ],
         "label_dtype": _label_dtype(dtypes, dataset.label_values),
         "same": [list(pair) for pair in near_duplicates(thumbnails)],
@@ -161,6 +169,35 @@ def unlike_training(size: Sequence[int], affine: np.ndarray, seen: Mapping[str, 
             f"its voxels of {shown} mm are coarser than any of the training ({coarsest} mm): check the result"
         )
     return "; ".join(said) or None
+
+
+def exchanged_channels(array: np.ndarray, seen: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """How two channels of an image (C, *S) lie in each other's range of the training and not in their own, or None.
+
+    Args:
+        seen: `fingerprint` of a plan: ranges of the "middle" of each channel over the cases.
+    """
+    ranges = [channel.get("middle") for channel in seen.get("channels", ())]
+    if len(array) < 2 or len(ranges) != len(array) or None in ranges:
+        return None  # nothing to exchange, or a plan without ranges
+    middles = list(map(_middle, array))
+
+    def like(number: int, other: int) -> bool:
+        low, high = ranges[other]
+        return bool(low <= middles[number] <= high)
+
+    for one in range(len(array)):
+        for two in range(one):
+            if like(one, two) and like(two, one) and not like(one, one) and not like(two, two):
+                told = f"'{names[two]}' and '{names[one]}' look like each other in the training"
+                return f"{told}: are these channels exchanged?"
+    return None
+
+
+def _middle(channel: np.ndarray) -> float:
+    """Median of what is not 0."""
+    values = channel[channel != 0]
+    return float(np.median(values)) if values.size else 0.0
 
 
 def _in_ras(

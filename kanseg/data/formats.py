@@ -12,6 +12,8 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,19 +28,23 @@ from kanseg.data.case_folders import (
     of_one_case,
     usual_channels,
 )
+from kanseg.data.colours import require_classes
 from kanseg.data.images import (
+    FULL,
     LOSSY,
     SUFFIXES_2D,
     SUFFIXES_DICOM,
+    colour_codes,
     is_dicom,
     is_no_image,
     is_segmentation,
+    label_from,
     load_image,
-    read_label,
+    read_image,
     stem_of,
     suffix_of,
 )
-from kanseg.data.labels import known_values, parse_labels_of, regions_of, unions
+from kanseg.data.labels import IGNORE, given_regions, known_values, parse_labels_of, unions
 from kanseg.data.tables import (
     PARTS,
     TABLES,
@@ -58,8 +64,9 @@ from kanseg.errors import UserError
 from kanseg.progress import progress
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")
-IMAGE_FOLDERS = ("images", "imagesTr", "image")
-LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask")
+VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"
+IMAGE_FOLDERS = ("images", "imagesTr", "image", VOC_IMAGES)
+LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask", VOC_LABELS)
 LABEL_ENDING = re.compile(r"(_mask|_label|_seg)(_\d+)?$")
 IMAGE_ENDING = re.compile(r"(_image|_img)$")
 CASE_IMAGE = re.compile(r"(image|img)(_\d{4})?")
@@ -67,9 +74,9 @@ MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a
 COLOURS = ("red", "green", "blue")
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), one folder with x and x_mask (or x_label), one folder per case with image (or a file for each channel) "
-    "and label, a .csv or .tsv with the columns image and label, or a datalist .json of MONAI; an image may be a "
-    "folder with a DICOM series"
+    "masks/), both also in train/, val/ and test/ or with these below, PASCAL VOC's folders, one folder with x and "
+    "x_mask (or x_label), one folder per case with image (or a file for each channel) and label, a .csv or .tsv with "
+    "the columns image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
 )
 
 
@@ -122,9 +129,18 @@ class Dataset:
         return self.cases
 
 
-FULL, MOST_EDGE_VALUES = 255, 16  # of a mask; one with more values was resized
+MOST_BESIDE, LOOKS, LOOKED_AT = (
+    4,
+    3,
+    256,
+)  # folders, pictures and their pixels an axis, to tell label maps from images
+MOST_EDGE_VALUES = 16  # of a mask of 0 and 255; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
-COLUMNS = ("image", "label", "id", "fold", "split")  # of a list
+COLUMNS = {  # of a list, and what else they may be called
+    "image": ("image", "imagepath", "imagefile", "filename", "filepath", "file", "path"),
+    "label": ("label", "mask", "labelpath", "maskpath", "labelfile", "maskfile"),
+    **{name: (name,) for name in ("id", "fold", "split")},
+}
 CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients
 LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
 LISTS = (*TABLES, ".json")  # suffixes of a data set that is a file
@@ -147,7 +163,8 @@ def read_dataset(
 
     Args:
         id_pattern: regular expression with one group that takes the patient from a case's id.
-        regions: classes by name as lists of label values, in place of those that the data declares.
+        regions: classes by name as lists of label values, in place of those that the data declares; see
+            `kanseg.data.labels.given_regions`.
 
     Raises:
         UserError: nothing recognised, images without labels, values outside the declared set, no cases.
@@ -159,7 +176,11 @@ def with_values(dataset: Dataset, regions: Mapping[str, Sequence[int]] | None = 
     """A data set that was listed, after a look into every label; see `read_dataset`."""
     declared = set(known_values(dataset))
     if regions:
-        dataset = replace(dataset, **regions_of({"background": 0, **regions}, None, "regions"))
+        dataset = replace(dataset, **given_regions(regions))
+        if not dataset.regions:  # nothing but what to ignore was given
+            pairs = zip(dataset.label_names, dataset.label_values, strict=True)
+            kept = {value: name for name, value in pairs if value != dataset.ignore_value}
+            dataset = replace(dataset, label_names=tuple(kept.values()), label_values=tuple(kept))
     _require_files(dataset)
     dataset = _with_label_values(dataset)
     named = {value for values in (regions or {}).values() for value in values}
@@ -315,10 +336,12 @@ def _joined(files: Sequence[Path], channels: int) -> list[Case]:
     """
     numbered: dict[str, dict[int, Path]] = {}
     for file in files:
-        if match := CHANNEL.match(stem_of(file)):
-            numbered.setdefault(match[1], {})[int(stem_of(file)[-4:])] = file
+        if own := channel_of(file):
+            numbered.setdefault(own[0], {})[own[1]] = file
     if not any(sorted(found) == list(range(channels)) for found in numbered.values()):
-        return _cases(files, join=False)
+        return _cases(
+            files, join=all(set(found) == {0} for found in numbered.values())
+        )  # colours in one file
     cases = {
         name: Case(name, tuple(found[n] for n in sorted(found)), None, name)
         for name, found in numbered.items()
@@ -401,28 +424,33 @@ def _folders_in(folder: Path) -> list[Path]:
 def _by_channel(files: Sequence[Path]) -> dict[str, list[Path]]:
     """Files named as nnU-Net does, name -> files of its channels; empty unless every file is, from _0000 on."""
     channels: dict[str, list[Path]] = {}
-    for file in files:
-        match = CHANNEL.match(stem_of(file))
-        if match is None:
+    found = list(map(channel_of, files))
+    for file, own in zip(files, found, strict=True):
+        if own is None:
             return {}
-        channels.setdefault(match[1], []).append(file)
-    first = any(stem_of(file).endswith("_0000") for file in files)
-    return channels if first else {}
+        channels.setdefault(own[0], []).append(file)
+    return channels if any(own and own[1] == 0 for own in found) else {}
+
+
+def channel_of(file: Path) -> tuple[str, int] | None:
+    """Name of the image and number of the channel of a file called as nnU-Net calls it, NAME_0001; None of others."""
+    match = CHANNEL.match(stem_of(file))
+    return (match[1], int(match[2])) if match else None
 
 
 def numbers_beside(image: Path) -> list[int]:
     """Numbers of the channels that lie in the folder of an image under its name, none if it has no number itself."""
-    if not (own := CHANNEL.match(stem_of(image))) or not image.parent.is_dir():
+    if not (own := channel_of(image)) or not image.parent.is_dir():
         return []
-    found = (CHANNEL.match(stem_of(file)) for file in image_files(image.parent))
-    return sorted(int(match[2]) for match in found if match and match[1] == own[1])
+    found = map(channel_of, image_files(image.parent))
+    return sorted(other[1] for other in found if other and other[0] == own[0])
 
 
 def _cases(files: Sequence[Path], *, join: bool = True, problem: Problem = _refuse) -> list[Case]:
     """A case for each file, or for each group of nnU-Net channels."""
     channels = _by_channel(files) if join else {}
     for name, paths in channels.items():
-        numbers = [int(stem_of(p)[-4:]) for p in paths]
+        numbers = [own[1] for own in map(channel_of, paths) if own]
         if numbers != list(range(len(paths))):
             problem(
                 "missing channel",
@@ -437,7 +465,7 @@ def _cases(files: Sequence[Path], *, join: bool = True, problem: Problem = _refu
 
 def _numbered(files: Sequence[Path], problem: Problem) -> list[Path]:
     """The files whose names have a channel, where that is most of them; what is wrong with the others is said."""
-    numbered = [file for file in files if CHANNEL.match(stem_of(file))]
+    numbered = [file for file in files if channel_of(file)]
     if 2 * len(numbered) <= len(files):
         return list(files)
     for file in files:
@@ -516,8 +544,8 @@ def _require_channels(cases: Sequence[Case], names: tuple[str, ...] | None, prob
     named = names is not None and len(names) in counts
     expected: Sequence[str] = names if names is not None and named else ("",) * most
     for case in cases:
-        found = [CHANNEL.match(stem_of(image)) for image in case.images]
-        numbers = [int(match[2]) if match else number for number, match in enumerate(found)]
+        found = map(channel_of, case.images)
+        numbers = [own[1] if own else place for place, own in enumerate(found)]
         missing = [number for number in range(len(expected)) if number not in numbers]
         surplus = [number for number in numbers if number >= len(expected)]
         if missing and len(expected) > 1:  # else the number may be that of a frame
@@ -620,8 +648,8 @@ def _listed(root: Path, entry: Any, groups: dict[str, str]) -> Case:
             f"{root}: entry {entry} needs a path (or a list of paths) as 'image', and one as 'label'."
         )
     paths = tuple(_inside(root, image) for image in images)
-    stem = CHANNEL.sub(r"\1", stem_of(paths[0])) if len(paths) > 1 else stem_of(paths[0])
-    name = str(entry["id"]) if told(entry.get("id")) else stem
+    numbered = channel_of(paths[0]) if len(paths) > 1 else None
+    name = str(entry["id"]) if told(entry.get("id")) else numbered[0] if numbered else stem_of(paths[0])
     group = group_in(entry, group_columns(entry)) or groups.get(name, name)
     return Case(name, paths, _inside(root, label) if label else None, str(group))
 
@@ -684,25 +712,115 @@ def _label_names(case: str, files: Iterable[str]) -> list[str]:
 
 def _read_folders(root: Path, problem: Problem) -> Dataset:
     """images/ (or imagesTr/) beside labels/ or masks/, or all in one folder; cases.csv may give a group or patient."""
-    images, labels = (_called(root, names) for names in (IMAGE_FOLDERS, LABEL_FOLDERS))
+    if parts := _parts(root):
+        return _read_parts(root, parts, problem)
+    images, labels = _both_called(root)
     if images is None or labels is None:
         return _read_one_folder(root, problem)
-    files, masks = image_files(images), [*image_files(labels), *_dcm_in(labels)]
+    if images.name == VOC_IMAGES and labels.name == VOC_LABELS:
+        return _read_voc(root, images, labels, problem)
+    cases, unused = _in_two_folders(image_files(images), images, labels, problem)
+    layout = f"folders {images.name}/ and {labels.name}/"
+    tests, others = _with_test_labels(root, _test_cases(root), {})
+    return _dataset(root.name, root, layout, cases, tests, None, [*unused, *others])
+
+
+def _in_two_folders(
+    files: Sequence[Path], images: Path, labels: Path, problem: Problem
+) -> tuple[list[Case], list[str]]:
+    """Cases of the files, and of the series in `images`, with their labels, and a note on labels of none."""
+    masks = [*image_files(labels), *_dcm_in(labels)]
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
     cases = _named(_cases(files, join=not own, problem=problem))
     cases += _series_cases(images, problem)
     _require_channels(cases, None, problem)
-    cases, unused = _paired(cases, masks, {}, problem)
-    layout = f"folders {images.name}/ and {labels.name}/"
-    tests, others = _with_test_labels(root, _test_cases(root), {})
-    return _dataset(root.name, root, layout, cases, tests, None, [*unused, *others])
+    return _paired(cases, masks, {}, problem)
+
+
+def _read_voc(root: Path, images: Path, labels: Path, problem: Problem) -> Dataset:
+    """PASCAL VOC's folders: only some images have a label, and lists say which of them are to validate on."""
+    masks = {stem_of(path) for path in image_files(labels)}
+    files = image_files(images)
+    labelled = [file for file in files if stem_of(file) in masks]
+    cases, notes = _in_two_folders(labelled, images, labels, problem)
+    if others := len(files) - len(labelled):
+        notes.append(f"{others} images have no label in {labels.name}/ and are not used")
+    val = root / VOC_LISTS / "val.txt"
+    validation = set(val.read_text(encoding="utf-8").split()) if val.is_file() else set()
+    ids = [case.id for case in cases]
+    folds, said = _own_fold(ids, validation, f"{VOC_LISTS}/val.txt")
+    dataset = _dataset(
+        root.name, root, f"PASCAL VOC ({VOC_IMAGES}, {VOC_LABELS})", cases, [], None, [*notes, *said]
+    )
+    return replace(dataset, splits=folds)
+
+
+def _parts(root: Path) -> dict[str, tuple[Path, Path | None]]:
+    """Folders of images and labels by part: those in train/, val/ and test/, or those that have such folders."""
+    found: dict[str, tuple[Path, Path | None]] = {}
+    images, labels = _both_called(root)
+    for folder in _folders_in(images or root) if not (images and image_files(images)) else ():
+        part = PARTS.get(folder.name.lower().rstrip("0123456789"))  # train2017
+        own = (folder, labels / folder.name if labels else None)
+        if images is None:
+            inside, own_labels = _both_called(folder)
+            own = (inside or folder, own_labels)
+        if part is None or not image_files(own[0]):
+            continue
+        if part in found:
+            raise UserError(
+                f"{found[part][0]} and {own[0]} are both for {part}. Leave one, or put all into one."
+            )
+        found[part] = (own[0], own[1] if own[1] and own[1].is_dir() else None)
+    return found if found.get(TRAIN, (root, None))[1] else {}
+
+
+def _read_parts(root: Path, parts: Mapping[str, tuple[Path, Path | None]], problem: Problem) -> Dataset:
+    """The images of each part; where several parts have images of one name, all begin with that of their part."""
+    found: dict[str, list[Case]] = {TRAIN: [], VAL: [], TEST: []}
+    notes: list[str] = []
+    for part, (images, labels) in parts.items():
+        if labels:
+            found[part], unused = _in_two_folders(image_files(images), images, labels, problem)
+            notes += unused
+        elif part == TEST:
+            found[part] = _cases(image_files(images))
+        else:
+            raise UserError(
+                f"{images} has no labels beside it, as those to train on have. Add them, or take it away."
+            )
+    if repeated(case.id for cases in found.values() for case in cases):
+        for part, cases in found.items():
+            names = [f"{part}_{case.id}" for case in cases]
+            found[part] = [replace(c, id=name, group=name) for c, name in zip(cases, names, strict=True)]
+    layout = f"images and labels in {', '.join(parts)}"
+    cases = [*found[TRAIN], *found[VAL]]
+    folds, said = _own_fold([case.id for case in cases], {case.id for case in found[VAL]}, VAL)
+    dataset = _dataset(root.name, root, layout, cases, found[TEST], None, [*notes, *said])
+    return replace(dataset, splits=folds)
+
+
+def _own_fold(
+    ids: Sequence[str], validation: Collection[str], where: str
+) -> tuple[tuple[Mapping[str, Sequence[str]], ...], list[str]]:
+    """The fold of data that say what to validate on, and a note on it; none where that is nothing or all."""
+    fold = {TRAIN: [i for i in ids if i not in validation], VAL: [i for i in ids if i in validation]}
+    if not all(fold.values()):
+        return (), []
+    return (fold,), [f"one fold, which validates on the {len(fold[VAL])} images of {where}"]
+
+
+def _both_called(root: Path) -> tuple[Path | None, Path | None]:
+    """The folders of images and of labels, by their names."""
+    return _called(root, IMAGE_FOLDERS), _called(root, (*LABEL_FOLDERS, "annotations"))
 
 
 def _called(root: Path, names: Sequence[str]) -> Path | None:
-    """The folder that has one of these names; of several the one that holds images."""
-    there = [root / name for name in names if (root / name).is_dir()]
+    """The folder that has one of these names, in any capitals; of several the one that holds images."""
+    folders = _folders_in(root)
+    there = [folder for name in names for folder in folders if folder.name.lower() == name.lower()]
     if len(there) < 2:
         return there[0] if there else None
     holding = [folder for folder in there if image_files(folder) or _series_of(folder) or _dcm_in(folder)]
@@ -758,6 +876,9 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         hint = f" If its folders are classes, put them into {root / 'train'}." if len(several) > 1 else ""
         if with_masks(several):
             hint = " Its folders hold images beside their masks: put all into one folder."
+        if pair := beside_masks(several):
+            looks = f"{pair[0].name}/ looks like images and {pair[1].name}/ like their label maps"
+            hint = f" {looks}: call them images/ and labels/, with files of the same names."
         raise UserError(f"{root} has no layout that kanseg knows.{hint} Expected: {LAYOUTS}.")
     return _dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])
 
@@ -801,6 +922,36 @@ def _read_named_folders(root: Path, problem: Problem) -> Dataset | None:
     layout = f"one folder per case with label and a file for each channel ({few(names)})"
     named = names if len(names) == _channels(cases) and names != UNNAMED else None
     return _dataset(root.name, root, layout, cases, [], named, [])
+
+
+def beside_masks(folders: Sequence[Path]) -> tuple[Path, Path] | None:
+    """A folder of pictures and one of their label maps, by a look at some; None where no two are such.
+
+    They have as many files, or files of the same names, and one has few values where the other has many.
+    """
+    stems = {folder: set(map(stem_of, image_files(folder))) for folder in folders}
+    few_values = cache(_few_values)
+    for images, labels in permutations(stems if len(stems) <= MOST_BESIDE else (), 2):
+        shared = 2 * len(stems[images] & stems[labels]) > len(stems[labels])
+        alike = shared or len(stems[images]) == len(stems[labels])
+        if alike and few_values(labels) and not few_values(images):
+            return images, labels
+    return None
+
+
+def _few_values(folder: Path) -> bool:
+    """Whether the first pictures of a folder have few values or colours each, and some more than one."""
+    counts = []
+    for path in image_files(folder)[:LOOKS]:
+        try:
+            codes = colour_codes(load_image([path]).array)
+        except UserError:
+            return False
+        if codes.ndim != 2:
+            return False
+        rows, columns = (max(1, size // LOOKED_AT) for size in codes.shape)
+        counts.append(len(np.unique(codes[::rows, ::columns])))
+    return 1 < max(counts, default=0) <= MOST_EDGE_VALUES
 
 
 def with_masks(folders: Iterable[Path]) -> bool:
@@ -884,13 +1035,15 @@ def noted(dataset: Data, *notes: str) -> Data:
 
 def _read_csv(path: Path) -> Dataset:
     rows = read_rows(path)
-    columns = {plain[0]: name for name in COLUMNS if (plain := columns_named(rows[0] if rows else (), name))}
+    found = [(name, columns_named(rows[0] if rows else (), *names)) for name, names in COLUMNS.items()]
+    columns = {named[0]: name for name, named in found if named}
     if not {"image", "label"} <= set(columns.values()):
-        found = ", ".join(rows[0]) if rows else "no row"
+        there = ", ".join(rows[0]) if rows else "no row"
         raise UserError(
-            f"{path} needs the columns image and label (also image_2, ..., group, id, fold, split), found: {found}."
+            f"{path} needs the columns image and label (also image_2, ..., group, id, fold, split), found: {there}."
         )
     further = [c for c in rows[0] if c.lower().startswith("image_") and not columns_named([c], "imageid")]
+    further = [column for column in further if column not in columns]
     numbers = {column: int(column[6:]) for column in further if column[6:].isdecimal()}
     unread = [c for c in further if c not in numbers and not are_paths((r[c] for r in rows), path.parent)]
     notes = [f"the columns {', '.join(unread)} name no images and are not read"] if unread else []
@@ -1049,9 +1202,11 @@ def _require_files(dataset: Dataset) -> None:
                 )
 
 
-def _values_in(path: Path, spatial_dims: int) -> set[int]:
-    """Numbers in a label file; refuse what only looks like one."""
-    label = read_label(path, spatial_dims)
+def _values_in(path: Path, spatial_dims: int, palette: dict[int, int]) -> set[int]:
+    """Numbers in a label file; refuse what only looks like one; `palette` is that of the others."""
+    image = read_image(path, spatial_dims)
+    label = label_from(image)
+    require_classes(image, palette)
     values = np.unique(label)
     if len(values) > MOST_VALUES or values.min(initial=0) < 0:
         raise UserError(
@@ -1078,7 +1233,11 @@ def has_soft_edges(label: np.ndarray, values: np.ndarray) -> bool:
 
 
 def mixed_masks(cases: Sequence[Case]) -> tuple[str, str]:
-    """Whether some labels are masks of 0 and 255 and others hold other values: `TWO_WAYS`, `BESIDE` or "", in words."""
+    """Whether labels hold 255 beside other values, or are masks of 0 and 255 in part: `BESIDE`, `TWO_WAYS` or ""."""
+    beside = [case for case in cases if {FULL} < set(case.values) - {0}]
+    if beside and 2 * max({v for case in cases for v in case.values} - {FULL}) + 1 < FULL:  # no level of grey
+        who = f"{len(beside)} labels have 255 beside other classes"
+        return BESIDE, f"{who}: if it marks what does not count, give --regions {IGNORE}={FULL}"
     full = [case.id for case in cases if set(case.values) - {0} == {FULL}]
     others = sorted({value for case in cases if case.id not in full for value in case.values} - {0})
     if not full or not others or FULL in others:
@@ -1095,9 +1254,10 @@ def _with_label_values(dataset: Dataset) -> Dataset:
     """Look into the label files: which values stand there, and do they fit what is declared."""
     declared = set(known_values(dataset)) if dataset.label_values else set()
     accepted = declared | ({dataset.ignore_value} - {None})
-    cases = []
+    cases: list[Case] = []
+    palette: dict[int, int] = {}
     for case in progress(dataset.cases, "Reading labels"):
-        values = _values_in(label_path(case), dataset.spatial_dims)
+        values = _values_in(label_path(case), dataset.spatial_dims, palette)
         if declared and not values <= accepted:
             where = "the regions do not name" if dataset.regions else "dataset.json does not declare"
             raise UserError(
@@ -1111,7 +1271,8 @@ def _with_label_values(dataset: Dataset) -> Dataset:
             raise UserError(
                 f"In {dataset.root}, {said}. Write all in one, or let kanseg doctor DATA --fix OUT do it."
             )
-        values_in_order = tuple(sorted({0}.union(*(case.values for case in cases))))
+        dataset = noted(dataset, *([said] if kind == BESIDE and dataset.ignore_value != FULL else []))
+        values_in_order = tuple(sorted({0}.union(*(case.values for case in cases)) - {dataset.ignore_value}))
         names = ("background", *(f"label {value}" for value in values_in_order[1:]))
         dataset = replace(dataset, label_names=names, label_values=values_in_order)
     if len(dataset.label_values) < 2:

@@ -22,10 +22,12 @@ from kanseg.data.class_arrays import Found, find_arrays
 from kanseg.data.digests import file_digest
 from kanseg.data.formats import (
     COLOURS,
+    IMAGE_FOLDERS,
     LABEL_FOLDERS,
     Case,
     Dataset,
     are_paths,
+    beside_masks,
     by_pattern,
     few,
     image_files,
@@ -51,7 +53,9 @@ from kanseg.data.tables import (
 )
 from kanseg.errors import UsageError, UserError
 
-SEGMENTATION = {*LABEL_FOLDERS, "images", "imagesTr"}  # names of folders that hold no class
+SEGMENTATION = {
+    name.lower() for name in (*LABEL_FOLDERS, *IMAGE_FOLDERS)
+}  # names of folders that hold no class
 CLASSES = "classes"
 # Headings of tables, whatever their capitals, blanks and signs.
 IMAGE_COLUMNS = "image imageid imageindex imagename imagepath filename filepath file path".split()
@@ -107,7 +111,7 @@ class ImageClasses(Dataset):
 
 
 def is_classes(path: Path | str) -> bool:
-    """Whether images with classes are recognised there; nothing but names is looked at."""
+    """Whether images with classes are recognised there, by names and a look at some pictures of a few folders."""
     return _recognised(Path(path)) is not None
 
 
@@ -155,7 +159,7 @@ def _class_folders(path: Path) -> list[Path]:
     if not path.is_dir() or (path / "dataset.json").exists():
         return []
     folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
-    if any(folder.name in SEGMENTATION for folder in folders):
+    if any(folder.name.lower() in SEGMENTATION for folder in folders):
         return []
     return [folder for folder in folders if image_files(folder)]
 
@@ -166,7 +170,7 @@ def _part_folders(path: Path) -> dict[str, Path]:
     for folder in sorted(p for p in path.glob("*/") if p.name.lower() in PARTS):
         called.setdefault(PARTS[folder.name.lower()], []).append(folder)
     classes = [below for folder in called.get(TRAIN, ()) for below in _class_folders(folder)]
-    if len(classes) < 2 or with_masks(classes):
+    if len(classes) < 2 or with_masks(classes) or beside_masks(classes):
         return {}
     return {part: only(list(filter(_class_folders, all_))) or all_[0] for part, all_ in called.items()}
 
@@ -175,7 +179,8 @@ def _picture_folders(path: Path) -> dict[str, Path]:
     """Class folders without train/ above: of pictures alone, as folders of volumes are rather those of patients."""
     folders = _class_folders(path)
     pictures = [suffix_of(image_files(folder)[0]) in SUFFIXES_2D for folder in folders]
-    return {"train": path} if len(folders) > 1 and all(pictures) and not with_masks(folders) else {}
+    masks = with_masks(folders) or beside_masks(folders)
+    return {"train": path} if len(folders) > 1 and all(pictures) and not masks else {}
 
 
 def _read_folders(path: Path, parts: Mapping[str, Path]) -> ImageClasses:
@@ -238,18 +243,21 @@ def _words(path: Path) -> dict[str, str]:
     return {key: f"{words.partition(',')[0]} ({key})" for key, _, words in rows}
 
 
-def _table(path: Path) -> Path | None:
-    """A table of images and classes: the file itself, or the one beside them (HAM10000's metadata)."""
+def _tables(path: Path) -> list[Path]:
+    """Tables of images and classes: the file itself, or those beside them (cases.csv, HAM10000's metadata)."""
     if any((path / name).is_dir() for name in LABEL_FOLDERS):
-        return None
-    files = [path] if path.is_file() else [path / "cases.csv", *sorted(path.glob("HAM10000_metadata*"))]
-    for file in files:
-        if file.is_file() and (file.suffix.lower() in TABLES or file.name.startswith("HAM10000_metadata")):
+        return []
+    known = path.parent if path.is_file() else path
+    found, beside = [], [known / "cases.csv", *sorted(known.glob("HAM10000_metadata*"))]
+    for file in [path] if path.is_file() else beside:
+        ending = file.suffix.lower()
+        if file.is_file() and (ending in TABLES or (file in beside and ending in ("", ".tab", ".txt"))):
             rows = read_rows(file)
             if rows and columns_named(rows[0], *IMAGE_COLUMNS) and _class_column(rows, file.parent):
-                patients = file == path / "cases.csv" and with_masks([path, *path.rglob("*")])
-                return None if patients else file
-    return None
+                if file == path / "cases.csv" and with_masks([path, *path.rglob("*")]):  # one of patients
+                    return []
+                found.append(file)
+    return found
 
 
 def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
@@ -263,7 +271,13 @@ def _class_column(rows: Sequence[Mapping[str, str]], root: Path) -> str | None:
     return found[0] if found else None
 
 
-def _read_table(path: Path, table: Path) -> ImageClasses:
+def _read_table(path: Path, tables: Sequence[Path]) -> ImageClasses:
+    table = tables[0]
+    if len(set(map(file_digest, tables))) > 1:
+        raise UserError(
+            f"{path} has several tables of images and classes, {few([file.name for file in tables])}. Give the one "
+            f"that counts in place of the folder, e.g. {table}, or take the others away."
+        )
     rows = read_rows(table)
     key, kind = columns_named(rows[0], *IMAGE_COLUMNS)[0], _class_column(rows, table.parent) or ""
     id_, split, fold = ((columns_named(rows[0], name) or [""])[0] for name in ("id", "split", "fold"))
@@ -402,7 +416,7 @@ def make(
 READERS: Sequence[tuple[Callable[[Path], Any], Callable[[Path, Any], ImageClasses]]] = (
     (find_arrays, _read_arrays),
     (_tiny_imagenet, _read_tiny_imagenet),
-    (_table, _read_table),
+    (_tables, _read_table),
     (_part_folders, _read_folders),
     (_picture_folders, _read_folders),
 )

@@ -28,19 +28,23 @@ MILLIMETRES = {"meter": 1e3, "micron": 1e-3}  # in units that NIfTI headers may 
 SUFFIXES_NIFTI = (".nii.gz", ".nii")
 SUFFIXES_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
-DICOM, RTSTRUCT = (
-    ".dcm",
-    ".rtstruct.dcm",
-)  # the second of what kanseg writes alone: others call it as they like
+DICOM = ".dcm"
+RTSTRUCT = ".rtstruct.dcm"  # as kanseg names its own; others call theirs as they like
 SUFFIXES_DICOM = (RTSTRUCT, DICOM)
 SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LOSSY = (".jpg", ".jpeg")
+COLOURED = ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of Pillow
+SHOWN_SERIES, UID_END = 6, 12  # that are named of several series, and of an identifier
+FULL = 255  # the brightest of 8 bits
+MOST_COLOURS = 256  # that tell classes apart in a label; more are a picture
+SHOWN_COLOURS = 8  # of those in words
 TWO_FILES = {".mhd": ".mha", ".nhdr": ".nrrd"}  # a header beside its data cannot be replaced in one step
 # DICOM objects that lie beside images and hold none: directory, presentation states, reports, documents, RT
 NO_IMAGES = (
     "1.2.840.10008.1.3.10",
     *("1.2.840.10008.5.1.4.1.1." + n for n in ("11.", "66", "88.", "104.", "481.")),
 )
+NUMBERS = "kanseg doctor DATA --fix OUT numbers the colours of a data set"
 CONVERSION = "kanseg convert DATA -o OUT makes a data set with label maps of one with DICOM-SEG or RTSTRUCT"
 STRUCTURES = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7", STRUCTURES)
@@ -49,6 +53,7 @@ SOP_CLASS = 0x00080016  # the tag SOPClassUID
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 TIFF_REMARK = 270  # the tag ImageDescription
+TURNED = 274  # the tag Orientation
 TIFF_BITS = 258  # the tag BitsPerSample
 TIFF_EXTRA, UNSPECIFIED = 338, 0  # the tag ExtraSamples, and its value for what is not opacity
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
@@ -58,12 +63,21 @@ AGAIN = "Export the series again, or convert it with a tool that repairs it."
 
 @dataclass
 class Image:
-    """An image and where it lies: `array` (C, *spatial) float32, `affine` 4x4 in mm RAS+."""
+    """An image and where it lies: `array` (C, *spatial) float32, `affine` 4x4 in mm RAS+.
+
+    `indices` (*spatial) are the numbers of a picture whose colours stand in a palette.
+    """
 
     array: np.ndarray
     affine: np.ndarray
     path: Path
     spatial_dims: int
+    indices: np.ndarray | None = None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The voxels (C, *spatial) as of a label map: of a palette its numbers, not its colours."""
+        return self.array if self.indices is None else self.indices[None]
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -113,6 +127,8 @@ def load_image(paths: Sequence[Path] | Path) -> Image:
     paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
     images = [_read_one(path) for path in paths]
     first = images[0]
+    if len(images) == 1:
+        return first
     for other in images[1:]:
         _require_same_grid(first, other)
     return Image(np.concatenate([i.array for i in images]), first.affine, first.path, first.spatial_dims)
@@ -121,7 +137,8 @@ def load_image(paths: Sequence[Path] | Path) -> Image:
 def read_label(path: Path, spatial_dims: int | None = None) -> np.ndarray:
     """A label map, (*spatial) int32, with the values that are in the file.
 
-    Whole numbers stored as floats are rounded (0.99999997 is 1). Colour masks are accepted where their colours agree.
+    Whole numbers stored as floats are rounded (0.99999997 is 1). Of a picture with a palette the numbers count. Colour
+    masks are accepted where their colours agree.
 
     Raises:
         UserError: as `read_image`, or values that are no whole numbers.
@@ -131,12 +148,9 @@ def read_label(path: Path, spatial_dims: int | None = None) -> np.ndarray:
 
 def label_from(image: Image) -> np.ndarray:
     """The label map in an image that was read."""
-    array = image.array
-    if array.shape[0] > 1 and not all(np.array_equal(array[0], channel) for channel in array[1:]):
-        raise UserError(
-            f"{image.path} has {array.shape[0]} channels that differ; a label map has one number a voxel. Save it "
-            "with one channel."
-        )
+    array = image.labels
+    if len(array) > 1 and (array != array[0]).any():
+        raise UserError(f"{image.path} has {several_channels(image)}")
     labels = np.empty(array.shape[1:], np.int32)
     for plane, whole in zip(array[0], labels, strict=True):  # without copies of a large volume
         rounded = np.rint(plane)
@@ -146,6 +160,44 @@ def label_from(image: Image) -> np.ndarray:
             )
         whole[...] = rounded
     return labels
+
+
+def several_channels(image: Image) -> str:
+    """What a picture in colour or a volume with channels has in place of labels, and what to do, in words."""
+    told = f"{len(image.array)} channels that differ"
+    if image.spatial_dims == 3 or len(image.array) != 3 or image.array.max() > FULL:
+        return f"{told}; a label map has one number a voxel. Save it with one channel."
+    colours = [colour_name(code) for code in np.unique(colour_codes(image.array)).tolist()]
+    if suffix_of(image.path) in LOSSY or len(colours) > MOST_COLOURS:
+        return f"{told}, {len(colours)} colours; a label map has one number a voxel. Is it an image?"
+    return (
+        f"the colours {', '.join(colours[:SHOWN_COLOURS])}{', ...' * (len(colours) > SHOWN_COLOURS)}; a label map has "
+        f"one number a voxel. {NUMBERS}."
+    )
+
+
+def colour_codes(array: np.ndarray) -> np.ndarray:
+    """A number (*S) for each colour of a picture (1 or 3, *S) of 8 bits: that which #804080 writes."""
+    red, green, blue = np.broadcast_to(array, (3, *array.shape[1:])).astype(np.int64)
+    return (red << 16) | (green << 8) | blue
+
+
+def colour_name(code: int) -> str:
+    """As the web writes it.
+
+    >>> colour_name(0x804080)
+    '#804080'
+    """
+    return f"#{code:06x}"
+
+
+def in_colour(path: Path) -> bool:
+    """Whether a picture is stored in colours or with a palette, by its header; False for what is no picture."""
+    try:
+        with Picture.open(path) as picture:
+            return picture.mode in COLOURED
+    except (OSError, SyntaxError, Picture.DecompressionBombError):  # whoever reads it says what is wrong
+        return False
 
 
 def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None = None) -> None:
@@ -400,6 +452,9 @@ def _read_picture(path: Path) -> Image:
             )
         if picture.mode[0] not in "IF" and (";16" in str(picture.tile) or max(_bits(picture)) > 8):
             return Image(_deep_colours(path), np.eye(4), path, 2)
+        indices = None
+        if picture.mode == "P" and (np.ptp(_palette(picture), axis=1) > 0).any():  # else it only saves bytes
+            indices = np.array(picture, dtype=np.float32)
         one_mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L"}.get(
             picture.mode
         )
@@ -407,7 +462,12 @@ def _read_picture(path: Path) -> Image:
             picture = picture.convert(one_mode)
         array = np.asarray(picture, dtype=np.float32)
     channels = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    return Image(np.ascontiguousarray(channels), np.eye(4), path, 2)
+    return Image(np.ascontiguousarray(channels), np.eye(4), path, 2, indices)
+
+
+def _palette(picture: Any) -> np.ndarray:
+    """Colours (N, 3) in their order."""
+    return np.array(picture.getpalette("RGB")).reshape(-1, 3)
 
 
 def _bits(picture: Any) -> tuple[int, ...]:
@@ -464,10 +524,29 @@ def dicom_files(folder: Path) -> list[str]:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     series = [reader.GetGDCMSeriesFileNames(str(folder), one) for one in reader.GetGDCMSeriesIDs(str(folder))]
     series = [names for names in series if not is_no_image(Path(names[0]))]
-    if len(series) != 1:
-        what = "no DICOM series" if not series else f"{len(series)} DICOM series"
-        raise UserError(f"{folder} has {what}; one is expected. Give each series a folder of its own.")
+    if not series:
+        raise UserError(f"{folder} has no DICOM series; one is expected.")
+    if len(series) > 1:
+        told = "; ".join(map(_series_in_words, series[:SHOWN_SERIES])) + "; ..." * (
+            len(series) > SHOWN_SERIES
+        )
+        raise UserError(
+            f"{folder} has {len(series)} DICOM series; one is expected. Move the files of each into a folder of its "
+            f"own: {told}."
+        )
     return list(series[0])
+
+
+def _series_in_words(names: Sequence[str]) -> str:
+    """What a person tells the series of some files by: description, modality, size, identifier."""
+    import pydicom
+
+    file = Path(names[0])
+    header = pydicom.dcmread(file, force=True, stop_before_pixels=True)
+    called = header.get("SeriesDescription") or header.get("ProtocolName") or "without a description"
+    count = f"{len(names)} files such as {file.name}" if len(names) > 1 else f"the file {file.name}"
+    uid = str(header.get("SeriesInstanceUID") or "")
+    return f"{called} ({header.get('Modality') or 'no modality'}, {count}, series ...{uid[-UID_END:]})"
 
 
 def is_no_image(path: Path) -> bool:
@@ -746,9 +825,19 @@ def _require_same_grid(one: Image, other: Image) -> None:
         if np.isinf(distance)
         else f"grids up to {distance:.3g} mm apart"
     )
+    turned = next((image.path for image in (one, other) if is_turned(image.path)), None)
+    way = f"{turned} is to be shown turned (EXIF): save it so." if turned else "Resample one to the other."
     raise UserError(
-        f"{one.path} and {other.path} lie on different grids: {what}; one grid is expected. Resample one to the other."
+        f"{one.path} and {other.path} lie on different grids: {what}; one grid is expected. {way}"
     )
+
+
+def is_turned(path: Path) -> bool:
+    """Whether a photograph says that it is to be shown turned or mirrored; its pixels are read as they are stored."""
+    if suffix_of(path) not in SUFFIXES_2D or not path.is_file():
+        return False
+    with Picture.open(path) as picture:
+        return picture.getexif().get(TURNED, 1) > 1
 
 
 def in_ras(image: Image, array: np.ndarray) -> tuple[np.ndarray, list[float]]:

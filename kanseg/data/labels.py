@@ -109,6 +109,20 @@ def regions_of(labels: Mapping[str, Any], order: Sequence[int] | None, source: P
     }
 
 
+def given_regions(regions: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Fields of a `Dataset` from regions that a user names; one called ignore is the value that does not count.
+
+    >>> given_regions({"ignore": [255]})
+    {'ignore_value': 255}
+    """
+    others, found = dict(regions), {}
+    if ignored := others.pop(IGNORE, ()):
+        if len(ignored) > 1:
+            raise UserError(f"regions: '{IGNORE}' is one value, not {list(ignored)}.")
+        found = {"ignore_value": ignored[0]}
+    return found | (regions_of({"background": 0, **others}, None, "regions") if others else {})
+
+
 def parse_regions(text: str) -> dict[str, list[int]]:
     """Regions from the command line.
 

@@ -91,6 +91,7 @@ class Plan(StoredPlan):
     """
 
     task: ClassVar[str] = "segmentation"
+    metric: ClassVar[str] = "dice"  # of its validations
 
     dataset_name: str
     data: str

@@ -36,8 +36,8 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from kanseg.data.formats import CHANNEL, Case, few, label_path, numbers_beside
-from kanseg.data.images import Image, check_pair, label_from, read_image, stem_of
+from kanseg.data.formats import Case, channel_of, few, label_path, numbers_beside
+from kanseg.data.images import Image, check_pair, label_from, read_image
 from kanseg.data.labels import class_numbers, known_values
 from kanseg.data.plan import Plan
 from kanseg.data.resample import ResampleAlongAxes
@@ -114,7 +114,7 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
         UserError: files that cannot be read or do not fit the plan or each other.
     """
     source = read_image(case.images, plan.image_dims)
-    named = {int(match[2]) for match in map(CHANNEL.match, map(stem_of, case.images)) if match}
+    named = {own[1] for own in map(channel_of, case.images) if own}
     gap = len(case.images) > 1 and bool(named) and named != set(range(len(case.images)))
     if gap or len(source.array) != len(plan.channel_names):
         missing = [f"{name} (_{i:04d})" for i, name in enumerate(plan.channel_names) if i not in named]

@@ -25,6 +25,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from scipy import ndimage
 
 from kanseg.data.beside import is_beside
+from kanseg.data.colours import require_classes
 from kanseg.data.formats import (
     few,
     find_images,
@@ -33,7 +34,17 @@ from kanseg.data.formats import (
     repeated,
     segmentations_in,
 )
-from kanseg.data.images import Image, check_pair, is_structures, label_from, read_image, read_label, stem_of
+from kanseg.data.images import (
+    SUFFIXES_2D,
+    Image,
+    check_pair,
+    is_structures,
+    label_from,
+    read_image,
+    read_label,
+    stem_of,
+    suffix_of,
+)
 from kanseg.data.labels import Labels, class_values, unions
 from kanseg.data.plan import Plan
 from kanseg.data.segmentations import read_segments, require_highdicom
@@ -103,9 +114,9 @@ def evaluate_case(
 
     Args:
         prediction, reference: label maps (*S), 2D or 3D.
-        spacing: mm, one number an axis.
+        spacing: mm, one number an axis; ones for pictures, whose lengths are in pixels.
         labels: the values to score; a tuple of values is one region.
-        tolerance: of the normalised surface distance (NSD), in mm.
+        tolerance: of the normalised surface distance (NSD), in mm; of pictures in pixels.
 
     Returns:
         For each label dice, iou, nsd (0 to 1), hd95 (mm), volume_ml and reference_volume_ml (2D: thickness 1 mm).
@@ -273,9 +284,11 @@ def evaluate_folders(
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
     wanted = {**names, **(unions or {})}
     scored, elsewhere = [], []
+    palette: dict[int, int] = {}
     for case, path in progress(references.items(), "Scoring"):
         target = read_image(path)
         truth = label_from(target)
+        require_classes(target, palette)
         guess = np.zeros_like(truth)
         if case not in failures:
             try:
@@ -298,14 +311,15 @@ def evaluate_folders(
     rows, together = part_rows(scored, names)
     surplus = sorted(set(predictions) - set(references))
     absent = absent_labels(rows) if labels else []  # else a prediction has it, and that counts
+    unit = "pixels" if suffix_of(target.path) in SUFFIXES_2D else "mm"
     summary = {
         "cases": len(references),
         "failed": failures,
         "predictions_without_reference": surplus,
         "labels": dict(names),
         "absent": absent,
-        "unit": "pixels" if target.spatial_dims == 2 else "mm",
-        "nsd_tolerance_mm": tolerance,
+        "unit": unit,
+        f"nsd_tolerance_{unit}": tolerance,
         "interval": f"95 % bootstrap interval of the mean over cases, {RESAMPLES} resamples, seed {seed}",
         "metrics": summarize_rows(rows, seed, aside=absent),
         "unions": summarize_unions(together, seed),
@@ -385,15 +399,19 @@ def _stem(name: str) -> str:
 
 
 def _found_labels(sides: Mapping[Path | str, Sequence[Path]]) -> dict[str, Label]:
-    """Every value but 0 in the files of both sides; a file that cannot be read is reported when it is scored.
+    """Every value but 0 in the files of both sides, the references first; an unreadable prediction is told later.
 
     Raises:
-        UserError: one side has many values and few of them are the other's, so it holds images.
+        UserError: a reference cannot be read, or one side has many values and few of them are the other's, so it
+            holds images.
     """
-    found: dict[Path | str, set[int]] = {side: set() for side in sides}
+    first, found = next(iter(sides)), {side: set[int]() for side in sides}
     for side, path in progress([(side, path) for side, paths in sides.items() for path in paths], "Reading"):
-        with contextlib.suppress(UserError):
+        try:
             found[side] |= set(np.unique(read_label(path)).tolist())
+        except UserError:
+            if side == first:
+                raise
     shared, every = set.intersection(*found.values()), set.union(*found.values()) - {0}
     for side, values in found.items():
         many = all(found.values()) and len(values - shared) > max(MOST_ALONE, len(shared))

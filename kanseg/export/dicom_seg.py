@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ WORDS = {
     **dict.fromkeys(("edema", "oedema"), (ABNORMAL, "Edema")),
 }
 ANATOMY = "AnatomicalStructure"
+SIDES = {"left": "Left", "l": "Left", "right": "Right", "r": "Right"}  # words of a name -> modifier (CID 244)
 ROUNDING, DECIMALS = (
     1e-4,
     6,
@@ -189,35 +191,42 @@ def _segments(highdicom: Any, names: Sequence[str], model: str, about: Sequence[
     )
     found = []
     for number, (name, colour) in enumerate(zip(names, class_colours(len(names)), strict=True), start=1):
-        category, kind = code_of(name)
-        found.append(
-            highdicom.seg.SegmentDescription(
-                segment_number=number,
-                segment_label=name[:64],
-                segmented_property_category=getattr(codes.SCT, category),
-                segmented_property_type=getattr(codes.SCT, kind),
-                algorithm_type="AUTOMATIC",
-                algorithm_identification=algorithm,
-                tracking_id=name[:64],
-                tracking_uid=generate_uid(entropy_srcs=[*about, str(number)]),
-                display_color=highdicom.color.CIELabColor.from_rgb(*(255 * part for part in colour[:3])),
-            )
+        category, kind, side = code_of(name)
+        made = highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name[:64],
+            segmented_property_category=getattr(codes.SCT, category),
+            segmented_property_type=getattr(codes.SCT, kind),
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+            tracking_id=name[:64],
+            tracking_uid=generate_uid(entropy_srcs=[*about, str(number)]),
+            display_color=highdicom.color.CIELabColor.from_rgb(*(255 * part for part in colour[:3])),
         )
+        if side:  # for which highdicom has no argument
+            modifier = highdicom.sr.CodedConcept.from_code(getattr(codes.SCT, side))
+            made.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
+        found.append(made)
     return found
 
 
-def code_of(name: str) -> tuple[str, str]:
-    """Category and type of a label's name in pydicom's code dictionary (CID 7192); others are anatomical structures.
+def code_of(name: str) -> tuple[str, str, str]:
+    """Category, type and side of a name in pydicom's code dictionary (CID 7192); others are anatomical structures.
 
-    >>> code_of("Left Kidney"), code_of("whole tumour"), code_of("label 3")
-    (('AnatomicalStructure', 'Kidney'), ('MorphologicallyAbnormalStructure', 'Neoplasm'), \
-('AnatomicalStructure', 'AnatomicalStructure'))
+    >>> code_of("kidney_left"), code_of("Left Ventricle"), code_of("label 3")
+    (('AnatomicalStructure', 'Kidney', 'Left'), ('AnatomicalStructure', 'LeftVentricle', ''), \
+('AnatomicalStructure', 'AnatomicalStructure', ''))
     """
     from pydicom.sr.codedict import codes
 
-    words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
+    words = re.findall(r"[^\W_]+", name.lower())
+    sides = {SIDES[word] for word in words if word in SIDES}
+    side = sides.pop() if len(sides) == 1 else ""
     for word in words:
         if word in WORDS:
-            return WORDS[word]
-    kind = "".join(word.capitalize() for word in words if word not in ("left", "right"))
-    return ANATOMY, kind if kind in codes.cid7192.dir() else ANATOMY
+            return (*WORDS[word], side)
+    others = " ".join(word for word in words if word not in SIDES)
+    kind, known = "".join(map(str.capitalize, re.findall(r"[^\W\d]+", others))), codes.cid7192.dir()
+    if side + kind in known:
+        return ANATOMY, side + kind, ""
+    return ANATOMY, kind if kind in known else ANATOMY, side

@@ -24,7 +24,7 @@ from kanseg.data.beside import (
     uncertainty_path,
 )
 from kanseg.data.digests import made_from
-from kanseg.data.fingerprint import unlike_training
+from kanseg.data.fingerprint import exchanged_channels, unlike_training
 from kanseg.data.formats import Case
 from kanseg.data.images import (
     LOSSY,
@@ -271,7 +271,9 @@ def predict_folder(
 
 def _remark_on(console: Console, case: str, plan: Plan, memory: int | None, image: Image) -> None:
     """Say before the work begins what looks unlike the images of the training, or is too large for the memory."""
-    if said := unlike_training(image.array.shape[1:], image.affine, plan.fingerprint):
+    size = unlike_training(image.array.shape[1:], image.affine, plan.fingerprint)
+    exchanged = exchanged_channels(image.array, plan.fingerprint, plan.channel_names)
+    for said in filter(None, (size, exchanged)):
         console.print(f"{case}: note: {said}", highlight=False, soft_wrap=True)
     needed = (taken() or 0) + VOXEL * image.array[0].size
     if plan.image_dims == 3 and memory is not None and needed > memory:

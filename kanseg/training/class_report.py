@@ -58,7 +58,7 @@ class ClassReport(Told):
     @cached_property
     def metric(self) -> str:  # type: ignore[override]
         """Of the validations."""
-        return "auc" if self.plan.multilabel else "accuracy"
+        return self.plan.metric
 
     @property
     def curve(self) -> str:  # type: ignore[override]

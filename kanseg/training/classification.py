@@ -130,7 +130,7 @@ class Classification:
         self.prepared = ImageBatches(dataset.read, plan, config.data.workers)
         self.tested: Sequence[Case] = dataset.test_cases or validation
         self.folder: Path | None = None
-        self.metric = "auc" if plan.multilabel else "accuracy"
+        self.metric = plan.metric
         self.criterion = class_loss(config, plan.multilabel).to(device)
         count = len(plan.label_names)
         example = torch.zeros(1, count, device=device)

@@ -150,6 +150,18 @@ def fitting_model(
     return spec, model, started, fresh
 
 
+def check_network(config: Config, plan: AnyPlan) -> None:
+    """Raise `UsageError` for options that the network of a plan does not take, whatever its patch.
+
+    Weights to start from are not read; `fitting_model` does.
+    """
+    if config.training.weights is None:
+        with torch.random.fork_rng([]):
+            model = build_model(model_spec(config, plan))
+        check_penalty(model, config.training.penalty)
+        check_trained(model, config.training.freeze, shares_of(config.training.lr_scale))
+
+
 def _model(config: Config, plan: AnyPlan, folder: Path) -> tuple[dict[str, Any], nn.Module, str, list[str]]:
     weights = config.training.weights
     if weights is None and config.training.adapt.wanted:

@@ -9,7 +9,8 @@ it stood.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
-from kanseg.training.planning import tell_findings
+from kanseg.training.planning import measuring, tell_findings
 from kanseg.training.run_folder import (
     FINAL,
     PLAN,
@@ -48,7 +49,6 @@ from kanseg.training.run_folder import (
     run_splits,
 )
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
-from kanseg.training.trial import measure_step
 from kanseg.training.validate import inference_options, kept_prediction
 
 CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
@@ -287,7 +287,10 @@ def _plan(job: Pipeline, **how: Any) -> None:
     seen = fingerprint(job.dataset) if missing else {}
     for name in missing:
         dim = CONFIGURATIONS[name]
-        plan = plan_run(job.dataset, job.run / name, seen=seen, dim=dim, measure=measure_step, **how)
+        with _refused_for(name, job):
+            plan = plan_run(
+                job.dataset, job.run / name, seen=seen, dim=dim, measure=measuring(job.config), **how
+            )
         for reason in plan.reasons:
             job.say(f"- {reason}")
 
@@ -298,14 +301,19 @@ def _check_options(job: Pipeline) -> None:
         folder = job.run / name
         if (folder / RESULT).exists():
             continue
-        try:
+        with _refused_for(name, job):
             fitting_model(job.config, Plan.load(folder / PLAN), folder / "fold_0")
-        except UsageError as error:
-            others = [other for other in job.names if other != name]
-            way = (
-                f" Leave {name} out by --configurations {','.join(others)}, or correct it." if others else ""
-            )
-            raise UsageError(f"Configuration {name}: {str(error).rstrip('.')}.{way}") from error
+
+
+@contextmanager
+def _refused_for(name: str, job: Pipeline) -> Iterator[None]:
+    """Name the configuration that takes no such options, and the way to go without it."""
+    try:
+        yield
+    except UsageError as error:
+        others = [other for other in job.names if other != name]
+        way = f" Leave {name} out by --configurations {','.join(others)}, or correct it." if others else ""
+        raise UsageError(f"Configuration {name}: {str(error).rstrip('.')}.{way}") from error
 
 
 def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from kanseg.data.formats import Dataset, few, list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.labels import parse_regions
 from kanseg.data.mirror import parse_mirror
-from kanseg.data.plan import check_size, plan_run
+from kanseg.data.plan import Need, Plan, check_size, plan_run
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
 from kanseg.memory import size_in_bytes
@@ -39,6 +39,7 @@ def plan_data(
     id_pattern: str | None = None,
     trial: bool = True,
     same: Sequence[tuple[str, str]] | None = None,
+    config: Config | None = None,
 ) -> AnyPlan:
     """Read, plan, say what was decided and why, and write plan.json and fingerprint.json.
 
@@ -48,6 +49,7 @@ def plan_data(
         id_pattern: see `kanseg.data.formats.read_dataset`.
         trial: measure the memory of a step.
         same: see `kanseg.data.class_plan.plan_classes`.
+        config: of the training that follows, whose options are checked before a step is measured.
     """
     check_size(size)
     memory = size_in_bytes(memory)
@@ -79,11 +81,24 @@ def plan_data(
             slices=slices,
             mirror=mirror,
             regions=named,
-            measure=measure_step if trial else None,
+            measure=measuring(config) if trial else None,
         )
     for reason in plan.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
     return plan
+
+
+def measuring(config: Config | None) -> Callable[[Plan], Need]:
+    """`measure_step`, for plans whose network takes the options of a training."""
+    if config is None:
+        return measure_step
+    from kanseg.training.fit import check_network
+
+    def measure(plan: Plan) -> Need:
+        check_network(config, plan)
+        return measure_step(plan)
+
+    return measure
 
 
 def tell_findings(findings: Sequence[Finding], console: Console) -> None:

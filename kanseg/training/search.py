@@ -23,8 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from kanseg.config import changes, load_config
-from kanseg.data.plan import Plan, planned_dataset
-from kanseg.data.plans import load_plan
+from kanseg.data.plans import AnyPlan, dataset_of, load_plan, plan_from_dict
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit
@@ -32,7 +31,6 @@ from kanseg.training.monitor import LOG, read_log
 from kanseg.training.run_folder import SPLITS, require_plan
 from kanseg.training.stop import INTERRUPTED, sigterm_by
 
-METRIC = "mean_dice"
 KINDS = {"uniform": 2, "loguniform": 2, "randint": 2, "choice": None}  # of tune: number of values
 EXAMPLE = "training.lr=loguniform(1e-4,1e-2) or model.options.basis=choice(gram,legendre)"
 
@@ -72,17 +70,17 @@ def search(
     resume: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Try options on one fold of a planned run; higher validation Dice is better.
+    """Try options on one fold of a planned run; a higher score of its validations (Dice, accuracy, AUC) is better.
 
     Args:
         run: a folder with plan.json.
         words: overrides, of which at least one is a space: uniform(a,b), loguniform(a,b), randint(a,b), choice(...).
         concurrent: trials at the same time; each gets its share of the cores, and of the GPUs.
-        prune: end trials early whose Dice is behind that of the others at the same epoch.
+        prune: end trials early whose score is behind that of the others at the same epoch.
         resume: go on with the search that the folder holds.
 
     Returns:
-        {"best": {"overrides", "dice", "folder"}, "trials": a row each}.
+        {"best": {"overrides", "dice" (or the plan's other metric), "folder"}, "trials": a row each}.
 
     Raises:
         UsageError: nothing to search, or options that do not fit (found before any trial starts).
@@ -97,11 +95,6 @@ def search(
     )
     require_plan(run, f"Make one: kanseg plan DATA -o {run}.")
     plan = load_plan(run / "plan.json")
-    if not isinstance(plan, Plan):
-        raise UsageError(
-            f"{run} is for classification, and options are searched for segmentation alone. Train with each of them in "
-            "a run of its own, and compare those by kanseg compare."
-        )
     folder = make_folder(run / "search")
     asked = {"words": list(words), "fold": fold, "config": config, "trials": trials, "prune": prune}
     _check_asked(folder, asked, resume)
@@ -109,20 +102,21 @@ def search(
         write_json(folder / "search.json", asked)
         with _ends_by_ctrl_c() as terminated:
             results = _tune(run, plan, fixed, space, asked, first.training.epochs, concurrent, resume)
-        rows = [_row(result, space, folder, fold) for result in results]
+        rows = [_row(result, space, folder, fold, plan.metric) for result in results]
     if len(rows) < trials or terminated:  # Ray ends so when it is interrupted
         text = f"{folder} holds {len(rows)} of {trials} trials, the last of them perhaps in part."
         console.print(text, highlight=False, soft_wrap=True)
         raise SystemExit(terminated[0] if terminated else INTERRUPTED)
-    rows.sort(key=lambda row: -(row["dice"] if row["dice"] is not None else -1.0))
-    if not rows or rows[0]["dice"] is None:
+    score = plan.metric
+    rows.sort(key=lambda row: -(row[score] if row[score] is not None else -1.0))
+    if not rows or rows[0][score] is None:
         raise UserError(
             f"No trial of {folder} came to a validation: {rows[0]['error'] if rows else 'none ran'}"
         )
     best = {**rows[0], "overrides": [*fixed, *(f"{key}={_text(rows[0][key])}" for key in space)]}
     write_bytes(folder / "trials.csv", _csv(rows).encode())
     write_json(folder / "best.json", best)
-    console.print(f"Best of {len(rows)} trials: {METRIC} {best['dice']:.4f} by {' '.join(best['overrides'])}")
+    console.print(f"Best of {len(rows)} trials: {score} {best[score]:.4f} by {' '.join(best['overrides'])}")
     return {"best": best, "trials": rows}
 
 
@@ -160,7 +154,7 @@ def _check_asked(folder: Path, asked: Mapping[str, Any], resume: bool) -> None:
 
 def _tune(
     run: Path,
-    plan: Plan,
+    plan: AnyPlan,
     fixed: Sequence[str],
     space: Mapping[str, tuple[str, list[Any]]],
     asked: Mapping[str, Any],
@@ -187,7 +181,7 @@ def _tune(
         with sigterm_by(signal.getsignal(signal.SIGTERM)):  # for Ray sets a handler of its own, for good
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        job = {"plan": plan.to_dict(), "run": str(run), "fixed": list(fixed)}
+        job = {"plan": {**plan.to_dict(), "task": plan.task}, "run": str(run), "fixed": list(fixed)}
         job |= {"fold": asked["fold"], "config": asked["config"]}
         trainable = tune.with_resources(tune.with_parameters(_trial, job=job), _share(concurrent))
         state = run / "search" / "ray"
@@ -199,7 +193,7 @@ def _tune(
             trainable,
             param_space={key: getattr(tune, kind)(*_arguments(kind, v)) for key, (kind, v) in space.items()},
             tune_config=tune.TuneConfig(
-                metric=METRIC,
+                metric=plan.metric,
                 mode="max",
                 search_alg=OptunaSearch(sampler=TPESampler(seed=0)),
                 scheduler=ASHAScheduler(time_attr="epoch", max_t=epochs or 10_000, grace_period=grace)
@@ -226,34 +220,35 @@ def _share(concurrent: int) -> dict[str, float]:
 
 
 def _trial(options: dict[str, Any], job: dict[str, Any]) -> None:
-    """One trial, in a process of Ray's: a training in a run folder of its own that tells its Dice after each epoch."""
+    """One trial, in a process of Ray's: a training in a run folder of its own that tells its score after each epoch."""
     from ray import tune
 
     overrides = [*job["fixed"], *(f"{key}={_text(value)}" for key, value in options.items())]
     config = load_config(job["config"], [*overrides, "training.final_validation=false"])
-    plan = Plan.from_dict(job["plan"])
+    plan = plan_from_dict(job["plan"])
     run = Path(job["run"])
     folder = make_folder(run / "search" / "trials" / tune.get_context().get_trial_id())
     if (run / SPLITS).exists():
         write_bytes(folder / SPLITS, (run / SPLITS).read_bytes())
 
     def tell(record: Mapping[str, Any]) -> None:
-        if record[METRIC] is not None:
-            tune.report({METRIC: record[METRIC], "epoch": record["epoch"], "loss": record["loss"]})
+        score = record[f"mean_{plan.metric}"]
+        if score is not None:
+            tune.report({plan.metric: score, "epoch": record["epoch"], "loss": record["loss"]})
 
     quiet = Console(file=io.StringIO())
     how: dict[str, Any] = {"fold": job["fold"], "resume": True, "console": quiet, "watch": tell}
-    fit(config, plan, planned_dataset(plan), folder, **how)
+    fit(config, plan, dataset_of(plan), folder, **how)
 
 
-def _row(result: Any, space: Mapping[str, Any], folder: Path, fold: int) -> dict[str, Any]:
-    """A trial in numbers; its Dice is the best of its log, which holds what it did before a stop as well."""
+def _row(result: Any, space: Mapping[str, Any], folder: Path, fold: int, metric: str) -> dict[str, Any]:
+    """A trial in numbers; its score is the best of its log, which holds what it did before a stop as well."""
     trial = Path(result.path).name.removeprefix("trial_")
     records = read_log(folder / "trials" / trial / f"fold_{fold}" / LOG)
-    scores = [record[METRIC] for record in records if record[METRIC] is not None]
+    scores = [score for record in records if (score := record[f"mean_{metric}"]) is not None]
     return {
         "trial": trial,
-        "dice": max(scores, default=None),
+        metric: max(scores, default=None),
         "epochs": len(records),
         **{key: (result.config or {}).get(key) for key in space},
         "folder": str(folder / "trials" / trial),

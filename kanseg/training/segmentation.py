@@ -25,7 +25,7 @@ from kanseg.training.validate import affordable_cases, spread, summarize, valida
 class Segmentation:
     """A fold's cases, learned by random patches and scored by the Dice of whole images; see `task.Task`."""
 
-    metric = "dice"
+    metric = Plan.metric
 
     def __init__(
         self,

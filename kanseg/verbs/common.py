@@ -30,7 +30,10 @@ Mirror = Annotated[
     typer.Option(help="Axes whose ends may be exchanged, e.g. 0 or 0,1,2, or none: flips and --tta."),
 ]
 Regions = Annotated[
-    str | None, typer.Option(help="whole=1+2+4,core=1+4: classes that overlap, the large ones first.")
+    str | None,
+    typer.Option(
+        help="whole=1+2+4,core=1+4: classes that overlap, the large ones first; ignore=255: what does not count."
+    ),
 ]
 
 

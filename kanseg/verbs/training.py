@@ -84,7 +84,8 @@ def search(
 ) -> None:
     """Search options on Ray Tune with Optuna's sampler: uniform, loguniform, randint (a,b), choice(a,b,...).
 
-    For networks that segment; the options of classifiers are tried in runs of their own.
+    Networks that segment are judged by their Dice, classifiers by accuracy, or by AUC where images may have several
+    classes.
 
     Example: kanseg search runs/hippocampus "training.lr=loguniform(1e-4,1e-2)" training.max_epochs=20 --trials 16
     """

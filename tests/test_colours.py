@@ -1,0 +1,169 @@
+"""Labels that are pictures in colour, or numbers of a palette, as PASCAL VOC and annotation tools write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from kanseg.data.doctor import diagnose
+from kanseg.data.formats import read_dataset
+from kanseg.data.images import read_image, read_label
+from kanseg.errors import UserError
+from kanseg.evaluation.metrics import evaluate_folders
+
+COLOURS = np.array(
+    [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 128]], np.uint8
+)  # VOC's first, and a grey one
+Write = Callable[[np.ndarray, Path], None]
+
+
+def label(number: int) -> np.ndarray:
+    """All four classes in odd cases, three in even ones."""
+    array = np.zeros((16, 20), np.uint8)
+    array[2:9, 3 : 10 + number], array[10:14, 2:8] = 1, 2
+    array[10:14, 12:15] = 3 * (number % 2)
+    return array
+
+
+def with_palette(array: np.ndarray, path: Path, colours: np.ndarray = COLOURS) -> None:
+    picture = Picture.fromarray(array)
+    picture.putpalette(colours.ravel().tolist())
+    picture.save(path)
+
+
+def in_colours(array: np.ndarray, path: Path) -> None:
+    Picture.fromarray(COLOURS[array]).save(path)
+
+
+def with_opacity(array: np.ndarray, path: Path) -> None:
+    Picture.fromarray(np.dstack([COLOURS[array], np.full_like(array, 255)])).save(path)
+
+
+def quantized(array: np.ndarray, path: Path) -> None:
+    """As a program that saves bytes does: colours are numbered by how often they occur."""
+    order = np.argsort(-np.bincount(array.ravel(), minlength=4), kind="stable")[::-1]
+    with_palette(np.argsort(order)[array].astype(np.uint8), path, COLOURS[order])
+
+
+def pictures(root: Path, write: Write, count: int = 4) -> Path:
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 255, (16, 20, 3), np.uint8)
+        Picture.fromarray(noise).save(root / "images" / f"c{number}.png")
+        write(label(number), root / "labels" / f"c{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
+def test_the_numbers_of_a_palette_are_the_label(tmp_path: Path, suffix: str) -> None:
+    with_palette(label(1), tmp_path / f"a{suffix}")
+    np.testing.assert_array_equal(read_label(tmp_path / f"a{suffix}", 2), label(1))
+    np.testing.assert_array_equal(  # and its colours the image
+        read_image(tmp_path / f"a{suffix}", 2).array, np.moveaxis(COLOURS[label(1)], -1, 0)
+    )
+
+
+def test_grey_levels_of_a_palette_are_the_label(tmp_path: Path) -> None:
+    levels = np.array([[255] * 3, [0] * 3, [7] * 3], np.uint8)  # the palette only saves bytes
+    with_palette(label(2), tmp_path / "a.png", levels)
+    np.testing.assert_array_equal(read_label(tmp_path / "a.png"), levels[label(2), 0])
+
+
+def test_labels_with_a_palette_are_trained_on_and_scored_as_their_numbers(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "set", with_palette)
+    assert read_dataset(root).label_values == (0, 1, 2, 3)
+    assert not diagnose(root).findings
+    for number in range(4):
+        Picture.fromarray(label(number)).save(tmp_path / f"c{number}.png")
+    scores = evaluate_folders(tmp_path, root / "labels")
+    assert {name: row["dice"]["mean"] for name, row in scores["metrics"].items()} == dict.fromkeys(
+        ["label 1", "label 2", "label 3", "mean"], 1.0
+    )
+
+
+@pytest.mark.parametrize("write", [in_colours, with_opacity, quantized])
+def test_colours_are_numbered_in_a_repaired_copy(tmp_path: Path, write: Write) -> None:
+    root = pictures(tmp_path / "set", write)
+    found = diagnose(root)
+    assert [f.kind for f in found.errors] == ["colours"]
+    assert "#000000, #008000, #800000, #808080" in found.errors[0].message
+    found.fix(tmp_path / "fixed")
+    dataset = read_dataset(tmp_path / "fixed")
+    assert dataset.label_names == ("background", "#008000", "#800000", "#808080")
+    for number, case in enumerate(dataset.cases):
+        expected = np.array([0, 2, 1, 3])[label(number)]
+        np.testing.assert_array_equal(read_label(case.label), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [(in_colours, "has the colours #000000, #008000, #800000"), (quantized, "no classes")],
+)
+def test_colours_are_refused_by_name_in_training_and_scores(
+    tmp_path: Path, write: Write, message: str
+) -> None:
+    root = pictures(tmp_path / "set", write)
+    with pytest.raises(UserError, match=rf"{message}.*doctor DATA --fix"):
+        read_dataset(root)
+    with pytest.raises(UserError, match=rf"{message}.*doctor DATA --fix"):
+        evaluate_folders(root / "labels", root / "labels")
+
+
+def test_one_number_in_two_colours_is_no_class(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "set", with_palette)
+    with_palette(label(3), root / "labels" / "c3.png", COLOURS[[0, 2, 1, 3]])
+    with pytest.raises(UserError, match="c3.png .*1 is #008000 there and #800000"):
+        read_dataset(root)
+    assert {f.kind for f in diagnose(root).errors} == {"colours"}
+
+
+def test_colours_are_not_guessed_where_values_are_declared(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "set", in_colours)
+    (root / "images").rename(root / "imagesTr")
+    (root / "labels").rename(root / "labelsTr")
+    for path in (root / "imagesTr").iterdir():
+        path.rename(path.with_stem(f"{path.stem}_0000"))
+    (root / "dataset.json").write_text('{"labels": {"background": 0, "a": 1, "b": 2, "c": 3}}')
+    found = diagnose(root)
+    assert [f.kind for f in found.errors] == ["colours for values"]
+    with pytest.raises(UserError, match="cannot be repaired.*#800000"):
+        found.fix(tmp_path / "fixed")
+
+
+def test_a_photograph_is_no_label_in_colours(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "set", in_colours)
+    (root / "labels" / "c2.png").write_bytes((root / "images" / "c2.png").read_bytes())
+    assert {f.kind for f in diagnose(root).errors} == {"no label map"}
+    with pytest.raises(UserError, match=r"c2.png has 3 channels that differ, \d+ colours"):
+        read_label(root / "labels" / "c2.png")
+
+
+def void(array: np.ndarray, path: Path) -> None:
+    """VOC's masks: 255 along the borders."""
+    array[8:10] = 255
+    with_palette(array, path, np.concatenate([COLOURS, np.zeros((251, 3), np.uint8), [[224, 224, 192]]]))
+
+
+def test_void_beside_classes_is_told_and_may_be_left_aside(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "set", void)
+    told = [note for note in read_dataset(root).notes if "--regions ignore=255" in note]
+    assert len(told) == 1
+    assert "255 beside classes" in {f.kind for f in diagnose(root).findings}
+    dataset = read_dataset(root, regions={"ignore": [255]})
+    assert (dataset.label_values, dataset.ignore_value) == ((0, 1, 2, 3), 255)
+    assert not [note for note in dataset.notes if "--regions" in note]
+    named = read_dataset(root, regions={"all": [1, 2, 3], "third": [3], "ignore": [255]})
+    assert named.label_names == ("background", "all", "third")
+    assert named.ignore_value == 255
+
+
+def test_void_of_a_repaired_copy_is_no_class(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "set", void)
+    values = diagnose(root).fix(tmp_path / "fixed")["label_values"]
+    dataset = read_dataset(tmp_path / "fixed", regions={"ignore": [values["255"]]})
+    assert (dataset.label_values, dataset.ignore_value) == ((0, 1, 2, 3), 4)
