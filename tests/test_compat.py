@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -309,16 +308,6 @@ def test_one_learned_slope_serves_all_places_of_a_fully_connected_layer() -> Non
     found.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(reference_gradients(layer)["act.weight"], slope.grad, rtol=1e-3, atol=1e-4)
-
-
-def test_chebyshev_polynomials_keep_away_from_the_ends_of_the_arc_cosine() -> None:
-    """T_m at 1 - 1e-7 where tanh(x) is 1."""
-    weight = torch.randn(3, 8, 1, dtype=torch.float64)
-    args = {"input_dim": 2, "output_dim": 3, "kernel_size": 1, "norm_layer": "Identity"}
-    layer = from_torch_conv_kan("KACNConv1DLayer", args, {"poly_conv.0.weight": weight})
-    angle = torch.arange(4, dtype=torch.float64).repeat(2) * math.acos(1 - 1e-7)
-    found = layer(torch.full((1, 2, 4), 30.0, dtype=torch.float64))
-    torch.testing.assert_close(found[0, :, 0], weight[..., 0] @ angle.cos(), rtol=1e-10, atol=1e-10)
 
 
 def test_same_padding_is_that_of_each_axis() -> None:

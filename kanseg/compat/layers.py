@@ -66,10 +66,6 @@ def _legendre(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
     return {"squash": legacy.BatchMinMax(groups)}
 
 
-def _chebyshev(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {"squash": legacy.clamped_tanh}
-
-
 def _bernstein(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
     return {"basis": legacy.Ones}
 
@@ -95,7 +91,7 @@ LAYERS: dict[str, Family] = {
     "KANConv": Family("kan", SPLINE, "spline_conv.{g}.weight", keys={"act.weight": "prelus.{g}.weight"}),
     "FastKANConv": Family("fastkan", RBF, "spline_conv.{g}.weight"),
     "KALNConv": Family("kaln", POLYNOMIAL, degree_major=True, options=_legendre),
-    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight", options=_chebyshev),
+    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight"),
     "KAGNConv": Family(
         "kagn", POLYNOMIAL, degree_major=True, options=_gram, keys={"basis.beta": "beta_weights"}
     ),

@@ -51,11 +51,6 @@ class BatchMinMax(nn.Module):
         return (2 * (by_group - low) / (high - low) - 1).view_as(x)
 
 
-def clamped_tanh(x: Tensor) -> Tensor:
-    """tanh(x), which keeps 1e-7 away from -1 and 1 for the arc cosine."""
-    return x.tanh().clamp(-1 + 1e-7, 1 - 1e-7)
-
-
 class Ones(Basis):
     """degree + 1 functions that are all 1."""
 
