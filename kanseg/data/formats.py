@@ -129,11 +129,8 @@ class Dataset:
         return self.cases
 
 
-MOST_BESIDE, LOOKS, LOOKED_AT = (
-    4,
-    3,
-    256,
-)  # folders, pictures and their pixels an axis, to tell label maps from images
+MOST_BESIDE = 4  # folders that are told apart as images and label maps
+LOOKS, LOOKED_AT = 3, 256  # pictures that are looked at for that, and their pixels an axis
 MOST_EDGE_VALUES = 16  # of a mask of 0 and 255; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
 COLUMNS = {  # of a list, and what else they may be called

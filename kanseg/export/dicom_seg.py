@@ -31,10 +31,8 @@ WORDS = {
 }
 ANATOMY = "AnatomicalStructure"
 SIDES = {"left": "Left", "l": "Left", "right": "Right", "r": "Right"}  # words of a name -> modifier (CID 244)
-ROUNDING, DECIMALS = (
-    1e-4,
-    6,
-)  # mm between a slice and the even row of a volume; digits that a number of DICOM has room for
+ROUNDING = 1e-4  # mm between a slice and the even row of a volume
+DECIMALS = 6  # digits that a number of DICOM has room for
 MAY_BE_EMPTY = (
     "PatientID PatientName PatientBirthDate PatientSex StudyID StudyDate StudyTime AccessionNumber "
     "ReferringPhysicianName".split()
