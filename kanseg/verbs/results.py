@@ -74,8 +74,9 @@ def ensemble(
 ) -> None:
     """Combine several predictions of the same cases, or several models on images, by their mean probability.
 
-    Label maps without the maps of `kanseg predict --probabilities` are combined by vote. Of classifiers tables
-    (predictions.csv, or folders with one) are combined, or runs and models with -i.
+    Label maps without the maps of `kanseg predict --probabilities` are combined by vote. Rules of post-processing are
+    applied where models predict (-i), not to what is combined of folders. Of classifiers tables (predictions.csv, or
+    folders with one) are combined, or runs and models with -i.
 
     Example: kanseg ensemble masks_2d/ masks_3d/ -o masks/
 
