@@ -221,6 +221,16 @@ def test_structures_that_overlap_are_chosen(series: Path, tmp_path: Path) -> Non
         with_segments(dataset, ["GTW"])
 
 
+def test_what_names_no_class_cannot_be_chosen(series: Path, labels: np.ndarray) -> None:
+    path = series.parents[1] / "labels" / "case_0.dcm"
+    write(path, np.minimum(labels, 2), series, ["-", "Background", "organ"])
+    dataset = list_dataset(series.parents[1])
+    assert with_segments(dataset, ["organ"]).label_names == ("background", "organ")
+    for only in ([], ["background"]):
+        with pytest.raises(UserError, match=r"a segment called 'Background', which names no class"):
+            with_segments(dataset, only)
+
+
 def changed(path: Path, change) -> Path:
     file = pydicom.dcmread(path)
     for contour in file.ROIContourSequence[0].ContourSequence:

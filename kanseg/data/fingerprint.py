@@ -33,7 +33,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     cases: dict[str, dict[str, Any]] = {}
     intensities: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
     zeros: list[list[float]] = []  # share of voxels that are 0, a channel
-    middles: list[list[float]] = []  # what `_middle` gives
+    middles: list[list[float]] = []  # what `_middle` gives, of what has channels to exchange
     thumbnails: dict[str, np.ndarray] = {}
     dtypes = set()
     values = known_values(dataset)
@@ -52,7 +52,8 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
         array, label, spacing = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
         foreground = (label > 0) & (label != dataset.ignore_value)
         zeros.append([float((channel == 0).mean()) for channel in array])
-        middles.append(list(map(_middle, array)))
+        if len(array) > 1:
+            middles.append(list(map(_middle, array)))
         for channel, samples in zip(array, intensities, strict=True):
             inside = channel[foreground] if foreground.any() else channel.ravel()
             samples.append(generator.choice(inside, min(SAMPLES, inside.size), replace=False))
@@ -65,18 +66,16 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
         }
         cases[case.id] = {"size": list(label.shape), "spacing": spacing, "voxels": counts}
         cases[case.id] |= {"group": case.group, "files": files}
+    shares = np.median(zeros, axis=0)
+    channels: list[dict[str, Any]] = [
+        {**_intensity(np.concatenate(samples)), "zeros": float(share)}
+        for samples, share in zip(intensities, shares, strict=True)
+    ]
+    for channel, middle in zip(channels, zip(*middles, strict=True), strict=False):
+        channel["middle"] = [min(middle), max(middle)]
     return {
         "cases": cases,
-        "channels": [
-            {
-                **_intensity(np.concatenate(samples)),
-                "zeros": float(share),
-                "middle": [min(middle), max(middle)],
-            }
-            for samples, share, middle in zip(
-                intensities, np.median(zeros, axis=0), zip(*middles, strict=True), strict=True
-            )
-        ],
+        "channels": channels,
         "label_dtype": _label_dtype(dtypes, dataset.label_values),
         "same": [list(pair) for pair in near_duplicates(thumbnails)],
     }

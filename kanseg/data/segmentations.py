@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,12 @@ def with_segments(dataset: Dataset, only: Sequence[str] = ()) -> Dataset:
     for case in dataset.cases:
         path = label_path(case)
         for name in _opened(path, header=True).names.values():
-            if _key(name) in ("", BACKGROUND, IGNORE) and not only:
+            if (key := _key(name)) in ("", BACKGROUND, IGNORE) and key in (wanted or (key,)):
                 raise UserError(
                     f"{path} has a segment called '{name}', which names no class. Give it another name, or choose "
                     "segments with --only."
                 )
-            spelt.setdefault(_key(name), name)
+            spelt.setdefault(key, name)
     if strange := [name for key, name in wanted.items() if key not in spelt]:
         raise UserError(
             f"No label of {dataset.root} has a segment '{strange[0]}'.{did_you_mean(strange[0], spelt.values())}"
@@ -152,7 +153,7 @@ def _opened(path: Path, *, header: bool = False) -> Segments | Structures:
             if structures
             else Segments(highdicom.seg.segread(path, lazy_frame_retrieval=header))
         )
-        dict(file.names)  # a file that was cut short lacks what they need
+        len(file.names)  # are read here, for a file that was cut short lacks what they need
         return file
     except Exception as error:  # of highdicom and pydicom, without a common class
         kind = "RTSTRUCT" if structures else "DICOM-SEG"
@@ -169,7 +170,7 @@ class Segments:
 
     file: Any
 
-    @property
+    @cached_property
     def names(self) -> Mapping[int, str]:
         """Name of each segment by its number, in their order."""
         return {
@@ -217,40 +218,40 @@ class Structures:
 
     file: Any
 
-    @property
+    @cached_property
     def names(self) -> Mapping[int, str]:
         """Name of each structure by its number, in their order."""
         return {
             int(one.ROINumber): _plain(one.get("ROIName"))
             for one in self.file.get("StructureSetROISequence") or ()
-            if self._contours(int(one.ROINumber))
+            if self._contours.get(int(one.ROINumber))
         }
 
     @property
     def frame(self) -> str:
         """Its frame of reference; "" where it has several."""
-        frames = {str(one.get("FrameOfReferenceUID") or "") for one in self._references()}
+        references = self.file.get("ReferencedFrameOfReferenceSequence") or ()
+        frames = {str(one.get("FrameOfReferenceUID") or "") for one in references}
         return str(self.file.get("FrameOfReferenceUID") or "") or (frames.pop() if len(frames) == 1 else "")
 
-    def _references(self) -> Sequence[Any]:
-        return self.file.get("ReferencedFrameOfReferenceSequence") or ()
-
-    def _contours(self, number: int) -> list[Any]:
-        """Points of each closed contour, x y z x y z ... in mm (LPS)."""
-        return [
-            contour.ContourData
-            for one in self.file.get("ROIContourSequence") or ()
-            if int(one.ReferencedROINumber) == number
-            for contour in one.get("ContourSequence") or ()
-            if contour.get("ContourGeometricType") in CLOSED and contour.get("ContourData")
-        ]
+    @cached_property
+    def _contours(self) -> Mapping[int, list[Any]]:
+        """Of each structure the points of its closed contours, x y z x y z ... in mm (LPS)."""
+        found: dict[int, list[Any]] = {}
+        for one in self.file.get("ROIContourSequence") or ():
+            found.setdefault(int(one.ReferencedROINumber), []).extend(
+                contour.ContourData
+                for contour in one.get("ContourSequence") or ()
+                if contour.get("ContourGeometricType") in CLOSED and contour.get("ContourData")
+            )
+        return found
 
     def voxels(self, number: int, path: Path, like: Image) -> tuple[np.ndarray, ...]:
         """Indices of the voxels in the image whose centres lie within an odd number of contours, an array an axis."""
         to_index = np.linalg.inv(like.affine) @ LPS_TO_RAS
         shape = like.array.shape[1:]
         planes: dict[int, np.ndarray] = {}
-        for contour in self._contours(number):
+        for contour in self._contours[number]:
             if len(contour) % 3:
                 raise UserError(
                     f"{path} has a contour of {len(contour)} numbers, not three a point. Export it again."

@@ -69,11 +69,10 @@ def write_segmentation(
     numbers = np.zeros(labels.shape, np.uint8 if len(values) <= 256 else np.uint16)
     for number, value in enumerate(values[1:], start=1):
         numbers[labels == value] = number
-    files = dicom_files(source.path) if source.path.is_dir() else [source.path]
     entropy = hashlib.sha256(numbers.tobytes() + description.encode()).hexdigest()
     try:
         in_lps = LPS_TO_RAS @ source.affine
-        series = [_completed(pydicom.dcmread(f, stop_before_pixels=True), in_lps) for f in files]
+        series = [_completed(header, in_lps) for header in headers_of(source)]
         about = [series[0].SeriesInstanceUID, entropy]
         volume = highdicom.Volume(
             np.ascontiguousarray(numbers.transpose()),
@@ -110,6 +109,14 @@ def write_segmentation(
     made.save_as(content)
     make_folder(path.parent)
     return write_bytes(path, content.getvalue())
+
+
+def headers_of(source: Image) -> list[Any]:
+    """Headers of the images of a series, in the order of its slices, or of its one file."""
+    from pydicom import dcmread
+
+    files = dicom_files(source.path) if source.path.is_dir() else [source.path]
+    return [dcmread(file, stop_before_pixels=True) for file in files]
 
 
 def _completed(header: Any, affine: np.ndarray) -> Any:

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 from contourpy import FillType, contour_generator
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from kanseg import __version__
-from kanseg.data.images import LPS_TO_RAS, Image, dicom_files
+from kanseg.data.images import LPS_TO_RAS, Image
 from kanseg.errors import UserError
 from kanseg.evaluation.report import class_colours
-from kanseg.export.dicom_seg import MAY_BE_EMPTY, frame_of
+from kanseg.export.dicom_seg import MAY_BE_EMPTY, frame_of, headers_of
 from kanseg.training.files import make_folder, write_bytes
 
 STUDY_COMPONENT = "1.2.840.10008.3.1.2.3.1"  # what structure sets call the class of a study, long retired
@@ -55,8 +55,7 @@ def write_structures(
     Raises:
         UserError: the series lacks what structures have to refer to.
     """
-    files = dicom_files(source.path) if source.path.is_dir() else [source.path]
-    headers = [dcmread(file, stop_before_pixels=True) for file in files]
+    headers = headers_of(source)
     first, in_lps = headers[0], LPS_TO_RAS @ source.affine
     slices = _slices(headers, in_lps)
     first.FrameOfReferenceUID = frame_of(first)
