@@ -19,7 +19,7 @@ PACKAGE_FILES = ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENS
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the project, built without network."""
+    """The wheel of a copy of the project, built without network; kernels that only must be there, in little time."""
     for module in ("setuptools", "pip"):
         pytest.importorskip(module, reason="building the wheel needs setuptools and pip")
     copy, out = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("dist")
@@ -39,7 +39,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out,
         copy,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    quick = out / "quick"
+    quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    quick.chmod(0o755)
+    compilers = dict.fromkeys(("CC", "CXX"), str(quick)) if shutil.which("g++") else {}
+    environment = {**os.environ, **compilers}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     (built,) = out.glob("kanseg-*.whl")
     return built

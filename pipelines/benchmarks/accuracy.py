@@ -30,6 +30,7 @@ import json
 import subprocess
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -266,8 +267,10 @@ class Bench:
             features = [step, *(step * max(1, round(factor * width / step)) for width in planned[1:])]
             return {**described, "options": {**described["options"], "features_per_stage": features}}
 
-        factors = np.arange(0.5, 8, 0.05)
-        return min((scaled(f) for f in factors), key=lambda network: abs(self.parameters(network) - wanted))
+        candidates = [scaled(factor) for factor in np.arange(0.5, 8, 0.05)]  # ever more parameters
+        place = bisect_left(candidates, wanted, key=self.parameters)
+        nearest = candidates[max(place - 1, 0) : place + 1]
+        return min(nearest, key=lambda network: abs(self.parameters(network) - wanted))
 
     def config(self, overrides: Sequence[str], network: dict[str, Any]) -> Any:
         """Options of a training of a network."""
