@@ -91,7 +91,8 @@ class TrainingConfig(Section):
     )
     balanced: bool = Field(default=False, description="every class as often a patch's centre as any other")
     augmentation: Literal["none", "standard", "strong"] = Field(
-        default="standard", description="how much patches are changed; strong for few cases or long trainings"
+        default="standard",
+        description="how much patches are changed; strong, also in colour, for few cases or long trainings",
     )
     augment: Literal["auto", "loader", "device"] = Field(
         default="auto",

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from monai.data import MetaTensor
 
-from kanseg.data.formats import read_dataset
+from kanseg.data.formats import COLOURS, read_dataset
 from kanseg.data.plan import make_plan
-from kanseg.data.transforms import STRENGTHS
+from kanseg.data.transforms import STRENGTHS, augmentation, preparation
 from kanseg.training import augment
 from kanseg.training.augment import BatchAugmentation
 from kanseg.training.checkpoint import load_checkpoint
@@ -31,7 +32,7 @@ def batch_of(dims, count=16):
     return {"image": 3 * label + 0.05, "label": label, "seed": torch.arange(count)}
 
 
-OFF = {"affine": (0.0, 0.0), "deform": (0.0, 0.0), **dict.fromkeys(INTENSITY, 0.0)}
+OFF = {"affine": (0.0, 0.0), "deform": (0.0, 0.0), **dict.fromkeys((*INTENSITY, "colour"), 0.0)}
 
 
 def only(monkeypatch, **probabilities):
@@ -99,6 +100,38 @@ def test_each_change_of_intensity_leaves_the_label_and_stays_finite(plans, dims,
     assert not torch.allclose(changed["image"], batch["image"], atol=1e-2)
     correlation = torch.corrcoef(torch.stack([changed["image"].flatten(), batch["image"].flatten()]))[0, 1]
     assert correlation > 0.8
+
+
+def on_the_device(plan, batch):
+    return BatchAugmentation(plan)(batch)["image"]
+
+
+def by_the_loader(plan, batch):
+    change = augmentation(plan).set_random_state(seed=0)
+    item = {key: MetaTensor(batch[key][0]) for key in ("image", "label")}
+    return torch.stack([change(preparation(plan)(item))[0]["image"].as_tensor() for _ in batch["image"]])
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(0.25, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize("changed", [on_the_device, by_the_loader])
+def test_each_colour_of_a_picture_gets_a_factor_and_an_offset_of_its_own(
+    plans, changed, factor, offset, monkeypatch
+):
+    """As a stain or a lamp does; channels of other kinds keep their proportions."""
+    reach = {"colour": 1.0, "colour_range": (factor, offset)}
+    monkeypatch.setitem(STRENGTHS, "standard", replace(STRENGTHS["none"], **reach))
+    plan = replace(plans[2], mirror_axes=[], patch_size=SIZES[2])
+    picture, other = (replace(plan, channel_names=names) for names in (list(COLOURS), ["T1", "T2", "FLAIR"]))
+    image = torch.randn(1, 3, *SIZES[2]).expand(16, -1, -1, -1)
+    batch = {**batch_of(2), "image": image}
+    assert torch.allclose(changed(other, batch), image, atol=1e-5)
+    old, new = image.flatten(2), changed(picture, batch).flatten(2)
+    slope = new.std(-1) / old.std(-1)
+    shift = new.mean(-1) - slope * old.mean(-1)
+    assert torch.allclose(new, slope[..., None] * old + shift[..., None], atol=1e-4)  # a straight line
+    for found, most in ((slope - 1, factor), (shift, offset)):
+        assert found.abs().max() <= most + 1e-4
+        assert found.std(1).mean() >= 0.2 * most  # another one in each channel
 
 
 def test_no_change_is_left_at_strength_none_but_the_flips(plans):

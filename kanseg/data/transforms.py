@@ -28,6 +28,7 @@ from monai.transforms import (
     RandGaussianSmoothd,
     RandomizableTransform,
     RandScaleIntensityd,
+    RandShiftIntensityd,
     RandSimulateLowResolutiond,
     RandSmoothDeformd,
     Spacingd,
@@ -36,7 +37,7 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from kanseg.data.formats import Case, channel_of, few, label_path, numbers_beside
+from kanseg.data.formats import COLOURS, Case, channel_of, few, label_path, numbers_beside
 from kanseg.data.images import Image, check_pair, label_from, read_image
 from kanseg.data.labels import class_numbers, known_values
 from kanseg.data.plan import Plan
@@ -57,8 +58,9 @@ class Strength:
     Attributes:
         affine, rotation, scale: probability, radians in 3D (twice that in 2D), share of the size.
         deform, reach: probability and voxels of a smooth deformation.
-        noise, blur, brightness, coarse, gamma: probabilities; `coarse` is a lower resolution.
-        noise_std, brightness_range, gamma_range: what they are drawn from.
+        noise, blur, brightness, coarse, gamma, colour: probabilities; `coarse` is a lower resolution, `colour` another
+            factor and offset for each channel of a colour picture (stains, white balance).
+        noise_std, brightness_range, gamma_range, colour_range: what they are drawn from.
     """
 
     affine: tuple[float, float] = (0.4, 0.3)
@@ -71,18 +73,21 @@ class Strength:
     brightness: float = 0.15
     coarse: float = 0.1
     gamma: float = 0.15
+    colour: float = 0.0
     noise_std: float = 0.1
     brightness_range: float = 0.25
     gamma_range: tuple[float, float] = (0.7, 1.5)
+    colour_range: tuple[float, float] = (0.25, 0.5)
 
 
 # "strong" is for few cases or long trainings, which else learn them by heart.
 STRENGTHS = {
-    "none": Strength((0, 0), 0, (0, 0), (0, 0), 0, 0, 0, 0, 0, 0),
+    "none": Strength((0, 0), 0, (0, 0), (0, 0), 0, 0, 0, 0, 0, 0, 0),
     "standard": Strength(),
     "strong": Strength(
         affine=(0.8, 0.8), rotation=0.4, scale=(0.3, 0.25), deform=(0.3, 0.4), reach=2.0, noise=0.25, blur=0.2,
-        brightness=0.3, coarse=0.25, gamma=0.3, noise_std=0.15, brightness_range=0.3, gamma_range=(0.6, 1.7),
+        brightness=0.3, coarse=0.25, gamma=0.3, colour=0.5, noise_std=0.15, brightness_range=0.3,
+        gamma_range=(0.6, 1.7),
     ),
 }  # fmt: skip
 
@@ -237,7 +242,18 @@ def augmentation(
         ),
         RandAdjustContrastd("image", prob=amount.gamma, gamma=amount.gamma_range, retain_stats=True),
     ]
+    if coloured(plan):
+        factor, offset = amount.colour_range
+        intensity += [
+            RandScaleIntensityd("image", factors=factor, prob=amount.colour, channel_wise=True),
+            RandShiftIntensityd("image", offsets=offset, prob=amount.colour, channel_wise=True),
+        ]
     return Compose([*crop, *spatial, *intensity])
+
+
+def coloured(plan: Plan) -> bool:
+    """Whether images are colour pictures, whose channels a stain or a lamp shifts against each other."""
+    return plan.image_dims == 2 and tuple(plan.channel_names) == COLOURS
 
 
 def _spatial(plan: Plan, amount: Strength) -> list[Transform]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kanseg.data.plan import Plan
-from kanseg.data.transforms import BLUR, FIELD, LINEAR, STRENGTHS, rotation
+from kanseg.data.transforms import BLUR, FIELD, LINEAR, STRENGTHS, coloured, rotation
 from kanseg.training.task import Batch
 
 
@@ -24,7 +24,7 @@ class BatchAugmentation:
 
     def __init__(self, plan: Plan, strength: str = "standard") -> None:
         self.dims, self.mirror_axes, self.amount = plan.spatial_dims, plan.mirror_axes, STRENGTHS[strength]
-        self.rotation = rotation(plan, self.amount)
+        self.rotation, self.colours = rotation(plan, self.amount), coloured(plan)
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch changed; the one that was given stays."""
@@ -95,6 +95,10 @@ class BatchAugmentation:
             image = self._coarse(image, _between(draw, 0.5, 1.0))
         if _chance(draw, self.amount.gamma):
             image = _gamma(image, _between(draw, *self.amount.gamma_range))
+        for place, reach in enumerate(self.amount.colour_range if self.colours else ()):
+            if _chance(draw, self.amount.colour):
+                each = torch.tensor([_between(draw, -reach, reach) for _ in image]).to(image)[:, None, None]
+                image = image * (1 + each) if place == 0 else image + each
         return image
 
     def _blurred(self, image: Tensor, sigma: float) -> Tensor:
