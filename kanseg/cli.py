@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kanseg import __version__
+from kanseg.cgroups import limit_threads
 from kanseg.errors import UsageError, UserError
 from kanseg.training.stop import INTERRUPTED, TERMINATED, orderly_end
 from kanseg.verbs import data, results, training
@@ -490,11 +491,13 @@ def info(json_: Json = False) -> None:
             found[package] = "not installed"
     from kanseg.layers.kernels.gpu import described
     from kanseg.layers.kernels.native import absent, available
+    from kanseg.memory import free_memory
 
     found["compiled kernels"] = available() or f"none: {absent()}"
     found["triton kernels"] = described()
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()
+    found["free memory"] = f"{free_memory() / 2**30:.1f} GiB"
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     console = _console(json_)
     for name, value in found.items():
@@ -517,6 +520,7 @@ def main() -> None:
     """
     # MONAI imports it; where the home is read-only it takes a temporary folder, and would say so.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    limit_threads()
     try:
         with orderly_end():
             app()

@@ -8,8 +8,12 @@ import math
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+
+from kanseg.cgroups import memory_left
 from kanseg.errors import UsageError
 
 FITS = 0.5  # of the room that is left: the rest is for what computes
@@ -42,9 +46,9 @@ def size_in_bytes(text: str | int | None) -> int | None:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that are free."""
-    free = _entry("/proc/meminfo", "MemAvailable")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free
+    """Bytes of main memory that are free, to the machine and to the container or batch job that this is in."""
+    free, left = psutil.virtual_memory().available, memory_left()
+    return free if left is None else min(free, left)
 
 
 def on_gpu() -> bool:
@@ -66,13 +70,21 @@ def for_data(planned: int | None) -> int | None:
     return free_memory() if planned and on_gpu() else planned
 
 
-def taken(key: str = "VmRSS") -> int | None:
-    """Bytes that this process takes, by an entry of /proc/self/status; None where the system does not tell.
+def taken(key: str = "VmRSS") -> int:
+    """Bytes that this process takes, by an entry of Linux's /proc/self/status or what other systems have instead.
 
     Args:
         key: VmRSS, resident now; VmHWM, resident at most so far.
     """
-    return _entry("/proc/self/status", key)
+    found = _entry("/proc/self/status", key)  # not ru_maxrss, which a child takes over from what starts it
+    if found is not None:
+        return found
+    now = psutil.Process().memory_info()
+    if key == "VmRSS" or find_spec("resource") is None:
+        return now.rss if key == "VmRSS" else now.peak_wset  # the latter Windows
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fits(size: int, memory: int | None = None) -> bool:
@@ -87,7 +99,7 @@ def fits(size: int, memory: int | None = None) -> bool:
 def _fits(size: int, memory: int | None) -> bool:
     if memory is None:
         return size <= FITS * free_memory()
-    return size <= max(FITS * (memory - (taken() or 0)), LITTLE * memory)
+    return size <= max(FITS * (memory - taken()), LITTLE * memory)
 
 
 def spill_folder() -> str:
@@ -114,7 +126,7 @@ def _in_memory(folder: str) -> bool:
 
 def settle(memory: int | None) -> None:
     """Return freed memory to the system where this process nears what it may take in all (bytes; None: no limit)."""
-    if memory and (taken() or 0) > NEAR * memory:
+    if memory and taken() > NEAR * memory:
         give_back()
 
 

@@ -297,7 +297,7 @@ def check_memory(memory: int | None) -> None:
     """Raise `UsageError` for less main memory (bytes) than this program takes before it has seen an image."""
     if memory is None or on_gpu():  # there it is the GPU's
         return
-    program = taken() or 0
+    program = taken()
     least = (program + LOADERS * LOADER_BYTES) / MEASURED_SHARE
     if memory < least:
         raise UsageError(

@@ -170,10 +170,10 @@ def predict_with(
             )
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
         console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
-    if memory is not None and memory <= (taken() or 0):
+    if memory is not None and memory <= taken():
         raise UsageError(
             f"--memory {memory / 2**20:.0f}M is less than the program and the model take before the first image, "
-            f"{(taken() or 0) / 2**20:.0f}M. Give more."
+            f"{taken() / 2**20:.0f}M. Give more."
         )
     cases = find_images(images, channels=len(loaded.plan.channel_names), names=loaded.plan.channel_names)
     if images.is_dir():

@@ -275,7 +275,7 @@ def _remark_on(console: Console, case: str, plan: Plan, memory: int | None, imag
     exchanged = exchanged_channels(image.array, plan.fingerprint, plan.channel_names)
     for said in filter(None, (size, exchanged)):
         console.print(f"{case}: note: {said}", highlight=False, soft_wrap=True)
-    needed = (taken() or 0) + VOXEL * image.array[0].size
+    needed = taken() + VOXEL * image.array[0].size
     if plan.image_dims == 3 and memory is not None and needed > memory:
         console.print(
             f"{case}: note: its label map alone takes the program to {needed / 2**30:.1f} GiB, more than --memory "

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kanseg.errors import UserError
 
 STALE, LONG_STALE = (
@@ -70,7 +72,7 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError, ValueError):
             host, pid, _ = part.name.rpartition(PART)[0].rsplit("-", 2)
             own = host.endswith(f".{socket.gethostname()}")
-            dead = own and not _alive(int(pid))
+            dead = own and not psutil.pid_exists(int(pid))
             if time.time() - part.stat().st_mtime > (STALE if dead else LONG_STALE):
                 part.unlink()
 
@@ -180,23 +182,13 @@ def _refuse_if_alive(lock: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return content  # cut short by a kill
     elsewhere = host != socket.gethostname()
-    if elsewhere or (_alive(pid) and started == _started(pid)):
+    if elsewhere or (psutil.pid_exists(pid) and started == _started(pid)):
         where = f" on {host}" if elsewhere else ""
         raise UserError(
             f"A training runs in {lock.parent} already (process {pid}{where}). Wait for it, choose another "
             f"run folder, or delete {lock} if that process is gone."
         )
     return content
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _started(pid: int) -> str:

@@ -14,9 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from kanseg import __version__
+from kanseg.cgroups import cores_allowed
 from kanseg.data.digests import file_digest
 from kanseg.data.formats import Case, files_of
 from kanseg.training.files import read_json, write_json
@@ -60,8 +62,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "cores_allowed": cores_allowed(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }

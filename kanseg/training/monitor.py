@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,19 +157,9 @@ def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory of this process so far: of the GPU if it computes, else resident; 0 where unknown."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    if (
-        peak := taken("VmHWM")
-    ) is not None:  # not ru_maxrss, which a child takes over from the process that starts it
-        return round(peak / 2**20, 1)
-    if find_spec("resource") is None:  # Windows
-        return 0.0
-    import resource
-
-    units = 2**20 if sys.platform == "darwin" else 2**10  # the kernel counts bytes there, KiB here
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units, 1)
+    """Largest memory of this process so far: of the GPU if it computes, else resident."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else taken("VmHWM")
+    return round(peak / 2**20, 1)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def trial(plan: Plan) -> dict[str, float]:
     config = load_config()
     model = build_model(model_spec(config, plan)).to(device).train()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    standing = torch.cuda.memory_reserved() if device == "cuda" else taken() or 0
+    standing = torch.cuda.memory_reserved() if device == "cuda" else taken()
     least = standing + (COPIES[device] - 1) * weights
     narrower = plan.features_per_stage[0] > LEAST_FEATURES
     if narrower and plan.memory_bytes and least > MEASURED_SHARE * plan.memory_bytes:
