@@ -6,11 +6,13 @@ import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kanseg.data import loaders
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_label
 from kanseg.data.loaders import TrainLoader, val_loader
@@ -41,6 +43,31 @@ def test_a_patch_depends_on_seed_epoch_and_place_alone(plan: Plan, blobs: Path) 
     assert all(torch.equal(a, b) for a, b in zip(first, batches(0, 1, 2), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, batches(0, 2, 0), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, batches(1, 1, 0), strict=True))
+
+
+@pytest.mark.parametrize(("batches", "workers"), [(3, 0), (4, 1), (8, 3)])
+def test_processes_are_as_many_as_the_shared_memory_of_a_container_takes(
+    plan: Plan, blobs: Path, batches: int, workers: int, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Docker gives 64 MB, where four channels of 128^3 voxels take 67; the patches stay the same."""
+    loader = TrainLoader(plan, read_dataset(blobs).cases, batch_size=2, steps=3, seed=0, workers=3)
+    first = batch_of(loader)
+    size = sum(value.nbytes for value in first.values())
+    free = shutil._ntuple_diskusage(2**40, 0, batches * size)
+    monkeypatch.setattr(loaders, "disk_usage", lambda path: free)
+    made: list[int] = []
+    made_by = loaders.DataLoader
+
+    def counted(*args: Any, num_workers: int, **options: Any) -> Any:
+        made.append(num_workers)
+        return made_by(*args, num_workers=num_workers, **options)
+
+    monkeypatch.setattr(loaders, "DataLoader", counted)
+    again = batch_of(loader)
+    assert made == [workers]
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    told = " ".join(capsys.readouterr().err.split())
+    assert ("--shm-size" in told) == (workers < 3)
 
 
 def test_batches_go_on_from_any_step_over_the_ends_of_epochs(plan: Plan, blobs: Path) -> None:

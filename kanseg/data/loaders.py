@@ -8,6 +8,8 @@ interruption changes what the network sees.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,9 @@ from kanseg.progress import note, progress
 
 Batch = dict[str, Tensor]
 TRAINING_SHARE = 0.8  # of the memory for prepared cases; the rest is for those that validate
+SHARED = Path("/dev/shm")  # through which Linux's processes hand over tensors
+PLENTY = 2**30  # bytes of it that nobody needs to count
+AHEAD, IN_USE = 2, 2  # batches: of a worker (torch's prefetch_factor), and at the training
 
 
 class Patches(Dataset):
@@ -90,12 +95,27 @@ class EndlessLoader:
         loader = DataLoader(
             self.samples,
             batch_sampler=self._places(epoch, step),  # type: ignore[arg-type]  # an iterator without end
-            num_workers=self.workers,
+            num_workers=self._workers_that_fit(epoch),
             worker_init_fn=_one_thread,
             generator=torch.Generator(),  # or the global one would lose a number here
             pin_memory=self.pin,
         )
         return iter(loader)
+
+    def _workers_that_fit(self, epoch: int) -> int:
+        """As many as wanted, or as can hand over their batches in what a container has of shared memory."""
+        free = disk_usage(SHARED).free if self.workers and SHARED.exists() else PLENTY
+        if free >= PLENTY:
+            return self.workers
+        batch = self.batch_size * sum(torch.as_tensor(x).nbytes for x in self.samples[epoch, 0].values())
+        workers = min(self.workers, max(0, free // batch - IN_USE) // AHEAD)
+        if workers < self.workers:
+            note(
+                f"data.workers={self.workers} hand over their batches ({batch / 2**20:.0f} MiB) in {SHARED}, which has "
+                f"{free / 2**20:.0f} MiB: {workers or 'no other processes'} prepare patches. In a container more is "
+                f"given by docker run --shm-size=2g (or --ipc=host)."
+            )
+        return workers
 
     def _places(self, epoch: int, step: int) -> Iterator[list[tuple[int, int]]]:
         epoch, step = epoch + step // self.steps, step % self.steps
