@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from kanseg.data.colours import label_colours, numbered
+from kanseg.data.colours import colour_names, label_colours, numbered
 from kanseg.data.convert import Sample, on_own_grid, write_dataset
 from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
 from kanseg.data.formats import (
@@ -257,7 +257,8 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
             )
             return found
         findings.append(Finding("colours", "", said))
-        names = ("background", *map(colour_name, found.colours[1:]))
+        known = colour_names(dataset.root)
+        names = ("background", *(known.get(code, colour_name(code)) for code in found.colours[1:]))
         dataset = replace(dataset, label_names=names, label_values=tuple(range(len(names))))
     samples = _Seen()
     kept = []
@@ -523,7 +524,7 @@ def _repaired_label(
     if distance > GRID_TOLERANCE:
         note("grids differ by rounding", f"{label.path} lies {distance:.3g} mm off the grid of its image")
     if colours and suffix_of(label.path) not in LOSSY:
-        return numbered(label, colours)
+        return numbered(label, dict(zip(colours, range(len(colours)), strict=True)))
     array = label.labels
     if len(array) > 1 and (array != array[0]).any():
         note("no label map", f"{label.path} has {several_channels(label)}")

@@ -28,7 +28,7 @@ from kanseg.data.case_folders import (
     of_one_case,
     usual_channels,
 )
-from kanseg.data.colours import require_classes
+from kanseg.data.colours import colour_names, require_classes
 from kanseg.data.images import (
     FULL,
     LOSSY,
@@ -74,6 +74,7 @@ IMAGE_ENDING = re.compile(rf"(_image|_img|_{CITY_IMAGES})$")
 CASE_IMAGE = re.compile(r"(image|img)(_\d{4})?")
 MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a label map
 COLOURS = ("red", "green", "blue")
+GREY = 0x010101  # times a level of grey: its code as a colour
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
     "masks/), both also in train/, val/ and test/ or with these or other folders below, PASCAL VOC's and Cityscapes' "
@@ -1339,7 +1340,10 @@ def _with_label_values(dataset: Dataset) -> Dataset:
             )
         dataset = noted(dataset, *([said] if kind == BESIDE and dataset.ignore_value != FULL else []))
         values_in_order = tuple(sorted({0}.union(*(case.values for case in cases)) - {dataset.ignore_value}))
-        names = ("background", *(f"label {value}" for value in values_in_order[1:]))
+        known = colour_names(dataset.root)
+        colours = [palette.get(value, GREY * value) for value in values_in_order[1:]]
+        pairs = zip(colours, values_in_order[1:], strict=True)
+        names = ("background", *(known.get(colour, f"label {value}") for colour, value in pairs))
         dataset = replace(dataset, label_names=names, label_values=values_in_order)
     if len(dataset.label_values) < 2:
         raise UserError(f"The labels of {dataset.root} hold the background alone; there is nothing to learn.")
