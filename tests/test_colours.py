@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,6 +196,22 @@ def test_colours_are_not_guessed_where_values_are_declared(tmp_path: Path) -> No
     assert [f.kind for f in found.errors] == ["colours for values"]
     with pytest.raises(UserError, match="cannot be repaired.*#800000"):
         found.fix(tmp_path / "fixed")
+
+
+def test_greys_of_a_palette_that_nobody_declared_are_explained(tmp_path: Path) -> None:
+    """A program wrote 0, 1, 2 with the palette 0, 127, 255: the greys count, and the message says what the file has."""
+    levels = np.repeat(np.array([[0], [127], [255]], np.uint8), 3, axis=1)
+    root = pictures(tmp_path / "set", lambda array, path: with_palette(np.minimum(array, 2), path, levels))
+    entries = [{"image": f"images/c{n}.png", "label": f"labels/c{n}.png"} for n in range(4)]
+    described = {"labels": {"0": "background", "1": "a", "2": "b"}, "training": entries}
+    (root / "dataset.json").write_text(json.dumps(described))
+    message = r"\[127, 255\], which dataset.json does not declare .* numbers in this file are \[0, 1, 2\]"
+    with pytest.raises(UserError, match=message):
+        read_dataset(root)
+    assert {f.kind for f in diagnose(root).errors} >= {"undeclared values"}
+    for path in (root / "labels").iterdir():
+        Picture.fromarray(np.array(Picture.open(path))).save(path)
+    assert read_dataset(root).label_values == (0, 1, 2)
 
 
 def test_a_photograph_is_no_label_in_colours(tmp_path: Path) -> None:

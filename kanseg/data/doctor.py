@@ -35,6 +35,7 @@ from kanseg.data.formats import (
     has_soft_edges,
     list_dataset,
     mixed_masks,
+    undeclared,
 )
 from kanseg.data.images import (
     CONVERSION,
@@ -325,10 +326,7 @@ def examine(
         accepted = {*known_values(dataset), dataset.ignore_value}
         foreign = set(np.unique(merged).tolist()) - accepted
         if foreign:
-            note(
-                "undeclared values",
-                f"{paths[0]} has the values {sorted(foreign)[:5]}, which dataset.json lacks",
-            )
+            note("undeclared values", undeclared(paths[0], dataset, foreign))
             return None
     if not merged.any():
         note("empty label", f"{paths[0]} holds the background alone")

@@ -40,6 +40,7 @@ from kanseg.data.images import (
     is_segmentation,
     label_from,
     load_image,
+    palette_numbers,
     read_image,
     stem_of,
     suffix_of,
@@ -1326,11 +1327,7 @@ def _with_label_values(dataset: Dataset) -> Dataset:
     for case in progress(dataset.cases, "Reading labels"):
         values = _values_in(label_path(case), dataset.spatial_dims, palette)
         if declared and not values <= accepted:
-            where = "the regions do not name" if dataset.regions else "dataset.json does not declare"
-            raise UserError(
-                f"{case.label} has the values {sorted(values - accepted)[:5]}, which {where} "
-                f"({sorted(accepted)} are known). Declare them, or correct the label."  # type: ignore[type-var]
-            )
+            raise UserError(undeclared(label_path(case), dataset, values - accepted))
         cases.append(replace(case, values=tuple(sorted(values))))
     if not declared:
         kind, said = mixed_masks(cases)
@@ -1348,6 +1345,20 @@ def _with_label_values(dataset: Dataset) -> Dataset:
     if len(dataset.label_values) < 2:
         raise UserError(f"The labels of {dataset.root} hold the background alone; there is nothing to learn.")
     return replace(dataset, cases=tuple(cases), notes=(*dataset.notes, *_label_notes(dataset)))
+
+
+def undeclared(path: Path, dataset: Dataset, foreign: Collection[int]) -> str:
+    """What is wrong with a label that has values which the data set does not declare, and what to do."""
+    accepted = sorted({*known_values(dataset), dataset.ignore_value} - {None})  # type: ignore[type-var]
+    where = "the regions do not name" if dataset.regions else "dataset.json does not declare"
+    said = f"{path} has the values {sorted(foreign)[:5]}, which {where} ({accepted} are known). "
+    numbers = palette_numbers(path)
+    if numbers and set(numbers) <= set(accepted):
+        return said + (
+            f"They are the greys of a palette, whose numbers in this file are {numbers}. If those are meant, save the "
+            "labels without a palette; if not, declare the greys."
+        )
+    return said + "Declare them, or correct the label."
 
 
 def _label_notes(dataset: Dataset) -> list[str]:

@@ -162,6 +162,15 @@ def label_from(image: Image) -> np.ndarray:
     return labels
 
 
+def palette_numbers(path: Path) -> list[int]:
+    """The numbers of a picture with a palette that stand in it, none of other files."""
+    try:
+        with Picture.open(path) as picture:
+            return np.unique(np.array(picture)).tolist() if picture.mode == "P" else []
+    except (OSError, SyntaxError, Picture.DecompressionBombError):
+        return []
+
+
 def several_channels(image: Image) -> str:
     """What a picture in colour or a volume with channels has in place of labels, and what to do, in words."""
     told = f"{len(image.array)} channels that differ"
