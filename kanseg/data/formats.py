@@ -146,6 +146,7 @@ COLUMNS = {  # of a list, and what else they may be called
 CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients
 LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
 LISTS = (*TABLES, ".json")  # suffixes of a data set that is a file
+BY_CLASS = "masks by class"  # a problem: label maps to be made of several files
 UNUSED = "labels have no image and are not used"
 PATIENTS_IN_PART = "for it lacks"  # in a note on a table of patients that does not say all
 PATIENTS_ALIKE = "may be one patient each"  # in a note on names
@@ -797,16 +798,36 @@ def _in_two_folders(
 ) -> tuple[list[Case], list[str]]:
     """Cases of the files, and of the series in `images`, with their labels, and a note on labels of none."""
     masks = [*image_files(labels), *_dcm_in(labels)]
-    masks = [
-        mask for mask in masks if stem_of(mask).endswith(CITY_IDS)
-    ] or masks  # beside colours and instances
+    ids = [mask for mask in masks if stem_of(mask).endswith(CITY_IDS)]
+    masks = ids or masks  # not colours and instances, which lie beside
+    by_class = {} if masks else _masks_by_class(files, labels)
+    if by_class:
+        masks = [own[0] for own in by_class.values()]
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
     cases = _named(_cases(files, join=not own, problem=problem))
     cases += _series_cases(images, problem)
     _require_channels(cases, None, problem)
-    return _paired(cases, masks, {}, problem)
+    cases, notes = _paired(cases, masks, {}, problem)
+    for case in cases:
+        if own := by_class.get(stem_of(case.label) if case.label else ""):
+            names = few([folder.name for folder in _inner_folders(labels)], 5)
+            what = f"{labels} has a folder of masks for each class ({names}), and one label map an image is expected"
+            problem(
+                BY_CLASS, case.id, f"{what}. kanseg doctor DATA --fix OUT makes one, as kanseg run does.", own
+            )
+    return cases, notes
+
+
+def _masks_by_class(images: Sequence[Path], labels: Path) -> dict[str, list[Path]]:
+    """The masks of each name in the folders of `labels`, where some image has masks in several of them."""
+    found: dict[str, list[Path]] = {}
+    for folder in _inner_folders(labels):
+        for file in image_files(folder):
+            found.setdefault(stem_of(file), []).append(file)
+    own = [_label_names(IMAGE_ENDING.sub("", stem_of(image)), found) for image in images]
+    return found if any(len(found[name]) > 1 for names in own for name in names) else {}
 
 
 def _read_voc(root: Path, images: Path, labels: Path, problem: Problem) -> Dataset:
