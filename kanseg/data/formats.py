@@ -811,11 +811,14 @@ def _in_two_folders(
     _require_channels(cases, None, problem)
     cases, notes = _paired(cases, masks, {}, problem)
     for case in cases:
-        if own := by_class.get(stem_of(case.label) if case.label else ""):
+        if drawn := by_class.get(stem_of(case.label) if case.label else ""):
             names = few([folder.name for folder in _inner_folders(labels)], 5)
             what = f"{labels} has a folder of masks for each class ({names}), and one label map an image is expected"
             problem(
-                BY_CLASS, case.id, f"{what}. kanseg doctor DATA --fix OUT makes one, as kanseg run does.", own
+                BY_CLASS,
+                case.id,
+                f"{what}. kanseg doctor DATA --fix OUT makes one, as kanseg run does.",
+                drawn,
             )
     return cases, notes
 
