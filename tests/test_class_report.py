@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,18 @@ def test_a_cohort_goes_on_where_it_stopped(run: Path, pictures: Path, tmp_path: 
     assert next(csv.DictReader(table.open()))["p a"] == made[0]
     with pytest.raises(UserError, match="predictions of 3 other images"):
         predict_classes([run], pictures, table)
+
+
+def test_copies_of_training_images_are_told(run: Path, pictures: Path, tmp_path: Path) -> None:
+    new = tmp_path / "in" / "new.png"
+    shutil.copytree(pictures / "a", new.parent)
+    Image.fromarray(corners(1, 2, 6)[0][0]).save(new)
+    code, said = kanseg("predict", "-m", run, "-i", new.parent, "-o", tmp_path / "out")
+    assert (code, "the networks were trained on 16 of these images (im" in said) == (0, True)
+    code, said = kanseg("predict", "-m", run / "fold_0", "-i", new.parent, "-o", tmp_path / "fold")
+    assert (code, "the networks were trained on 8 of these images (im" in said) == (0, True)
+    code, said = kanseg("predict", "-m", run, "-i", new, "-o", tmp_path / "alone")
+    assert (code, "the networks were trained on" in said) == (0, False)
 
 
 def test_a_table_of_something_else_is_not_replaced(run: Path, pictures: Path, tmp_path: Path) -> None:

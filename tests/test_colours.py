@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from kanseg.data.doctor import diagnose
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image, read_label
 from kanseg.errors import UserError
-from kanseg.evaluation.metrics import evaluate_folders
+from kanseg.evaluation.metrics import evaluate_folders, options_of
 
 COLOURS = np.array(
     [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 128]], np.uint8
@@ -104,14 +105,76 @@ def test_colours_are_numbered_in_a_repaired_copy(tmp_path: Path, write: Write) -
     ("write", "message"),
     [(in_colours, "has the colours #000000, #008000, #800000"), (quantized, "no classes")],
 )
-def test_colours_are_refused_by_name_in_training_and_scores(
-    tmp_path: Path, write: Write, message: str
-) -> None:
+def test_colours_are_refused_by_name_in_training(tmp_path: Path, write: Write, message: str) -> None:
     root = pictures(tmp_path / "set", write)
     with pytest.raises(UserError, match=rf"{message}.*doctor DATA --fix"):
         read_dataset(root)
-    with pytest.raises(UserError, match=rf"{message}.*doctor DATA --fix"):
-        evaluate_folders(root / "labels", root / "labels")
+
+
+@pytest.mark.parametrize("write", [in_colours, with_opacity, quantized])
+def test_references_in_colours_score_what_was_trained_on_their_numbers(tmp_path: Path, write: Write) -> None:
+    """Also where the references lack a colour that the training had."""
+    root = pictures(tmp_path / "set", write)
+    diagnose(root).fix(tmp_path / "fixed")
+    (root / "labels" / "c1.png").unlink()
+    (root / "labels" / "c3.png").unlink()  # the only ones with grey
+    fixed = tmp_path / "fixed" / "labelsTr"
+    if write != quantized:  # whose numbers might be classes
+        with pytest.raises(UserError, match=r"colours #008000, #800000, and .* '#008000=1,#800000=2"):
+            evaluate_folders(fixed, root / "labels")
+    labels = options_of(read_dataset(tmp_path / "fixed"))
+    scores = evaluate_folders(fixed, root / "labels", **labels)
+    found = {name: row["dice"]["mean"] for name, row in scores["metrics"].items()}
+    assert found == dict.fromkeys(["#008000", "#800000", "#808080", "mean"], 1.0)
+    assert scores["absent"] == ["#808080"]
+    turned = evaluate_folders(fixed, root / "labels", labels={"#008000": 2, "#800000": 1, "#808080": 3})
+    assert turned["metrics"]["#800000"]["dice"]["mean"] < 0.5
+    Picture.fromarray(np.full((16, 20, 3), 9, np.uint8)).save(root / "labels" / "c0.png")
+    with pytest.raises(UserError, match="colours #090909"):
+        evaluate_folders(fixed, root / "labels", **labels)
+
+
+def test_label_maps_that_are_both_in_colours_are_scored_by_these(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "set", in_colours)
+    (tmp_path / "found").mkdir()
+    for number in range(4):
+        in_colours(np.where(label(number) == 2, 0, label(number)), tmp_path / "found" / f"c{number}.png")
+    scores = evaluate_folders(tmp_path / "found", root / "labels")
+    found = {name: row["dice"]["mean"] for name, row in scores["metrics"].items()}
+    assert found.pop("mean") == pytest.approx(2 / 3)
+    assert found == {"#008000": 0, "#800000": 1, "#808080": 1}
+
+
+TABLES = {
+    "labelmap.txt": "# label:color_rgb:parts:actions\nbackground:0,0,0::\nliver:128,0,0::\ntumour:0,128,0::\n",
+    "class_dict.csv": "name,r,g,b\nvoid,0,0,0\nliver,128,0,0\ntumour,0,128,0\n",
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_colours_are_called_as_a_table_beside_the_data_says(tmp_path: Path, table: str) -> None:
+    root = pictures(tmp_path / "set", in_colours)
+    (root / table).write_text(TABLES[table])
+    diagnose(root).fix(tmp_path / "fixed")
+    fixed = read_dataset(tmp_path / "fixed")
+    assert fixed.label_names == ("background", "tumour", "liver", "#808080")
+    scores = evaluate_folders(tmp_path / "fixed" / "labelsTr", root / "labels", **options_of(fixed))
+    assert scores["metrics"]["liver"]["dice"]["mean"] == 1
+    assert "liver" in evaluate_folders(root / "labels", root / "labels")["metrics"]
+    numbers = pictures(tmp_path / "palette", with_palette)
+    (numbers / table).write_text(TABLES[table])
+    assert read_dataset(numbers).label_names == ("background", "liver", "tumour", "label 3")
+    grey = pictures(
+        tmp_path / "grey", lambda array, path: Picture.fromarray((array == 1) * np.uint8(255)).save(path)
+    )
+    (grey / table).write_text(TABLES[table].replace("128,0,0", "255,255,255"))
+    assert read_dataset(grey).label_names == ("background", "liver")
+    (root / table).write_text(TABLES[table].replace("tumour", "liver"))
+    with pytest.raises(UserError, match="several colours one name"):
+        diagnose(root)
+    (root / table).write_text(TABLES[table].replace("128", "much"))
+    with pytest.raises(UserError, match="no name with red, green and blue"):
+        diagnose(root)
 
 
 def test_one_number_in_two_colours_is_no_class(tmp_path: Path) -> None:
@@ -133,6 +196,22 @@ def test_colours_are_not_guessed_where_values_are_declared(tmp_path: Path) -> No
     assert [f.kind for f in found.errors] == ["colours for values"]
     with pytest.raises(UserError, match="cannot be repaired.*#800000"):
         found.fix(tmp_path / "fixed")
+
+
+def test_greys_of_a_palette_that_nobody_declared_are_explained(tmp_path: Path) -> None:
+    """A program wrote 0, 1, 2 with the palette 0, 127, 255: the greys count, and the message says what the file has."""
+    levels = np.repeat(np.array([[0], [127], [255]], np.uint8), 3, axis=1)
+    root = pictures(tmp_path / "set", lambda array, path: with_palette(np.minimum(array, 2), path, levels))
+    entries = [{"image": f"images/c{n}.png", "label": f"labels/c{n}.png"} for n in range(4)]
+    described = {"labels": {"0": "background", "1": "a", "2": "b"}, "training": entries}
+    (root / "dataset.json").write_text(json.dumps(described))
+    message = r"\[127, 255\], which dataset.json does not declare .* numbers in this file are \[0, 1, 2\]"
+    with pytest.raises(UserError, match=message):
+        read_dataset(root)
+    assert {f.kind for f in diagnose(root).errors} >= {"undeclared values"}
+    for path in (root / "labels").iterdir():
+        Picture.fromarray(np.array(Picture.open(path))).save(path)
+    assert read_dataset(root).label_values == (0, 1, 2)
 
 
 def test_a_photograph_is_no_label_in_colours(tmp_path: Path) -> None:

@@ -316,9 +316,40 @@ def test_same_padding_is_that_of_each_axis() -> None:
     assert layer(x).shape == (1, 6, 7, 8)
 
 
+NORMS_OF_2D = [
+    partial(nn.GroupNorm, 2),
+    partial(nn.GroupNorm, 2, eps=0.1, affine=False),
+    partial(nn.InstanceNorm2d, affine=True, track_running_stats=True),
+    partial(nn.BatchNorm2d, eps=0.1),
+]
+
+
+@pytest.mark.parametrize("norm", NORMS_OF_2D, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_norm_with_arguments_of_its_own_is_one_a_group_of_the_layer(norm: partial, groups: int) -> None:
+    """Against the layer without a norm and torch's norms behind it, which is the reference's formula."""
+    args = {"input_dim": 4, "output_dim": 8, "kernel_size": 3, "groups": groups}
+    convert, _ = find("KAGNConv2DLayer", args)
+    bare = convert(2, {**args, "norm_layer": nn.Identity}, {})
+    norms = nn.ModuleList(norm(8 // groups) for _ in range(groups))
+    for tensor in norms.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2)
+    convolution = spread(bare.links, bare.module.state_dict())
+    plain = from_torch_conv_kan("KAGNConv2DLayer", {**args, "norm_layer": nn.Identity}, convolution)
+    state = {**convolution, **norms.state_dict(prefix="layer_norm.")}
+    layer = from_torch_conv_kan("KAGNConv2DLayer", {**args, "norm_layer": norm}, state)
+    plain.act = nn.Identity()
+    x = torch.randn(3, 4, 9, 6)
+    parts = zip(norms.eval(), plain(x).chunk(groups, 1), strict=True)
+    torch.testing.assert_close(layer(x), F.silu(torch.cat([own(part) for own, part in parts], 1)))
+    back = to_torch_conv_kan(layer)
+    assert all(torch.equal(back[key], state[key]) for key in norms.state_dict(prefix="layer_norm."))
+
+
 UNSUITED = {
-    "norm_layer 'GroupNorm' is not supported": {"norm_layer": nn.GroupNorm},
-    "norm_layer 'functools.partial": {"norm_layer": partial(nn.GroupNorm, 2)},
+    "norm_layer 'GroupNorm' needs the number": {"norm_layer": nn.GroupNorm},
+    "norm_layer 'LocalResponseNorm' is not supported": {"norm_layer": partial(nn.LocalResponseNorm, 2)},
     "LayerNorm2d is 2D only": {"norm_layer": "LayerNorm2d"},
     "base_activation 'Softmax2d' is not supported": {"base_activation": nn.Softmax2d},
     "'same' of the even kernel_size 4": {"kernel_size": 4, "padding": "same"},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kanseg import UKANet, create_model
 from kanseg.compat import from_torch_conv_kan, to_torch_conv_kan
@@ -208,6 +208,21 @@ def test_weights_go_there_and_back(name: str) -> None:
         torch.as_tensor(output).isfinite().all()
         for output in (outputs if isinstance(outputs, tuple) else [outputs])
     )
+
+
+def test_a_norm_with_arguments_of_its_own_stands_in_every_layer_of_a_network() -> None:
+    """Its weights look like those of an instance norm."""
+    args = {"input_channels": 3, "num_classes": 5, "layer_sizes": (4,) * 8}
+    plain = made_up("EightSimpleConvKACN", args)
+    norms = [key.partition("poly_conv")[0] + "layer_norm.0." for key in plain if "poly_conv" in key]
+    state = plain | {f"{norm}{key}": torch.rand(4) for norm in norms for key in ("weight", "bias")}
+    given = {**args, "norm_layer": partial(nn.GroupNorm, 2)}
+    network = from_torch_conv_kan("EightSimpleConvKACN", given, state)
+    found = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    assert [norm.num_groups for norm in found] == [2] * 8
+    for norm, message in ((nn.GroupNorm, "needs the number"), (nn.LocalResponseNorm, "is not supported")):
+        with pytest.raises(UsageError, match=message):
+            from_torch_conv_kan("EightSimpleConvKACN", {**args, "norm_layer": norm}, state)
 
 
 def test_attention_stands_before_pools_and_last_at_once() -> None:

@@ -16,6 +16,7 @@ from PIL import Image as Picture
 from kanseg.data.doctor import ERROR, KINDS, LEFT_OUT, diagnose, rows
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import read_dataset
+from kanseg.data.image_classes import is_classes
 from kanseg.data.images import read_image, read_label
 from kanseg.errors import UserError
 
@@ -384,3 +385,37 @@ def test_photographs_that_are_to_be_shown_turned_are_told(tmp_path: Path) -> Non
     assert [f.case for f in found if f.kind == "different grids"] == ["2"]
     with pytest.raises(UserError, match=r"2.jpg is to be shown turned \(EXIF\): save it so"):
         fingerprint(read_dataset(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["", "train/"])
+def test_a_folder_of_masks_for_each_class_becomes_one_label_map(tmp_path: Path, part: str) -> None:
+    """An image that a class has no mask of lacks that class; where two overlap the later one is seen."""
+    root, generator = tmp_path / "set", np.random.default_rng(0)
+    labels = {"a": {"liver": (2, 9), "tumour": (5, 7)}, "b": {"liver": (1, 8)}, "c": {"tumour": (4, 6)}}
+    for name, found in labels.items():
+        (root / part / "images").mkdir(parents=True, exist_ok=True)
+        noise = generator.integers(0, 255, (12, 12, 3), np.uint8)
+        Picture.fromarray(noise).save(root / part / "images" / f"{name}.png")
+        for kind, (start, end) in found.items():
+            (root / part / "masks" / kind).mkdir(parents=True, exist_ok=True)
+            mask = np.zeros((12, 12), np.uint8)
+            mask[start:end, start:end] = 255
+            Picture.fromarray(mask).save(root / part / "masks" / kind / f"{name}_mask.png")
+    assert not is_classes(root)
+    with pytest.raises(
+        UserError, match=r"a folder of masks for each class \(liver, tumour\).*doctor DATA --fix"
+    ):
+        read_dataset(root)
+    found = diagnose(root)
+    assert {(f.kind, f.case) for f in found.findings if f.kind == "masks overlap"} == {("masks overlap", "a")}
+    assert {f.kind for f in found.errors} == {"masks by class"}
+    found.fix(tmp_path / "fixed")
+    dataset = read_dataset(tmp_path / "fixed")
+    assert dataset.label_names == ("background", "liver", "tumour")
+    for case in dataset.cases:
+        expected = np.zeros((12, 12))
+        for kind, (start, end) in labels[case.id].items():
+            expected[start:end, start:end] = 1 + (kind == "tumour")
+        np.testing.assert_array_equal(read_label(case.label), expected)  # type: ignore[arg-type]
+    (root / part / "masks" / "liver" / "b_mask.png").unlink()
+    assert ("missing label", "b") in {(f.kind, f.case) for f in diagnose(root).findings}

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from kanseg.data.beside import find_probabilities, is_beside, probability_path
+from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import find_images, read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.plan import Plan, make_plan
@@ -25,7 +26,9 @@ from kanseg.errors import UserError
 from kanseg.inference.ensemble import Ensemble, Loaded, combine_folders, find_members, predict_with
 from kanseg.inference.postprocess import POSTPROCESSING, save_rules
 from kanseg.inference.predict import predict, predict_case, predict_folder
-from kanseg.training.checkpoint import BEST, build_model, named, save_checkpoint
+from kanseg.training.checkpoint import BEST, build_model, load_checkpoint, named, save_checkpoint
+from kanseg.training.files import write_json
+from kanseg.training.run_folder import training_images
 
 
 class Constant(nn.Module):
@@ -165,6 +168,30 @@ def test_images_are_told_from_the_maps_of_a_prediction_by_their_headers(
     assert not any(is_beside(path) for path in (folder / "masks").iterdir())
     assert "Passed over: 12 maps of an earlier prediction" in said.getvalue()
     assert "Not looked at, for there are image files: masks/" in said.getvalue()
+
+
+def test_images_that_the_networks_were_trained_on_are_told(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    """By their bytes, wherever they lie; those that a fold validates on are not."""
+    run, folder = tmp_path / "run", tmp_path / "scans"
+    file = checkpoint(plan, run / "3d" / "fold_0", 0)
+    tensors, info = load_checkpoint(file)
+    save_checkpoint(file, tensors, {**info, "fold": 0})
+    dataset = read_dataset(blobs)
+    save_fingerprint(fingerprint(dataset), run / "3d")
+    names = [case.id for case in dataset.cases]
+    write_json(run / "3d" / "splits.json", [{"train": names[1:], "val": names[:1]}])
+    folder.mkdir()
+    for number, name in enumerate("abc"):
+        shutil.copy(blobs / "imagesTr" / f"case_{number}.nii.gz", folder / f"{name}.nii.gz")
+    cases = find_images(folder)
+    assert training_images([file], cases) == ["b", "c"]
+    shutil.copytree(run / "3d" / "fold_0", run / "model" / "fold_0")  # the final model of kanseg run
+    assert training_images(find_members(run), cases) == ["b", "c"]
+    shutil.copytree(run / "model", tmp_path / "alone" / "model")
+    assert training_images(find_members(tmp_path / "alone"), cases) == []
+    said = StringIO()
+    predict_with([run], folder, tmp_path / "out", console=Console(file=said, width=200), version="1")
+    assert "the networks were trained on 2 of these images (b, c), and scores" in said.getvalue()
 
 
 def test_classes_whose_names_differ_by_signs_have_maps_of_their_own() -> None:

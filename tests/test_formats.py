@@ -804,6 +804,60 @@ def test_parts_of_folders_are_the_parts_of_the_data(tmp_path: Path, nested: str,
         read_dataset(tmp_path)
 
 
+def test_cityscapes_folders_are_read_with_their_parts(tmp_path: Path) -> None:
+    """Of its files of labels those of classes; the numbers of other files are those of instances, or colours."""
+    for part, city, names in (
+        ("train", "ulm", "ab"),
+        ("train", "bonn", "a"),
+        ("val", "koeln", "a"),
+        ("test", "bern", "a"),
+    ):
+        images, labels = tmp_path / "leftImg8bit" / part / city, tmp_path / "gtFine" / part / city
+        masks(tmp_path, str(images), str(labels), names := [f"{city}_{name}" for name in names])
+        for name in names:
+            (images / f"{name}.jpg").rename(images / f"{name}_leftImg8bit.jpg")
+            (labels / f"{name}.png").rename(labels / f"{name}_gtFine_labelIds.png")
+            shutil.copy(images / f"{name}_leftImg8bit.jpg", labels / f"{name}_gtFine_color.jpg")
+            (labels / f"{name}_gtFine_polygons.json").write_text("{}")
+    assert not is_classes(tmp_path)
+    dataset = read_dataset(tmp_path)
+    assert dataset.splits == ({"train": ["bonn_a", "ulm_a", "ulm_b"], "val": ["koeln_a"]},)
+    assert [case.id for case in dataset.test_cases] == ["bern_a"]
+    assert dataset.label_values == (0, 1)
+    assert not [note for note in dataset.notes if "not used" in note]
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_images_and_labels_may_lie_in_the_same_folders(tmp_path: Path, top: str) -> None:
+    for folder in ("p1", "p2", "more/p3"):
+        masks(tmp_path, f"{top}images/{folder}", f"{top}labels/{folder}", ["a", "b"])
+    assert not is_classes(tmp_path)
+    dataset = read_dataset(tmp_path)
+    ids = ["more_p3_a", "more_p3_b", "p1_a", "p1_b", "p2_a", "p2_b"]
+    assert [case.id for case in dataset.cases] == ids
+    for case in dataset.cases:
+        assert case.label is not None
+        assert case.images[0].relative_to(tmp_path / top / "images").with_suffix(
+            ".png"
+        ) == case.label.relative_to(tmp_path / top / "labels")
+    (note,) = (note for note in dataset.notes if "lie in 3 folders, more, p1, p2" in note)
+    patients = read_dataset(tmp_path, id_pattern=note.split("'")[1])
+    assert [case.group for case in patients.cases] == [name.split("_")[0] for name in ids]
+    assert {case.group for case in read_dataset(tmp_path, id_pattern=note.split("'")[1]).cases} == {
+        "more",
+        "p1",
+        "p2",
+    }
+    (tmp_path / top / "labels" / "p1" / "b.png").unlink()
+    assert ("missing label", "p1_b") in [(f.kind, f.case) for f in diagnose(tmp_path).errors]
+    pictures = find_images(tmp_path / top / "images")
+    assert [case.id for case in pictures] == ids
+    (tmp_path / top / "images" / "p1" / "b.jpg").unlink()
+    shutil.rmtree(tmp_path / top / "labels" / "p2")
+    with pytest.raises(UserError, match="p2 has no labels beside it"):
+        read_dataset(tmp_path)
+
+
 @pytest.mark.parametrize("labels", ["x{}", "{}"])
 def test_a_folder_of_masks_is_no_class(tmp_path: Path, labels: str) -> None:
     """Two folders of pictures, one of images and one of their masks, must not become a classifier of those."""

@@ -246,6 +246,71 @@ def test_frames_without_places_are_no_volume(shared_data: Path, tmp_path: Path) 
         read_image(tmp_path / "film.dcm")
 
 
+def _spect(path: Path, gap: float, numbers: Sequence[int], **changes: Any) -> np.ndarray:
+    """A reconstruction of nuclear medicine, whose detector alone tells where its first slice lies; its pixels."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    pixels = np.random.default_rng(0).integers(0, 9000, (len(numbers), 5, 7)).astype(np.uint16)
+    detector, header = Dataset(), Dataset()
+    detector.ImagePositionPatient, detector.ImageOrientationPatient = [-20, 30.5, 7], [1, 0, 0, 0, 0.6, 0.8]
+    header.SOPClassUID, header.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.20", generate_uid()
+    header.Modality, header.ImageType = "NM", ["ORIGINAL", "PRIMARY", "RECON TOMO", "EMISSION"]
+    header.SeriesInstanceUID, header.StudyInstanceUID = generate_uid(), generate_uid()
+    header.Rows, header.Columns, header.NumberOfFrames = 5, 7, len(numbers)
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.BitsAllocated = header.BitsStored = 16
+    header.HighBit, header.PixelRepresentation, header.PixelData = 15, 0, pixels.tobytes()
+    header.PixelSpacing, header.SpacingBetweenSlices, header.SliceThickness = [4.5, 4.0], gap, abs(gap) + 1
+    header.FrameIncrementPointer, header.SliceVector = 0x00540080, list(numbers)
+    header.NumberOfSlices, header.DetectorInformationSequence = len(numbers), [detector]
+    for keyword, value in changes.items():
+        setattr(header, keyword, value)
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.save_as(path, enforce_file_format=True)
+    return pixels
+
+
+@pytest.mark.parametrize("gap", [3.0, -3.0])
+def test_slices_of_nuclear_medicine_lie_behind_the_first_or_before_it(tmp_path: Path, gap: float) -> None:
+    """As DICOM PS3.3 C.8.4.15 says: along rows x columns of the first frame, by the sign of the spacing."""
+    pixels = _spect(tmp_path / "a.dcm", gap, [1, 2, 3, 4])
+    for place in (tmp_path, tmp_path / "a.dcm"):
+        image = read_image(place)
+        np.testing.assert_array_equal(image.array[0], pixels.transpose(2, 1, 0))
+        steps = np.column_stack([[4.0, 0, 0], [0, 0.6 * 4.5, 0.8 * 4.5], gap * np.array([0, -0.8, 0.6])])
+        expected = np.diag([-1.0, -1.0, 1.0]) @ np.column_stack([steps, [-20, 30.5, 7]])  # LPS to RAS
+        np.testing.assert_allclose(image.affine[:3], expected, atol=1e-9)
+    if gap > 0:  # ITK takes every spacing as a positive one
+        theirs = sitk.ReadImage(str(tmp_path / "a.dcm"))
+        np.testing.assert_allclose(theirs.GetOrigin(), (-20, 30.5, 7))
+        np.testing.assert_allclose(theirs.GetSpacing(), (4, 4.5, 3))
+        np.testing.assert_allclose(theirs.GetDirection(), (1, 0, 0, 0, 0.6, -0.8, 0, 0.8, 0.6))
+
+
+def test_slices_of_nuclear_medicine_stand_by_their_numbers(tmp_path: Path) -> None:
+    pixels = _spect(tmp_path / "a.dcm", 3.0, [2, 1, 4, 3])
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "a.dcm").array[0], pixels[[1, 0, 3, 2]].transpose(2, 1, 0)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"SliceVector": [1, 2, 1, 2]},  # of two times
+        {"FrameIncrementPointer": [0x00540080, 0x00540060]},  # gated
+        {"SpacingBetweenSlices": None},
+        {"DetectorInformationSequence": []},
+    ],
+)
+def test_what_is_no_volume_of_nuclear_medicine_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    _spect(tmp_path / "a.dcm", 3.0, [1, 2, 3, 4], **changes)
+    with pytest.raises(UserError, match="4 frames that do not tell where they lie"):
+        read_image(tmp_path / "a.dcm")
+
+
 def _lacks(keyword: str) -> Callable[[Any, int], None]:
     def change(header: Any, number: int) -> None:
         if number == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
@@ -257,6 +258,7 @@ def test_one_basis_a_stage() -> None:
 
 def test_the_table_has_every_network_and_encoder_with_its_size_and_a_description() -> None:
     rows = {row["name"]: row for row in table_of_models()}
+    assert gc.isenabled()
     assert set(list_models()) <= set(rows)
     assert [name for name, row in rows.items() if row["parameters_3d"] is None] == ["smp"]
     for row in rows.values():

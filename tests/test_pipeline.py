@@ -367,3 +367,16 @@ def test_the_report_has_words_and_no_code(done):
     assert "Dice before post-processing" in page
     for code in ("{'", "[]", "None", "not told"):
         assert code not in page
+
+
+def test_energy_is_a_column_where_it_was_measured_and_a_line_where_not(balls, done, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(done[0], folder)
+    for joules, expected in ((None, (0, 1)), (7200, (1, 0))):
+        manifest = folder / "3d/fold_0/manifest.json"
+        for path in folder.glob("*/fold_*/manifest.json"):
+            known = json.loads(path.read_text()) | {"energy_joules": joules if path == manifest else None}
+            path.write_text(json.dumps(known))
+        page = write_report(folder, balls[0]).with_suffix(".md").read_text()
+        assert (page.count("energy (Wh)"), page.count("The energy was not measured")) == expected
+    assert "| 2.0 |" in page

@@ -41,6 +41,20 @@ def volume() -> tuple[np.ndarray, np.ndarray]:
     return grid[0] + 2.0 * grid[1] + np.random.default_rng(0).normal(0, 2, labels.shape), labels
 
 
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_a_long_name_stays_within_the_picture(volume, tmp_path, with_reference: bool) -> None:
+    image, labels = volume
+    how: dict[str, Any] = {
+        "spacing": (1, 1, 1),
+        "label_names": ("background", "right ventricular tract " * 8),
+    }
+    shown = pixels(picture(image, labels if with_reference else None, labels, tmp_path / "a.png", **how))
+    legend = shown[-20:] < 200
+    assert legend.any()
+    assert not legend[:, :8].any()
+    assert not legend[:, -8:].any()
+
+
 def test_three_planes_stand_beside_each_other_with_reference_and_prediction(volume, tmp_path) -> None:
     image, labels = volume
     other = np.roll(labels, -6, axis=1)

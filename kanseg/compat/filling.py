@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ EXPERTS = ("num_experts", "k", "noisy_gating", "pregate")
 NORM_ARGUMENTS = ("eps", "momentum")
 # Arguments that the weights show, or that do nothing in `eval()`.
 SEEN = ("groups", "affine", "norm_layer", "dropout", "dropout_linear", "l1_decay", "l1_penalty")
-KEPT_NORMS = {"Identity", layers.CHANNEL}  # whose weights do not show which norm they are of
+KEPT_NORMS = {"Identity", "GroupNorm", layers.CHANNEL}  # whose weights do not show which norm they are of
 
 
 class Filling:
@@ -309,8 +310,11 @@ def _stored(state: State, blank: Blank) -> Arguments:
 
 
 def _kept_norm(args: Mapping[str, Any]) -> Arguments:
-    """The call's norm where the weights do not show it."""
+    """The call's norm where the weights do not show it, as those of one with further arguments, a partial, do not."""
     norm = args.get("norm_layer")
+    if isinstance(norm, partial):
+        return {"norm_layer": norm}
+    layers.norm_name(norm, "batch")  # or it is refused
     name = norm if isinstance(norm, str) else getattr(norm, "__name__", "")
     name = name.rsplit(".", 1)[-1]
     return {"norm_layer": name} if name in KEPT_NORMS else {}

@@ -24,6 +24,7 @@ GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "dropout")
 DEFAULT_PADDING = 0
 CHANNEL = "LayerNorm2d"  # timm's norm over the channels of one position
 NORMS = {"BatchNorm": "batch", "InstanceNorm": "instance", "Identity": None, CHANNEL: CHANNEL}
+NORMS["GroupNorm"] = GROUP = "group"
 ACTIVATIONS: dict[str, str | None] = {
     name: name.lower() for name in ("GELU", "SiLU", "ReLU", "Tanh", "Sigmoid", "Mish", "ELU", "SELU", "CELU")
 }
@@ -144,7 +145,10 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
     geometry = {"padding": DEFAULT_PADDING, **{name: args.pop(name) for name in GEOMETRY if name in args}}
     if isinstance(geometry["padding"], str):
         geometry["padding"] = named_padding(spatial_dims, geometry)
-    norm = norm_name(args.pop("norm_layer", args.pop("norm_class", None)), spec.norm)
+    given, args = unwrapped(args.pop("norm_layer", args.pop("norm_class", None)), args)
+    norm = norm_name(given, spec.norm)
+    if norm == GROUP:  # the reference has a norm a group of the layer
+        args["num_groups"] = _norm_groups(args) * (1 if spec.joined else geometry.get("groups", 1))
     own = {ours: args.pop(theirs) for theirs, ours in spec.arguments.items() if theirs in args}
     own.pop("wav_version", None)  # three ways to store the same layer
     if "base_act" in own:
@@ -184,6 +188,22 @@ def named_padding(spatial_dims: int, geometry: Mapping[str, Any]) -> Any:
         size = geometry["kernel_size"]
         raise UsageError(f"padding 'same' of the even kernel_size {size} is not the same on both sides")
     return tuple(width // 2 for width in total)
+
+
+def unwrapped(norm: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A norm that is given as a `functools.partial`, and the arguments with its own before those of the call."""
+    if not isinstance(norm, partial):
+        return norm, dict(arguments)
+    own = {"num_groups": norm.args[0]} if norm.args else {}
+    return norm.func, {**own, **norm.keywords, **arguments}
+
+
+def _norm_groups(arguments: Mapping[str, Any]) -> int:
+    if "num_groups" not in arguments:
+        raise UsageError(
+            "norm_layer 'GroupNorm' needs the number of its groups: give functools.partial(torch.nn.GroupNorm, 4)."
+        )
+    return int(arguments["num_groups"])
 
 
 def norm_spec(norm: str | None, arguments: Mapping[str, Any]) -> Any:

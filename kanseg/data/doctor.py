@@ -16,11 +16,12 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from kanseg.data.colours import label_colours, numbered
+from kanseg.data.colours import colour_names, label_colours, numbered
 from kanseg.data.convert import Sample, on_own_grid, write_dataset
 from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
 from kanseg.data.formats import (
     BESIDE,
+    BY_CLASS,
     LISTS,
     MOST_VALUES,
     PATIENTS_ALIKE,
@@ -35,6 +36,7 @@ from kanseg.data.formats import (
     has_soft_edges,
     list_dataset,
     mixed_masks,
+    undeclared,
 )
 from kanseg.data.images import (
     CONVERSION,
@@ -75,6 +77,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "DICOM-SEG": (ERROR, None),
     "label without image": (WARNING, "it is left out"),
     "several masks": (ERROR, "they are merged"),
+    BY_CLASS: (ERROR, "they are numbered in the order of their folders' names"),
+    "masks overlap": (WARNING, "the later class has what they share"),
     "unreadable": (ERROR, LEFT_OUT),
     "other dimension": (ERROR, LEFT_OUT),
     "other channels": (ERROR, LEFT_OUT),
@@ -159,6 +163,7 @@ class Diagnosis:
             nothing was recognised.
         masks: case -> its several label files.
         colours: of labels that are pictures in colour; a repaired label has their places here.
+        classes: names of the folders that label files lie in by class; a repaired label has their places here, from 1.
         copies: pairs of images with classes that are the same; None where it was not looked.
     """
 
@@ -169,6 +174,7 @@ class Diagnosis:
     dataset: Dataset | None = None
     masks: dict[str, list[Path]] = field(default_factory=dict)
     colours: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
     copies: list[tuple[str, str]] | None = None
 
     @property
@@ -210,7 +216,7 @@ class Diagnosis:
         if self.mapped:  # the files have other values than the repaired ones
             dataset = replace(dataset, label_values=())
         for case in progress(dataset.cases, "Repairing"):
-            sample = examine(case, dataset, self.masks.get(case.id, ()), [], self.colours)
+            sample = examine(case, dataset, self.masks.get(case.id, ()), [], self.colours, self.classes)
             if sample is None:
                 raise UserError(f"{case.images[0]} has changed since it was examined. Start again.")
             assert sample.label is not None
@@ -233,7 +239,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
 
     def note(kind: str, case: str, message: str, files: Sequence[Path] = ()) -> None:
         findings.append(Finding(kind, case, message))
-        if kind == "several masks":
+        if kind in ("several masks", BY_CLASS):
             masks[case] = list(files)
 
     try:
@@ -248,6 +254,10 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
         return found
     for kind, mark in TOLD.items():
         findings += [Finding(kind, "", said) for said in dataset.notes if mark in said]
+    if any(finding.kind == BY_CLASS for finding in findings):
+        found.classes = tuple(sorted({file.parent.name for files in masks.values() for file in files}))
+        names = ("background", *found.classes)
+        dataset = replace(dataset, label_names=names, label_values=tuple(range(len(names))))
     found.colours = label_colours([p for case in dataset.cases for p in _labels_of(case, masks)])
     if found.colours:
         said = f"labels have the colours {few([*map(colour_name, found.colours)])} in place of numbers"
@@ -257,14 +267,16 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
             )
             return found
         findings.append(Finding("colours", "", said))
-        names = ("background", *map(colour_name, found.colours[1:]))
+        known = colour_names(dataset.root)
+        names = ("background", *(known.get(code, colour_name(code)) for code in found.colours[1:]))
         dataset = replace(dataset, label_names=names, label_values=tuple(range(len(names))))
     samples = _Seen()
     kept = []
     for case in progress(dataset.cases, "Examining"):
         sample = None
         if not _hopeless(findings, case.id):
-            sample = examine(case, dataset, masks.get(case.id, ()), findings, found.colours)
+            own = masks.get(case.id, ())
+            sample = examine(case, dataset, own, findings, found.colours, found.classes)
         if sample is not None:
             kept.append(replace(case, values=samples.add(case, sample)))
     _across(kept, samples, dataset, findings)
@@ -289,13 +301,19 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
 
 
 def examine(
-    case: Case, dataset: Dataset, masks: Sequence[Path], findings: list[Finding], colours: Sequence[int] = ()
+    case: Case,
+    dataset: Dataset,
+    masks: Sequence[Path],
+    findings: list[Finding],
+    colours: Sequence[int] = (),
+    classes: Sequence[str] = (),
 ) -> Sample | None:
     """Read and repair one case; None where that cannot be. What is wrong is added to `findings`.
 
     Args:
         masks: its label files where there are several.
         colours: of all labels, where these are pictures in colour.
+        classes: names of the folders of `masks`, where these say the class.
     """
 
     def note(kind: str, message: str) -> None:
@@ -319,15 +337,17 @@ def examine(
     usable = [number for number in numbers if number is not None]
     if len(usable) < len(numbers):
         return None
+    if classes:
+        if (np.sum([mask > 0 for mask in usable], axis=0) > 1).any():
+            note("masks overlap", f"{few([str(path) for path in paths], 3)} share voxels")
+        places = [1 + classes.index(path.parent.name) for path in paths]
+        usable = [np.where(mask > 0, place, 0) for mask, place in zip(usable, places, strict=True)]
     merged = np.max(usable, axis=0)
     if dataset.label_values:
         accepted = {*known_values(dataset), dataset.ignore_value}
         foreign = set(np.unique(merged).tolist()) - accepted
         if foreign:
-            note(
-                "undeclared values",
-                f"{paths[0]} has the values {sorted(foreign)[:5]}, which dataset.json lacks",
-            )
+            note("undeclared values", undeclared(paths[0], dataset, foreign))
             return None
     if not merged.any():
         note("empty label", f"{paths[0]} holds the background alone")
@@ -523,7 +543,7 @@ def _repaired_label(
     if distance > GRID_TOLERANCE:
         note("grids differ by rounding", f"{label.path} lies {distance:.3g} mm off the grid of its image")
     if colours and suffix_of(label.path) not in LOSSY:
-        return numbered(label, colours)
+        return numbered(label, dict(zip(colours, range(len(colours)), strict=True)))
     array = label.labels
     if len(array) > 1 and (array != array[0]).any():
         note("no label map", f"{label.path} has {several_channels(label)}")

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -28,7 +28,7 @@ from kanseg.data.case_folders import (
     of_one_case,
     usual_channels,
 )
-from kanseg.data.colours import require_classes
+from kanseg.data.colours import colour_names, require_classes
 from kanseg.data.images import (
     FULL,
     LOSSY,
@@ -40,6 +40,7 @@ from kanseg.data.images import (
     is_segmentation,
     label_from,
     load_image,
+    palette_numbers,
     read_image,
     stem_of,
     suffix_of,
@@ -65,18 +66,22 @@ from kanseg.progress import progress
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")
 VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"
-IMAGE_FOLDERS = ("images", "imagesTr", "image", VOC_IMAGES)
-LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask", VOC_LABELS)
+CITY_IMAGES, CITY_LABELS, CITY_IDS = "leftImg8bit", "gtFine", "_gtFine_labelIds"  # Cityscapes
+IMAGE_FOLDERS = ("images", "imagesTr", "image", VOC_IMAGES, CITY_IMAGES)
+LABEL_FOLDERS = ("labels", "masks", "labelsTr", "label", "mask", VOC_LABELS, CITY_LABELS)
+LABEL_ENDINGS = ("", "_mask", "_label", "_seg", CITY_IDS)  # of a label file, behind the name of its image
 LABEL_ENDING = re.compile(r"(_mask|_label|_seg)(_\d+)?$")
-IMAGE_ENDING = re.compile(r"(_image|_img)$")
+IMAGE_ENDING = re.compile(rf"(_image|_img|_{CITY_IMAGES})$")
 CASE_IMAGE = re.compile(r"(image|img)(_\d{4})?")
 MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a label map
 COLOURS = ("red", "green", "blue")
+GREY = 0x010101  # times a level of grey: its code as a colour
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/), both also in train/, val/ and test/ or with these below, PASCAL VOC's folders, one folder with x and "
-    "x_mask (or x_label), one folder per case with image (or a file for each channel) and label, a .csv or .tsv with "
-    "the columns image and label, or a datalist .json of MONAI; an image may be a folder with a DICOM series"
+    "masks/), both also in train/, val/ and test/ or with these or other folders below, PASCAL VOC's and Cityscapes' "
+    "folders, one folder with x and x_mask (or x_label), one folder per case with image (or a file for each channel) "
+    "and label, a .csv or .tsv with the columns image and label, or a datalist .json of MONAI; an image may be a "
+    "folder with a DICOM series"
 )
 
 
@@ -141,6 +146,7 @@ COLUMNS = {  # of a list, and what else they may be called
 CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients
 LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
 LISTS = (*TABLES, ".json")  # suffixes of a data set that is a file
+BY_CLASS = "masks by class"  # a problem: label maps to be made of several files
 UNUSED = "labels have no image and are not used"
 PATIENTS_IN_PART = "for it lacks"  # in a note on a table of patients that does not say all
 PATIENTS_ALIKE = "may be one patient each"  # in a note on names
@@ -243,7 +249,8 @@ def patient_notes(cases: Sequence[Case], tests: Sequence[Case]) -> list[str]:
 def find_images(path: Path | str, *, channels: int | None = None, names: Sequence[str] = ()) -> list[Case]:
     """Images to predict: a file, a folder of images (`_0000` channels joined), or folders with one DICOM series each.
 
-    Also a folder for each case, see `kanseg.data.case_folders`; label maps in them are left aside.
+    Also a folder for each case, see `kanseg.data.case_folders`; label maps in them are left aside. Else images in
+    folders of any names, by which their ids then begin.
 
     Args:
         names: of the model's channels. Files called by them (CASE-t1c, CASE-flair) are joined.
@@ -272,6 +279,8 @@ def find_images(path: Path | str, *, channels: int | None = None, names: Sequenc
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
     series = _with_dicom(folders)
     if not series and (cases := _in_case_folders(path, names)):
+        return cases
+    if not series and not _inner(path) and _both_called(path)[1] is None and (cases := _in_tree(path)):
         return cases
     if not series:
         but = (
@@ -704,7 +713,7 @@ def _paired(
 
 def _label_names(case: str, files: Iterable[str]) -> list[str]:
     """Names of the label files that are called as the case is."""
-    return [name for name in (case, f"{case}_mask", f"{case}_label", f"{case}_seg") if name in files]
+    return [case + ending for ending in LABEL_ENDINGS if case + ending in files]
 
 
 def _read_folders(root: Path, problem: Problem) -> Dataset:
@@ -716,10 +725,72 @@ def _read_folders(root: Path, problem: Problem) -> Dataset:
         return _read_one_folder(root, problem)
     if images.name == VOC_IMAGES and labels.name == VOC_LABELS:
         return _read_voc(root, images, labels, problem)
-    cases, unused = _in_two_folders(image_files(images), images, labels, problem)
+    cases, unused = _in_two_trees(images, labels, problem)
     layout = f"folders {images.name}/ and {labels.name}/"
     tests, others = _with_test_labels(root, _test_cases(root), {})
     return _dataset(root.name, root, layout, cases, tests, None, [*unused, *others])
+
+
+def _in_two_trees(images: Path, labels: Path, problem: Problem) -> tuple[list[Case], list[str]]:
+    """As `_in_two_folders`; where `images` has nothing but folders of images, of each with that of `labels`.
+
+    Ids then begin with the names of these folders.
+    """
+    inner = _inner_folders(images)
+    if not inner:
+        return _in_two_folders(image_files(images), images, labels, problem)
+    cases: list[Case] = []
+    notes = [_of_inner(images, inner)]
+    for folder in inner:
+        beside = labels / folder.name
+        if not beside.is_dir():
+            raise UserError(f"{folder} has no labels beside it, in {beside}. Add them, or take it away.")
+
+        def of_folder(kind: str, case: str, *what: Any, folder: Path = folder) -> None:
+            problem(kind, _below(folder, case), *what)
+
+        found, said = _in_two_trees(folder, beside, of_folder)
+        cases += _renamed(found, partial(_below, folder))
+        notes += said
+    return cases, notes
+
+
+def _in_tree(folder: Path) -> list[Case]:
+    """Images without labels, with ids as `_in_two_trees` gives them."""
+    inner = _inner_folders(folder)
+    below = (_renamed(_in_tree(one), partial(_below, one)) for one in inner)
+    return [case for cases in below for case in cases] if inner else _cases(image_files(folder))
+
+
+def _inner_folders(folder: Path) -> list[Path]:
+    """Folders with images, however deep, in a folder that has none itself; a picture beside a series is none."""
+    if image_files(folder):
+        return []
+    inner = [one for one in _folders_in(folder) if not _with_dicom([one])]
+    return [one for one in inner if image_files(one) or _inner_folders(one)]
+
+
+def _below(folder: Path, case: str) -> str:
+    return case if case.startswith(f"{folder.name}_") else f"{folder.name}_{case}"
+
+
+def _renamed(cases: Iterable[Case], name: Callable[[str], str]) -> list[Case]:
+    names = ((case, name(case.id)) for case in cases)
+    return [replace(case, id=new, group=new) for case, new in names]
+
+
+def _of_inner(images: Path, inner: Sequence[Path]) -> str:
+    """A note on folders of images that may be those of patients."""
+    names = [folder.name for folder in inner]
+    pattern = (
+        "'^([^_]+)_'"
+        if not any("_" in name for name in names)
+        else f"'^({'|'.join(map(re.escape, names))})_'"
+    )
+    return (
+        f"the images of {images.name}/ lie in {len(names)} folders, {few(names, 3)}, by which their names begin; if "
+        f"each is a patient, give --id-pattern {pattern}"
+    )
 
 
 def _in_two_folders(
@@ -727,13 +798,39 @@ def _in_two_folders(
 ) -> tuple[list[Case], list[str]]:
     """Cases of the files, and of the series in `images`, with their labels, and a note on labels of none."""
     masks = [*image_files(labels), *_dcm_in(labels)]
+    ids = [mask for mask in masks if stem_of(mask).endswith(CITY_IDS)]
+    masks = ids or masks  # not colours and instances, which lie beside
+    by_class = {} if masks else _masks_by_class(files, labels)
+    if by_class:
+        masks = [own[0] for own in by_class.values()]
     named = {stem_of(p) for p in masks}
     stems = [IMAGE_ENDING.sub("", stem_of(file)) for file in files]
     own = bool(files) and all(_label_names(stem, named) for stem in stems)  # x_0000 may be a frame
     cases = _named(_cases(files, join=not own, problem=problem))
     cases += _series_cases(images, problem)
     _require_channels(cases, None, problem)
-    return _paired(cases, masks, {}, problem)
+    cases, notes = _paired(cases, masks, {}, problem)
+    for case in cases:
+        if drawn := by_class.get(stem_of(case.label) if case.label else ""):
+            names = few([folder.name for folder in _inner_folders(labels)], 5)
+            what = f"{labels} has a folder of masks for each class ({names}), and one label map an image is expected"
+            problem(
+                BY_CLASS,
+                case.id,
+                f"{what}. kanseg doctor DATA --fix OUT makes one, as kanseg run does.",
+                drawn,
+            )
+    return cases, notes
+
+
+def _masks_by_class(images: Sequence[Path], labels: Path) -> dict[str, list[Path]]:
+    """The masks of each name in the folders of `labels`, where some image has masks in several of them."""
+    found: dict[str, list[Path]] = {}
+    for folder in _inner_folders(labels):
+        for file in image_files(folder):
+            found.setdefault(stem_of(file), []).append(file)
+    own = [_label_names(IMAGE_ENDING.sub("", stem_of(image)), found) for image in images]
+    return found if any(len(found[name]) > 1 for names in own for name in names) else {}
 
 
 def _read_voc(root: Path, images: Path, labels: Path, problem: Problem) -> Dataset:
@@ -764,7 +861,7 @@ def _parts(root: Path) -> dict[str, tuple[Path, Path | None]]:
         if images is None:
             inside, own_labels = _both_called(folder)
             own = (inside or folder, own_labels)
-        if part is None or not image_files(own[0]):
+        if part is None or not (image_files(own[0]) or _inner_folders(own[0])):
             continue
         if part in found:
             raise UserError(
@@ -780,18 +877,17 @@ def _read_parts(root: Path, parts: Mapping[str, tuple[Path, Path | None]], probl
     notes: list[str] = []
     for part, (images, labels) in parts.items():
         if labels:
-            found[part], unused = _in_two_folders(image_files(images), images, labels, problem)
+            found[part], unused = _in_two_trees(images, labels, problem)
             notes += unused
         elif part == TEST:
-            found[part] = _cases(image_files(images))
+            found[part] = _in_tree(images)
         else:
             raise UserError(
                 f"{images} has no labels beside it, as those to train on have. Add them, or take it away."
             )
     if repeated(case.id for cases in found.values() for case in cases):
         for part, cases in found.items():
-            names = [f"{part}_{case.id}" for case in cases]
-            found[part] = [replace(c, id=name, group=name) for c, name in zip(cases, names, strict=True)]
+            found[part] = _renamed(cases, f"{part}_{{}}".format)
     layout = f"images and labels in {', '.join(parts)}"
     cases = [*found[TRAIN], *found[VAL]]
     folds, said = _own_fold([case.id for case in cases], {case.id for case in found[VAL]}, VAL)
@@ -976,8 +1072,7 @@ def are_paths(cells: Iterable[str], root: Path) -> bool:
 
 def _named(cases: Sequence[Case]) -> list[Case]:
     """Cases without the ending _image or _img in their names."""
-    names = [IMAGE_ENDING.sub("", case.id) for case in cases]
-    return [replace(case, id=name, group=name) for case, name in zip(cases, names, strict=True)]
+    return _renamed(cases, partial(IMAGE_ENDING.sub, ""))
 
 
 def _with_patients(dataset: Dataset, table: Path, problem: Problem) -> Dataset:
@@ -1256,11 +1351,7 @@ def _with_label_values(dataset: Dataset) -> Dataset:
     for case in progress(dataset.cases, "Reading labels"):
         values = _values_in(label_path(case), dataset.spatial_dims, palette)
         if declared and not values <= accepted:
-            where = "the regions do not name" if dataset.regions else "dataset.json does not declare"
-            raise UserError(
-                f"{case.label} has the values {sorted(values - accepted)[:5]}, which {where} "
-                f"({sorted(accepted)} are known). Declare them, or correct the label."  # type: ignore[type-var]
-            )
+            raise UserError(undeclared(label_path(case), dataset, values - accepted))
         cases.append(replace(case, values=tuple(sorted(values))))
     if not declared:
         kind, said = mixed_masks(cases)
@@ -1270,11 +1361,28 @@ def _with_label_values(dataset: Dataset) -> Dataset:
             )
         dataset = noted(dataset, *([said] if kind == BESIDE and dataset.ignore_value != FULL else []))
         values_in_order = tuple(sorted({0}.union(*(case.values for case in cases)) - {dataset.ignore_value}))
-        names = ("background", *(f"label {value}" for value in values_in_order[1:]))
+        known = colour_names(dataset.root)
+        colours = [palette.get(value, GREY * value) for value in values_in_order[1:]]
+        pairs = zip(colours, values_in_order[1:], strict=True)
+        names = ("background", *(known.get(colour, f"label {value}") for colour, value in pairs))
         dataset = replace(dataset, label_names=names, label_values=values_in_order)
     if len(dataset.label_values) < 2:
         raise UserError(f"The labels of {dataset.root} hold the background alone; there is nothing to learn.")
     return replace(dataset, cases=tuple(cases), notes=(*dataset.notes, *_label_notes(dataset)))
+
+
+def undeclared(path: Path, dataset: Dataset, foreign: Collection[int]) -> str:
+    """What is wrong with a label that has values which the data set does not declare, and what to do."""
+    accepted = sorted({*known_values(dataset), dataset.ignore_value} - {None})  # type: ignore[type-var]
+    where = "the regions do not name" if dataset.regions else "dataset.json does not declare"
+    said = f"{path} has the values {sorted(foreign)[:5]}, which {where} ({accepted} are known). "
+    numbers = palette_numbers(path)
+    if numbers and set(numbers) <= set(accepted):
+        return said + (
+            f"They are the greys of a palette, whose numbers in this file are {numbers}. If those are meant, save the "
+            "labels without a palette; if not, declare the greys."
+        )
+    return said + "Declare them, or correct the label."
 
 
 def _label_notes(dataset: Dataset) -> list[str]:

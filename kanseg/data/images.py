@@ -162,6 +162,15 @@ def label_from(image: Image) -> np.ndarray:
     return labels
 
 
+def palette_numbers(path: Path) -> list[int]:
+    """The numbers of a picture with a palette that stand in it, none of other files."""
+    try:
+        with Picture.open(path) as picture:
+            return np.unique(np.array(picture)).tolist() if picture.mode == "P" else []
+    except (OSError, SyntaxError, Picture.DecompressionBombError):
+        return []
+
+
 def several_channels(image: Image) -> str:
     """What a picture in colour or a volume with channels has in place of labels, and what to do, in words."""
     told = f"{len(image.array)} channels that differ"
@@ -690,6 +699,7 @@ def _read_frames(source: Path, file: Path) -> sitk.Image:
     frames = _frames(file, header)
     if count == 1:
         return _with_thickness(image, header, frames)
+    frames = frames or _nuclear(header, count)
     places = [[frame[name] for frame in frames] for name in PLACES]
     if len(frames) != count or not all(all(numbers) for numbers in places):
         raise UserError(
@@ -717,11 +727,13 @@ OF_FRAMES = {  # what a frame tells: the sequence that it stands in, and how man
     "RescaleSlope": ("PixelValueTransformationSequence", [1.0]),
     "RescaleIntercept": ("PixelValueTransformationSequence", [0.0]),
 }
+SLICE_VECTOR = 0x00540080
 PLACES = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 IN_HEADERS = (
     *"Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated PhotometricInterpretation PixelData".split(),
     *(*PLACES, *GROUPS, "SliceThickness", "SpacingBetweenSlices", "Modality"),
+    *("DetectorInformationSequence", "FrameIncrementPointer", "SliceVector"),
 )
 
 
@@ -743,6 +755,31 @@ def _frames(file: Path, header: Any) -> list[dict[str, list[float]]]:
             f"{file} cannot be read as DICOM ({error}). Copy it again from its source."
         ) from error
     return found
+
+
+def _nuclear(header: Any, count: int) -> list[dict[str, list[float]]]:
+    """As `_frames`, of a reconstruction of nuclear medicine (SPECT); none where it is gated or tells too little.
+
+    Its detector's place is that of the first slice, the others follow at the distance between slices along the normal
+    of that one (DICOM PS3.3, C.8.4.11 and C.8.4.15), backwards where the distance is negative.
+    """
+    detectors, slices = header.get("DetectorInformationSequence") or [], header.get("SliceVector")
+    gap, pixels = header.get("SpacingBetweenSlices"), header.get("PixelSpacing")
+    only_slices = header.get("FrameIncrementPointer") == SLICE_VECTOR and slices is not None
+    if len(detectors) != 1 or not (gap and pixels and only_slices):
+        return []
+    told = [detectors[0].get(name) for name in PLACES[:2]]
+    numbers = np.atleast_1d(slices).astype(int).tolist()
+    if not all(told) or sorted(numbers) != list(range(1, count + 1)):
+        return []
+    first, orientation = (np.array(one, float) for one in told)
+    step = float(gap) * np.cross(orientation[:3], orientation[3:])
+    alike = {
+        "ImageOrientationPatient": orientation.tolist(),
+        "PixelSpacing": [float(size) for size in pixels],
+    }
+    alike |= {name: default for name, (_, default) in OF_FRAMES.items() if default}
+    return [{**alike, "ImagePositionPatient": (first + (number - 1) * step).tolist()} for number in numbers]
 
 
 def _scaled(image: sitk.Image, scales: Sequence[tuple[float, ...]]) -> sitk.Image:

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.evaluation.report import saved, told_apart
+from kanseg.evaluation.report import saved, short, told_apart
 
 MOST_COUNTED, MOST_NAMED = 20, 60  # classes with counts in cells, and with names
 MOST_COLOURED = 10  # classes with a curve in colour
-LETTERS = 22  # of a name that is shown
 A_ROW = 4  # pictures
 
 
@@ -143,13 +142,3 @@ def _layout() -> Any:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-
-
-def short(name: str, letters: int = LETTERS) -> str:
-    """A name, cut in its middle where it is long.
-
-    >>> short("a" * 20 + "b" * 20, 11)
-    'aaaaa…bbbbb'
-    """
-    half = (letters - 1) // 2
-    return name if len(name) <= letters else f"{name[:half]}…{name[-half:]}"

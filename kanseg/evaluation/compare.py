@@ -20,7 +20,6 @@ from scipy.stats import wilcoxon
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.image_classes import read_classes
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.class_pictures import short
 from kanseg.evaluation.classification import (
     answers,
     evaluate_classes,
@@ -29,7 +28,7 @@ from kanseg.evaluation.classification import (
     read_scored,
 )
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
-from kanseg.evaluation.report import Whole, told_apart
+from kanseg.evaluation.report import LONGEST, Whole, short, told_apart
 from kanseg.training.files import make_folder, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -358,7 +357,13 @@ def draw(
     for label, (first, second) in scatter.items():
         if label != "mean" or len(scatter) == 1:
             both = [case for case in cases if case in first and case in second]
-            left.plot([second[c] for c in both], [first[c] for c in both], ".", label=label, alpha=0.7)
+            left.plot(
+                [second[c] for c in both],
+                [first[c] for c in both],
+                ".",
+                label=short(label, LONGEST),
+                alpha=0.7,
+            )
     name, point = ("Dice", "case") if scatter else (rows[0]["metric"], "class")
     if not scatter:
         each = [row for row in rows if row["class"] != "mean"] or rows
@@ -373,7 +378,7 @@ def draw(
         right.plot(row["ci95"], [place, place], color="black", linewidth=1)
         right.plot([row["difference"]], [place], "o", color="black")
     right.axvline(0, color="grey", linewidth=0.8)
-    right.set_yticks(range(len(rows)), [row["class"] for row in reversed(rows)])
+    right.set_yticks(range(len(rows)), [short(row["class"], LONGEST) for row in reversed(rows)])
     right.set(xlabel=f"A - B ({name}), mean and 95 % interval")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

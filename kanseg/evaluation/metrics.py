@@ -25,7 +25,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from scipy import ndimage
 
 from kanseg.data.beside import is_beside
-from kanseg.data.colours import require_classes
+from kanseg.data.colours import BLACK, colour_names, label_colours, numbered, require_classes
 from kanseg.data.formats import (
     few,
     find_images,
@@ -38,6 +38,7 @@ from kanseg.data.images import (
     SUFFIXES_2D,
     Image,
     check_pair,
+    colour_name,
     is_structures,
     label_from,
     read_image,
@@ -278,7 +279,18 @@ def evaluate_folders(
         predictions = dict(zip(references, predictions.values(), strict=True))
     failures = {name: "no prediction" for name in references if name not in predictions}
     paired = [path for name, path in predictions.items() if name in references]
-    found = labels or _found_labels({reference: list(references.values()), prediction: paired})
+    sides = {reference: list(references.values()), prediction: paired}
+    known = colour_names(Path(reference), Path(reference).parent, Path(prediction))
+    by_colour = bool(single) and all(name[:1] == "#" or name in known.values() for name in single)
+    colours = {side: label_colours(paths, coded=by_colour) for side, paths in sides.items()}
+    coded = dict[Path | str, dict[int, int]]()
+    if any(colours.values()):
+        if not labels and all(colours.values()):  # they are numbered among themselves
+            every = sorted(set[int]().union(*colours.values()) - {BLACK})
+            labels = single = {known.get(code, colour_name(code)): n for n, code in enumerate(every, start=1)}
+        values = segments or single
+        coded = {side: _colour_values(side, codes, values, known) for side, codes in colours.items()}
+    found = labels or _found_labels(sides)
     names = {name: value for name, value in found.items() if value != ignore}
     if not names:
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
@@ -287,13 +299,14 @@ def evaluate_folders(
     palette: dict[int, int] = {}
     for case, path in progress(references.items(), "Scoring"):
         target = read_image(path)
-        truth = label_from(target)
-        require_classes(target, palette)
+        truth = _labels_in(target, coded.get(reference))
+        if not coded.get(reference):
+            require_classes(target, palette)
         guess = np.zeros_like(truth)
         if case not in failures:
             try:
                 image = read(predictions[case], target)
-                guess = label_from(image)
+                guess = _labels_in(image, coded.get(prediction))
             except UserError as error:
                 failures[case] = str(error)
             else:
@@ -329,6 +342,31 @@ def evaluate_folders(
         write_tables(folder, "cases.csv", rows, together)
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def _colour_values(
+    side: Path | str, colours: Sequence[int], values: Mapping[str, int], names: Mapping[int, str]
+) -> dict[int, int]:
+    """Value of each colour of the label maps of one side, {} where they are numbers.
+
+    Args:
+        values: of classes, by the names of colours in `names` or as the web writes them.
+    """
+    found = {code: values.get(names.get(code, ""), values.get(colour_name(code))) for code in colours} | {
+        BLACK: 0
+    }
+    if missing := [colour_name(code) for code, value in found.items() if value is None]:
+        example = ",".join(f"{name}={number}" for number, name in enumerate(missing[:2], start=1))
+        raise UserError(
+            f"{side} has the colours {few(missing, 5)}, and the other side numbers. Say which number each has: "
+            f"--labels with the folder of a run that was trained on such labels, or '{example},...'."
+        )
+    return {code: value for code, value in found.items() if value is not None} if colours else {}
+
+
+def _labels_in(image: Image, coded: Mapping[int, int] | None) -> np.ndarray:
+    """The label map in an image, whose classes may be told by colours."""
+    return numbered(image, coded) if coded else label_from(image)
 
 
 Reader = Callable[[Path, Image], Image]  # of a prediction, beside its reference

@@ -26,7 +26,8 @@ WIDTH, SHAPES = 3.1, (0.35, 1.6)  # inches of a column; least and greatest heigh
 SAFE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DIFFERENCES = {"missed": "#F0E442", "added": "#FF00FF", "other class": "#00FFFF"}  # over grey
 ENDS = (("A", "P"), ("R", "L"), ("R", "L"))  # of the patient, at the left and right of each plane
-MOST_NAMES = 40  # of a legend
+MOST_NAMES, LONGEST = 40, 30  # names of a legend; letters of one that shares a line
+LETTERS = 22  # of a name that is shown beside much else
 PANELS = 3  # in a row
 MOST_CLASSES, FEW_NAMES, FEW_LETTERS, FEW_POINTS = 40, 6, 12, 30
 WIDE = 110  # letters in a line of a terminal that has room for intervals beside means
@@ -72,7 +73,7 @@ def picture(
     ]
     seen = {value for shown in cuts for cut in shown.values() for value in np.unique(cut).tolist()}
     legend = [
-        Patch(color=colour, label=name)
+        Patch(color=colour, label=short(name, 2 * LONGEST))
         for colour, name, value in zip(colours, names[1:], values[1:], strict=True)
         if value in seen
     ]
@@ -193,10 +194,22 @@ def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, titl
         aside = spread.uniform(-0.18, 0.18, len(values))
         axes.plot(place + aside, values, ".", color="tab:blue", alpha=0.5, markersize=5, clip_on=False)
     turned = len(shown) > FEW_NAMES or any(len(name) > FEW_LETTERS for name in shown)
-    axes.set_xticks(places, list(shown), rotation=60 if turned else 0, ha="right" if turned else "center")
+    axes.set_xticks(
+        places, [*map(short, shown)], rotation=60 if turned else 0, ha="right" if turned else "center"
+    )
     axes.set(ylabel="Dice", ylim=(0, 1), title=title)
     axes.grid(axis="y", alpha=0.3)
     return saved(figure, path)
+
+
+def short(name: str, letters: int = LETTERS) -> str:
+    """A name, cut in its middle where it is long.
+
+    >>> short("a" * 20 + "b" * 20, 11)
+    'aaaaa…bbbbb'
+    """
+    half = (letters - 1) // 2
+    return name if len(name) <= letters else f"{name[:half]}…{name[-half:]}"
 
 
 def limits_of_agreement(differences: np.ndarray) -> tuple[float, float]:
@@ -230,7 +243,7 @@ def draw_agreement(
         cell.axhline(difference.mean(), color="black", label="mean")
         for limit in limits_of_agreement(difference):
             cell.axhline(limit, color="black", linestyle="--", label="95 % limits")
-        cell.set_title(name, parse_math=False)
+        cell.set_title(short(name, LONGEST), parse_math=False)
     for cell in cells[len(volumes) :]:
         cell.set_axis_off()
     figure.supxlabel(f"mean of both {what}s ({unit})", fontsize="medium")

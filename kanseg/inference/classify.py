@@ -38,6 +38,7 @@ from kanseg.inference.ensemble import find_members
 from kanseg.progress import progress
 from kanseg.training.checkpoint import load_model, read_info
 from kanseg.training.files import make_folder
+from kanseg.training.run_folder import on_training_images, training_images
 
 THREADS = 2  # that read images
 PAUSE = 30  # seconds after which what is done is written
@@ -123,13 +124,11 @@ def predict_classes(
     if tta and not any(_mirrored(info, plan) for _, plan, info in loaded):
         say("--tta changes nothing: the training mirrored no images (classification.changes).")
     cases, read, known = _images(Path(images), plans[0])
+    seen = training_images(files, cases)
     if known and any(Path(plan.data) == Path(images).resolve() for plan in plans):
-        say(
-            "note: the networks were trained on these images, and scores of them are too good. Unseen ones are in "
-            "fold_*/validation of the run.",
-            highlight=False,
-            soft_wrap=True,
-        )
+        seen = [case.id for case in cases]  # also what has no files of its own
+    if seen:
+        say(on_training_images(seen, len(cases)), highlight=False, soft_wrap=True)
     path = Path(out) if Path(out).suffix == ".csv" else Path(out) / PREDICTIONS
     settings = {"models": [file_digest(file) for file in files], "tta": tta, "uncertainty": uncertainty}
     digests = {case.id: made_from(case.images, settings, case.id) for case in cases}

@@ -38,10 +38,9 @@ from kanseg.training.checkpoint import (
 )
 from kanseg.training.devices import keep_freed_memory
 from kanseg.training.files import make_folder
-from kanseg.training.run_folder import WHOLE
+from kanseg.training.run_folder import FINAL_MODEL, WHOLE, on_training_images, training_images
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
-FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 
 
 class Ensemble(nn.Module):
@@ -178,6 +177,8 @@ def predict_with(
     cases = find_images(images, channels=len(loaded.plan.channel_names), names=loaded.plan.channel_names)
     if images.is_dir():
         cases = _images_among(cases, images, console)
+    if seen := training_images(loaded.files, cases):
+        console.print(on_training_images(seen, len(cases)), highlight=False, soft_wrap=True)
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
     failures = predict_folder(

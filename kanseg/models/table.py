@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,8 +35,21 @@ def table_of_models() -> list[dict[str, Any]]:
     Counted for one image channel and three classes, None where there is none in a dimension; encoders also serve in
     `Classifier`.
     """
-    rows = [_row(name, "network", MODELS.describe(name), _network) for name in MODELS]
-    return rows + [_row(name, "encoder", ENCODERS.describe(name), _encoder) for name in ENCODERS]
+    with _no_garbage_collection():
+        rows = [_row(name, "network", MODELS.describe(name), _network) for name in MODELS]
+        return rows + [_row(name, "encoder", ENCODERS.describe(name), _encoder) for name in ENCODERS]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """60,000 modules set it off again and again, over all that torch and MONAI hold: a third of the time."""
+    wanted = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if wanted:
+            gc.enable()
 
 
 def table_of_layers() -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from kanseg.data.formats import Case
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.images import in_ras, read_image
 from kanseg.errors import UserError
-from kanseg.evaluation.class_pictures import draw_confusion, draw_images, draw_roc, roc, short
+from kanseg.evaluation.class_pictures import draw_confusion, draw_images, draw_roc, roc
 from kanseg.evaluation.classification import (
     SCORES,
     THRESHOLD,
@@ -26,6 +26,7 @@ from kanseg.evaluation.classification import (
     shown_scores,
 )
 from kanseg.evaluation.document import table
+from kanseg.evaluation.report import short
 from kanseg.training.cross_validation import RESULT, pool_classes
 from kanseg.training.files import read_json
 from kanseg.training.run_folder import SUMMARY

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from kanseg.config import Config
-from kanseg.evaluation.report import told_apart
+from kanseg.evaluation.report import LONGEST, short, told_apart
 from kanseg.memory import taken
 from kanseg.progress import progress, time_left
 from kanseg.training.files import write_bytes
@@ -140,7 +140,11 @@ def draw_progress(records: list[dict[str, Any]], metric: str = "dice") -> bytes:
         names = list(validated[-1][metric])
         many = len(names) > MOST_SHOWN
         for name in names:
-            how = {"color": "lightgray", "linewidth": 0.5} if many else {"label": name, "marker": "."}
+            how = (
+                {"color": "lightgray", "linewidth": 0.5}
+                if many
+                else {"label": short(name, LONGEST), "marker": "."}
+            )
             right.plot(epochs, [record[metric].get(name) for record in validated], **how)
         if many:
             means = [record[f"mean_{metric}"] for record in validated]

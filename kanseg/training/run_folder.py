@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from kanseg.config import Config, read_config, resumed_config, unlike
+from kanseg.data.digests import file_digest, signature
 from kanseg.data.fingerprint import check_unchanged, load_fingerprint
-from kanseg.data.formats import Case, Dataset
+from kanseg.data.formats import Case, Dataset, few
 from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError
-from kanseg.training.checkpoint import LAST
+from kanseg.training.checkpoint import LAST, read_info
 from kanseg.training.files import write_json
 
 CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
 PREDICTIONS = "validation"  # label maps of a fold's validation cases, by a network that never saw them
 ALL, FINAL = "all", "final"  # every fold in turn; a training on every case
 WHOLE = f"fold_{FINAL}"  # folder of the latter
+FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 Splits = list[dict[str, list[str]]]
 
 
@@ -134,3 +139,42 @@ def check_data(plan: AnyPlan, dataset: Dataset) -> None:
                 f"The plan does not fit {dataset.root}: its {what} is {planned}, the data's {found}. "
                 "Plan this data set in a run folder of its own."
             )
+
+
+def training_images(checkpoints: Iterable[Path], cases: Sequence[Case]) -> list[str]:
+    """Ids of the cases that some of the networks were trained on, by the digests that their runs keep.
+
+    A model that stands alone keeps none.
+    """
+    known: dict[int, set[str]] = {}  # by size, so that few files need a digest
+    for file in checkpoints:
+        own = file.resolve().parents[1]
+        for run in (own, *(own.parent.glob("*/") if own.name == FINAL_MODEL else ())):
+            for seen in _trained_on(run, read_info(file).get("fold")):
+                known.setdefault(seen["bytes"], set()).add(seen["sha256"])
+
+    def is_known(path: Path) -> bool:
+        digests = known.get(signature(path)["bytes"], ()) if path.exists() else ()
+        return bool(digests) and file_digest(path) in digests
+
+    return [case.id for case in cases if any(map(is_known, case.images))]
+
+
+def _trained_on(run: Path, fold: int | str | None) -> list[dict[str, Any]]:
+    """The files that a fold of a run was trained on: all, where no split says which."""
+    with suppress(UserError, OSError, ValueError, LookupError, TypeError):  # what is damaged tells nothing
+        cases = (load_fingerprint(run) or {"cases": {}})["cases"]
+        names = list(cases)
+        if isinstance(fold, int) and (run / SPLITS).exists():
+            names = json.loads((run / SPLITS).read_text(encoding="utf-8"))[fold]["train"]
+        return [file for name in names if name in cases for file in cases[name]["files"].values()]
+    return []
+
+
+def on_training_images(seen: Sequence[str], count: int) -> str:
+    """What to say where so many images are predicted and some were trained on."""
+    which = "these images" if len(seen) == count else f"{len(seen)} of these images ({few(seen, 3)})"
+    return (
+        f"note: the networks were trained on {which}, and scores of them are too good. Unseen ones are in "
+        "fold_*/validation of the run."
+    )

@@ -252,7 +252,7 @@ class Told(ABC):
             score = self.trained_score(summary)
             rows.append([fold.relative_to(self.run), score, summary.get("epochs", ""), f"{minutes:.1f}"])
             rows[-1] += ["" if wait is None else f"{wait:.1%}", f"{memory / 1024:.2f}", len(sessions)]
-            rows[-1].append("not measured" if energy is None else f"{energy / 3600:.1f}")
+            rows[-1].append("" if energy is None else f"{energy / 3600:.1f}")
         heading = [
             "training",
             self.score,
@@ -262,8 +262,12 @@ class Told(ABC):
             "peak memory of the process (GiB)",
             "sessions",
         ]
-        heading.append("energy (Wh)")
-        yield table(heading, rows)
+        measured = any(row[-1] for row in rows)
+        if measured:
+            heading.append("energy (Wh)")
+        yield table(heading, rows if measured else [row[:-1] for row in rows])
+        if not measured:
+            yield "The energy was not measured: no counter of the processors (RAPL) or the GPU (NVML) could be read."
         last = next(reversed(made.values()))
         hardware = dict(last["hardware"])
         hardware["memory"] = f"{hardware.pop('memory_bytes') / 2**30:.1f} GiB"
