@@ -337,6 +337,13 @@ def test_a_strided_layer_of_kernel_one_is_the_strided_convolution(family: str) -
     torch.testing.assert_close(kept, layer(x), atol=1e-5, rtol=1e-4)
 
 
+def test_noise_of_a_strided_narrow_layer_of_kernel_one_spreads_as_all_positions_do() -> None:
+    layer = conv_layer("bottleneck_kagn", dropout=1.0, norm=None, act=None)(2, 4, 6, 1, stride=2)
+    x = torch.ones(1, 4, 6, 6)
+    x[..., ::2, ::2] = 0  # what the stride keeps, which has no spread of its own
+    assert layer(x).std(dim=(2, 3)).min() > 0
+
+
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 1)])
 def test_running_statistics_of_instance_norms_serve_in_eval(size: tuple[int, int, int]) -> None:
     layer = ConvLayer(
