@@ -101,6 +101,7 @@ class BottleneckKANConv(ConvGeometry):
         self.inner = narrow(spatial_dims, inner * self.groups, inner * self.groups, kernel_size, **options)
         self.mixed = mixture is not None
         self.noise = NoiseInjection(dropout)
+        self.local = not (self.mixed or dropout)  # a gate and the spread of noise look at all positions
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:

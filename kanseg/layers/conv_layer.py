@@ -151,15 +151,9 @@ def _kept_positions(conv: nn.Module) -> tuple[Any, ...] | None:
     """
     parts: list[Any] = [part for part in conv.modules() if isinstance(part, ConvGeometry)]
     local = all(getattr(part, "basis", None) is None or part.basis.pointwise for part in parts)
+    local = local and getattr(conv, "local", True)
     normed = any(getattr(part, "input_norm", None) is not None for part in parts)
-    mixed = getattr(conv, "mixed", False)  # the gate looks at all positions
-    if (
-        normed
-        or mixed
-        or not local
-        or not parts
-        or any({*p.kernel_size} != {1} or any(p.padding) for p in parts)
-    ):
+    if normed or not local or not parts or any({*p.kernel_size} != {1} or any(p.padding) for p in parts):
         return None
     stride = parts[0].stride
     if set(stride) == {1}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from kanseg.errors import ShapeError, UsageError
 from kanseg.layers.kernels import expanded_conv, gpu
-from kanseg.layers.kernels.expansion import Geometry
+from kanseg.layers.kernels.expansion import Geometry, zeros_of
 from kanseg.layers.kernels.operators import transformed
 from kanseg.layers.kernels.plain_conv import pointwise_product
 from kanseg.layers.kernels.recipe import Recipe, Written
@@ -125,15 +126,12 @@ class ConvGeometry(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor, groups: int | None = None, padding: Any = None) -> Tensor:
         """The convolution with this geometry (or other groups or padding) and no bias."""
-        result = result_type(x, weight)
-        if self.spatial_dims == 3 and self.geometry().misread(x, result):
-            with torch.autocast("cpu", enabled=False):
-                return self.wide(x.float(), weight.float(), groups, padding).to(result)
-        return self.wide(x, weight, groups, padding)
-
-    def wide(self, x: Tensor, weight: Tensor, groups: int | None, padding: Any) -> Tensor:
-        """`convolve` in the type that the operands have."""
-        how = (self.stride, self.padding if padding is None else padding, self.dilation)
+        here = replace(self.geometry(), padding=tuple(self.padding if padding is None else padding))
+        # An exported graph has no gradients, and must not depend on a size.
+        learns = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        if learns and here.misread(x, result_type(x, weight)):
+            x, here = F.pad(x, zeros_of(here.padding)), replace(here, padding=(0,) * self.spatial_dims)
+        how = (here.stride, here.padding, here.dilation)
         return CONVOLUTIONS[self.spatial_dims](x, weight, None, *how, groups or self.groups)
 
     @property

@@ -140,7 +140,7 @@ class WaveletConv(ConvGeometry):
 
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             z = planes_of(x, slab)
-            z = z if kept is None else z * kept
+            z = z if kept is None else z * kept[slab.sample]
             z = z.float() if z.dtype.itemsize < 4 else z
             z = z.unflatten(1, (self.groups, 1, -1))
             shape = (1, self.groups, -1, z.shape[3], *[1] * self.spatial_dims)

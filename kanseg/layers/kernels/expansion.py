@@ -77,13 +77,18 @@ class Geometry:
         return {*self.kernel_size, *self.stride, self.groups} == {1} and not any(self.padding)
 
     def misread(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether oneDNN's gradient of a bfloat16 weight reads beyond its memory: a map less deep than the kernel.
+        """Whether oneDNN's gradient of the weight reads beyond its memory if oneDNN itself pads the map with zeros.
 
-        Seen with torch 2.14 on processors with AVX-512 and bfloat16 products, in 3D and channels-last memory: NaN,
-        wrong numbers or a crash. Float32, float16 and 2D are right.
+        Seen with torch 2.14 on processors with AVX-512, in 3D: NaN, wrong numbers or a crash. In bfloat16 where an axis
+        of the map is shorter than the kernel; in float32 and bfloat16 where the first window behind the zeros in front
+        reaches those at the end (with strides and kernels of 4 or more). Float16, 2D and all else are right.
         """
-        reach = (self.kernel_size[0] - 1) * self.dilation[0]
-        return x.device.type == "cpu" and dtype == torch.bfloat16 and x.dim() == 5 and x.shape[2] <= reach
+        if x.device.type != "cpu" or x.dim() != 5 or dtype not in (torch.bfloat16, torch.float32):
+            return False
+        reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        short = dtype == torch.bfloat16 and any(n <= r for n, r in zip(x.shape[2:], reach, strict=True))
+        first = -self.padding[0] % self.stride[0]  # plane of that window; 0 has been seen to be right
+        return any(self.padding) and (short or (first > 0 and first + reach[0] >= x.shape[2]))
 
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output."""
@@ -239,28 +244,29 @@ def convolution_gradients(
     """Gradients at x and weight of the convolution of a slab."""
     if geometry.pointwise() and x.device.type == "cpu":
         return _gradients_of_product(grad, x, weight, of_x, of_weight)
-    zeros, padding = [0] * len(geometry.stride), slab.padding(geometry)
-    how = (
-        geometry.stride,
-        padding,
-        geometry.dilation,
-        False,
-        zeros,
-        geometry.groups,
-        [of_x, of_weight, False],
-    )
-    samples, channels = x.shape[:2]
-    if of_weight and geometry.misread(x, weight.dtype):
-        x, weight, grad = x.float(), weight.float(), grad.float()
+    here, none = replace(geometry, padding=slab.padding(geometry)), (0,) * len(geometry.padding)
+    samples, channels, *size = x.shape
+    edge = here.padding if of_weight and here.misread(x, weight.dtype) else none
+    if any(edge):
+        x, here = channels_last(F.pad(x, zeros_of(edge))), replace(here, padding=none)
     x, weight = for_onednn(x, weight)
     grad = channels_last(grad)
     if len(x) > samples:
         grad = F.pad(grad, [0, 0] * (grad.dim() - 1) + [0, len(x) - samples])
-    at_x, at_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *how)
+    about = (here.stride, here.padding, here.dilation, False, none, here.groups)
+    at_x, at_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *about, [of_x, of_weight, False]
+    )
+    inside = [slice(before, before + n) for before, n in zip(edge, size, strict=True)]
     return (
-        None if at_x is None else at_x[:samples, :channels],
+        None if at_x is None else at_x[(slice(samples), slice(channels), *inside)],
         None if at_weight is None else at_weight[:, : channels // geometry.groups],
     )
+
+
+def zeros_of(padding: Sequence[int]) -> list[int]:
+    """What `F.pad` is told of them: both sides of each axis, the last axis first."""
+    return [n for n in reversed(padding) for _ in range(2)]
 
 
 def _gradients_of_product(
