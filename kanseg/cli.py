@@ -209,7 +209,8 @@ def train(
             )
         _emit(found, json_)
         if found["failed"]:
-            raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}")
+            count = f"{len(found['failed'])} fold{'s' * (len(found['failed']) > 1)}"
+            raise UserError(f"{count} failed: {found['failed']}. Go on with --resume.")
         return
     _emit(fit(checked, plan_, dataset, folder, fold=number, **how), json_)
 

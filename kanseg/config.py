@@ -218,12 +218,16 @@ class Config(Section):
         return self.data.seed if self.training.seed is None else self.training.seed
 
 
-def with_options(config: Config, section: str, **options: Any) -> Config:
-    """The config with other options in one of its sections, checked anew."""
+def with_options(config: Config, section: str, *, named: bool = False, **options: Any) -> Config:
+    """The config with other options in one of its sections, checked anew.
+
+    Args:
+        named: they count as named by the user: a training that is resumed takes them in place of its own.
+    """
     values = config.model_dump()
     values[section] |= options
     made = make_config(values)
-    made._named = config._named
+    made._named = (*config._named, *(f"{section}.{name}" for name in options if named))
     return made
 
 
