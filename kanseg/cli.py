@@ -473,11 +473,23 @@ def models(
 
 
 @app.command()
-def info(json_: Json = False) -> None:
-    """Versions and hardware, for a bug report.
+def info(
+    model: Annotated[
+        Path | None, typer.Argument(help="Run, model, checkpoint or name of weights.", show_default=False)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Versions and hardware, for a bug report; of a model what it takes, gives and was trained on.
 
     Example: kanseg info
+
+    Example: kanseg info runs/hippocampus
     """
+    if model is not None:
+        from kanseg.inference.ensemble import described
+
+        _tell(described(model), json_)
+        return
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -497,9 +509,14 @@ def info(json_: Json = False) -> None:
     found["system"] = platform.platform()
     found["cpu threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    _tell(found, json_)
+
+
+def _tell(found: Mapping[str, Any], json_: bool) -> None:
+    """Facts, one a line."""
     console = _console(json_)
     for name, value in found.items():
-        console.print(f"{name:16} {value}", highlight=False)
+        console.print(f"{name:16} {value}", markup=False, highlight=False, soft_wrap=True)
     _emit(found, json_)
 
 
