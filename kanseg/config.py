@@ -443,7 +443,9 @@ def _quoted(key: str, value: str) -> str:
     except HydraException:
         listed = value[:1] == "[" and value[-1:] == "]"
         if value[:1] in "[{" and not listed:
-            raise UsageError(f"Option '{key}={value}' cannot be read: is a bracket or a sign missing?") from None
+            raise UsageError(
+                f"Option '{key}={value}' cannot be read: is a bracket or a sign missing?"
+            ) from None
         parts = [part.strip(" '\"") for part in value[1:-1].split(",")] if listed else [value]
         quoted = ",".join('"{}"'.format(part.replace('"', '\\"')) for part in parts)
         return f"[{quoted}]" if listed else quoted
