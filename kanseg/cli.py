@@ -486,9 +486,9 @@ def info(
     Example: kanseg info runs/hippocampus
     """
     if model is not None:
-        from kanseg.inference.ensemble import described
+        from kanseg.inference.ensemble import describe_model
 
-        _tell(described(model), json_)
+        _tell(describe_model(model), json_)
         return
     import platform
     from importlib.metadata import PackageNotFoundError, version
