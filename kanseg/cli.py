@@ -210,7 +210,8 @@ def train(
             )
         _emit(found, json_)
         if found["failed"]:
-            raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}")
+            count = f"{len(found['failed'])} fold{'s' * (len(found['failed']) > 1)}"
+            raise UserError(f"{count} failed: {found['failed']}. Go on with --resume.")
         return
     _emit(fit(checked, plan_, dataset, folder, fold=number, **how), json_)
 
@@ -473,11 +474,23 @@ def models(
 
 
 @app.command()
-def info(json_: Json = False) -> None:
-    """Versions and hardware, for a bug report.
+def info(
+    model: Annotated[
+        Path | None, typer.Argument(help="Run, model, checkpoint or name of weights.", show_default=False)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Versions and hardware, for a bug report; of a model what it takes, gives and was trained on.
 
     Example: kanseg info
+
+    Example: kanseg info runs/hippocampus
     """
+    if model is not None:
+        from kanseg.inference.ensemble import describe_model
+
+        _tell(describe_model(model), json_)
+        return
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -499,9 +512,14 @@ def info(json_: Json = False) -> None:
     found["cpu threads"] = torch.get_num_threads()
     found["free memory"] = f"{free_memory() / 2**30:.1f} GiB"
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    _tell(found, json_)
+
+
+def _tell(found: Mapping[str, Any], json_: bool) -> None:
+    """Facts, one a line."""
     console = _console(json_)
     for name, value in found.items():
-        console.print(f"{name:16} {value}", highlight=False)
+        console.print(f"{name:16} {value}", markup=False, highlight=False, soft_wrap=True)
     _emit(found, json_)
 
 

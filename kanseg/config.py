@@ -219,12 +219,16 @@ class Config(Section):
         return self.data.seed if self.training.seed is None else self.training.seed
 
 
-def with_options(config: Config, section: str, **options: Any) -> Config:
-    """The config with other options in one of its sections, checked anew."""
+def with_options(config: Config, section: str, *, named: bool = False, **options: Any) -> Config:
+    """The config with other options in one of its sections, checked anew.
+
+    Args:
+        named: they count as named by the user: a training that is resumed takes them in place of its own.
+    """
     values = config.model_dump()
     values[section] |= options
     made = make_config(values)
-    made._named = config._named
+    made._named = (*config._named, *(f"{section}.{name}" for name in options if named))
     return made
 
 
@@ -427,7 +431,26 @@ def _as_hydra_override(override: str, folder: Path) -> str:
             networks = " A network is chosen by --model NAME (model.name=NAME)." if key == "model" else ""
             raise UsageError(f"Unknown {key} config '{value}'.{did_you_mean(value, choices)}{networks}")
         return override
-    return f"++{override}"
+    return f"++{key}={_quoted(key, override[len(key) + 1 :])}"
+
+
+def _quoted(key: str, value: str) -> str:
+    """A value in quotes where Hydra cannot read it without: of a list [encoder.*=0.1], of a path Müller (2)/model."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(f"value={value}")
+    except HydraException:
+        listed = value[:1] == "[" and value[-1:] == "]"
+        if value[:1] in "[{" and not listed:
+            raise UsageError(
+                f"Option '{key}={value}' cannot be read: is a bracket or a sign missing?"
+            ) from None
+        parts = [part.strip(" '\"") for part in value[1:-1].split(",")] if listed else [value]
+        quoted = ",".join('"{}"'.format(part.replace('"', '\\"')) for part in parts)
+        return f"[{quoted}]" if listed else quoted
+    return value
 
 
 def _groups(section: type[BaseModel]) -> dict[str, type[BaseModel]]:

@@ -231,6 +231,9 @@ def test_models_and_info_print_json() -> None:
     assert "plain =" not in shown
     refused(kanseg("models", "--layers", "--weights"), 2, "not both")
     assert "torch" in json.loads(kanseg("info", "--json").stdout)
+    told = json.loads(kanseg("info", "hippocampus", "--json").stdout)
+    assert (told["networks"], told["channels"], told["classes"]["Posterior"]) == (3, ["MRI"], 2)
+    refused(kanseg("info", "hippocampos"), 1, "Did you mean 'hippocampus'?")
 
 
 @pytest.mark.parametrize(
@@ -403,7 +406,7 @@ def test_doctor_repair_and_conversion_by_command(blobs: Path, tmp_path: Path) ->
     shutil.copytree(blobs, root)
     assert kanseg("doctor", root).returncode == 0
     (root / "labelsTr" / "case_3.nii.gz").unlink()
-    refused(kanseg("doctor", root), 1, "has 1 errors. Write a repaired copy with --fix OUT.")
+    refused(kanseg("doctor", root), 1, "has 1 error. Write a repaired copy with --fix OUT.")
     fixed = kanseg("doctor", root, "--fix", tmp_path / "fixed", "--json")
     assert fixed.returncode == 0, fixed.stderr
     told = json.loads(fixed.stdout)
@@ -446,6 +449,7 @@ def test_predictions_are_combined_and_compared_by_command(run: Path, blobs: Path
     other = kanseg("ensemble", run, run / "fold_0", "-i", scans, "-o", tmp_path / "b")
     assert other.returncode == 0, other.stderr
     assert "An ensemble of 2 networks" in other.stderr
+    refused(kanseg("ensemble", run, run / "fold_0", "-o", tmp_path / "c"), 2, "images to predict by -i")
     vote = kanseg("ensemble", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c", "--json")
     assert json.loads(vote.stdout)["cases"] == 6
     compared = kanseg(

@@ -32,6 +32,25 @@ def test_every_choice_of_a_group_is_valid(choice):
     load_config(overrides=[choice])
 
 
+@pytest.mark.parametrize(
+    "path", ["/data/Müller/run", "/data/run (2)", "/data/lr=0.1/run", r"C:\runs\mine", "/data/my run"]
+)
+def test_paths_need_no_quotes_of_hydra(path: str) -> None:
+    assert load_config(overrides=[f"training.weights={path}"]).training.weights == path
+
+
+@pytest.mark.parametrize("value", ["[encoder.*=0.1,heads.*=2]", "['encoder.*=0.1','heads.*=2']"])
+def test_rates_of_layers_are_read_with_and_without_quotes(value: str) -> None:
+    """A shell takes quotes away that are not quoted themselves."""
+    rates = load_config(overrides=[f"training.lr_scale={value}"]).training.lr_scale
+    assert rates == ["encoder.*=0.1", "heads.*=2"]
+
+
+def test_a_value_with_half_a_bracket_is_named_alone() -> None:
+    with pytest.raises(UsageError, match=r"'training\.freeze=\[encoder' cannot be read: is a bracket"):
+        load_config(overrides=["training.steps_per_epoch=3", "training.freeze=[encoder"])
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lbfgs"])
 def test_an_optimizer_brings_its_own_learning_rate(name: str) -> None:
     given, group = (

@@ -17,6 +17,7 @@ from kanseg.segmenter import Segmenter
 from kanseg.training import cross_validation
 from kanseg.training.checkpoint import load_checkpoint
 from kanseg.training.cross_validation import cross_validate
+from kanseg.training.fit import fit
 
 QUICK = ["training.steps_per_epoch=4", "training.max_epochs=1", "data.workers=0", "data.folds=3"]
 
@@ -79,10 +80,15 @@ def test_finished_folds_are_left_alone_and_the_others_made(balls, done):
         assert ((run / f"fold_{fold}/last.safetensors").stat().st_mtime_ns == mark) == (fold != 1)
 
 
+def test_a_fold_that_was_trained_without_its_last_validation_makes_it_up(balls, done, tmp_path):
+    dataset, plan = balls
+    overrides = [*QUICK, "training.final_validation=false"]
+    fit(load_config(overrides=overrides), plan, dataset, tmp_path / "run", console=Console(quiet=True))
+    assert validate(balls, tmp_path / "run", resume=True)["metrics"] == done[1]["metrics"]
+
+
 @pytest.mark.parametrize("error", [UserError, ValueError, OSError])
 def test_a_fold_that_fails_does_not_stop_the_others(balls, tmp_path, monkeypatch, error):
-    fit = cross_validation.fit
-
     def failing(*arguments, fold, **options):
         if fold == 0:
             raise error("the loss became nan")

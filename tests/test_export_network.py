@@ -138,6 +138,8 @@ SCHEMES: list[dict[str, Any]] = [
     {"scheme": "zscore"},
     {"scheme": "zscore_nonzero"},
     {"scheme": "ct", "lower": 0.1, "upper": 0.9, "mean": 0.5, "std": 0.2},
+    {"scheme": "fixed", "mean": 0.1, "std": 0.5},
+    {"scheme": "minmax"},
 ]
 
 

@@ -183,7 +183,7 @@ def test_called_again_it_does_nothing_anew_and_says_the_same(balls, done):
 
 def test_other_options_are_named_and_taken_by_override(balls, done, tmp_path):
     folder = shutil.copytree(done[0], tmp_path / "run")
-    with pytest.raises(UsageError, match=r"overrides=.*--override"):
+    with pytest.raises(UsageError, match=r"training\.max_epochs=.*--override"):
         run(balls, folder, "training.max_epochs=2")
     run(balls, folder, "training.max_epochs=2", override=True)
     assert load_checkpoint(folder / "3d/fold_1/last.safetensors")[1]["state"]["epoch"] == 2

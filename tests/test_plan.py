@@ -103,6 +103,22 @@ def test_ct_is_clipped_to_its_foreground(tmp_path: Path, channel: str) -> None:
     assert 100 < scheme["lower"] < scheme["mean"] < scheme["upper"] < 180
 
 
+@pytest.mark.parametrize(
+    ("channel", "scheme"),
+    [
+        ("noNorm", {"scheme": "fixed", "mean": 0.0, "std": 1.0}),
+        ("rgb_to_0_1", {"scheme": "fixed", "mean": 0.0, "std": 255.0}),
+        ("rescale_to_0_1", {"scheme": "minmax"}),
+        ("T1", {"scheme": "zscore"}),
+    ],
+)
+def test_channels_that_nnunet_would_not_standardise_are_not(
+    tmp_path: Path, channel: str, scheme: dict[str, object]
+) -> None:
+    dataset = read_dataset(volumes(tmp_path, (32, 32, 32), (1.0, 1.0, 1.0), channel))
+    assert make_plan(dataset).normalization == [scheme]
+
+
 def test_less_memory_gives_smaller_steps(tmp_path: Path) -> None:
     dataset = read_dataset(volumes(tmp_path, (96, 96, 96), (1.0, 1.0, 1.0)))
     plans = [make_plan(dataset, memory=m * GIB) for m in (1, 4, 64)]

@@ -119,7 +119,11 @@ def test_normalisation_is_its_formula() -> None:
     done = normalize(image.clone(), [{"scheme": "zscore"}, ct])
     torch.testing.assert_close(done[0], (image[0] - image[0].mean()) / image[0].std(correction=0))
     torch.testing.assert_close(done[1], (image[1].clamp(-50, 80) - 10) / 20)
-    for scheme in ("zscore", "zscore_nonzero"):
+    fixed = {"scheme": "fixed", "mean": 3.0, "std": 255.0}
+    done = normalize(image.clone(), [fixed, {"scheme": "minmax"}])
+    torch.testing.assert_close(done[0], (image[0] - 3) / 255)
+    torch.testing.assert_close(done[1], (image[1] - image[1].min()) / (image[1].max() - image[1].min()))
+    for scheme in ("zscore", "zscore_nonzero", "minmax"):
         assert torch.isfinite(normalize(torch.zeros(1, 4, 4, 4), [{"scheme": scheme}])).all()
 
 

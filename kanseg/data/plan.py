@@ -56,6 +56,12 @@ MODEL_OPTIONS = {
     "bottleneck": True,
     "deep_supervision": True,
 }
+NAMED_SCHEMES: dict[str, dict[str, Any]] = {  # by names of channels, as nnU-Net has them
+    "nonorm": {"scheme": "fixed", "mean": 0.0, "std": 1.0},
+    "rgb_to_0_1": {"scheme": "fixed", "mean": 0.0, "std": 255.0},
+    "rescale_to_0_1": {"scheme": "minmax"},
+    "zscore": {"scheme": "zscore"},
+}
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,9 @@ class Plan(StoredPlan):
     is 2 and `slice_axis` is set, volumes are learnt slice by slice across that axis, each slice with its neighbours as
     further channels, `slices` in all. `regions` and `ignore_value`: see `kanseg.data.labels.Labels`.
     `normalization` has one entry a channel: {"scheme": "zscore"} (of each image), {"scheme": "zscore_nonzero"}
-    (of what is not 0, and 0 stays 0: images whose surroundings were cut away) or {"scheme": "ct", "lower", "upper",
-    "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread).
+    (of what is not 0, and 0 stays 0: images whose surroundings were cut away), {"scheme": "ct", "lower", "upper",
+    "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread), {"scheme":
+    "minmax"} (of each image, to 0 ... 1) or {"scheme": "fixed", "mean", "std"} (of all images alike).
     """
 
     task: ClassVar[str] = "segmentation"
@@ -608,9 +615,12 @@ def _topology(patch: np.ndarray, spacing: np.ndarray) -> tuple[list[list[int]], 
 
 
 def _normalization(channel: str, intensity: dict[str, float]) -> dict[str, Any]:
-    if channel.strip().upper() == "CT":
+    kind = channel.strip().lower()
+    if kind == "ct":
         keys = ("lower", "upper", "mean", "std")
         return {"scheme": "ct", **{key: intensity[key] for key in keys}}
+    if kind in NAMED_SCHEMES:
+        return dict(NAMED_SCHEMES[kind])
     return {"scheme": "zscore_nonzero" if intensity["zeros"] >= EMPTY else "zscore"}
 
 

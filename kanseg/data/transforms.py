@@ -154,12 +154,16 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
 
 
 def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Channel by channel, in place: z-score of the image (or of what is not 0), or CT scaled by the foreground."""
+    """Channel by channel, in place, as `kanseg.data.plan.Plan` says."""
     for channel, scheme in enumerate(schemes):
         values = image[channel]
         if scheme["scheme"] == "ct":
             values.clamp_(scheme["lower"], scheme["upper"])
             mean, std = scheme["mean"], scheme["std"]
+        elif scheme["scheme"] == "fixed":
+            mean, std = scheme["mean"], scheme["std"]
+        elif scheme["scheme"] == "minmax":
+            mean, std = values.min(), values.max() - values.min()
         elif scheme["scheme"] == "zscore":
             mean, std = values.mean(), values.std(correction=0)
         elif scheme["scheme"] == "zscore_nonzero":
@@ -169,7 +173,8 @@ def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
             values.masked_fill_(~inside, mean)
         else:
             raise UserError(
-                f"Unknown normalization '{scheme['scheme']}' in the plan. Known: ct, zscore, zscore_nonzero."
+                f"Unknown normalization '{scheme['scheme']}' in the plan. "
+                "Known: ct, fixed, minmax, zscore, zscore_nonzero."
             )
         values.sub_(mean).div_(max(float(std), 1e-6))
     return image

@@ -133,6 +133,9 @@ def _before(plan: Plan) -> list[dict[str, Any]]:
         for above, end in ((True, "lower"), (False, "upper")):
             step = {"_target_": "ThresholdIntensityd", "keys": "image", "above": above}
             steps.append({**step, "threshold": scheme[end], "cval": scheme[end]})
+    if scheme["scheme"] == "minmax":
+        return [*steps, {"_target_": "ScaleIntensityd", "keys": "image", "minv": 0.0, "maxv": 1.0}]
+    if scheme["scheme"] in ("ct", "fixed"):
         numbers = {"subtrahend": scheme["mean"], "divisor": scheme["std"]}
         return [*steps, {"_target_": "NormalizeIntensityd", "keys": "image", **numbers}]
     how = {"nonzero": scheme["scheme"] == "zscore_nonzero", "channel_wise": True}

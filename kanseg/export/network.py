@@ -307,5 +307,7 @@ CLEANED = "Then clean the label map by the rules of `postprocessing`, which `kan
 NORMALISED = {
     "zscore": "subtract the mean of the image and divide by its standard deviation",
     "zscore_nonzero": "subtract the mean of what is not 0 and divide by its standard deviation; 0 stays 0",
+    "fixed": "subtract {mean:g}, divide by {std:g}",
+    "minmax": "subtract the smallest value of the image and divide by its range",
     "ct": "clip to {lower:g} ... {upper:g}, subtract {mean:g}, divide by {std:g}",
 }

@@ -30,6 +30,7 @@ from kanseg.training.checkpoint import (
     EXPORTED,
     LAST,
     find_checkpoint,
+    load_checkpoint,
     load_model,
     member_name,
     members,
@@ -199,6 +200,33 @@ def predict_with(
         **how,
     )
     return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
+
+
+def describe_model(path: Path | str) -> dict[str, Any]:
+    """What a run, a model or a checkpoint takes, gives and was trained on, by words for a table."""
+    files = find_members(path)
+    infos = [load_checkpoint(file)[1] for file in files]
+    spec, plan = infos[0].get("model") or {}, infos[0].get("plan") or {}
+    stored = _rules(Path(path))
+    rules = infos[0].get("postprocessing", []) if stored is None else stored
+    known = {
+        "networks": len(files),
+        "network": f"{spec.get('name')} in {spec.get('spatial_dims')}D",
+        "options": spec.get("options"),
+        "channels": plan.get("channel_names"),
+        "classes": infos[0].get("labels"),
+        "regions": plan.get("regions"),
+        "spacing": plan.get("spacing"),
+        "patch size": plan.get("patch_size"),
+        "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
+        "mirror axes": plan.get("mirror_axes"),
+        "post-processing": rules,
+        "trained on": plan.get("dataset_name"),
+        "folds": [info["fold"] for info in infos if info.get("fold") is not None],
+        "versions": infos[0].get("versions"),
+        "digests": {str(file): file_digest(file) for file in files},
+    }
+    return {key: value for key, value in known.items() if value not in (None, [], {})}
 
 
 def find_members(path: Path | str) -> list[Path]:

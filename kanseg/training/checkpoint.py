@@ -258,6 +258,14 @@ def find_checkpoint(path: Path | str) -> Path:
     raise UserError(f"{path} {what}.{hint} Give a run folder, a saved model, a .safetensors file{names}.")
 
 
+def holds_model(path: Path) -> bool:
+    """Whether there is a run, a model or a checkpoint."""
+    try:
+        return is_checkpoint(find_checkpoint(path))
+    except UserError:
+        return False
+
+
 def members(file: Path) -> list[Path]:
     """A checkpoint and those that stand beside it as further networks of one model, model_2.safetensors and so on."""
     if file.name != EXPORTED:

@@ -61,7 +61,8 @@ def run_classes(
     found = cross_validate(config, plan, dataset, run, resume=True, override=override, console=console)
     report = once(lambda: write_report(run, dataset))
     if found["failed"]:
-        raise UserError(f"{len(found['failed'])} folds failed: {found['failed']}. The same command goes on.")
+        count = f"{len(found['failed'])} fold{'s' * (len(found['failed']) > 1)}"
+        raise UserError(f"{count} failed: {found['failed']}. The same command goes on.")
     said = f"{score_lines(found['pooled'])}. Model: {run}. Report: {report}"
     console.print(said, markup=False, highlight=False, soft_wrap=True)
     accuracy = found["pooled"]["accuracy"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from kanseg.config import Config
+from kanseg.config import Config, with_options
 from kanseg.data.formats import Case, Dataset, label_path
 from kanseg.data.images import label_from, read_image, read_label
 from kanseg.data.labels import class_values, painted, unions
@@ -69,9 +69,7 @@ def cross_validate(
         UserError: every fold failed, or the run folder is in use.
     """
     run, console = Path(run), console or Console()
-    config = config.model_copy(
-        update={"training": config.training.model_copy(update={"final_validation": True})}
-    )
+    config = with_options(config, "training", named=True, final_validation=True)
     splits = run_splits(dataset, config, run)
     trained = [path.parent.name for path in sorted(run.glob(f"fold_*/{LAST}"))]
     if trained and not resume:

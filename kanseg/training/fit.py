@@ -99,7 +99,7 @@ def fit(
         quiet = not accelerator.is_main_process
         with Monitor(folder, config, task.metric, console, trainer.state.epoch, quiet) as trainer.monitor:
             trainer.monitor.watch = watch
-            if trainer.at_end() and (done := read_json(folder / SUMMARY)) is not None:
+            if trainer.at_end() and (done := trainer.finished(read_json(folder / SUMMARY))) is not None:
                 trainer.monitor.say(f"{folder} is trained to its end already.")
                 return done
             if started:

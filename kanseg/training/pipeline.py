@@ -209,13 +209,20 @@ def _check_asked(run: Path, asked: Mapping[str, Any], override: bool, *, own_pla
             f"{run} is a run of kanseg plan and train, which kanseg run would not use. Choose another folder, or go on "
             f"there by kanseg train {run} -f all --resume."
         )
-    before = read_json(run / SETTINGS) or asked
-    changed, planned = changes(before, asked), any(run.glob(f"*/{PLAN}"))
+    before, now = _one_by_one(read_json(run / SETTINGS) or asked), _one_by_one(asked)
+    changed, planned = changes(before, dict.fromkeys(before) | now), any(run.glob(f"*/{PLAN}"))
     fixed = [told for key, told in changed.items() if key == "data" or (key in PLANNED and planned)]
     if changed and (not override or fixed):
         told = ", ".join(fixed or changed.values())
         way = "Choose another folder" if fixed else "Give the same, or say --override"
         raise UsageError(f"{run} was begun with {told}. {way}.")
+
+
+def _one_by_one(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, each override by its key and the memory in GiB, as changes are told."""
+    overrides = dict(override.partition("=")[::2] for override in asked.get("overrides") or ())
+    memory = {"memory": f"{asked['memory'] / 2**30:g}G"} if asked.get("memory") else {}
+    return {key: value for key, value in asked.items() if key != "overrides"} | overrides | memory
 
 
 def _folds(config: Config, dataset: Dataset, console: Console) -> int:

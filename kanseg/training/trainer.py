@@ -129,6 +129,11 @@ class Trainer:
             write_json(self.folder / SUMMARY, summary)
         return summary
 
+    def finished(self, summary: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A summary, unless it lacks the final validation that is wanted now (an earlier call did without)."""
+        plain = {"fold", "parameters", *self._standing()}
+        return None if summary is None or (self.task.held_out() and summary.keys() <= plain) else summary
+
     def load(self) -> None:
         """Take up the last checkpoint of the folder, if there is one."""
         path = self.folder / LAST

@@ -65,7 +65,8 @@ def doctor(
     emit(result, json_)
     if found.errors and fix is None:
         advice = "Write a repaired copy with --fix OUT." if found.dataset else "See the table."
-        raise UserError(f"{data} has {len(found.errors)} errors. {advice}")
+        count = f"{len(found.errors)} error{'s' * (len(found.errors) > 1)}"
+        raise UserError(f"{data} has {count}. {advice}")
 
 
 @app.command()

@@ -90,11 +90,14 @@ def ensemble(
             raise UsageError("--tta needs models and images; give -i.")
         from kanseg.inference.classify import combine_tables, find_tables
         from kanseg.inference.ensemble import combine_folders
+        from kanseg.training.checkpoint import holds_model
 
         require("folders of predictions, or tables of classifiers", *members)
         if tables := find_tables(members):
             emit(combine_tables(tables, out, console=talk), json_)
             return
+        if models := [str(member) for member in members if holds_model(member)]:
+            raise UsageError(f"{models[0]} is a run or a model: give the images to predict by -i.")
         emit(combine_folders(members, out, console=talk), json_)
         return
     from kanseg.inference.classify import is_classifier, predict_classes
