@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import io
+import re
 import tarfile
 import threading
 import zipfile
@@ -18,7 +19,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from kanseg.cli import app
 from kanseg.data.download import BY_HAND, SOURCES, Source, download, find_source
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
@@ -75,8 +78,10 @@ def test_a_data_set_comes_whole_with_its_licence_first(
     blobs: Path, tmp_path: Path, server: str, suffix: str
 ) -> None:
     said = io.StringIO()
-    made = download(source(blobs, tmp_path, server, suffix), tmp_path / "out", Console(file=said, width=200))
+    wanted = source(blobs, tmp_path, server, suffix)
+    made = download(wanted, tmp_path / "out", Console(file=said, width=200))
     assert "CC BY-SA 4.0" in said.getvalue().splitlines()[1]
+    assert f"From: {wanted.url}, MD5 {wanted.md5}" in said.getvalue().splitlines()
     assert len(read_dataset(made["folder"]).cases) == 6
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["Task99_Blobs"]
     with pytest.raises(UserError, match="is there already"):
@@ -168,6 +173,12 @@ def test_names_are_known_by_their_short_forms() -> None:
             UsageError, match=f"{name} is not fetched by kanseg.*https://.* run kanseg plan FOLDER"
         ):
             find_source(name)
+
+
+def test_the_list_has_every_address_checksum_size_and_licence() -> None:
+    shown = CliRunner().invoke(app, ["download"], env={"COLUMNS": "100"}).output
+    assert all(f"{s.name}: {p.url}, MD5 {p.md5}\n" in shown for s in SOURCES.values() for p in s.parts)
+    assert all(re.search(rf"{s.name} .*{s.size}", shown) for s in SOURCES.values())
 
 
 def test_the_table_is_that_of_monai() -> None:

@@ -248,6 +248,8 @@ def download(source: Source, out: Path | str, console: Console | None = None) ->
     console.print(f"{source.name}: {source.what}, about {source.size}", highlight=False)
     console.print(f"Licence: {source.licence}", highlight=False, soft_wrap=True)
     console.print(f"Cite: {source.cite}", highlight=False, soft_wrap=True)
+    for part in source.parts:
+        console.print(f"From: {part.url}, MD5 {part.md5}", highlight=False, soft_wrap=True)
     folder = make_folder(out) / source.name
     archives = {part: out / _archive_name(part) for part in source.parts}
     if folder.exists():

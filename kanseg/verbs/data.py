@@ -152,7 +152,7 @@ def download(
     """
     from dataclasses import asdict
 
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from kanseg.data.download import BY_HAND, SOURCES, find_source
     from kanseg.data.download import download as fetch
@@ -161,9 +161,11 @@ def download(
     if name is not None:
         emit(fetch(find_source(name), out, talk), json_)
         return
-    table = Table("name", "what", "size", "licence")
+    table = Table(Column("name", no_wrap=True), "what", "size", "licence")
     for source in SOURCES.values():
         table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
+    for part in (part for source in SOURCES.values() for part in source.parts):
+        talk.print(f"{part.name}: {part.url}, MD5 {part.md5}", highlight=False, soft_wrap=True)
     talk.print(table)
     for other, how in BY_HAND.items():
         talk.print(f"{other} is read, not fetched. {how}", highlight=False, soft_wrap=True)
