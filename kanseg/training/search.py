@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,6 +176,9 @@ def _tune(
     except ImportError as error:
         raise UserError(f"A search needs: pip install 'kanseg[ray]' ({error}).") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", "The reported value is ignored"
+    )  # epochs that a resumed trial tells again
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would name ways to go on that are not kanseg's
     started_here = not ray.is_initialized()
     if started_here:
