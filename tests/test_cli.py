@@ -296,7 +296,7 @@ def test_pairs_that_do_not_fit_are_refused(
 ) -> None:
     files = shared_data / "bad_inputs" / "nifti"
     data = pair(tmp_path / "data", files / f"{image}.nii.gz", files / f"{label}.nii.gz" if label else None)
-    refused(kanseg("plan", data, "-o", tmp_path / "run"), 1, says)
+    refused(kanseg("plan", data, "-o", tmp_path / "run"), 1, says, f"kanseg doctor {data}")
     assert not (tmp_path / "run").exists()
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from kanseg.config import Config
 from kanseg.data.class_plan import plan_classes
 from kanseg.data.doctor import Finding
+from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import Dataset, few, list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.labels import parse_regions
 from kanseg.data.mirror import parse_mirror
-from kanseg.data.plan import Need, Plan, check_size, plan_run
+from kanseg.data.plan import Need, Plan, check_size, check_wishes, plan_run
 from kanseg.data.plans import AnyPlan
-from kanseg.errors import UsageError
+from kanseg.errors import UsageError, UserError
 from kanseg.memory import size_in_bytes
 from kanseg.training.run_folder import check_fold
 from kanseg.training.trial import measure_step
@@ -68,24 +71,35 @@ def plan_data(
         plan: AnyPlan = plan_classes(classes, run, same=same)
     else:
         named = None if regions is None else {name: list(values) for name, values in regions.items()}
-        dataset = read_dataset(data, id_pattern=id_pattern, regions=named)
+        with told_by_doctor(data):
+            dataset = read_dataset(data, id_pattern=id_pattern, regions=named)
         patients = len({case.group for case in dataset.cases})
         found = f"{len(dataset.cases)} labelled images of {patients} patients"
         _tell(console, dataset, f"{found}; {few(dataset.label_names)}")
-        plan = plan_run(
-            dataset,
-            run,
-            dim=dim,
-            memory=memory,
-            size=size,
-            slices=slices,
-            mirror=mirror,
-            regions=named,
-            measure=measuring(config) if trial else None,
-        )
+        how: dict[str, Any] = {"dim": dim, "memory": memory, "size": size, "slices": slices, "mirror": mirror}
+        how |= {"regions": named, "measure": measuring(config) if trial else None}
+        check_wishes(dataset, **how)
+        with told_by_doctor(data):
+            seen = fingerprint(dataset)
+        plan = plan_run(dataset, run, seen=seen, **how)
     for reason in plan.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
     return plan
+
+
+@contextmanager
+def told_by_doctor(data: Path) -> Iterator[None]:
+    """An error in the data, which is the first of perhaps many, names the verb that tells them all."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except UserError as error:
+        if not data.exists() or "kanseg doctor" in str(error):
+            raise
+        raise UserError(
+            f"{error} kanseg doctor {data} tells all that is wrong, and with --fix OUT repairs what it can."
+        ) from error
 
 
 def measuring(config: Config | None) -> Callable[[Plan], Need]:
