@@ -22,9 +22,14 @@ from kanseg.layers.wavelet_conv import WaveletConv
 
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "dropout")
 DEFAULT_PADDING = 0
-CHANNEL = "LayerNorm2d"  # timm's norm over the channels of one position
-NORMS = {"BatchNorm": "batch", "InstanceNorm": "instance", "Identity": None, CHANNEL: CHANNEL}
-NORMS["GroupNorm"] = GROUP = "group"
+CHANNEL, GROUP = "LayerNorm2d", "group"  # the former timm's norm over the channels of one position
+NORMS = {
+    "BatchNorm": "batch",
+    "InstanceNorm": "instance",
+    "GroupNorm": GROUP,
+    "Identity": None,
+    CHANNEL: CHANNEL,
+}
 ACTIVATIONS: dict[str, str | None] = {
     name: name.lower() for name in ("GELU", "SiLU", "ReLU", "Tanh", "Sigmoid", "Mish", "ELU", "SELU", "CELU")
 }
