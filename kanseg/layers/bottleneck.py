@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.errors import UsageError
-from kanseg.layers.geometry import ConvGeometry, lean
+from kanseg.layers.convolution import Convolution, lean
 from kanseg.layers.kan_conv import KANConv, check_dropout
 from kanseg.layers.kernels.rows import laid_out
 from kanseg.layers.norms import ActSpec, activation
@@ -49,7 +49,7 @@ def inner_width(inputs: int, outputs: int, dim_reduction: float, min_internal: i
     return min(min_internal, inputs, outputs) if inner < min_internal else inner
 
 
-class BottleneckKANConv(ConvGeometry):
+class BottleneckKANConv(Convolution):
     """y = up(conv_basis(Phi(down(x)))) + conv(act(x)), (N, in_channels, *S) -> (N, out_channels, *S').
 
     The inner width a group is `inner_width`. Source: Drokin, arXiv 2407.01092, section 3.5.

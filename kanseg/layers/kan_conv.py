@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from kanseg.bases import Basis, check_left_aside, create_basis
 from kanseg.errors import UsageError, did_you_mean
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean
+from kanseg.layers.convolution import Convolution, lean
+from kanseg.layers.geometry import CHANNEL_DROPOUT
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.plain_conv import plain_conv
 from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
@@ -42,7 +43,7 @@ def check_dropout(place: str) -> None:
         raise UsageError(f"Unknown dropout_at '{place}'.{did_you_mean(place, DROPOUTS)}")
 
 
-class KANConv(ConvGeometry):
+class KANConv(Convolution):
     """N-dimensional KAN convolution, (N, in_channels, *S) -> (N, out_channels, *S'). `basis=None` is the plain one.
 
     Source: Drokin, "Kolmogorov-Arnold Convolutions", arXiv 2407.01092, section 3.

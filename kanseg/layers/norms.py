@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kanseg.errors import UsageError
-from kanseg.layers.geometry import check_dims, lean
+from kanseg.layers.convolution import lean
+from kanseg.layers.geometry import check_dims
 from kanseg.layers.kernels import gpu
 from kanseg.layers.kernels.operators import plain_eager
 from kanseg.layers.kernels.recipe import watched

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kanseg.layers.geometry import check_dims, lean
+from kanseg.layers.convolution import lean
+from kanseg.layers.geometry import check_dims
 from kanseg.layers.kernels.plain_conv import pointwise_product
 
 

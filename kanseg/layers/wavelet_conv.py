@@ -12,21 +12,23 @@ from torch.nn import functional as F
 
 from kanseg.bases.wavelet import get_wavelet
 from kanseg.errors import unknown_option
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry, lean
+from kanseg.layers.convolution import Convolution, lean
+from kanseg.layers.geometry import CHANNEL_DROPOUT
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
-from kanseg.layers.kernels.expansion import WHOLE, Slab, outputs, planes_of, slabs
-from kanseg.layers.kernels.operators import only_first, plain_eager, transformed
+from kanseg.layers.kernels.expansion import WHOLE, Slab, planes_of, slabs
+from kanseg.layers.kernels.operators import plain_eager, transformed
 from kanseg.layers.kernels.rows import channels_last, laid_out
 from kanseg.layers.norms import ActSpec, activation
 from kanseg.layers.recompute import recomputed
+from kanseg.layers.terms import SumOfTerms, Term, summed
 
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
 STEPS = 3  # maps of as many edges that a wavelet's steps hold at once
 
 
-class WaveletConv(ConvGeometry):
+class WaveletConv(Convolution):
     """u_o = sum_c conv(psi((x_c - t_oc) / s_oc); W_oc), y = mix(u) + conv(act(x)); mix is a 1x1 convolution.
 
     (N, in_channels, *S) -> (N, out_channels, *S'). The expansion has out * in channels; it is made a few output
@@ -151,54 +153,3 @@ class WaveletConv(ConvGeometry):
             expanded = F.pad(expanded, [0, 0] * (self.spatial_dims - 1) + [slab.before, slab.after])
         u = self.convolve(expanded, weight, groups=len(weight), padding=slab.padding(self.geometry()))
         return self.pointwise(u, mix[:, some])
-
-
-Term = tuple[Slab, Callable[..., Tensor]]  # and the part of the sum to which it adds
-
-
-def summed(terms: Sequence[Term], tensors: Sequence[Tensor | None]) -> Tensor:
-    """The sum of term(*tensors); the first one is whole."""
-    total = terms[0][1](*tensors)
-    for slab, term in terms[1:]:
-        if slab.whole:
-            total = total + term(*tensors)
-        else:
-            outputs(total, slab).add_(term(*tensors))
-    return total
-
-
-class SumOfTerms(torch.autograd.Function):
-    """y = sum of term(*tensors), keeping the tensors alone; backward evaluates one term at a time again."""
-
-    @staticmethod
-    def forward(ctx: Any, terms: list[Term], *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.terms = terms
-        x: Any = tensors[0]
-        device = x.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        return summed(terms, tensors)
-
-    @staticmethod
-    @only_first
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        total: list[Any] = [None] * len(wanted)
-        saved = ctx.saved_tensors
-        for slab, term in ctx.terms:
-            leaves: list[Any] = [
-                None if t is None else t.detach().requires_grad_(want)
-                for t, want in zip(saved, wanted, strict=True)
-            ]
-            with torch.enable_grad(), torch.autocast(ctx.autocast[0], ctx.autocast[1], ctx.autocast[2]):
-                y = term(*leaves)
-            if not y.requires_grad:  # what this term is made of is frozen
-                continue
-            sought = [i for i, want in enumerate(wanted) if want]
-            grads = torch.autograd.grad(
-                y, [leaves[i] for i in sought], outputs(grad, slab), allow_unused=True
-            )
-            for i, g in zip(sought, grads, strict=True):
-                if g is not None:
-                    total[i] = g if total[i] is None else total[i] + g
-        return (None, *total)
