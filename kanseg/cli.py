@@ -17,7 +17,7 @@ import typer
 
 from kanseg import __version__
 from kanseg.cgroups import limit_threads
-from kanseg.errors import UsageError, UserError
+from kanseg.errors import UsageError, UserError, counted
 from kanseg.training.stop import INTERRUPTED, TERMINATED, orderly_end
 from kanseg.verbs import data, results, training
 from kanseg.verbs.common import (
@@ -210,7 +210,7 @@ def train(
             )
         _emit(found, json_)
         if found["failed"]:
-            count = f"{len(found['failed'])} fold{'s' * (len(found['failed']) > 1)}"
+            count = counted(len(found["failed"]), "fold")
             raise UserError(f"{count} failed: {found['failed']}. Go on with --resume.")
         return
     _emit(fit(checked, plan_, dataset, folder, fold=number, **how), json_)
@@ -487,9 +487,9 @@ def info(
     Example: kanseg info runs/hippocampus
     """
     if model is not None:
-        from kanseg.inference.ensemble import describe_model
+        from kanseg.inference.ensemble import facts_of_model
 
-        _tell(describe_model(model), json_)
+        _tell(facts_of_model(model), json_)
         return
     import platform
     from importlib.metadata import PackageNotFoundError, version

@@ -47,6 +47,15 @@ def unknown_option(owner: str, option: str, known: Iterable[str]) -> OptionError
     return error
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "fold"), counted(2, "fold")
+    ('1 fold', '2 folds')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """A sentence with the nearest known name, or the list of known names.
 

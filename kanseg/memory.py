@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -80,8 +79,10 @@ def taken(key: str = "VmRSS") -> int:
     if found is not None:
         return found
     now = psutil.Process().memory_info()
-    if key == "VmRSS" or find_spec("resource") is None:
-        return now.rss if key == "VmRSS" else now.peak_wset  # the latter Windows
+    if key == "VmRSS":
+        return now.rss
+    if sys.platform == "win32":
+        return now.peak_wset
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,8 +54,7 @@ def test_processes_are_as_many_as_the_shared_memory_of_a_container_takes(
     loader = TrainLoader(plan, read_dataset(blobs).cases, batch_size=2, steps=3, seed=0, workers=3)
     first = batch_of(loader)
     size = sum(value.nbytes for value in first.values())
-    free = shutil._ntuple_diskusage(2**40, 0, batches * size)
-    monkeypatch.setattr(loaders, "disk_usage", lambda path: free)
+    monkeypatch.setattr(loaders, "disk_usage", lambda path: SimpleNamespace(free=batches * size))
     made: list[int] = []
     made_by = loaders.DataLoader
 

@@ -810,16 +810,14 @@ def _in_two_folders(
     cases += _series_cases(images, problem)
     _require_channels(cases, None, problem)
     cases, notes = _paired(cases, masks, {}, problem)
+    names = few(sorted({mask.parent.name for own in by_class.values() for mask in own}), 5)
+    said = (
+        f"{labels} has a folder of masks for each class ({names}), and one label map an image is expected. kanseg "
+        "doctor DATA --fix OUT makes one, as kanseg run does."
+    )
     for case in cases:
         if drawn := by_class.get(stem_of(case.label) if case.label else ""):
-            names = few([folder.name for folder in _inner_folders(labels)], 5)
-            what = f"{labels} has a folder of masks for each class ({names}), and one label map an image is expected"
-            problem(
-                BY_CLASS,
-                case.id,
-                f"{what}. kanseg doctor DATA --fix OUT makes one, as kanseg run does.",
-                drawn,
-            )
+            problem(BY_CLASS, case.id, said, drawn)
     return cases, notes
 
 

@@ -352,16 +352,17 @@ def _colour_values(
     Args:
         values: of classes, by the names of colours in `names` or as the web writes them.
     """
-    found = {code: values.get(names.get(code, ""), values.get(colour_name(code))) for code in colours} | {
-        BLACK: 0
-    }
+    if not colours:
+        return {}
+    found = {code: values.get(names.get(code, ""), values.get(colour_name(code))) for code in colours}
+    found[BLACK] = 0
     if missing := [colour_name(code) for code, value in found.items() if value is None]:
         example = ",".join(f"{name}={number}" for number, name in enumerate(missing[:2], start=1))
         raise UserError(
             f"{side} has the colours {few(missing, 5)}, and the other side numbers. Say which number each has: "
             f"--labels with the folder of a run that was trained on such labels, or '{example},...'."
         )
-    return {code: value for code, value in found.items() if value is not None} if colours else {}
+    return {code: value for code, value in found.items() if value is not None}
 
 
 def _labels_in(image: Image, coded: Mapping[int, int] | None) -> np.ndarray:

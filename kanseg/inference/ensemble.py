@@ -202,7 +202,7 @@ def predict_with(
     return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
 
 
-def describe_model(path: Path | str) -> dict[str, Any]:
+def facts_of_model(path: Path | str) -> dict[str, Any]:
     """What a run, a model or a checkpoint takes, gives and was trained on, by words for a table."""
     files = find_members(path)
     infos = [load_checkpoint(file)[1] for file in files]

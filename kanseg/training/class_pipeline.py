@@ -12,7 +12,7 @@ from kanseg.config import Config, with_options
 from kanseg.data.class_doctor import diagnose_classes
 from kanseg.data.class_plan import ClassPlan
 from kanseg.data.plans import dataset_of
-from kanseg.errors import UserError
+from kanseg.errors import UserError, counted
 from kanseg.evaluation.classification import score_lines
 from kanseg.progress import in_words, is_main
 from kanseg.training.cross_validation import cross_validate
@@ -61,7 +61,7 @@ def run_classes(
     found = cross_validate(config, plan, dataset, run, resume=True, override=override, console=console)
     report = once(lambda: write_report(run, dataset))
     if found["failed"]:
-        count = f"{len(found['failed'])} fold{'s' * (len(found['failed']) > 1)}"
+        count = counted(len(found["failed"]), "fold")
         raise UserError(f"{count} failed: {found['failed']}. The same command goes on.")
     said = f"{score_lines(found['pooled'])}. Model: {run}. Report: {report}"
     console.print(said, markup=False, highlight=False, soft_wrap=True)

@@ -26,7 +26,7 @@ from kanseg.data.formats import Case, Dataset, few, list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes
 from kanseg.data.images import suffix_of, write_label
 from kanseg.data.plan import Plan, check_size, check_wishes, plan_run
-from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.errors import UsageError, UserError, counted, did_you_mean
 from kanseg.evaluation.report import score_table
 from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case
@@ -267,7 +267,7 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         files = _files(data, run)
         shutil.rmtree(run / REPAIRED, ignore_errors=True)
         values = found.fix(run / REPAIRED)["label_values"]
-        count = f"{len(found.errors)} error{'s' * (len(found.errors) > 1)}"
+        count = counted(len(found.errors), "error")
         console.print(f"{count}: training on a repaired copy, {run / REPAIRED}", soft_wrap=True)
     trained_on = (run / REPAIRED if found.errors else data).resolve()
     kept = {"trained_on": str(trained_on), "label_values": values, "files": files}

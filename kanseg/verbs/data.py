@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.errors import UsageError, UserError, counted, did_you_mean
 from kanseg.verbs.common import Json, Out, Pattern, console, emit
 
 app = typer.Typer()
@@ -65,7 +65,7 @@ def doctor(
     emit(result, json_)
     if found.errors and fix is None:
         advice = "Write a repaired copy with --fix OUT." if found.dataset else "See the table."
-        count = f"{len(found.errors)} error{'s' * (len(found.errors) > 1)}"
+        count = counted(len(found.errors), "error")
         raise UserError(f"{data} has {count}. {advice}")
 
 
@@ -164,8 +164,9 @@ def download(
     table = Table(Column("name", no_wrap=True), "what", "size", "licence")
     for source in SOURCES.values():
         table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
-    for part in (part for source in SOURCES.values() for part in source.parts):
-        talk.print(f"{part.name}: {part.url}, MD5 {part.md5}", highlight=False, soft_wrap=True)
+    for source in SOURCES.values():
+        for part in source.parts:
+            talk.print(f"{part.name}: {part.url}, MD5 {part.md5}", highlight=False, soft_wrap=True)
     talk.print(table)
     for other, how in BY_HAND.items():
         talk.print(f"{other} is read, not fetched. {how}", highlight=False, soft_wrap=True)
