@@ -302,7 +302,7 @@ def predict(
         result = predict_with(model, images, out, console=_console(True), version=__version__, **how)
     _emit(result, json_)
     if failed := result["failed"]:
-        from kanseg.data.formats import few
+        from kanseg.data.cases import few
 
         count = f"{len(failed)} of {result['predicted'] + len(failed)} cases"
         raise UserError(f"{count} failed: {few(list(failed))}.")
@@ -347,7 +347,7 @@ def evaluate(
 
     Example: kanseg evaluate predictions.csv pictures/ -o scores/
     """
-    from kanseg.data.formats import few
+    from kanseg.data.cases import few
     from kanseg.evaluation.metrics import evaluate_folders, label_options
     from kanseg.evaluation.report import score_table
     from kanseg.inference.classify import find_tables
@@ -384,7 +384,7 @@ def _tell_classes(scores: Mapping[str, Any], console: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from kanseg.data.formats import few
+    from kanseg.data.cases import few
     from kanseg.evaluation.classification import score_lines, shown_classes
 
     console.print(score_lines(scores), highlight=False)

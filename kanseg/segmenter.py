@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kanseg.config import Config
-    from kanseg.data.formats import Case
+    from kanseg.data.cases import Case
     from kanseg.data.plan import Plan
 
 
@@ -71,7 +71,7 @@ class Segmenter:
         if self.plan is None:
             told |= self.options
         else:
-            from kanseg.data.formats import few
+            from kanseg.data.cases import few
 
             told |= {"source": str(self.source), "classes": few(self.plan.label_names[1:])}
         return f"Segmenter({', '.join([repr(self.model), *(f'{key}={value!r}' for key, value in told.items())])})"
@@ -320,8 +320,9 @@ def _as_case(
     image: Path | str | np.ndarray, plan: Plan, folder: Path, spacing: Sequence[float] | None = None
 ) -> Case:
     """The image as a case; an array goes through files in `folder`, to be read like any image."""
-    from kanseg.data.formats import Case, find_images
+    from kanseg.data.cases import Case
     from kanseg.data.images import Image, write_array
+    from kanseg.data.unlabelled import find_images
 
     if not isinstance(image, np.ndarray):
         if spacing is not None:

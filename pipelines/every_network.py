@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kanseg import Segmenter
-from kanseg.data.formats import Case, read_dataset
+from kanseg.data.cases import Case
+from kanseg.data.formats import read_dataset
 from kanseg.data.plan import make_plan
 from kanseg.errors import UserError
 from kanseg.inference.predict import predict_case

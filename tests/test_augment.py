@@ -8,7 +8,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from kanseg.data.formats import COLOURS, read_dataset
+from kanseg.data.cases import COLOURS
+from kanseg.data.formats import read_dataset
 from kanseg.data.plan import make_plan
 from kanseg.data.transforms import STRENGTHS, augmentation, preparation
 from kanseg.training import augment

@@ -10,9 +10,10 @@ import pytest
 import SimpleITK as sitk
 from test_predict import Brightness
 
-from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.formats import read_dataset
 from kanseg.data.images import LPS_TO_RAS, dicom_files, read_description, read_image
 from kanseg.data.plan import Plan, make_plan
+from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.evaluation.report import class_colours
 from kanseg.export.dicom_seg import code_of, write_segmentation

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from kanseg.data.beside import find_probabilities, is_beside, probability_path
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
-from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.plan import Plan, make_plan
+from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.inference.ensemble import Ensemble, Loaded, combine_folders, find_members, predict_with
 from kanseg.inference.postprocess import POSTPROCESSING, save_rules

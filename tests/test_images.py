@@ -17,7 +17,6 @@ import SimpleITK as sitk
 from PIL import Image as Picture
 
 from kanseg.data import images
-from kanseg.data.formats import find_images
 from kanseg.data.images import (
     Image,
     check_pair,
@@ -27,6 +26,7 @@ from kanseg.data.images import (
     write_array,
     write_label,
 )
+from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 
 OBLIQUE = np.array(

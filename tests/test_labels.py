@@ -14,17 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kanseg.data.cases import Case, Dataset, label_path
 from kanseg.data.fingerprint import fingerprint
-from kanseg.data.formats import Case, Dataset, label_path, read_dataset
+from kanseg.data.formats import read_dataset
 from kanseg.data.images import Image, read_image, read_label, write_label
-from kanseg.data.labels import (
-    class_numbers,
-    class_values,
-    known_values,
-    parse_regions,
-    targets,
-    unions,
-)
+from kanseg.data.labels import class_numbers, class_values, known_values, parse_regions, targets, unions
 from kanseg.data.plan import Plan, make_plan, planned_dataset
 from kanseg.data.transforms import AnnotatedPlaces
 from kanseg.errors import UsageError, UserError

@@ -18,9 +18,10 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
-from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.formats import read_dataset
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.transforms import restore
+from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.inference.logits import InMemory, OnDisk, predict_logits, whole_logits
 from kanseg.inference.predict import predict, predict_case

@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from kanseg.data.formats import find_images
 from kanseg.data.images import read_image
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import load_case
+from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.inference.logits import predict_logits
 from kanseg.inference.predict import predict_case, predict_folder

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from test_dicom_seg import write_series
 
+from kanseg.data.cases import Dataset
 from kanseg.data.convert import convert
 from kanseg.data.doctor import diagnose
-from kanseg.data.formats import Dataset, list_dataset, read_dataset
+from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.images import read_image, read_label, write_label
 from kanseg.data.plan import make_plan
 from kanseg.data.segmentations import read_segments, with_segments

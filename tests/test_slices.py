@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kanseg.data.formats import find_images, read_dataset
+from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.loaders import TrainLoader, val_loader
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.transforms import slices_as_channels
+from kanseg.data.unlabelled import find_images
 from kanseg.inference.logits import predict_logits
 from kanseg.inference.predict import predict_case
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from kanseg.data.formats import Case, read_dataset
+from kanseg.data.cases import Case
+from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image, read_label, write_label
 from kanseg.data.labels import class_numbers
 from kanseg.data.plan import Plan, make_plan

@@ -13,9 +13,9 @@ import pytest
 from scipy.stats import entropy
 from test_predict import Brightness
 
-from kanseg.data.formats import find_images
 from kanseg.data.images import read_image
 from kanseg.data.plan import Plan
+from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.inference.ensemble import combine_folders
 from kanseg.inference.predict import predict, predict_folder

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.data.formats import only
+from kanseg.data.listing import only
 from kanseg.errors import UserError
 
 PARTS = ("train", "val", "test")

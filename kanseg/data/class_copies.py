@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kanseg.data.cases import Case, few
 from kanseg.data.digests import content_digest, file_digest, near_duplicates, signature, thumbnail
-from kanseg.data.formats import Case, few
 from kanseg.data.image_classes import ImageClasses
 from kanseg.progress import progress
 

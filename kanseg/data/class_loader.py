@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from kanseg.data.cases import Case
 from kanseg.data.class_plan import ClassPlan, as_channels
-from kanseg.data.formats import Case
 from kanseg.errors import UsageError, UserError
 from kanseg.registry import Registry
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kanseg.data.formats import few
+from kanseg.data.cases import few
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.splits import check_leaks
 from kanseg.data.stored_plan import StoredPlan

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.data.formats import COLOURS, Case, Dataset, label_path
+from kanseg.data.cases import COLOURS, Case, Dataset, label_path
 from kanseg.data.images import Image, check_pair, label_from, read_image, write_array
 from kanseg.data.labels import IGNORE, class_values, known_values
 from kanseg.data.segmentations import are_segmentations, read_segments

@@ -16,28 +16,11 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
+from kanseg.data.cases import PATIENTS_ALIKE, PATIENTS_TESTED, Case, Dataset, few
 from kanseg.data.colours import colour_names, label_colours, numbered
 from kanseg.data.convert import Sample, on_own_grid, write_dataset
 from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
-from kanseg.data.formats import (
-    BESIDE,
-    BY_CLASS,
-    LISTS,
-    MOST_VALUES,
-    PATIENTS_ALIKE,
-    PATIENTS_IN_PART,
-    PATIENTS_TESTED,
-    TWO_WAYS,
-    UNUSED,
-    Case,
-    Dataset,
-    few,
-    find_images,
-    has_soft_edges,
-    list_dataset,
-    mixed_masks,
-    undeclared,
-)
+from kanseg.data.formats import list_dataset
 from kanseg.data.images import (
     CONVERSION,
     FULL,
@@ -55,7 +38,12 @@ from kanseg.data.images import (
     suffix_of,
 )
 from kanseg.data.labels import known_values
+from kanseg.data.lists import LISTS
+from kanseg.data.pairs import BY_CLASS, UNUSED
+from kanseg.data.patients import PATIENTS_IN_PART
 from kanseg.data.segmentations import are_segmentations
+from kanseg.data.unlabelled import find_images
+from kanseg.data.values import BESIDE, MOST_VALUES, TWO_WAYS, has_soft_edges, mixed_masks, undeclared
 from kanseg.errors import UserError
 from kanseg.progress import progress
 

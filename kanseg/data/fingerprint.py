@@ -10,8 +10,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from kanseg.data.cases import Case, Dataset, files_of, label_path
 from kanseg.data.digests import file_digest, near_duplicates, signature, thumbnail
-from kanseg.data.formats import Case, Dataset, files_of, label_path
 from kanseg.data.images import SUFFIXES_NIFTI, check_pair, header_dtype, label_from, read_image, suffix_of
 from kanseg.data.labels import known_values
 from kanseg.errors import UserError

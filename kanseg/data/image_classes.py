@@ -18,26 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from kanseg.data.cases import COLOURS, Case, Dataset, by_pattern, few, noted, patient_notes, repeated
 from kanseg.data.class_arrays import Found, find_arrays
 from kanseg.data.digests import file_digest
-from kanseg.data.formats import (
-    COLOURS,
-    IMAGE_FOLDERS,
-    LABEL_FOLDERS,
-    Case,
-    Dataset,
-    are_paths,
-    beside_masks,
-    by_pattern,
-    few,
-    image_files,
-    noted,
-    only,
-    patient_notes,
-    repeated,
-    with_masks,
-)
 from kanseg.data.images import SUFFIXES_2D, SUFFIXES_DICOM, read_image, stem_of, suffix_of
+from kanseg.data.layouts import beside_masks, with_masks
+from kanseg.data.listing import IMAGE_FOLDERS, LABEL_FOLDERS, image_files, only
+from kanseg.data.lists import are_paths
 from kanseg.data.tables import (
     PARTS,
     TABLES,

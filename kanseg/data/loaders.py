@@ -18,7 +18,7 @@ from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kanseg.data.formats import Case
+from kanseg.data.cases import Case
 from kanseg.data.labels import known_values, targets
 from kanseg.data.plan import CACHE_SHARE, Plan, loader_bytes
 from kanseg.data.shelf import Shelf

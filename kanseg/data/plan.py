@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kanseg.data.cases import Dataset
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
-from kanseg.data.formats import Dataset, read_dataset
+from kanseg.data.formats import read_dataset
 from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.splits import check_leaks
 from kanseg.data.stored_plan import StoredPlan

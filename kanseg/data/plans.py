@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kanseg.data.cases import Dataset
 from kanseg.data.class_plan import ClassPlan
-from kanseg.data.formats import Dataset
 from kanseg.data.image_classes import ImageClasses, read_classes
 from kanseg.data.plan import Plan, planned_dataset
 from kanseg.data.stored_plan import read_values

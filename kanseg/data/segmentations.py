@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pydicom import dcmread
 
-from kanseg.data.formats import Case, Dataset, few, label_path
+from kanseg.data.cases import Case, Dataset, few, label_path
 from kanseg.data.images import (
     LPS_TO_RAS,
     SUFFIXES_DICOM,

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from kanseg.data.cases import Dataset
 from kanseg.data.digests import joined
-from kanseg.data.formats import Dataset
 from kanseg.errors import UserError
 
 Split = dict[str, list[str]]

@@ -37,9 +37,10 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from kanseg.data.formats import COLOURS, Case, channel_of, few, label_path, numbers_beside
+from kanseg.data.cases import COLOURS, Case, few, label_path
 from kanseg.data.images import Image, check_pair, label_from, read_image
 from kanseg.data.labels import class_numbers, known_values
+from kanseg.data.listing import channel_of, numbers_beside
 from kanseg.data.plan import Plan
 from kanseg.data.resample import ResampleAlongAxes
 from kanseg.errors import UserError

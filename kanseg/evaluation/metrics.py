@@ -25,15 +25,8 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from scipy import ndimage
 
 from kanseg.data.beside import is_beside
+from kanseg.data.cases import few, repeated
 from kanseg.data.colours import BLACK, colour_names, label_colours, numbered, require_classes
-from kanseg.data.formats import (
-    few,
-    find_images,
-    image_files,
-    labels_in_case_folders,
-    repeated,
-    segmentations_in,
-)
 from kanseg.data.images import (
     SUFFIXES_2D,
     Image,
@@ -47,8 +40,10 @@ from kanseg.data.images import (
     suffix_of,
 )
 from kanseg.data.labels import Labels, class_values, unions
+from kanseg.data.listing import image_files, segmentations_in
 from kanseg.data.plan import Plan
 from kanseg.data.segmentations import read_segments, require_highdicom
+from kanseg.data.unlabelled import find_images, labels_in_case_folders
 from kanseg.errors import UsageError, UserError
 from kanseg.progress import progress
 from kanseg.training.files import make_folder, write_bytes, write_json

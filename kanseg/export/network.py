@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from kanseg import __version__
+from kanseg.data.cases import Case
 from kanseg.data.class_plan import ClassPlan
-from kanseg.data.formats import Case, find_images
 from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
 from kanseg.data.transforms import load_case, restored_labels
+from kanseg.data.unlabelled import find_images
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
 from kanseg.inference.classify import is_classifier

@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from kanseg.data.cases import Case, few, repeated
 from kanseg.data.class_loader import MIRRORING, ImageBatches
 from kanseg.data.class_plan import ClassPlan
 from kanseg.data.digests import file_digest, made_from
-from kanseg.data.formats import Case, few, find_images, repeated
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.images import read_image
+from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.evaluation.classification import (
     DIGEST,

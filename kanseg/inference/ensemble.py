@@ -15,11 +15,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from kanseg.data.beside import find_probabilities, is_beside
+from kanseg.data.cases import Case, few
 from kanseg.data.digests import file_digest
-from kanseg.data.formats import Case, few, find_images, passed_over
 from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
+from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder

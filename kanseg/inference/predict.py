@@ -16,16 +16,10 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from kanseg.data.beside import (
-    NIFTI,
-    UNCERTAINTY,
-    probability_path,
-    remove_beside,
-    uncertainty_path,
-)
+from kanseg.data.beside import NIFTI, UNCERTAINTY, probability_path, remove_beside, uncertainty_path
+from kanseg.data.cases import Case
 from kanseg.data.digests import made_from
 from kanseg.data.fingerprint import exchanged_channels, unlike_training
-from kanseg.data.formats import Case
 from kanseg.data.images import (
     LOSSY,
     RTSTRUCT,

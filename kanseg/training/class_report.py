@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from kanseg.data.cases import Case
 from kanseg.data.class_plan import ClassPlan
-from kanseg.data.formats import Case
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.images import in_ras, read_image
 from kanseg.errors import UserError

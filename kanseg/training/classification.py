@@ -14,9 +14,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from kanseg.config import Config
+from kanseg.data.cases import Case
 from kanseg.data.class_loader import ImageBatches, TrainingImages, seeded
 from kanseg.data.class_plan import ClassPlan
-from kanseg.data.formats import Case
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.loaders import EndlessLoader
 from kanseg.errors import refused_options

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from kanseg.config import Config, with_options
-from kanseg.data.formats import Case, Dataset, label_path
+from kanseg.data.cases import Case, Dataset, label_path
 from kanseg.data.images import label_from, read_image, read_label
 from kanseg.data.labels import class_values, painted, unions
 from kanseg.data.plan import CACHE_SHARE

@@ -21,8 +21,8 @@ from rich.console import Console
 from torch import nn
 
 from kanseg.config import Config, check_names
+from kanseg.data.cases import Dataset
 from kanseg.data.fingerprint import load_fingerprint
-from kanseg.data.formats import Dataset
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
 from kanseg.models import check_patch

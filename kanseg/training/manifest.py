@@ -19,8 +19,8 @@ import torch
 
 from kanseg import __version__
 from kanseg.cgroups import cores_allowed
+from kanseg.data.cases import Case, files_of
 from kanseg.data.digests import file_digest
-from kanseg.data.formats import Case, files_of
 from kanseg.training.files import read_json, write_json
 
 MANIFEST = "manifest.json"

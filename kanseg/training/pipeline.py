@@ -19,10 +19,11 @@ import torch
 from rich.console import Console
 
 from kanseg.config import Config, changes, load_config, with_options
+from kanseg.data.cases import Case, Dataset, few
 from kanseg.data.digests import signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
-from kanseg.data.formats import Case, Dataset, few, list_dataset, read_dataset
+from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes
 from kanseg.data.images import suffix_of, write_label
 from kanseg.data.plan import Plan, check_size, check_wishes, plan_run
@@ -38,16 +39,7 @@ from kanseg.training.files import locked, make_folder, read_json, write_bytes, w
 from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
 from kanseg.training.planning import measuring, tell_findings
-from kanseg.training.run_folder import (
-    FINAL,
-    PLAN,
-    PREDICTIONS,
-    SPLITS,
-    SUMMARY,
-    WHOLE,
-    Splits,
-    run_splits,
-)
+from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, WHOLE, Splits, run_splits
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.validate import inference_options, kept_prediction
 

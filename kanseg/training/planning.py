@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from kanseg.config import Config
+from kanseg.data.cases import Dataset, few
 from kanseg.data.class_plan import plan_classes
 from kanseg.data.doctor import Finding
 from kanseg.data.fingerprint import fingerprint
-from kanseg.data.formats import Dataset, few, list_dataset, read_dataset
+from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.labels import parse_regions
 from kanseg.data.mirror import parse_mirror

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kanseg.config import Config, read_config, resumed_config, unlike
+from kanseg.data.cases import Case, Dataset, few
 from kanseg.data.digests import file_digest, signature
 from kanseg.data.fingerprint import check_unchanged, load_fingerprint
-from kanseg.data.formats import Case, Dataset, few
 from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError

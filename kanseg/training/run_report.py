@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from kanseg.data.formats import Case, Dataset, few, label_path
+from kanseg.data.cases import Case, Dataset, few, label_path
 from kanseg.data.images import in_ras, label_from, read_image, read_label
 from kanseg.data.labels import painted
 from kanseg.data.plan import Plan

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.config import Config
-from kanseg.data.formats import Case
+from kanseg.data.cases import Case
 from kanseg.data.loaders import TrainLoader, val_loader
 from kanseg.data.plan import Plan
 from kanseg.progress import note

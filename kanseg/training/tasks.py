@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from kanseg.config import Config
-from kanseg.data.formats import Case, Dataset
+from kanseg.data.cases import Case, Dataset
 from kanseg.data.plans import AnyPlan
 from kanseg.training.classification import Classification
 from kanseg.training.segmentation import Segmentation

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.config import InferenceConfig
-from kanseg.data.formats import Case, label_path
+from kanseg.data.cases import Case, label_path
 from kanseg.data.images import read_label, write_label
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import highest

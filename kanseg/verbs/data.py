@@ -104,10 +104,12 @@ def convert(
     if origin is not None:
         emit(_converted_weights(source, out, origin, architecture, talk), json_)
         return
+    from kanseg.data.cases import few
     from kanseg.data.convert import convert as convert_to
-    from kanseg.data.formats import few, list_dataset, with_values
+    from kanseg.data.formats import list_dataset
     from kanseg.data.image_classes import require_label_maps
     from kanseg.data.segmentations import are_segmentations, with_segments
+    from kanseg.data.values import with_values
 
     require_label_maps(source)
     listed = list_dataset(source, id_pattern=id_pattern)

@@ -111,7 +111,7 @@ def ensemble(
         result = predict_with(members, images, out, console=talk, version=__version__, tta=tta)
     emit(result, json_)
     if result["failed"]:
-        from kanseg.data.formats import few
+        from kanseg.data.cases import few
 
         raise UserError(f"{len(result['failed'])} cases failed: {few(list(result['failed']))}.")
 

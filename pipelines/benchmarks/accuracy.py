@@ -390,7 +390,7 @@ class Bench:
 
     def masks(self, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Foreground of prediction and reference of each validation case of a fold."""
-        from kanseg.data.formats import label_path
+        from kanseg.data.cases import label_path
         from kanseg.data.images import read_label
 
         cases = {case.id: case for case in self.dataset.cases}
