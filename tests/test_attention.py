@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kanseg.errors import UsageError
 from kanseg.layers import FocalModulation, KANAttention, conv_layer
-from kanseg.layers.attention import Rotary
+from kanseg.layers.rotary import Rotary
 
 SIZES = {1: (9,), 2: (4, 5), 3: (3, 4, 2)}
 FAMILIES = ("kagn", "relukan", "bottleneck_kagn", "bottleneck_relukan", "plain")

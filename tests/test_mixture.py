@@ -10,7 +10,7 @@ from torch import nn
 
 from kanseg.errors import UsageError
 from kanseg.layers import FAMILIES, MixtureOfExperts, conv_layer, take_balance_loss
-from kanseg.layers.mixture import NoisyTopKGate, kth_of_the_others, squared_variation
+from kanseg.layers.gates import NoisyTopKGate, kth_of_the_others, squared_variation
 
 SIZES = {1: (9,), 2: (6, 7), 3: (4, 5, 6)}
 

@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from kanseg.bases import Basis
 from kanseg.bases.orthogonal import Gram
 from kanseg.bases.wavelet import mexican_hat
-from kanseg.layers.attention import KANAttention, Rotary
+from kanseg.layers.attention import KANAttention
 from kanseg.layers.focal import FocalModulation
+from kanseg.layers.gates import NoisyTopKGate
 from kanseg.layers.kan_conv import KANConv
-from kanseg.layers.mixture import MixtureOfExperts, NoisyTopKGate, take_balance_loss
+from kanseg.layers.mixture import MixtureOfExperts, take_balance_loss
+from kanseg.layers.rotary import Rotary
 
 
 def multiplied_gram(degree: int = 3, channels: int | None = None) -> Gram:
