@@ -226,7 +226,8 @@ def predict(
     images: Annotated[Path, typer.Option("-i", "--input", help="Image, folder of images, or DICOM folder.")],
     out: OutFile,
     format_: Annotated[
-        str | None, typer.Option("--format", help="nii.gz, nrrd, mha, dicom-seg, rtstruct, png, ...")
+        str | None,
+        typer.Option("--format", help="nii.gz, nrrd, seg.nrrd, mha, dicom-seg, rtstruct, png, ..."),
     ] = None,
     overlap: Annotated[
         float, typer.Option(help="Overlap of neighbouring windows, 0 to 0.9.", min=0, max=0.9)
@@ -281,7 +282,7 @@ def predict(
     suffix = {".dicom-seg": DICOM, ".rtstruct": RTSTRUCT}.get(suffix or "", suffix)
     if suffix is not None and suffix not in (*SUFFIXES_3D, *SUFFIXES_2D, *SUFFIXES_DICOM):
         raise UsageError(
-            f"--format {format_} is not known. Known: nii.gz, nii, nrrd, mha, dicom-seg, rtstruct, png, tif."
+            f"--format {format_} is not known. Known: nii.gz, nii, nrrd, seg.nrrd, mha, dicom-seg, rtstruct, png, tif."
         )
     if blending not in ("gaussian", "constant"):
         raise UsageError(f"--blending is gaussian or constant, got '{blending}'.")
@@ -313,7 +314,9 @@ def evaluate(
     context: typer.Context,
     prediction: Annotated[
         Path,
-        typer.Argument(help="Folder of label maps (or DICOM-SEG, RTSTRUCT), one file, or predictions.csv."),
+        typer.Argument(
+            help="Folder of label maps (or DICOM-SEG, RTSTRUCT, .seg.nrrd), one file, or predictions.csv."
+        ),
     ],
     reference: Annotated[
         Path, typer.Argument(help="References with the same names, or images with classes.")
@@ -339,7 +342,8 @@ def evaluate(
     of them: accuracy, top-5 and AUC with intervals, recall and precision of each class; --labels, --ignore and
     --tolerance are for label maps alone.
     A missing or unreadable prediction counts as a failure with Dice 0; the exit code is then 1.
-    Predictions that are DICOM-SEG or RTSTRUCT need the names of their segments, from a run folder or name=1,name=2.
+    Predictions that are DICOM-SEG, RTSTRUCT or .seg.nrrd need the names of their segments, from a run folder or
+    name=1,name=2.
 
     Example: kanseg evaluate masks/ labelsTs/ -o scores/
 

@@ -150,9 +150,8 @@ class Segmenter:
             options: overlap, blending, tta, memory, device (default where the networks are); see
                 `kanseg.inference.logits.whole_logits`.
         """
-        from kanseg.data.images import write_label
         from kanseg.inference.postprocess import apply_postprocessing
-        from kanseg.inference.predict import predict_case
+        from kanseg.inference.predict import predict_case, write_prediction
 
         _refuse_unknown("Segmenter.predict", options, ("out", "spacing", "postprocess", *PREDICT))
         network, plan = self._trained()
@@ -165,7 +164,7 @@ class Segmenter:
             if postprocess and self.rules:
                 labels = apply_postprocessing(labels, self.rules, source.spacing)
             if out is not None:
-                write_label(Path(out), labels, source, dtype=plan.label_dtype)
+                write_prediction(Path(out), labels, source, plan)
         return labels
 
     def evaluate(

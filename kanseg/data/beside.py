@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from kanseg.data.images import SUFFIXES_DICOM, read_description, stem_of, suffix_of
+from kanseg.data.images import SUFFIXES_SEGMENTS, read_description, stem_of, suffix_of
 
 NIFTI = ".nii.gz"
 NAMED = re.compile(r"_prob_|_uncertainty$")  # names of what a prediction puts beside its label map
@@ -26,9 +26,9 @@ def probability_path(path: Path, names: Sequence[str], number: int) -> Path:
 
 
 def _beside(path: Path, ending: str) -> Path:
-    """What ends as an object of DICOM would has maps that are NIfTI."""
+    """What ends as an object of DICOM would, or as segments of 3D Slicer, has maps that are NIfTI."""
     suffix = suffix_of(path)
-    if suffix in SUFFIXES_DICOM:
+    if suffix in SUFFIXES_SEGMENTS:
         ending = ending.replace(suffix, NIFTI)
     return path.with_name(path.name[: -len(suffix)] + ending)
 

@@ -26,6 +26,7 @@ from kanseg.data.images import (
     FULL,
     GRID_TOLERANCE,
     LOSSY,
+    SEGMENTS,
     SUFFIXES_2D,
     SUFFIXES_NIFTI,
     Image,
@@ -237,7 +238,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
     found = Diagnosis(path, dataset.layout, len(dataset.cases), findings, masks=masks)
     if are_segmentations(dataset.cases):
         findings.append(
-            Finding("DICOM-SEG", "", f"the labels are DICOM-SEG or RTSTRUCT. {CONVERSION}; examine that then")
+            Finding("DICOM-SEG", "", f"the labels are {SEGMENTS}. {CONVERSION}; examine that then")
         )
         return found
     for kind, mark in TOLD.items():

@@ -10,7 +10,7 @@ import contextlib
 import gzip
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,20 @@ import SimpleITK as sitk
 from PIL import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
+from kanseg.data.class_names import label_table, segment_tags
 from kanseg.errors import UserError
 from kanseg.training.files import part_of
 
 MILLIMETRES = {"meter": 1e3, "micron": 1e-3}  # in units that NIfTI headers may name
 SUFFIXES_NIFTI = (".nii.gz", ".nii")
-SUFFIXES_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+SEG_NRRD = ".seg.nrrd"  # segmentations of 3D Slicer
+SUFFIXES_ITK = (SEG_NRRD, ".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
 DICOM = ".dcm"
 RTSTRUCT = ".rtstruct.dcm"  # as kanseg names its own; others call theirs as they like
 SUFFIXES_DICOM = (RTSTRUCT, DICOM)
+SUFFIXES_SEGMENTS = (*SUFFIXES_DICOM, SEG_NRRD)  # of files that may tell classes by names, not by numbers
+SEGMENTS = "DICOM-SEG, RTSTRUCT or .seg.nrrd"
 SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LOSSY = (".jpg", ".jpeg")
 COLOURED = ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of Pillow
@@ -45,7 +49,7 @@ NO_IMAGES = (
     *("1.2.840.10008.5.1.4.1.1." + n for n in ("11.", "66", "88.", "104.", "481.")),
 )
 NUMBERS = "kanseg doctor DATA --fix OUT numbers the colours of a data set"
-CONVERSION = "kanseg convert DATA -o OUT makes a data set with label maps of one with DICOM-SEG or RTSTRUCT"
+CONVERSION = f"kanseg convert DATA -o OUT makes a data set with label maps of one with {SEGMENTS}"
 STRUCTURES = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7", STRUCTURES)
 RADIOGRAPHS = "CR DX IO MG PX RF RG XA".split()  # modalities whose numbers mean brightness alone
@@ -221,20 +225,33 @@ def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None 
 
 
 def write_label(
-    path: Path, labels: np.ndarray, like: Image, dtype: str = "uint8", description: str = ""
+    path: Path,
+    labels: np.ndarray,
+    like: Image,
+    dtype: str = "uint8",
+    description: str = "",
+    names: Mapping[int, str] | None = None,
 ) -> Path:
     """Write a label map on the grid of `like`, atomically; the suffix of `path` decides the format.
 
     NIfTI from NIfTI keeps the header (sform, qform, codes, units); other formats keep origin, direction and spacing.
+    Headers of NIfTI and NRRD tell the `names` of the values, see `kanseg.data.class_names`.
 
     Raises:
         UserError: the shape is not that of `like`, values do not fit `dtype`, or the file cannot be written; then
             nothing is left behind.
     """
-    return write_array(path, labels, like, np.dtype(dtype), description)
+    return write_array(path, labels, like, np.dtype(dtype), description, names)
 
 
-def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, description: str = "") -> Path:
+def write_array(
+    path: Path,
+    array: np.ndarray,
+    like: Image,
+    dtype: np.dtype,
+    description: str = "",
+    names: Mapping[int, str] | None = None,
+) -> Path:
     """Write numbers (*S), or (C, *S) to NIfTI or as colours, on the grid of `like`; see `write_label`."""
     path = Path(path)
     suffix = suffix_of(path)
@@ -260,7 +277,7 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
     temporary = part_of(path, suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writers[suffix](temporary, array.astype(dtype), like, description)
+        writers[suffix](temporary, array.astype(dtype), like, description, names or {})
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -272,7 +289,9 @@ def write_array(path: Path, array: np.ndarray, like: Image, dtype: np.dtype, des
     return path
 
 
-def _write_nifti(path: Path, array: np.ndarray, like: Image, description: str) -> None:
+def _write_nifti(
+    path: Path, array: np.ndarray, like: Image, description: str, names: Mapping[int, str]
+) -> None:
     header = None
     if array.ndim > like.spatial_dims:
         array = np.moveaxis(array, 0, -1)
@@ -290,10 +309,14 @@ def _write_nifti(path: Path, array: np.ndarray, like: Image, description: str) -
             out.header["pixdim"][1:4] = header["pixdim"][1:4]
     if description:
         out.header["descrip"] = description[:79].encode("ascii", "replace")
+    if names:
+        out.header.extensions.append(label_table(names))
     nib.save(out, path)
 
 
-def _write_itk(path: Path, array: np.ndarray, like: Image, description: str) -> None:
+def _write_itk(
+    path: Path, array: np.ndarray, like: Image, description: str, names: Mapping[int, str]
+) -> None:
     image = sitk.GetImageFromArray(array.transpose())
     affine = LPS_TO_RAS @ like.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -303,10 +326,15 @@ def _write_itk(path: Path, array: np.ndarray, like: Image, description: str) -> 
     image.SetDirection([float(d) for d in direction.flatten()])
     if description:
         image.SetMetaData("description", description)
+    if names and array.ndim == 3 and suffix_of(path) in (SEG_NRRD, ".nrrd"):
+        for key, text in segment_tags(array, names).items():
+            image.SetMetaData(key, text)
     sitk.WriteImage(image, str(path), True)
 
 
-def _write_picture(path: Path, array: np.ndarray, like: Image, description: str) -> None:
+def _write_picture(
+    path: Path, array: np.ndarray, like: Image, description: str, names: Mapping[int, str]
+) -> None:
     array = np.ascontiguousarray(np.moveaxis(array, 0, -1)) if array.ndim == 3 else array
     if array.ndim == 3 and array.dtype != np.uint8:  # Pillow knows no colours of more bits
         sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.uint16), isVector=True), str(path))
@@ -346,7 +374,12 @@ def read_description(path: Path) -> str:
         return ""
 
 
-def _read_one(path: Path) -> Image:
+def read_layers(path: Path) -> Image:
+    """The numbers of a segmentation of 3D Slicer (layers, *S): what they mean, its header tells."""
+    return _read_one(path, layers=True)
+
+
+def _read_one(path: Path, *, layers: bool = False) -> Image:
     if not path.exists():
         raise UserError(f"There is no file {path}.")
     if path.is_dir():
@@ -360,7 +393,7 @@ def _read_one(path: Path) -> Image:
             return _read_nifti(path)
         if suffix in SUFFIXES_2D:
             return _read_picture(path)
-        if suffix in SUFFIXES_DICOM and is_no_image(path):
+        if suffix in SUFFIXES_SEGMENTS and is_no_image(path) and not layers:
             what = (
                 f"a segmentation. {CONVERSION}"
                 if is_segmentation(path)
@@ -559,13 +592,13 @@ def _series_in_words(names: Sequence[str]) -> str:
 
 
 def is_no_image(path: Path) -> bool:
-    """Whether a DICOM file is an object that lies beside images: a segmentation, a report, ..."""
-    return _sop_class(path).startswith(NO_IMAGES)
+    """Whether a file is a segmentation, or another object of DICOM that lies beside images: a report, ..."""
+    return suffix_of(path) == SEG_NRRD or _sop_class(path).startswith(NO_IMAGES)
 
 
 def is_segmentation(path: Path) -> bool:
-    """Whether a DICOM file is a Segmentation object or a structure set."""
-    return _sop_class(path).startswith(SEGMENTATIONS)
+    """Whether a file is a Segmentation object of DICOM, a structure set or a segmentation of 3D Slicer."""
+    return suffix_of(path) == SEG_NRRD or _sop_class(path).startswith(SEGMENTATIONS)
 
 
 def is_structures(path: Path) -> bool:

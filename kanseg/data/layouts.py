@@ -147,10 +147,11 @@ def _own_fold(
 
 
 def _read_one_folder(root: Path, problem: Problem) -> Dataset:
-    """x.png (or x_image.png) beside x_mask.png, x_label.png or x_seg.png."""
+    """x.png (or x_image.png) beside x_mask.png, x_label.png or x_seg.png; x.nrrd beside 3D Slicer's x.seg.nrrd."""
     files = image_files(root)
     masks = [file for file in files if LABEL_ENDING.search(stem_of(file))]
     images = [file for file in files if file not in masks]
+    masks += segmentations_in(root)
     cases = without_endings(cases_of(images, join=False))
     if not any(label_names(case.id, {stem_of(mask) for mask in masks}) for case in cases):
         return _read_case_folders(root, problem)
@@ -160,7 +161,7 @@ def _read_one_folder(root: Path, problem: Problem) -> Dataset:
 
 def _read_case_folders(root: Path, problem: Problem) -> Dataset:
     """A folder a case: NAME/image.nii.gz (or image_0000.nii.gz, ..., or a DICOM series, in a folder or not) beside
-    NAME/label.nii.gz (or mask, seg, or the one DICOM-SEG or RTSTRUCT).
+    NAME/label.nii.gz (or mask, seg, or the one DICOM-SEG, RTSTRUCT or .seg.nrrd, beside which one image needs no name).
     """
     cases = []
     for folder in folders_in(root):
@@ -173,7 +174,9 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
             images = [path for path in series if len(series) == 1 or CASE_IMAGE.fullmatch(path.name)]
             if series and not images:
                 problem("several series", folder.name, too_many(folder, series))
-        labels = labels or segmentations_in(folder)
+        if not labels:
+            labels = segmentations_in(folder)
+            images = images or files[: bool(labels and len(files) == 1)]
         if not images:
             continue
         cases.append(Case(folder.name, tuple(images), _one_label(folder, labels, problem), folder.name))

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from kanseg.data.cases import Case, Problem, few, refuse
-from kanseg.data.images import SUFFIXES_DICOM, is_dicom, is_no_image, is_segmentation, stem_of, suffix_of
+from kanseg.data.images import SUFFIXES_SEGMENTS, is_dicom, is_no_image, is_segmentation, stem_of, suffix_of
 from kanseg.errors import UserError
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")
@@ -28,7 +28,7 @@ def _may_be_dicom(path: Path) -> bool:
 
 def image_files(folder: Path) -> list[Path]:
     """Images directly in a folder, links to nothing among them; hidden files and other things are passed over."""
-    named = (p for p in folder.iterdir() if suffix_of(p) not in ("", *SUFFIXES_DICOM) and p.name[0] != ".")
+    named = (p for p in folder.iterdir() if suffix_of(p) not in ("", *SUFFIXES_SEGMENTS) and p.name[0] != ".")
     return sorted(p for p in named if p.is_file() or (p.is_symlink() and not p.exists()))
 
 
@@ -58,13 +58,14 @@ def with_dicom(folders: Iterable[Path]) -> list[Path]:
     return [folder for folder in folders if any(map(_may_be_dicom, folder.iterdir()))]
 
 
-def dcm_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if suffix_of(p) in SUFFIXES_DICOM and p.name[0] != ".")
+def special_files(folder: Path) -> list[Path]:
+    """Files that are no plain images by their names: of DICOM, which may be some, and segmentations of 3D Slicer."""
+    return sorted(p for p in folder.iterdir() if suffix_of(p) in SUFFIXES_SEGMENTS and p.name[0] != ".")
 
 
 def segmentations_in(path: Path) -> list[Path]:
-    """The DICOM-SEG and RTSTRUCT of a folder, or the file itself where it is one."""
-    files = dcm_in(path) if path.is_dir() else [path] if suffix_of(path) in SUFFIXES_DICOM else []
+    """The DICOM-SEG, RTSTRUCT and .seg.nrrd of a folder, or the file itself where it is one."""
+    files = special_files(path) if path.is_dir() else [path] if suffix_of(path) in SUFFIXES_SEGMENTS else []
     return [file for file in files if file.is_file() and is_segmentation(file)]
 
 
@@ -161,7 +162,9 @@ def _called(root: Path, names: Sequence[str]) -> Path | None:
     there = [folder for name in names for folder in folders if folder.name.lower() == name.lower()]
     if len(there) < 2:
         return there[0] if there else None
-    holding = [folder for folder in there if image_files(folder) or series_of(folder) or dcm_in(folder)]
+    holding = [
+        folder for folder in there if image_files(folder) or series_of(folder) or special_files(folder)
+    ]
     return only(holding) or there[0]
 
 

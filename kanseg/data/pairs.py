@@ -16,11 +16,11 @@ from kanseg.data.listing import (
     CITY_IMAGES,
     cases_of,
     channel_of,
-    dcm_in,
     image_files,
     inner_folders,
     name_below,
     series_cases,
+    special_files,
     with_names,
 )
 from kanseg.errors import UserError
@@ -77,7 +77,7 @@ def with_test_labels(
 ) -> tuple[list[Case], list[str]]:
     """Test images with their labels in labelsTs, where they are, and a note on labels that belong to none."""
     folder = root / "labelsTs"
-    files = {stem_of(p): p for p in (*image_files(folder), *dcm_in(folder))} if folder.is_dir() else {}
+    files = {stem_of(p): p for p in (*image_files(folder), *special_files(folder))} if folder.is_dir() else {}
     found = {case.id: (label_names(case.id, files) or [""])[0] for case in tests}
     tests = [
         replace(case, label=case.label or files.get(found[case.id]), group=groups.get(case.id, case.group))
@@ -175,7 +175,7 @@ def in_two_folders(
     files: Sequence[Path], images: Path, labels: Path, problem: Problem
 ) -> tuple[list[Case], list[str]]:
     """Cases of the files, and of the series in `images`, with their labels, and a note on labels of none."""
-    masks = [*image_files(labels), *dcm_in(labels)]
+    masks = [*image_files(labels), *special_files(labels)]
     ids = [mask for mask in masks if stem_of(mask).endswith(CITY_IDS)]
     masks = ids or masks  # not colours and instances, which lie beside
     by_class = {} if masks else _masks_by_class(files, labels)

@@ -1,12 +1,14 @@
-"""Labels that are DICOM Segmentation objects (PS3.3 A.51) or RT Structure Sets (A.19) beside their series.
+"""Labels that are DICOM Segmentation objects (PS3.3 A.51), RT Structure Sets (A.19) or 3D Slicer's .seg.nrrd.
 
 A file numbers its segments as it likes, and holds no more planes than it needs: what it says is known by the names of
 the segments and by the grid of the image. highdicom (Bridge et al., arXiv 2106.07806) reads DICOM-SEG: the extra
-`dicom`. Contours of structures are filled by the centres of voxels; one within another cuts a hole.
+`dicom`. Contours of structures are filled by the centres of voxels; one within another cuts a hole. Slicer keeps a
+number in one of several layers for each segment, and cuts the layers to what is drawn.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,16 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 from pydicom import dcmread
 
 from kanseg.data.cases import Case, Dataset, few, label_path
 from kanseg.data.images import (
     LPS_TO_RAS,
-    SUFFIXES_DICOM,
+    SEG_NRRD,
+    SEGMENTS,
+    SUFFIXES_SEGMENTS,
     Image,
     dicom_files,
     is_segmentation,
     is_structures,
+    read_layers,
+    stem_of,
     suffix_of,
 )
 from kanseg.data.labels import IGNORE
@@ -34,12 +41,13 @@ OFF_GRID = 0.1  # voxels that a plane may lie beside one of the image
 OTHER_VOXELS = 0.01  # of the image's, by which those of the file may differ in size or direction
 HALF = 0.5  # a fraction from which on a voxel belongs
 ASIDE = (1.2e-5, 0.7e-5)  # voxels: no line there and back (a keyhole) goes exactly through such a place
+NAMED = re.compile(r"Segment(\d+)_Name")  # in the header of a .seg.nrrd
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")  # contours that hold voxels
 
 
 def are_segmentations(cases: Sequence[Case]) -> bool:
-    """Whether there are labels that are DICOM-SEG or RTSTRUCT."""
-    return any(case.label is not None and suffix_of(case.label) in SUFFIXES_DICOM for case in cases)
+    """Whether there are labels that are DICOM-SEG, RTSTRUCT or .seg.nrrd."""
+    return any(case.label is not None and suffix_of(case.label) in SUFFIXES_SEGMENTS for case in cases)
 
 
 def with_segments(dataset: Dataset, only: Sequence[str] = ()) -> Dataset:
@@ -52,14 +60,14 @@ def with_segments(dataset: Dataset, only: Sequence[str] = ()) -> Dataset:
         only: names of the segments that are classes, in the order of their numbers; others are left aside.
 
     Raises:
-        UserError: some labels are neither DICOM-SEG nor RTSTRUCT, a file is unreadable, a segment has no name or that
+        UserError: some labels are nothing of the kind, a file is unreadable, a segment has no name or that
             of no class, no file has one that `only` names, or highdicom is not installed.
     """
-    others = [case.id for case in dataset.cases if suffix_of(label_path(case)) not in SUFFIXES_DICOM]
+    others = [case.id for case in dataset.cases if suffix_of(label_path(case)) not in SUFFIXES_SEGMENTS]
     if others:
         raise UserError(
-            f"Some labels of {dataset.root} are DICOM-SEG or RTSTRUCT and some are not ({few(others, 3)}). Give each "
-            "kind a data set of its own."
+            f"Some labels of {dataset.root} are {SEGMENTS} and some are not ({few(others, 3)}). Give each kind a data "
+            "set of its own."
         )
     spelt: dict[str, str] = {}
     wanted = {_key(name): name for name in only}
@@ -85,7 +93,7 @@ def with_segments(dataset: Dataset, only: Sequence[str] = ()) -> Dataset:
 
 
 def read_segments(path: Path, like: Image, names: Sequence[str], *, only: bool = False) -> np.ndarray:
-    """The label map (*S) of a DICOM-SEG or RTSTRUCT on the grid of its image; a segment is 1 + its place in `names`.
+    """The label map (*S) of such a file on the grid of its image; a segment is 1 + its place in `names`.
 
     Args:
         only: other segments are left aside, and of those that overlap the later in `names` has the voxel.
@@ -137,7 +145,7 @@ def require_highdicom(path: Path | str) -> Any:
     return highdicom
 
 
-def _opened(path: Path, *, header: bool = False) -> Segments | Structures:
+def _opened(path: Path, *, header: bool = False) -> Segments | Structures | Layers:
     """The file; with `header` its voxels stay on the disk until they are asked for."""
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
@@ -145,6 +153,8 @@ def _opened(path: Path, *, header: bool = False) -> Segments | Structures:
         raise UserError(
             f"{path} is neither DICOM-SEG nor RTSTRUCT. Export the label as one, not as an image, or as NIfTI."
         )
+    if suffix_of(path) == SEG_NRRD:
+        return Layers(path)
     structures = is_structures(path)
     highdicom: Any = None if structures else require_highdicom(path)
     try:
@@ -193,23 +203,71 @@ class Segments:
             raise UserError(
                 f"{path}: its planes make no volume ({error}). Export it as one, or as NIfTI."
             ) from error
-        array = volume.array[..., 0]
-        to_index = np.linalg.inv(like.affine) @ LPS_TO_RAS @ volume.affine
-        steps = np.abs(to_index[:3, :3])[:, [size > 1 for size in array.shape]]
-        if (np.abs(steps - (steps > HALF)) > OTHER_VOXELS).any():
+        return _laid_on(volume.array[..., 0] >= HALF, LPS_TO_RAS @ volume.affine, path, like)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A segmentation of 3D Slicer: which segments its header tells, and where they are in its layers."""
+
+    path: Path
+    frame = ""
+
+    @cached_property
+    def _tags(self) -> Mapping[str, str]:
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(self.path))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise UserError(f"{self.path} is damaged or not what its suffix says. Save it again.") from error
+        return {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+
+    @cached_property
+    def names(self) -> Mapping[int, str]:
+        """Name of each segment by its number in the header."""
+        found = {
+            int(match[1]): _plain(name) for key, name in self._tags.items() if (match := NAMED.fullmatch(key))
+        }
+        if not found:
             raise UserError(
-                f"{path} has other voxels than {like.path}. Export it on the grid of the image, or as NIfTI."
+                f"{self.path} has no segments in its header, as 3D Slicer writes. If it is a label map, call it "
+                f"{stem_of(self.path)}.nrrd."
             )
-        inside = np.argwhere(array >= HALF)
-        exact = inside @ to_index[:3, :3].T + to_index[:3, 3]
-        index = np.rint(exact).astype(int)
-        off = float(np.abs(exact - index).max(initial=0))
-        beyond = ((index < 0) | (index >= like.array.shape[1:])).any()
-        if off > OFF_GRID or beyond:
-            _refuse_place(
-                path, like, "outside the image" if beyond else f"{off:.2f} voxels beside those of the image"
-            )
-        return tuple(index.T)
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def _image(self) -> Image:
+        return read_layers(self.path)
+
+    def voxels(self, number: int, path: Path, like: Image) -> tuple[np.ndarray, ...]:
+        """Indices of a segment's voxels in the image, an array an axis."""
+        of = f"Segment{number}_"  # Slicer before 4.11 has a layer of ones for each
+        layer = int(self._tags.get(f"{of}Layer", number))
+        value = int(self._tags.get(f"{of}LabelValue", 1))
+        if layer >= len(self._image.array):
+            raise UserError(f"{path} has no layer {layer} for '{self.names[number]}'. Save it again.")
+        return _laid_on(self._image.array[layer] == value, self._image.affine, path, like)
+
+
+def _laid_on(mask: np.ndarray, affine: np.ndarray, path: Path, like: Image) -> tuple[np.ndarray, ...]:
+    """Indices in an image of the voxels of a mask on another grid, whose voxels are those of the image or a part."""
+    to_index = np.linalg.inv(like.affine) @ affine
+    steps = np.abs(to_index[:3, :3])[:, [size > 1 for size in mask.shape]]
+    if (np.abs(steps - (steps > HALF)) > OTHER_VOXELS).any():
+        raise UserError(
+            f"{path} has other voxels than {like.path}. Export it on the grid of the image, or as NIfTI."
+        )
+    inside = np.argwhere(mask)
+    exact = inside @ to_index[:3, :3].T + to_index[:3, 3]
+    index = np.rint(exact).astype(int)
+    off = float(np.abs(exact - index).max(initial=0))
+    beyond = ((index < 0) | (index >= like.array.shape[1:])).any()
+    if off > OFF_GRID or beyond:
+        _refuse_place(
+            path, like, "outside the image" if beyond else f"{off:.2f} voxels beside those of the image"
+        )
+    return tuple(index.T)
 
 
 @dataclass(frozen=True)
@@ -283,7 +341,7 @@ def _refuse_place(path: Path, like: Image, where: str) -> None:
     raise UserError(f"{path} lies {where} {like.path}. Was it drawn on this series?")
 
 
-def _require_same_frame(file: Segments | Structures, path: Path, like: Image) -> None:
+def _require_same_frame(file: Segments | Structures | Layers, path: Path, like: Image) -> None:
     """Two images of one frame of reference (a scan of one patient, lying still) have its identifier in common."""
     if not like.path.is_dir():
         return

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from kanseg.data.case_folders import by_channel, is_called_label, look_into, of_one_case
 from kanseg.data.cases import Case, case_by_names
-from kanseg.data.images import is_no_image, stem_of
+from kanseg.data.images import SEGMENTS, is_no_image, stem_of
 from kanseg.data.listing import (
     CASE_IMAGE,
     by_number,
     cases_of,
     channel_of,
-    dcm_in,
     folders_called,
     folders_in,
     image_files,
     in_tree,
     segmentations_in,
+    special_files,
     with_dicom,
 )
 from kanseg.errors import UserError
@@ -61,11 +61,7 @@ def find_images(path: Path | str, *, channels: int | None = None, names: Sequenc
     if not series and not _inner(path) and folders_called(path)[1] is None and (cases := in_tree(path)):
         return cases
     if not series:
-        but = (
-            ", but DICOM-SEG or RTSTRUCT, which label maps are not read from"
-            if segmentations_in(path)
-            else ""
-        )
+        but = f", but {SEGMENTS}, which no images are read from" if segmentations_in(path) else ""
         raise UserError(
             f"{path} holds no images{but}.{_inner(path)} Known are NIfTI, NRRD, MHA, PNG, JPG, TIF, and DICOM series."
         )
@@ -138,7 +134,7 @@ def passed_over(path: Path) -> list[str]:
     """What `find_images` leaves aside in a folder where it takes files: DICOM files, and folders with images."""
     if not path.is_dir() or not image_files(path):
         return []
-    loose = [file.name for file in dcm_in(path) if not is_no_image(file)]
+    loose = [file.name for file in special_files(path) if not is_no_image(file)]
     folders = [f"{f.name}/" for f in folders_in(path) if image_files(f) or with_dicom([f])]
     return [*([f"{len(loose)} .dcm files"] if loose else []), *folders]
 

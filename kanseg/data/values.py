@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kanseg.data.cases import Case, Dataset, few, label_path, noted
+from kanseg.data.class_names import shared_names
 from kanseg.data.colours import colour_names, require_classes
 from kanseg.data.images import FULL, LOSSY, label_from, palette_numbers, read_image, suffix_of
 from kanseg.data.labels import IGNORE, given_regions, known_values, unions
@@ -126,8 +127,14 @@ def _with_label_values(dataset: Dataset) -> Dataset:
         known = colour_names(dataset.root)
         colours = [palette.get(value, GREY * value) for value in values_in_order[1:]]
         pairs = zip(colours, values_in_order[1:], strict=True)
-        names = ("background", *(known.get(colour, f"label {value}") for colour, value in pairs))
-        dataset = replace(dataset, label_names=names, label_values=values_in_order)
+        told, several = shared_names(map(label_path, cases))
+        if several:
+            said = f"headers of label maps give several names to the values {few([*map(str, several)])}"
+            dataset = noted(dataset, f"{said}, which are called by their numbers")
+        names = [known.get(colour) or told.get(value, f"label {value}") for colour, value in pairs]
+        if len({*names, "background"}) <= len(names):
+            names = [f"label {value}" for value in values_in_order[1:]]
+        dataset = replace(dataset, label_names=("background", *names), label_values=values_in_order)
     if len(dataset.label_values) < 2:
         raise UserError(f"The labels of {dataset.root} hold the background alone; there is nothing to learn.")
     return replace(dataset, cases=tuple(cases), notes=(*dataset.notes, *_label_notes(dataset)))

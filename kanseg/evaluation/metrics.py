@@ -26,9 +26,12 @@ from scipy import ndimage
 
 from kanseg.data.beside import is_beside
 from kanseg.data.cases import few, repeated
+from kanseg.data.class_names import shared_names
 from kanseg.data.colours import BLACK, colour_names, label_colours, numbered, require_classes
 from kanseg.data.images import (
+    SEGMENTS,
     SUFFIXES_2D,
+    SUFFIXES_DICOM,
     Image,
     check_pair,
     colour_name,
@@ -246,15 +249,15 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """Score a folder of label maps (or one file) against its references; pairs by file name without suffix.
 
-    A prediction that is missing or unreadable counts as an empty one and as a failure. Predictions may be DICOM-SEG or
-    RTSTRUCT; they are laid on the grids of the references, which are label maps.
+    A prediction that is missing or unreadable counts as an empty one and as a failure. Predictions may be DICOM-SEG,
+    RTSTRUCT or .seg.nrrd; they are laid on the grids of the references, which are label maps.
 
     Args:
         out: folder for cases.csv (a row a case and class), unions.csv (the like, where there are) and summary.json.
         labels: name -> value (or values, of a region) of the classes to score; default every value but 0 in the
             references and predictions.
         unions: name -> values of structures that are scored beside the classes and are no part of the mean.
-        segments: name -> value of the segments of DICOM-SEG or RTSTRUCT; default the `labels` that have one value.
+        segments: name -> value of the segments of such files; default the `labels` that have one value.
         ignore: value in the references of voxels that do not count.
 
     Returns:
@@ -369,20 +372,20 @@ Reader = Callable[[Path, Image], Image]  # of a prediction, beside its reference
 
 
 def _predictions(prediction: Path, segments: Mapping[str, int]) -> tuple[dict[str, Path], Reader]:
-    """Label maps by name, or DICOM-SEG and RTSTRUCT where there are some, and how they are read."""
+    """Label maps by name, or DICOM-SEG, RTSTRUCT and .seg.nrrd where there are some, and how they are read."""
     files = segmentations_in(prediction)
     if not files:
         return _label_maps(prediction) if _any(prediction) else {}, lambda path, _: read_image(path)
     if prediction.is_dir() and (others := [p.name for p in image_files(prediction) if not is_beside(p)]):
         raise UserError(
-            f"{prediction} holds DICOM-SEG or RTSTRUCT and label maps ({few(others, 3)}). Give one kind at a time."
+            f"{prediction} holds {SEGMENTS} and label maps ({few(others, 3)}). Give one kind at a time."
         )
     if not segments:
         raise UserError(
-            f"{prediction} is DICOM-SEG or RTSTRUCT, whose segments have names and no values. Say which value of the "
+            f"{prediction} is {SEGMENTS}, whose segments have names and no values. Say which value of the "
             "references each has: --labels with the run folder, or name=1,name=2."
         )
-    if not all(map(is_structures, files)):
+    if any(suffix_of(file) in SUFFIXES_DICOM and not is_structures(file) for file in files):
         require_highdicom(prediction)
     return {_stem(stem_of(path)): path for path in files}, partial(_laid_on, segments)
 
@@ -407,7 +410,7 @@ def _called_alike(maps: Mapping[str, Path], others: Mapping[str, Path]) -> dict[
 
 
 def _laid_on(segments: Mapping[str, int], path: Path, target: Image) -> Image:
-    """A DICOM-SEG or RTSTRUCT as a label map on the grid of another one."""
+    """A DICOM-SEG, RTSTRUCT or .seg.nrrd as a label map on the grid of another one."""
     values = np.array([0, *segments.values()])
     return replace(target, array=values[read_segments(path, target, list(segments))][None], path=path)
 
@@ -454,7 +457,11 @@ def _found_labels(sides: Mapping[Path | str, Sequence[Path]]) -> dict[str, Label
                 f"{side} has {len(values)} different values, the other side {len(shared)} of them: are these images "
                 "instead of label maps? Give the folder of label maps, or name the classes by --labels."
             )
-    return {f"label {value}": value for value in sorted(every)}
+    told, _ = shared_names([path for paths in sides.values() for path in paths])
+    names = {value: told.get(value, f"label {value}") for value in sorted(every)}
+    if len(set(names.values())) < len(names):
+        names = {value: f"label {value}" for value in names}
+    return {name: value for value, name in names.items()}
 
 
 def _changes_everywhere(path: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kanseg.data.class_names import SAFE, Colour, class_colours
 from kanseg.training.files import make_folder, write_bytes
 
 if TYPE_CHECKING:
@@ -19,11 +20,8 @@ if TYPE_CHECKING:
     from rich.measure import Measurement
     from rich.table import Table
 
-Colour = tuple[float, float, float, float]
 OPACITY, SURE = 0.45, 0.85  # of classes, and of differences
 WIDTH, SHAPES = 3.1, (0.35, 1.6)  # inches of a column; least and greatest height by width
-# Of Okabe and Ito, told apart by colour-blind readers too.
-SAFE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DIFFERENCES = {"missed": "#F0E442", "added": "#FF00FF", "other class": "#00FFFF"}  # over grey
 ENDS = (("A", "P"), ("R", "L"), ("R", "L"))  # of the patient, at the left and right of each plane
 MOST_NAMES, LONGEST = 40, 30  # names of a legend; letters of one that shares a line
@@ -340,14 +338,6 @@ def _height(cut: np.ndarray, aspect: float) -> float:
 def _aspect(spacing: Sequence[float], axis: int) -> float:
     rest = [s for a, s in enumerate(spacing) if a != axis] if axis >= 0 else list(spacing)[::-1]
     return rest[1] / rest[0]
-
-
-def class_colours(count: int) -> list[Colour]:
-    """Of the classes but the background, in pictures and in viewers: red, green, blue and opacity, 0 to 1."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_rgba
-
-    return [to_rgba(SAFE[i]) if count <= len(SAFE) else colormaps["turbo"](i / count) for i in range(count)]
 
 
 def score_rows(

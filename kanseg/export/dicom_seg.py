@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from kanseg import __version__
+from kanseg.data.class_names import class_colours
 from kanseg.data.images import DICOM, LPS_TO_RAS, RTSTRUCT, SUFFIXES_DICOM, Image, dicom_files, suffix_of
 from kanseg.errors import UserError
-from kanseg.evaluation.report import class_colours
 from kanseg.training.files import make_folder, write_bytes
 
 # Words in a name -> category and type of the code dictionary (SNOMED CT); other names are looked up as they are.

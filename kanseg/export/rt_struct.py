@@ -21,9 +21,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from kanseg import __version__
+from kanseg.data.class_names import class_colours
 from kanseg.data.images import LPS_TO_RAS, Image
 from kanseg.errors import UserError
-from kanseg.evaluation.report import class_colours
 from kanseg.export.dicom_seg import MAY_BE_EMPTY, frame_of, headers_of
 from kanseg.training.files import make_folder, write_bytes
 

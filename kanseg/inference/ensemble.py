@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from kanseg.data.beside import find_probabilities, is_beside
 from kanseg.data.cases import Case, few
 from kanseg.data.digests import file_digest
-from kanseg.data.images import check_pair, label_from, read_image, write_label
+from kanseg.data.images import SEGMENTS, check_pair, label_from, read_image, write_label
+from kanseg.data.listing import segmentations_in
 from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
 from kanseg.data.unlabelled import find_images, passed_over
@@ -339,9 +340,9 @@ def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | No
 
 def _predictions(folder: Path) -> dict[str, Case]:
     """Label maps of a folder; the maps of probabilities and uncertainty beside them are none."""
-    if any(folder.glob("*.dcm")):
+    if segmentations_in(folder):
         raise UserError(
-            f"{folder} holds DICOM-SEG or RTSTRUCT, which are not combined. Predict again with --format nii.gz."
+            f"{folder} holds {SEGMENTS}, which are not combined. Predict again with --format nii.gz."
         )
     return {case.id: case for case in find_images(folder, channels=1) if not is_beside(case.images[0])}
 

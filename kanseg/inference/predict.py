@@ -186,7 +186,8 @@ def predict_folder(
         model, plan: a network and its plan, or as many of both; then their probabilities are averaged.
         out: a folder, or the file to write where there is one case and `out` has the suffix of an image.
         suffix: format of the outputs; default that of each input (.nii.gz for DICOM, .png for JPEG, one file for two).
-            .dcm: DICOM-SEG, .rtstruct.dcm: RT structures, of DICOM series; what lies beside them is .nii.gz.
+            .dcm: DICOM-SEG, .rtstruct.dcm: RT structures, of DICOM series; .seg.nrrd: segments of 3D Slicer. What lies
+            beside them is .nii.gz.
         probabilities: also write <id>_prob_<class><suffix>, float32, one file a class.
         uncertainty: also write <id>_uncertainty<suffix>, and a row a case and class to quality.csv beside the label
             maps; see `kanseg.inference.uncertainty`.
@@ -244,7 +245,7 @@ def predict_folder(
                 )
                 if probabilities:  # those that are not made yet
                     deque(chances, maxlen=0)
-                _write(path, labels, predicted.source, first, remark)
+                write_prediction(path, labels, predicted.source, first, remark)
             except (
                 UserError,
                 MemoryError,
@@ -336,13 +337,15 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
     return paths
 
 
-def _write(path: Path, labels: np.ndarray, source: Image, plan: Plan, remark: str) -> None:
+def write_prediction(path: Path, labels: np.ndarray, source: Image, plan: Plan, remark: str = "") -> None:
+    """Write a label map on the grid of its image in the format that the suffix of `path` names."""
     if suffix_of(path) in SUFFIXES_DICOM:
         write = write_structures if suffix_of(path) == RTSTRUCT else write_segmentation
         values, names = plan.label_values, plan.label_names
         write(path, labels, source, values, names, model=plan.dataset_name, description=remark)
     else:
-        write_label(path, labels, source, plan.label_dtype, remark)
+        classes = dict(zip(plan.label_values, plan.label_names, strict=True))
+        write_label(path, labels, source, plan.label_dtype, remark, classes)
 
 
 def _probabilities(path: Path, predicted: Prediction, plan: Plan, *, keep: bool) -> Iterator[np.ndarray]:

@@ -25,12 +25,12 @@ from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes
-from kanseg.data.images import suffix_of, write_label
+from kanseg.data.images import suffix_of
 from kanseg.data.plan import Plan, check_size, check_wishes, plan_run
 from kanseg.errors import UsageError, UserError, counted, did_you_mean
 from kanseg.evaluation.report import score_table
 from kanseg.inference.postprocess import load_rules, save_rules
-from kanseg.inference.predict import predict_case
+from kanseg.inference.predict import predict_case, write_prediction
 from kanseg.progress import in_words, is_main, progress
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.class_pipeline import run_classes
@@ -395,7 +395,7 @@ def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Ca
     how = inference_options(job.config.inference, plan, device)
     for case in progress(missing, "Predicting"):
         labels, source = predict_case(networks, case, plans, **how)
-        write_label(paths[case.id], labels, source, plan.label_dtype)
+        write_prediction(paths[case.id], labels, source, plan)
     return True
 
 

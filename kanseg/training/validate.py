@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from kanseg.config import InferenceConfig
 from kanseg.data.cases import Case, label_path
-from kanseg.data.images import read_label, write_label
+from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import highest
 from kanseg.evaluation.metrics import dice, dice_of_values, label_dice
 from kanseg.inference.logits import whole_logits
-from kanseg.inference.predict import predict_case
+from kanseg.inference.predict import predict_case, write_prediction
 from kanseg.memory import settle
 
 RESAMPLES = 2000
@@ -59,7 +59,7 @@ def validate_case(
     settle(allowed_memory(plan, device))
     labels, source = predict_case(model, case, plan, **inference_options(options, plan, device))
     if folder is not None:
-        write_label(kept_prediction(folder, case, plan), labels, source, plan.label_dtype)
+        write_prediction(kept_prediction(folder, case, plan), labels, source, plan)
     return label_dice(labels, read_label(label_path(case), plan.image_dims), plan)
 
 

@@ -87,8 +87,9 @@ def convert(
 ) -> None:
     """Write a data set in the layout of the Decathlon or of nnU-Net; or make a model of published weights.
 
-    Patients go along as `subjects`, test images with their labels. Labels that are DICOM-SEG or RTSTRUCT are joined by
-    the names of their segments; where those overlap, --only says which become classes, the last of which has the voxel.
+    Patients go along as `subjects`, test images with their labels. Labels that are DICOM-SEG, RTSTRUCT or 3D Slicer's
+    .seg.nrrd are joined by the names of their segments; where those overlap, --only says which become classes, the last
+    of which has the voxel.
 
     Published weights of torch-conv-kan (a file, or the folder with its model.safetensors) are VGG
     KAGN 11 v2 and v4, VGG KAGN-BN 11 v4 and the same with attention (vgg_kagn_bn11sa_v4); the encoder then starts a
@@ -108,6 +109,7 @@ def convert(
     from kanseg.data.convert import convert as convert_to
     from kanseg.data.formats import list_dataset
     from kanseg.data.image_classes import require_label_maps
+    from kanseg.data.images import SEGMENTS
     from kanseg.data.segmentations import are_segmentations, with_segments
     from kanseg.data.values import with_values
 
@@ -115,9 +117,7 @@ def convert(
     listed = list_dataset(source, id_pattern=id_pattern)
     drawn = are_segmentations(listed.cases)
     if only and not drawn:
-        raise UsageError(
-            f"--only chooses segments of DICOM-SEG or RTSTRUCT; the labels of {source} are neither."
-        )
+        raise UsageError(f"--only chooses segments of {SEGMENTS}; the labels of {source} are none of these.")
     dataset = with_segments(listed, only or ()) if drawn else with_values(listed)
     made = convert_to(dataset, out, to, only=bool(only))
     for said in dataset.notes:
