@@ -480,16 +480,27 @@ def models(
 @app.command()
 def info(
     model: Annotated[
-        Path | None, typer.Argument(help="Run, model, checkpoint or name of weights.", show_default=False)
+        Path | None,
+        typer.Argument(help="Run, model, checkpoint, name of weights, or a label map.", show_default=False),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Versions and hardware, for a bug report; of a model what it takes, gives and was trained on.
+    """Versions and hardware, for a bug report; of a model what it takes, gives and was trained on; of a label map how
+    large its classes are, and the model that made it.
 
     Example: kanseg info
 
     Example: kanseg info runs/hippocampus
+
+    Example: kanseg info mask.nii.gz
     """
+    from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D, suffix_of
+
+    if model is not None and suffix_of(model) in (*SUFFIXES_3D, *SUFFIXES_2D):
+        from kanseg.data.facts import facts_of_label_map
+
+        _tell(facts_of_label_map(model), json_)
+        return
     if model is not None:
         from kanseg.inference.ensemble import facts_of_model
 
@@ -523,7 +534,12 @@ def _tell(found: Mapping[str, Any], json_: bool) -> None:
     """Facts, one a line."""
     console = _console(json_)
     for name, value in found.items():
-        console.print(f"{name:16} {value}", markup=False, highlight=False, soft_wrap=True)
+        shown = value if isinstance(value, dict) else {"": value}
+        for inner, one in shown.items():
+            told = ", ".join(f"{key} {part}" for key, part in one.items()) if isinstance(one, dict) else one
+            line = f"{inner}: {told}" if inner else told
+            console.print(f"{name:16} {line}", markup=False, highlight=False, soft_wrap=True)
+            name = ""
     _emit(found, json_)
 
 

@@ -13,6 +13,7 @@ import SimpleITK as sitk
 
 from kanseg.data.class_names import class_colours, names_in
 from kanseg.data.convert import convert
+from kanseg.data.facts import facts_of_label_map
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.images import Image, read_image, read_label, write_label
 from kanseg.data.segmentations import read_segments, with_segments
@@ -214,3 +215,33 @@ def test_classes_are_called_as_headers_say(tmp_path: Path, blobs: Path) -> None:
     dataset = read_dataset(tmp_path)
     assert dataset.label_names[1] == "label 1"
     assert any("several names to the values 1" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".seg.nrrd", ".mha", ".png"])
+def test_what_a_label_map_holds_and_how_it_came_to_be_is_told(
+    suffix: str, tmp_path: Path, scan: Image
+) -> None:
+    labels = np.zeros((9, 8, 7), np.int32)
+    labels[:2], labels[3, :3] = 2, 5
+    made = {"kanseg": "0.1.0", "models": ["ab12"], "trained on": "Möwen"}
+    if suffix == ".png":
+        labels, scan = labels[..., 0], Image(scan.array[..., 0], np.eye(4), scan.path, 2)
+    path = write_label(tmp_path / f"mask{suffix}", labels, scan, names=NAMES, provenance=made)
+    facts = facts_of_label_map(path)
+    assert facts["made by"] == made
+    assert facts["size"] == labels.shape
+    voxels = [one["voxels"] for one in facts["classes"].values()]
+    assert voxels == [np.count_nonzero(labels == value) for value in (2, 5)]
+    if suffix != ".png":  # voxels of 1.5 x 2 x 3 mm
+        assert [one["ml"] for one in facts["classes"].values()] == pytest.approx([0.009 * n for n in voxels])
+    if suffix in (".nii.gz", ".seg.nrrd"):
+        assert [*facts["classes"]] == ["liver <left> & right", "Tumör"]
+
+
+def test_other_headers_tell_of_no_provenance(tmp_path: Path, scan: Image, labels: np.ndarray) -> None:
+    image = nib.Nifti1Image(labels.astype(np.uint8), scan.affine)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(6, b'"a remark"'))
+    nib.save(image, tmp_path / "other.nii.gz")
+    facts = facts_of_label_map(tmp_path / "other.nii.gz")
+    assert "made by" not in facts
+    assert [*facts["classes"]] == ["label 2", "label 5"]

@@ -248,5 +248,5 @@ def test_results_are_neither_put_among_the_images_nor_taken_for_some(
     assert [case.id for case in find_images(folder)] == ["one"]
     (folder / "one" / "mask.dcm").write_bytes((folder / "one.dcm").read_bytes())
     assert read_image(folder / "one").array.shape == read_image(series).array.shape
-    with pytest.raises(UserError, match="holds DICOM-SEG or RTSTRUCT, which are not combined"):
+    with pytest.raises(UserError, match="holds DICOM-SEG, RTSTRUCT or .*, which are not combined"):
         combine_folders([folder, tmp_path / "other"], tmp_path / "both")

@@ -355,10 +355,10 @@ def test_the_folder_of_a_single_training_is_refused(balls, tmp_path):
 def test_what_ends_a_run_is_named_and_not_what_could_be_repaired(balls, tmp_path, monkeypatch):
     kinds = [
         Finding("missing label", "a", "a has no label"),
-        Finding("DICOM-SEG", "", "labels are DICOM-SEG"),
+        Finding("layout", "", "labels are strange"),
     ]
     monkeypatch.setattr(pipeline, "diagnose", lambda *a, **k: Diagnosis(Path("x"), "folders", 1, kinds))
-    with pytest.raises(UserError, match="labels are DICOM-SEG"):
+    with pytest.raises(UserError, match="labels are strange"):
         run_pipeline(balls[0].source, tmp_path / "run", console=Console(quiet=True))
 
 

@@ -115,13 +115,17 @@ def test_segments_are_joined_by_their_names(series: list[Path], blobs: Path, tmp
         np.testing.assert_array_equal(image.array, original.array)
 
 
-def test_verbs_that_need_label_maps_name_the_way(series: list[Path], blobs: Path) -> None:
+def test_verbs_that_need_label_maps_name_the_way(series: list[Path], blobs: Path, tmp_path: Path) -> None:
     of_two(series, read_label(blobs / "labelsTr" / "case_0.nii.gz"))
     with pytest.raises(UserError, match="kanseg convert DATA -o OUT"):
         read_dataset(series[0].parents[1])
-    (finding,) = diagnose(series[0].parents[1]).findings
-    assert finding.kind == "DICOM-SEG"
+    found = diagnose(series[0].parents[1])
+    (finding,) = found.findings
     assert finding.severity == "error"
+    found.fix(tmp_path / "out")  # as kanseg run does
+    repaired = read_dataset(tmp_path / "out")
+    assert repaired.label_names == ("background", "liver", "spleen")
+    assert [case.values for case in repaired.cases] == [(0, 1, 2), (0, 1)]
 
 
 def test_a_segmentation_of_another_place_is_refused(series: list[Path], blobs: Path, tmp_path: Path) -> None:

@@ -18,11 +18,10 @@ import SimpleITK as sitk
 
 from kanseg.data.cases import PATIENTS_ALIKE, PATIENTS_TESTED, Case, Dataset, few
 from kanseg.data.colours import colour_names, label_colours, numbered
-from kanseg.data.convert import Sample, on_own_grid, write_dataset
+from kanseg.data.convert import Sample, convert, on_own_grid, write_dataset
 from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
 from kanseg.data.formats import list_dataset
 from kanseg.data.images import (
-    CONVERSION,
     FULL,
     GRID_TOLERANCE,
     LOSSY,
@@ -42,7 +41,7 @@ from kanseg.data.labels import known_values
 from kanseg.data.lists import LISTS
 from kanseg.data.pairs import BY_CLASS, UNUSED
 from kanseg.data.patients import PATIENTS_IN_PART
-from kanseg.data.segmentations import are_segmentations
+from kanseg.data.segmentations import are_segmentations, with_segments
 from kanseg.data.unlabelled import find_images
 from kanseg.data.values import BESIDE, MOST_VALUES, TWO_WAYS, has_soft_edges, mixed_masks, undeclared
 from kanseg.errors import UserError
@@ -63,7 +62,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "missing channel": (ERROR, LEFT_OUT),
     "no channel in the name": (ERROR, LEFT_OUT),
     "several series": (ERROR, LEFT_OUT),
-    "DICOM-SEG": (ERROR, None),
+    "segments": (ERROR, "they are joined by the names of their segments"),
     "label without image": (WARNING, "it is left out"),
     "several masks": (ERROR, "they are merged"),
     BY_CLASS: (ERROR, "they are numbered in the order of their folders' names"),
@@ -199,6 +198,8 @@ class Diagnosis:
         if beyond or self.dataset is None or not self.dataset.cases:
             why = beyond[0].message if beyond else "no case is left"
             raise UserError(f"{self.source} cannot be repaired: {why}")
+        if are_segmentations(self.dataset.cases):
+            return convert(self.dataset, out, "msd")
         return write_dataset(self.dataset, out, "msd", self._samples(self.dataset), consecutive=True)
 
     def _samples(self, dataset: Dataset) -> Iterator[Sample]:
@@ -237,9 +238,14 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
         return _images_alone(path, str(error), findings)
     found = Diagnosis(path, dataset.layout, len(dataset.cases), findings, masks=masks)
     if are_segmentations(dataset.cases):
-        findings.append(
-            Finding("DICOM-SEG", "", f"the labels are {SEGMENTS}. {CONVERSION}; examine that then")
-        )
+        try:
+            found.dataset = with_segments(dataset)
+        except UserError as error:
+            findings.append(Finding("layout", "", str(error)))
+        else:
+            classes = few(found.dataset.label_names[1:])
+            said = f"the labels are {SEGMENTS}, of {classes}; examine the copy with label maps, too"
+            findings.append(Finding("segments", "", said))
         return found
     for kind, mark in TOLD.items():
         findings += [Finding(kind, "", said) for said in dataset.notes if mark in said]

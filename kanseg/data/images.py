@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.nifti1 import Nifti1Extension
 from PIL import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
@@ -60,9 +62,18 @@ TIFF_REMARK = 270  # the tag ImageDescription
 TURNED = 274  # the tag Orientation
 TIFF_BITS = 258  # the tag BitsPerSample
 TIFF_EXTRA, UNSPECIFIED = 338, 0  # the tag ExtraSamples, and its value for what is not opacity
+PROVENANCE, COMMENT = "kanseg", 6  # the key in headers, and the code of NIfTI's extension
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
 SIDEWAYS = 1.0  # mm that a slice may lie beside the normal of the first
 AGAIN = "Export the series again, or convert it with a tool that repairs it."
+
+
+class About(NamedTuple):
+    """What headers tell of an image that kanseg writes: a remark, names of its values, and JSON on how it was made."""
+
+    description: str
+    names: Mapping[int, str]
+    provenance: str
 
 
 @dataclass
@@ -230,18 +241,21 @@ def write_label(
     like: Image,
     dtype: str = "uint8",
     description: str = "",
+    *,
     names: Mapping[int, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a label map on the grid of `like`, atomically; the suffix of `path` decides the format.
 
     NIfTI from NIfTI keeps the header (sform, qform, codes, units); other formats keep origin, direction and spacing.
-    Headers of NIfTI and NRRD tell the `names` of the values, see `kanseg.data.class_names`.
+    Headers of NIfTI and NRRD tell the `names` of the values, see `kanseg.data.class_names`, and those of PNG, too, how
+    the label map came to be (`provenance`, written as JSON).
 
     Raises:
         UserError: the shape is not that of `like`, values do not fit `dtype`, or the file cannot be written; then
             nothing is left behind.
     """
-    return write_array(path, labels, like, np.dtype(dtype), description, names)
+    return write_array(path, labels, like, np.dtype(dtype), description, names=names, provenance=provenance)
 
 
 def write_array(
@@ -250,7 +264,9 @@ def write_array(
     like: Image,
     dtype: np.dtype,
     description: str = "",
+    *,
     names: Mapping[int, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write numbers (*S), or (C, *S) to NIfTI or as colours, on the grid of `like`; see `write_label`."""
     path = Path(path)
@@ -274,10 +290,11 @@ def write_array(
             f"{path}: a picture holds 2D labels or colours up to 65535, these are {array.ndim}D up to "
             f"{array.max(initial=0)}. Write .nii.gz instead."
         )
+    about = About(description, names or {}, json.dumps(provenance, default=str) if provenance else "")
     temporary = part_of(path, suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writers[suffix](temporary, array.astype(dtype), like, description, names or {})
+        writers[suffix](temporary, array.astype(dtype), like, about)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -289,9 +306,7 @@ def write_array(
     return path
 
 
-def _write_nifti(
-    path: Path, array: np.ndarray, like: Image, description: str, names: Mapping[int, str]
-) -> None:
+def _write_nifti(path: Path, array: np.ndarray, like: Image, about: About) -> None:
     header = None
     if array.ndim > like.spatial_dims:
         array = np.moveaxis(array, 0, -1)
@@ -307,16 +322,15 @@ def _write_nifti(
             put(get(), code) if code else put(None, 0)
         if not int(header["sform_code"]) and not int(header["qform_code"]):
             out.header["pixdim"][1:4] = header["pixdim"][1:4]
-    if description:
-        out.header["descrip"] = description[:79].encode("ascii", "replace")
-    if names:
-        out.header.extensions.append(label_table(names))
+    out.header["descrip"] = about.description[:79].encode("ascii", "replace")
+    if about.names:
+        out.header.extensions.append(label_table(about.names))
+    if about.provenance:
+        out.header.extensions.append(Nifti1Extension(COMMENT, about.provenance.encode()))
     nib.save(out, path)
 
 
-def _write_itk(
-    path: Path, array: np.ndarray, like: Image, description: str, names: Mapping[int, str]
-) -> None:
+def _write_itk(path: Path, array: np.ndarray, like: Image, about: About) -> None:
     image = sitk.GetImageFromArray(array.transpose())
     affine = LPS_TO_RAS @ like.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -324,17 +338,15 @@ def _write_itk(
     image.SetOrigin([float(o) for o in affine[: like.spatial_dims, 3]])
     direction = (affine[:3, :3] / spacing)[: like.spatial_dims, : like.spatial_dims]
     image.SetDirection([float(d) for d in direction.flatten()])
-    if description:
-        image.SetMetaData("description", description)
-    if names and array.ndim == 3 and suffix_of(path) in (SEG_NRRD, ".nrrd"):
-        for key, text in segment_tags(array, names).items():
-            image.SetMetaData(key, text)
+    tags = {"description": about.description, PROVENANCE: about.provenance}
+    if about.names and array.ndim == 3 and suffix_of(path) in (SEG_NRRD, ".nrrd"):
+        tags |= segment_tags(array, about.names)
+    for key in filter(tags.get, tags):
+        image.SetMetaData(key, tags[key])
     sitk.WriteImage(image, str(path), True)
 
 
-def _write_picture(
-    path: Path, array: np.ndarray, like: Image, description: str, names: Mapping[int, str]
-) -> None:
+def _write_picture(path: Path, array: np.ndarray, like: Image, about: About) -> None:
     array = np.ascontiguousarray(np.moveaxis(array, 0, -1)) if array.ndim == 3 else array
     if array.ndim == 3 and array.dtype != np.uint8:  # Pillow knows no colours of more bits
         sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.uint16), isVector=True), str(path))
@@ -342,10 +354,12 @@ def _write_picture(
     picture = Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16))
     if suffix_of(path) == ".png":
         text = PngInfo()
-        text.add_text("Description", description)
+        text.add_text("Description", about.description)
+        if about.provenance:
+            text.add_text(PROVENANCE, about.provenance)
         picture.save(path, pnginfo=text)
     elif suffix_of(path) in (".tif", ".tiff"):
-        picture.save(path, description=description)
+        picture.save(path, description=about.description)
     else:
         picture.save(path)
 
@@ -357,10 +371,7 @@ def read_description(path: Path) -> str:
         if suffix in SUFFIXES_NIFTI:
             return bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode("ascii", "replace")
         if suffix in SUFFIXES_ITK:
-            tags = sitk.ImageFileReader()
-            tags.SetFileName(str(path))
-            tags.ReadImageInformation()
-            return tags.GetMetaData("description") if tags.HasMetaDataKey("description") else ""
+            return header_tags(path).get("description", "")
         if suffix in SUFFIXES_DICOM:
             import pydicom
 
@@ -377,6 +388,31 @@ def read_description(path: Path) -> str:
 def read_layers(path: Path) -> Image:
     """The numbers of a segmentation of 3D Slicer (layers, *S): what they mean, its header tells."""
     return _read_one(path, layers=True)
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """How a label map that kanseg wrote came to be, by its header; {} where that tells nothing of it."""
+    try:
+        if suffix_of(path) in SUFFIXES_NIFTI:
+            extensions = nib.load(path).header.extensions
+            texts = [one.content for one in extensions if one.get_code() == COMMENT]
+        elif suffix_of(path) in SUFFIXES_ITK:
+            texts = [header_tags(path).get(PROVENANCE, "")]
+        else:
+            with Picture.open(path) as picture:
+                texts = [getattr(picture, "text", {}).get(PROVENANCE, "")]
+        found = [json.loads(text.strip(b"\0") if isinstance(text, bytes) else text) for text in texts if text]
+    except Exception:  # of nibabel, ITK, Pillow and json, without a common class: of others
+        return {}
+    return next((one for one in found if isinstance(one, dict) and PROVENANCE in one), {})
+
+
+def header_tags(path: Path) -> dict[str, str]:
+    """What the header of a file that ITK reads tells beside the geometry."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
 
 
 def _read_one(path: Path, *, layers: bool = False) -> Image:

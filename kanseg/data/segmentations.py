@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from pydicom import dcmread
 
 from kanseg.data.cases import Case, Dataset, few, label_path
@@ -27,6 +26,7 @@ from kanseg.data.images import (
     SUFFIXES_SEGMENTS,
     Image,
     dicom_files,
+    header_tags,
     is_segmentation,
     is_structures,
     read_layers,
@@ -118,7 +118,7 @@ def read_segments(path: Path, like: Image, names: Sequence[str], *, only: bool =
             raise UserError(
                 f"{path}: the segments '{names[clash - 1]}' and '{file.names[number]}' overlap in "
                 f"{int((taken == clash).sum())} voxels; a label map has one class a voxel. Choose the segments that "
-                "are classes with --only, the last of which has the voxel, or part them in a viewer."
+                "are classes with kanseg convert --only, the last of which has the voxel, or part them in a viewer."
             )
         labels[voxels] = value
     if numbers and isinstance(file, Structures) and not labels.any():
@@ -215,13 +215,10 @@ class Layers:
 
     @cached_property
     def _tags(self) -> Mapping[str, str]:
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(self.path))
         try:
-            reader.ReadImageInformation()
+            return header_tags(self.path)
         except RuntimeError as error:
             raise UserError(f"{self.path} is damaged or not what its suffix says. Save it again.") from error
-        return {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
 
     @cached_property
     def names(self) -> Mapping[int, str]:

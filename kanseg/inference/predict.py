@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kanseg.data.beside import NIFTI, UNCERTAINTY, probability_path, remove_beside, uncertainty_path
 from kanseg.data.cases import Case
-from kanseg.data.digests import made_from
+from kanseg.data.digests import file_digest, made_from
 from kanseg.data.fingerprint import exchanged_channels, unlike_training
 from kanseg.data.images import (
     LOSSY,
@@ -178,6 +178,7 @@ def predict_folder(
     again: bool = False,
     console: Console | None = None,
     description: str = "kanseg",
+    provenance: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> dict[str, str]:
     """Predict every case into a folder as <id><suffix>; what fails is reported, the others go on.
@@ -194,6 +195,7 @@ def predict_folder(
         rules: post-processing, see `kanseg.inference.postprocess`.
         settings: what the outputs depend on (model digests, options); where given, cases of unchanged images that
             an earlier call finished with the same settings are passed over, unless `again`.
+        provenance: of the model, for the headers of label maps, which also tell digests of the images.
         how: overlap, blending, tta, device, memory; see `kanseg.inference.logits.whole_logits`.
 
     Returns:
@@ -245,7 +247,11 @@ def predict_folder(
                 )
                 if probabilities:  # those that are not made yet
                     deque(chances, maxlen=0)
-                write_prediction(path, labels, predicted.source, first, remark)
+                made_by = provenance and {
+                    **provenance,
+                    "images": [file_digest(image) for image in case.images],
+                }
+                write_prediction(path, labels, predicted.source, first, remark, made_by)
             except (
                 UserError,
                 MemoryError,
@@ -337,7 +343,14 @@ def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]
     return paths
 
 
-def write_prediction(path: Path, labels: np.ndarray, source: Image, plan: Plan, remark: str = "") -> None:
+def write_prediction(
+    path: Path,
+    labels: np.ndarray,
+    source: Image,
+    plan: Plan,
+    remark: str = "",
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
     """Write a label map on the grid of its image in the format that the suffix of `path` names."""
     if suffix_of(path) in SUFFIXES_DICOM:
         write = write_structures if suffix_of(path) == RTSTRUCT else write_segmentation
@@ -345,7 +358,7 @@ def write_prediction(path: Path, labels: np.ndarray, source: Image, plan: Plan, 
         write(path, labels, source, values, names, model=plan.dataset_name, description=remark)
     else:
         classes = dict(zip(plan.label_values, plan.label_names, strict=True))
-        write_label(path, labels, source, plan.label_dtype, remark, classes)
+        write_label(path, labels, source, plan.label_dtype, remark, names=classes, provenance=provenance)
 
 
 def _probabilities(path: Path, predicted: Prediction, plan: Plan, *, keep: bool) -> Iterator[np.ndarray]:

@@ -1,0 +1,49 @@
+"""What a label map holds, and how it came to be."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kanseg.data.class_names import names_in
+from kanseg.data.images import SEG_NRRD, label_from, read_image, read_layers, read_provenance, suffix_of
+from kanseg.data.segmentations import Layers
+
+
+def facts_of_label_map(path: Path) -> dict[str, Any]:
+    """Size, spacing, classes and provenance of a label map, by words for a table.
+
+    Returns:
+        "classes": by name value (of segments none), voxels and, of volumes, ml. "made by": what the header tells of the
+        model, see `kanseg.data.images.read_provenance`.
+
+    Raises:
+        UserError: there is no such file, or it is no label map.
+    """
+    counts: list[tuple[str, int | None, int]]
+    if suffix_of(path) == SEG_NRRD:
+        image, drawn = read_layers(path), Layers(path)
+        counts = [(name, None, len(drawn.voxels(n, path, image)[0])) for n, name in drawn.names.items()]
+    else:
+        image = read_image(path)
+        names = names_in(path)
+        found = zip(*np.unique(label_from(image), return_counts=True), strict=True)
+        pairs = [(int(value), int(count)) for value, count in found]
+        counts = [(names.get(value, f"label {value}"), value, count) for value, count in pairs if value]
+    flat = image.spatial_dims == 2
+    voxel = prod(image.spacing) / 1e3
+    classes = {
+        name: {"value": value, "voxels": count, "ml": None if flat else round(count * voxel, 4)}
+        for name, value, count in counts
+    }
+    kept = {n: {key: one for key, one in facts.items() if one is not None} for n, facts in classes.items()}
+    known = {
+        "size": image.array.shape[1:],
+        "spacing": None if flat else [round(size, 4) for size in image.spacing],
+        "classes": kept,
+        "made by": read_provenance(path),
+    }
+    return {key: value for key, value in known.items() if value not in (None, {})}
