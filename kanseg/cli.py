@@ -43,7 +43,12 @@ ORDER += ["models", "info"]
 # Options of predict that say how windows become label maps.
 MASKS_ALONE = {"format_": "--format", "overlap": "--overlap", "blending": "--blending", "memory": "--memory"}
 MASKS_ALONE |= {"postprocess": "--no-postprocess"}
-SCORED_MASKS = {"labels": "--labels", "ignore": "--ignore", "tolerance": "--tolerance"}  # of evaluate
+SCORED_MASKS = {
+    "labels": "--labels",
+    "ignore": "--ignore",
+    "tolerance": "--tolerance",
+    "lesions": "--lesions",
+}
 
 # How a verb goes on that was stopped; the others write all or nothing.
 GO_ON = dict.fromkeys(("train", "search"), "Go on with --resume.")
@@ -334,13 +339,16 @@ def evaluate(
             help="Distance up to which NSD counts a surface as right: mm, of pictures pixels.", min=0
         ),
     ] = 1.0,
+    lesions: Annotated[
+        bool, typer.Option("--lesions", help="Count connected pieces, too: found, missed and false ones.")
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """Score label maps: Dice, IoU, HD95, NSD and volumes per case, means with 95 % intervals.
+    """Score label maps: Dice, IoU, HD95, ASSD, NSD and volumes per case, means with 95 % intervals.
 
     The table of a classifier (or a folder with its predictions.csv) is scored against images with classes, or a table
-    of them: accuracy, top-5 and AUC with intervals, recall and precision of each class; --labels, --ignore and
-    --tolerance are for label maps alone.
+    of them: accuracy, top-5 and AUC with intervals, recall and precision of each class; --labels, --ignore,
+    --tolerance and --lesions are for label maps alone.
     A missing or unreadable prediction counts as a failure with Dice 0; the exit code is then 1.
     Predictions that are DICOM-SEG, RTSTRUCT or .seg.nrrd need the names of their segments, from a run folder or
     name=1,name=2.
@@ -349,9 +357,12 @@ def evaluate(
 
     Example: kanseg evaluate segmentations/ labelsTs/ --labels runs/mine
 
+    Example: kanseg evaluate masks/ labelsTs/ --labels lesion=1 --lesions
+
     Example: kanseg evaluate predictions.csv pictures/ -o scores/
     """
     from kanseg.data.cases import few
+    from kanseg.evaluation.lesions import lesion_lines
     from kanseg.evaluation.metrics import evaluate_folders, label_options
     from kanseg.evaluation.report import score_table
     from kanseg.inference.classify import find_tables
@@ -366,11 +377,13 @@ def evaluate(
         _emit(scores, json_)
         return
     how = label_options(labels) | ({} if ignore is None else {"ignore": ignore})
-    summary = evaluate_folders(prediction, reference, out, tolerance=tolerance, **how)
+    summary = evaluate_folders(prediction, reference, out, tolerance=tolerance, lesions=lesions, **how)
     console = _console(json_)
     shown = summary["metrics"] | summary["unions"]
     title = "1 case" if summary["cases"] == 1 else f"{summary['cases']} cases, mean [95 % interval]"
     console.print(score_table(shown, title, summary["unit"], tolerance))
+    for line in lesion_lines(summary.get("lesions", {})):
+        console.print(line, highlight=False, markup=False)
     for name in summary["absent"]:
         console.print(f"{name} is in no reference; the mean leaves it out", highlight=False)
     if surplus := summary["predictions_without_reference"]:

@@ -33,7 +33,14 @@ def table(folder: Path, dice: np.ndarray, cases: list[str] | None = None) -> Pat
         writer.writeheader()
         for name, row in zip(names, dice, strict=True):
             for number, value in enumerate(row):
-                scores = {"dice": value, "iou": value / (2 - value), "hd95": 10 * (1 - value), "nsd": value}
+                far = 10 * (1 - value)
+                scores = {
+                    "dice": value,
+                    "iou": value / (2 - value),
+                    "hd95": far,
+                    "nsd": value,
+                    "assd": far / 2,
+                }
                 writer.writerow({"case": name, "label": f"organ {number}", **scores})
     return folder
 
@@ -80,7 +87,7 @@ def test_no_number_is_cut_in_a_terminal_of_80_letters(tmp_path: Path) -> None:
     result = compare(table(tmp_path / "a", base + 0.02 + noise), table(tmp_path / "b", base))
     for row in result["rows"]:
         row["class"] = row["class"].replace("organ", "a structure of a long name, left and right")
-        if row["metric"] == "hd95":
+        if row["metric"] in ("hd95", "assd"):
             row["mean_a"] += 200
     console = Console(width=80, file=io.StringIO())
     console.print(comparison_table(result))

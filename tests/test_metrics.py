@@ -99,6 +99,7 @@ def test_distances_are_those_of_surface_voxels_by_scipy(shape: tuple[int, ...], 
     scores = evaluate_case(prediction.astype(int), reference.astype(int), spacing, [1], tolerance + 1e-6)[1]
     assert scores["hd95"] == pytest.approx(max(np.percentile(side, 95) for side in sides), rel=1e-5)
     assert scores["nsd"] == pytest.approx(np.mean(np.concatenate(sides) <= tolerance + 1e-6))
+    assert scores["assd"] == pytest.approx(np.mean(np.concatenate(sides)), rel=1e-5)
 
 
 @pytest.mark.parametrize("shift", [1, 3, 7])
@@ -128,8 +129,9 @@ def test_concentric_balls_are_apart_by_their_radii() -> None:
 
 def test_what_both_lack_is_right_and_what_one_lacks_is_worst() -> None:
     some, none = cube((10, 20, 20), (1, 1, 1), 3), np.zeros((10, 20, 20), np.uint8)
-    perfect = {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "nsd": 1.0}
-    worst = {"dice": 0.0, "iou": 0.0, "hd95": math.dist((0, 0, 0), (10, 16, 50)), "nsd": 0.0}
+    perfect = {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "nsd": 1.0, "assd": 0.0}
+    far = math.dist((0, 0, 0), (10, 16, 50))
+    worst = {"dice": 0.0, "iou": 0.0, "hd95": far, "nsd": 0.0, "assd": far}
     for pair, wanted in (((none, none), perfect), ((some, none), worst), ((none, some), worst)):
         scores = evaluate_case(*pair, SPACING, [1])[1]
         assert {metric: scores[metric] for metric in METRICS} == pytest.approx(wanted)

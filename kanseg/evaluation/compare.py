@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TABLES = ("cases.csv", "cross_validation.csv", "validation/predictions.csv", "predictions.csv")
 ACCURACY = "accuracy"  # of classifiers: 1 for an image whose class is the likeliest, else 0
-LOWER_IS_BETTER = ("hd95",)
+LOWER_IS_BETTER = ("hd95", "assd")
 ALPHA = 0.05
 LETTERS = 60  # of a path in the picture
 FEWEST = 6  # patients; with fewer the smallest p that Wilcoxon's test can give, 2 / 2^n, is above ALPHA

@@ -1,4 +1,4 @@
-"""Dice, IoU, HD95, NSD and volumes, a case and a class at a time, by MONAI's metrics on the images' own spacing.
+"""Dice, IoU, HD95, ASSD, NSD and volumes, a case and a class at a time, by MONAI's metrics on the images' own spacing.
 
 What is undefined in MONAI is decided here, and never dropped: a structure that is absent from both label maps scores
 perfectly; one that only one of them has gets Dice, IoU and NSD 0 and the image's diagonal as its distance; a missing
@@ -21,7 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_iou,
+    compute_surface_dice,
+)
 from scipy import ndimage
 
 from kanseg.data.beside import is_beside
@@ -48,10 +54,11 @@ from kanseg.data.plan import Plan
 from kanseg.data.segmentations import read_segments, require_highdicom
 from kanseg.data.unlabelled import find_images, labels_in_case_folders
 from kanseg.errors import UsageError, UserError
+from kanseg.evaluation.lesions import COUNTS, lesion_counts, summarize_lesions
 from kanseg.progress import progress
 from kanseg.training.files import make_folder, write_bytes, write_json
 
-METRICS = ("dice", "iou", "hd95", "nsd")
+METRICS = ("dice", "iou", "hd95", "nsd", "assd")
 COLUMNS = (*METRICS, "volume_ml", "reference_volume_ml")
 UNIONS = "unions.csv"
 RESAMPLES = 2000
@@ -108,6 +115,8 @@ def evaluate_case(
     spacing: Sequence[float],
     labels: Sequence[Label],
     tolerance: float = TOLERANCE,
+    *,
+    lesions: bool = False,
 ) -> dict[Label, dict[str, float]]:
     """Scores of each label value or region.
 
@@ -118,12 +127,13 @@ def evaluate_case(
         tolerance: of the normalised surface distance (NSD), in mm; of pictures in pixels.
 
     Returns:
-        For each label dice, iou, nsd (0 to 1), hd95 (mm), volume_ml and reference_volume_ml (2D: thickness 1 mm).
+        For each label dice, iou, nsd (0 to 1), hd95 and assd (mm), volume_ml, reference_volume_ml (2D: 1 mm thick).
         The surface of a mask are its voxels with a face (2D: an edge) to another value or to the end of the image;
         distances are those of voxel centres. hd95 is the larger of the two 95th percentiles, of the distances from
         one surface to the other and back; medpy takes one percentile of both together, which lies between them.
         nsd is the share of surface voxels of both that lie within the tolerance, itself
-        included; DeepMind's surface-distance weighs pieces of surface by their area, and gives other numbers.
+        included; DeepMind's surface-distance weighs pieces of surface by their area, and gives other numbers. assd is
+        the mean of the distances of both surfaces together. With `lesions` also `kanseg.evaluation.lesions`' counts.
     """
     if prediction.shape != reference.shape:
         raise UserError(f"Shapes differ: prediction {prediction.shape}, reference {reference.shape}.")
@@ -138,6 +148,8 @@ def evaluate_case(
             box = (slice(None),) * prediction.ndim
         ours, theirs = (np.isin(labels[box], values) for labels in (prediction, reference))
         scores[label] = _score(ours, theirs, spacing, tolerance, prediction.shape)
+        if lesions:
+            scores[label] |= lesion_counts(ours, theirs)
     return scores
 
 
@@ -165,10 +177,10 @@ def _score(
         "reference_volume_ml": float(reference.sum() * voxel),
     }
     if not prediction.any() and not reference.any():
-        return {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "nsd": 1.0, **scores}
+        return {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "nsd": 1.0, "assd": 0.0, **scores}
     if not prediction.any() or not reference.any():
         diagonal = math.hypot(*(n * s for n, s in zip(shape, spacing, strict=True)))
-        return {"dice": 0.0, "iou": 0.0, "hd95": diagonal, "nsd": 0.0, **scores}
+        return {"dice": 0.0, "iou": 0.0, "hd95": diagonal, "nsd": 0.0, "assd": diagonal, **scores}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI's distances call a deprecated option of MONAI
         return {**_overlap_and_distance(prediction, reference, spacing, tolerance), **scores}
@@ -185,6 +197,7 @@ def _overlap_and_distance(
         "iou": float(compute_iou(y_pred, y, ignore_empty=False)),
         "hd95": float(compute_hausdorff_distance(y_pred, y, percentile=95, **spaced)),
         "nsd": float(compute_surface_dice(y_pred, y, [tolerance], **spaced)),
+        "assd": float(compute_average_surface_distance(y_pred, y, symmetric=True, **spaced)),
     }
 
 
@@ -245,6 +258,7 @@ def evaluate_folders(
     segments: Mapping[str, int] | None = None,
     ignore: int | None = None,
     tolerance: float = TOLERANCE,
+    lesions: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Score a folder of label maps (or one file) against its references; pairs by file name without suffix.
@@ -259,10 +273,11 @@ def evaluate_folders(
         unions: name -> values of structures that are scored beside the classes and are no part of the mean.
         segments: name -> value of the segments of such files; default the `labels` that have one value.
         ignore: value in the references of voxels that do not count.
+        lesions: count connected pieces, too, see `kanseg.evaluation.lesions`.
 
     Returns:
         The summary: mean, median and 95 % bootstrap interval of the mean of each metric, a class and over classes
-        ("metrics"), a union ("unions"), with the failed cases.
+        ("metrics"), a union ("unions"), lesions of each ("lesions"), with the failed cases.
 
     Raises:
         UserError: nothing to score, a reference that cannot be read, label maps on different grids (all such cases are
@@ -313,7 +328,9 @@ def evaluate_folders(
             continue
         if ignore is not None:
             guess, truth = (np.where(truth == ignore, 0, array) for array in (guess, truth))
-        scores = evaluate_case(guess, truth, target.spacing, list(wanted.values()), tolerance)
+        scores = evaluate_case(
+            guess, truth, target.spacing, list(wanted.values()), tolerance, lesions=lesions
+        )
         scored += [{"case": case, "label": name, **scores[value]} for name, value in wanted.items()]
     if elsewhere:
         raise UserError(
@@ -335,6 +352,9 @@ def evaluate_folders(
         "metrics": summarize_rows(rows, seed, aside=absent),
         "unions": summarize_unions(together, seed),
     }
+    if lesions:
+        drawn = np.random.default_rng(seed).integers(0, len(references), (RESAMPLES, len(references)))
+        summary["lesions"] = summarize_lesions(scored, drawn)
     if out is not None:
         folder = make_folder(Path(out))
         write_tables(folder, "cases.csv", rows, together)
@@ -488,7 +508,8 @@ def summarize_rows(
     cases = sorted({row["case"] for row in rows})
     labels = list(dict.fromkeys(row["label"] for row in rows))
     by_key = {(row["case"], row["label"]): row for row in rows}
-    columns = {name: [[by_key[case, name][m] for m in METRICS] for case in cases] for name in labels}
+    metrics = [m for m in METRICS if all(m in row for row in rows)]  # runs that began before have no ASSD
+    columns = {name: [[by_key[case, name][m] for m in metrics] for case in cases] for name in labels}
     counted = [name for name in labels if name not in aside] or labels
     columns["mean"] = np.mean([columns[name] for name in counted], axis=0).tolist()
     _, index = np.unique([(groups or {}).get(case, case) for case in cases], return_inverse=True)
@@ -497,7 +518,7 @@ def summarize_rows(
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for name, column in columns.items():
         values = np.array(column)
-        sums = np.zeros((len(sizes), len(METRICS)))
+        sums = np.zeros((len(sizes), len(metrics)))
         np.add.at(sums, index, values)
         means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]
         low, high = np.percentile(means, (2.5, 97.5), axis=0)
@@ -508,7 +529,7 @@ def summarize_rows(
                 "median": float(np.median(values[:, i])),
                 "n": len(cases),
             }
-            for i, metric in enumerate(METRICS)
+            for i, metric in enumerate(metrics)
         }
     return summary
 
@@ -546,7 +567,8 @@ def absent_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """A row a case and class, as in cases.csv."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["case", "label", *COLUMNS], lineterminator="\n")
+    counted = [key for key in COUNTS if rows and key in rows[0]]
+    writer = csv.DictWriter(text, ["case", "label", *COLUMNS, *counted], lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     return text.getvalue()
