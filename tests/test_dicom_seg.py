@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def write_series(folder: Path, source: Path) -> Path:
     volume = sitk.ReadImage(str(source))
     volume = sitk.Cast(sitk.RescaleIntensity(volume, 0, 1000), sitk.sitkInt16)
     direction = volume.GetDirection()
+    before = locale.setlocale(
+        locale.LC_CTYPE
+    )  # which GDCM leaves at "C": later tests would read files as ASCII
     for k in range(volume.GetSize()[2]):
         image = volume[:, :, k]
         tags = {
@@ -58,6 +62,7 @@ def write_series(folder: Path, source: Path) -> Path:
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(folder / f"{k:03d}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_CTYPE, before)
     return folder
 
 
