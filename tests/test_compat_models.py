@@ -265,6 +265,16 @@ def test_places_without_arguments_have_their_own_defaults() -> None:
     assert [len(state[f"{key}.beta_weights"]) - 1 for key in kept] == [3, 2]  # the stem is of degree 3
 
 
+def test_the_skip_of_a_block_has_the_grid_that_its_weights_hold() -> None:
+    """A block is given its 1x1 layer, which may have been made with another grid."""
+    args = {"inplanes": 4, "planes": 4, "stride": 2, "grid_size": 5, "grid_range": (-1, 1)}
+    grids = {"conv1": torch.linspace(-1, 1, 5), "downsample": torch.linspace(-2, 2, 5)}
+    state = made_up("FastKANBasicBlock", args) | {f"{key}.rbf.grid": grid for key, grid in grids.items()}
+    block = from_torch_conv_kan("FastKANBasicBlock", args, state).network
+    assert block.layers[0].conv.basis.domain == (-1, 1)
+    assert block.skip.conv.basis.domain == (-2, 2)
+
+
 GRIDS = {"conv1": 3, "layer2e.0.downsample": 8, "layer1e.0.conv1": 8, "layer1e.1.conv2": 8, "merge1": 24}
 
 

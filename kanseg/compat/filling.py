@@ -297,12 +297,14 @@ PARTS: dict[type[nn.Module], Callable[..., Conversion]] = {
 
 
 def _stored(state: State, blank: Blank) -> Arguments:
-    """What the weights themselves say of a layer: groups, norm, and the width of a narrow form."""
+    """What the weights themselves say of a layer: groups, norm, the grid of radial functions, a narrow form's width."""
     norms = [key for key in state if re.search(r"(^|\.)layer_norm\.", key)]
     batch = any(key.endswith("running_mean") for key in norms)
     affine = any(key.endswith("weight") for key in norms)
     found: Arguments = {"norm_layer": "BatchNorm2d" if batch else "InstanceNorm2d", "affine": affine}
     found["groups"] = _groups(state) or blank.geometry.get("groups", 1)
+    if (grid := state.get("rbf.grid")) is not None:
+        found.update(grid_size=len(grid), grid_range=grid[[0, -1]].tolist())
     if "inner_proj.0.weight" in state:
         widest = max(blank.inputs, blank.outputs) // found["groups"]
         found.update(_narrow(state["inner_proj.0.weight"].shape[0], widest))
