@@ -22,6 +22,7 @@ from kanseg.compat.torch_conv_kan import CONVERTERS, find
 from kanseg.compat.wrappers import REFUSED
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
+from kanseg.layers import ConvLayer
 from kanseg.training.checkpoint import build_model, load_checkpoint, load_weights, part
 
 PARITY = Path(__file__).parents[1] / ".." / "shared" / "parity"
@@ -239,6 +240,24 @@ def test_an_odd_end_is_dropped_where_maps_are_halved(name: str) -> None:
     pools = [module for module in network.modules() if hasattr(module, "ceil_mode")]
     x = torch.arange(25.0).view(1, 1, 5, 5)
     assert {tuple(pool(x).shape[2:]) for pool in pools} == {(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "padding"),
+    [
+        ("ResKANet", {"block": "KACNBasicBlock", "layers": (1, 1, 1, 1)}, 3),
+        ("MoEResKANet", {"block": "MoEKALNBasicBlock", "layers": (1, 1, 1, 1)}, 3),
+        ("DenseKANet", {"block_class": "_KACNDenseBlock", "block_config": (1, 1)}, 3),
+        ("TinyDenseKANet", {"block_class": "_KACNDenseBlock", "block_config": (1, 1)}, 2),
+    ],
+)
+def test_the_padding_of_a_stem_does_not_go_with_its_kernel(name: str, shape: dict, padding: int) -> None:
+    """The reference's default is a number, whatever the kernel is."""
+    args = {"input_channels": 1, "num_classes": 2, **shape, "fcnv_kernel_size": 3}
+    network = from_torch_conv_kan(name, args, made_up(name, args))
+    first = next(module for module in network.modules() if isinstance(module, ConvLayer))
+    assert first.conv.kernel_size == (3, 3)
+    assert first.conv.padding == (padding, padding)
 
 
 def test_places_without_arguments_have_their_own_defaults() -> None:

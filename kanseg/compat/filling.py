@@ -51,10 +51,9 @@ class Blank(nn.Module):
         return {"kernel_size": self.kernel_size, "padding": same, **self.geometry}
 
     def reshape(self, **geometry: Any) -> None:
-        """Other numbers, by torch's names; those that are None stay as they are."""
-        given = {name: value for name, value in geometry.items() if value is not None}
-        self.kernel_size = given.pop("kernel_size", self.kernel_size)
-        self.geometry.update(given)
+        """Other numbers, by torch's names."""
+        self.kernel_size = geometry.pop("kernel_size", self.kernel_size)
+        self.geometry.update(geometry)
 
     def arguments(self) -> Arguments:
         """By the reference's names."""
