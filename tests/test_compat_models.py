@@ -22,6 +22,7 @@ from kanseg.compat.torch_conv_kan import CONVERTERS, find
 from kanseg.compat.wrappers import REFUSED
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
+from kanseg.layers import ConvLayer
 from kanseg.training.checkpoint import build_model, load_checkpoint, load_weights, part
 
 PARITY = Path(__file__).parents[1] / ".." / "shared" / "parity"
@@ -241,6 +242,24 @@ def test_an_odd_end_is_dropped_where_maps_are_halved(name: str) -> None:
     assert {tuple(pool(x).shape[2:]) for pool in pools} == {(2, 2)}
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "padding"),
+    [
+        ("ResKANet", {"block": "KACNBasicBlock", "layers": (1, 1, 1, 1)}, 3),
+        ("MoEResKANet", {"block": "MoEKALNBasicBlock", "layers": (1, 1, 1, 1)}, 3),
+        ("DenseKANet", {"block_class": "_KACNDenseBlock", "block_config": (1, 1)}, 3),
+        ("TinyDenseKANet", {"block_class": "_KACNDenseBlock", "block_config": (1, 1)}, 2),
+    ],
+)
+def test_the_padding_of_a_stem_does_not_go_with_its_kernel(name: str, shape: dict, padding: int) -> None:
+    """The reference's default is a number, whatever the kernel is."""
+    args = {"input_channels": 1, "num_classes": 2, **shape, "fcnv_kernel_size": 3}
+    network = from_torch_conv_kan(name, args, made_up(name, args))
+    first = next(module for module in network.modules() if isinstance(module, ConvLayer))
+    assert first.conv.kernel_size == (3, 3)
+    assert first.conv.padding == (padding, padding)
+
+
 def test_places_without_arguments_have_their_own_defaults() -> None:
     args = {"block": "FastKANBasicBlock", "layers": (2, 1, 1, 1)}
     state = made_up("UKANet", args)
@@ -263,6 +282,16 @@ def test_places_without_arguments_have_their_own_defaults() -> None:
     state = made_up("KAGNRDNet", {**degrees, "is_downsample_block": (None,)})
     kept = ("stem.stem.0", "dense_stages.0.0.dense_block0.layers.layers.1")
     assert [len(state[f"{key}.beta_weights"]) - 1 for key in kept] == [3, 2]  # the stem is of degree 3
+
+
+def test_the_skip_of_a_block_has_the_grid_that_its_weights_hold() -> None:
+    """A block is given its 1x1 layer, which may have been made with another grid."""
+    args = {"inplanes": 4, "planes": 4, "stride": 2, "grid_size": 5, "grid_range": (-1, 1)}
+    grids = {"conv1": torch.linspace(-1, 1, 5), "downsample": torch.linspace(-2, 2, 5)}
+    state = made_up("FastKANBasicBlock", args) | {f"{key}.rbf.grid": grid for key, grid in grids.items()}
+    block = from_torch_conv_kan("FastKANBasicBlock", args, state).network
+    assert block.layers[0].conv.basis.domain == (-1, 1)
+    assert block.skip.conv.basis.domain == (-2, 2)
 
 
 GRIDS = {"conv1": 3, "layer2e.0.downsample": 8, "layer1e.0.conv1": 8, "layer1e.1.conv2": 8, "merge1": 24}

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from kanseg.cli import app
 from kanseg.data.class_loader import CHANGES, TrainingImages, covering, prepare, stored
 from kanseg.data.class_plan import ClassPlan, plan_classes
-from kanseg.data.formats import read_dataset
+from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import ImageClasses, is_classes, read_classes
 from kanseg.data.plan import Plan
 from kanseg.data.plans import load_plan
@@ -608,6 +608,14 @@ def test_what_is_not_recognised_names_what_is_known(tmp_path: Path) -> None:
         read_classes(tmp_path)
     with pytest.raises(UserError, match="There is no such file"):
         read_classes(tmp_path / "nowhere")
+
+
+def test_a_table_in_a_folder_that_is_not_recognised_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "classes.csv").write_text("image,class\nimages/a.png,one\n")
+    with pytest.raises(UserError, match=r"Where classes.csv there lists the images, give that file"):
+        list_dataset(tmp_path)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def convert_densekanet(
     family = class_named(args.pop("block_class"), DENSE_CLASSES, "block_class")
     own = taken(args, input_channels=3, num_classes=1000, num_init_features=64, growth_rate=32, bn_size=4)
     blocks = args.pop("block_config", (5, 5, 5) if tiny else DENSE_BLOCKS["121"])
-    stem = taken(args, **dict.fromkeys(STEM))
+    stem = taken(args, **{**STEM, **({"fcnv_kernel_size": 5, "fcnv_padding": 2} if tiny else {})})
     pooled = not tiny and args.pop("use_first_maxpool", True)
     pool = taken(args, **({} if tiny else dict.fromkeys(POOL)))
     encoder = DenseKANet(

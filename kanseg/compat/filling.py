@@ -51,10 +51,9 @@ class Blank(nn.Module):
         return {"kernel_size": self.kernel_size, "padding": same, **self.geometry}
 
     def reshape(self, **geometry: Any) -> None:
-        """Other numbers, by torch's names; those that are None stay as they are."""
-        given = {name: value for name, value in geometry.items() if value is not None}
-        self.kernel_size = given.pop("kernel_size", self.kernel_size)
-        self.geometry.update(given)
+        """Other numbers, by torch's names."""
+        self.kernel_size = geometry.pop("kernel_size", self.kernel_size)
+        self.geometry.update(geometry)
 
     def arguments(self) -> Arguments:
         """By the reference's names."""
@@ -297,12 +296,14 @@ PARTS: dict[type[nn.Module], Callable[..., Conversion]] = {
 
 
 def _stored(state: State, blank: Blank) -> Arguments:
-    """What the weights themselves say of a layer: groups, norm, and the width of a narrow form."""
+    """What the weights themselves say of a layer: groups, norm, the grid of radial functions, a narrow form's width."""
     norms = [key for key in state if re.search(r"(^|\.)layer_norm\.", key)]
     batch = any(key.endswith("running_mean") for key in norms)
     affine = any(key.endswith("weight") for key in norms)
     found: Arguments = {"norm_layer": "BatchNorm2d" if batch else "InstanceNorm2d", "affine": affine}
     found["groups"] = _groups(state) or blank.geometry.get("groups", 1)
+    if (grid := state.get("rbf.grid")) is not None:
+        found.update(grid_size=len(grid), grid_range=grid[[0, -1]].tolist())
     if "inner_proj.0.weight" in state:
         widest = max(blank.inputs, blank.outputs) // found["groups"]
         found.update(_narrow(state["inner_proj.0.weight"].shape[0], widest))

@@ -48,7 +48,7 @@ BLOCK_CLASSES: dict[str, tuple[str, str]] = {
     if (family, shape) != ("moe_kagnbn", "bottleneck")
 }
 IN_BLOCKS = r"^layer\d[ed]?\.\d+\.conv\d\."
-STEM = ("fcnv_kernel_size", "fcnv_stride", "fcnv_padding")
+STEM = {"fcnv_kernel_size": 7, "fcnv_stride": 2, "fcnv_padding": 3}  # also where the kernel is another
 POOL = ("mp_kernel_size", "mp_stride", "mp_padding")
 
 
@@ -104,7 +104,7 @@ def convert_reskanet(defaults: Arguments, spatial_dims: int, args: Arguments, st
     own = taken(args, input_channels=3, num_classes=1000, width_scale=1, width_per_group=64)
     hidden, pooled = args.pop("hidden_layer_dim", None), args.pop("use_first_maxpool", True)
     dilated = args.pop("replace_stride_with_dilation", None) or [False] * 3
-    stem, pool = taken(args, **dict.fromkeys(STEM)), taken(args, **dict.fromkeys(POOL))
+    stem, pool = taken(args, **STEM), taken(args, **dict.fromkeys(POOL))
     mixed = family.startswith("moe_")
     widths = [8 * own["width_scale"] * 2**stage for stage in range(4)]
     encoder = ResKANet(
@@ -153,7 +153,7 @@ def convert_reskanet(defaults: Arguments, spatial_dims: int, args: Arguments, st
 
 
 def reshape_stem(stem: Any, geometry: Arguments) -> None:
-    """The first layer by the reference's arguments `STEM`; those that are None stay as the network has them."""
+    """The first layer by the reference's arguments `STEM`."""
     stem.reshape(**{name.removeprefix("fcnv_"): value for name, value in geometry.items()})
 
 

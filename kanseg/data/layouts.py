@@ -39,6 +39,7 @@ from kanseg.data.listing import (
     too_many,
     with_names,
 )
+from kanseg.data.lists import LISTS
 from kanseg.data.pairs import (
     IMAGE_ENDING,
     LABEL_ENDING,
@@ -191,6 +192,8 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         if pair := beside_masks(several):
             looks = f"{pair[0].name}/ looks like images and {pair[1].name}/ like their label maps"
             hint = f" {looks}: call them images/ and labels/, with files of the same names."
+        if lists := sorted(file.name for file in root.iterdir() if file.suffix.lower() in LISTS):
+            hint += f" Where {few(lists, 3)} there lists the images, give that file in place of the folder."
         raise UserError(f"{root} has no layout that kanseg knows.{hint} Expected: {LAYOUTS}.")
     return dataset_of(root.name, root, "one folder per case with image and label", cases, [], None, [])
 
