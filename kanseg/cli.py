@@ -202,7 +202,7 @@ def train(
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):
         raise UsageError(f"{folder} has a plan for {plan_.data} already. Choose another folder with -o.")
-    dataset = dataset_of(plan_)
+    dataset = dataset_of(plan_, folder)
     how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
     if fold == "all":
         found = cross_validate(checked, plan_, dataset, folder, **how)

@@ -121,7 +121,7 @@ class Segmenter:
         if not (run / "plan.json").exists():
             require_fold(Path(data), fold, checked)
         plan = self._plan(Path(data), run, checked, console, planned)
-        dataset = read_dataset(data, id_pattern=plan.id_pattern, regions=plan.given_regions)
+        dataset = read_dataset(data, id_pattern=plan.id_pattern, regions=plan.given_regions, run=run)
         how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
         if fold == ALL:
             self.summary = cross_validate(checked, plan, dataset, run, **how)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from kanseg.config import load_config
+from kanseg.data import loaders
 from kanseg.data.images import read_label
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import dice, summarize_rows
@@ -31,9 +33,22 @@ def validate(balls, run, *overrides, **options):
 
 
 @pytest.fixture(scope="module")
-def done(balls, tmp_path_factory):
-    run = tmp_path_factory.mktemp("run")
-    return run, validate(balls, run)
+def loaded():
+    """How often each case was prepared for training or watching."""
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def done(balls, tmp_path_factory, loaded):
+    run, load = tmp_path_factory.mktemp("run"), loaders.load_case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaders, "load_case", lambda case, plan: loaded.update([case.id]) or load(case, plan))
+        return run, validate(balls, run)
+
+
+def test_a_case_is_prepared_once_to_train_whatever_the_number_of_folds(balls, done, loaded):
+    """And once more in the fold that it validates."""
+    assert dict(loaded) == dict.fromkeys((case.id for case in balls[0].cases), 2)
 
 
 def test_every_case_is_pooled_once_with_an_interval(balls, done):

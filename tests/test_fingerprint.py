@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from kanseg.data import values
 from kanseg.data.digests import near_duplicates, thumbnail
 from kanseg.data.fingerprint import (
     check_unchanged,
@@ -23,7 +24,7 @@ from kanseg.data.fingerprint import (
 )
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
-from kanseg.data.plan import plan_run
+from kanseg.data.plan import plan_run, planned_dataset
 from kanseg.errors import UserError
 
 
@@ -155,6 +156,25 @@ def test_the_numbers_of_the_fingerprint_are_those_of_the_files(blobs: Path) -> N
         assert entry["voxels"] == {str(v): int((label == v).sum()) for v in (0, 1, 2)}
         assert set(case.values) == {0, 1, 2}
     assert seen["same"] == []
+
+
+def test_labels_that_a_run_was_planned_with_are_not_opened_again_unless_they_change(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, opened, read = tmp_path / "run", [], values.read_image
+    plan = plan_run(read_dataset(copy), run, memory=2**31)
+    monkeypatch.setattr(values, "read_image", lambda path, dims: opened.append(path) or read(path, dims))
+    whole = planned_dataset(plan)
+    assert len(opened) == len(whole.cases)
+    opened.clear()
+    assert planned_dataset(plan, run) == whole
+    assert not opened
+    label = whole.cases[1].label
+    assert label is not None
+    image = nib.load(label)
+    nib.save(nib.Nifti1Image(np.minimum(np.asarray(image.dataobj), 1), image.affine), label)
+    assert planned_dataset(plan, run).cases[1].values == (0, 1)
+    assert opened == [label]
 
 
 def test_an_image_unlike_those_of_the_training_is_told_in_whatever_order_its_axes_lie() -> None:

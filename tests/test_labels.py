@@ -18,7 +18,15 @@ from kanseg.data.cases import Case, Dataset, label_path
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import Image, read_image, read_label, write_label
-from kanseg.data.labels import class_numbers, class_values, known_values, parse_regions, targets, unions
+from kanseg.data.labels import (
+    class_numbers,
+    class_values,
+    known_values,
+    parse_regions,
+    targets,
+    unions,
+    value_counts,
+)
 from kanseg.data.plan import Plan, make_plan, planned_dataset
 from kanseg.data.transforms import AnnotatedPlaces
 from kanseg.errors import UsageError, UserError
@@ -241,6 +249,21 @@ def test_regions_are_painted_in_their_order(plan: Plan, regions: Path) -> None:
     np.testing.assert_array_equal(labels, np.where(x > 2.2, 2, np.where(x > 1.0, 1, 0)))
     pair, _ = predict_case([Known(), Known()], case, [plan, plan])
     np.testing.assert_array_equal(pair, labels)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        np.random.default_rng(0).integers(0, 9, (70, 60, 50), dtype=np.uint8).T[::2],
+        np.random.default_rng(1).integers(0, 3, (1200, 1100)).astype(np.int32),
+        np.array([[0, 70000], [-1, 70000]]),
+        np.zeros((0, 3), np.int16),
+    ],
+)
+def test_values_are_counted_as_numpy_does(label: np.ndarray) -> None:
+    values, counts = np.unique(label, return_counts=True)
+    found = value_counts(label)
+    assert list(found.items()) == list(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def test_scores_count_regions_as_wholes_and_leave_the_unknown_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -184,6 +185,25 @@ def test_cases_on_the_disk_give_the_same_patches(plan: Plan, blobs: Path, balanc
         for other in others:
             for key in first:
                 torch.testing.assert_close(first[key], other[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_case_is_prepared_once_for_all_folds_and_gives_the_same_patches(
+    plan: Plan, blobs: Path, balanced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, read, load = read_dataset(blobs).cases[:4], Counter[str](), loaders.load_case
+    monkeypatch.setattr(loaders, "load_case", lambda case, plan: read.update([case.id]) or load(case, plan))
+    prepared, how = loaders.Prepared(plan), {"batch_size": 3, "steps": 3, "seed": 0, "balanced": balanced}
+    for own in (cases[:3], cases[1:], cases[:2]):
+        shared = TrainLoader(plan, own, prepared=prepared, **how).batches()  # type: ignore[arg-type]
+        assert max(read.values()) == 1
+        before = read.copy()
+        alone = TrainLoader(plan, own, **how).batches()  # type: ignore[arg-type]
+        for one, other in zip(islice(shared, 4), islice(alone, 4), strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+        read.clear()
+        read.update(before)
+    assert len(read) == 4
 
 
 def test_validation_cases_on_the_disk_are_the_same(plan: Plan, blobs: Path) -> None:

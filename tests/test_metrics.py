@@ -8,6 +8,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,9 +23,11 @@ from kanseg.data.formats import read_dataset
 from kanseg.data.images import Image, write_label
 from kanseg.data.plan import make_plan
 from kanseg.errors import UsageError, UserError
+from kanseg.evaluation import metrics
 from kanseg.evaluation.metrics import (
     COLUMNS,
     METRICS,
+    Label,
     evaluate_case,
     evaluate_folders,
     label_options,
@@ -327,6 +330,32 @@ def test_the_interval_is_that_of_the_mean() -> None:
     low, high = summarize_rows(rows)["x"]["dice"]["ci95"]
     half = 1.96 * values.std() / 10
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.2 * half)
+
+
+@pytest.mark.parametrize("labels", [None, {"one": 1, "both": (1, 2)}])
+def test_a_label_map_is_opened_once_and_a_distance_measured_once(
+    folders: tuple[Path, Path], labels: dict[str, Label] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HD95 and NSD go by the same distances, from each surface to the other; classes need no reading beforehand."""
+    calls: dict[str, list[Any]] = {"read_image": [], "get_surface_distance": []}
+    for name, made in calls.items():
+        done = getattr(metrics, name)
+        monkeypatch.setattr(
+            metrics, name, lambda *what, made=made, done=done: made.append(what[0]) or done(*what)
+        )
+    evaluate_folders(*folders, labels=labels)
+    assert sorted(calls["read_image"]) == sorted(path for folder in folders for path in folder.iterdir())
+    assert len(calls["get_surface_distance"]) == 3 * 2 * 2  # cases, classes, ways
+
+
+def test_classes_of_some_cases_count_in_all(folders: tuple[Path, Path]) -> None:
+    prediction, reference = folders
+    save(prediction / "c.nii.gz", cube((12, 11, 10), (1, 1, 1), 4) * 7)
+    found = evaluate_folders(prediction, reference)
+    assert found == evaluate_folders(
+        prediction, reference, labels={f"label {value}": value for value in (1, 2, 7)}
+    ) | {"absent": []}
+    assert found["metrics"]["label 7"]["dice"]["mean"] == pytest.approx(2 / 3)
 
 
 def test_labels_are_read_from_text_or_a_plan(tmp_path: Path) -> None:

@@ -104,6 +104,30 @@ def test_a_folder_goes_on_when_a_case_fails(plan: Plan, blobs: Path, tmp_path: P
     np.testing.assert_allclose(sum(chances), 1, atol=1e-5)
 
 
+def test_exchanged_channels_are_told_by_the_numbers_of_the_file(plan: Plan, tmp_path: Path) -> None:
+    """Normalised ones, which may stand in their place, lie in the range of no channel."""
+
+    class First(Brightness):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, :1])
+
+    two = replace(plan, channel_names=["T1", "T2"], normalization=[{"scheme": "zscore"}] * 2)
+    two.fingerprint = {"channels": [{"middle": [90.0, 110.0]}, {"middle": [10.0, 20.0]}]}
+    random = np.random.default_rng(0)
+    levels = np.stack([random.normal(mean, 1, (20, 20, 20)) for mean in (100, 15)], axis=-1)
+    said = {}
+    for name, array in (("right", levels), ("exchanged", levels[..., ::-1])):
+        path = tmp_path / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(array.astype(np.float32), np.diag([*plan.spacing, 1.0])), path)
+        screen = Console(file=io.StringIO(), width=200)
+        assert not predict_folder(
+            First(), two, find_images(path, channels=2), tmp_path / "out", console=screen
+        )
+        said[name] = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "are these channels exchanged?" in said["exchanged"]
+    assert "exchanged?" not in said["right"]
+
+
 def test_a_folder_that_cannot_be_made_costs_no_prediction(plan: Plan, blobs: Path, tmp_path: Path) -> None:
     """The case fails before the network runs on it."""
     (tmp_path / "file").write_text("")

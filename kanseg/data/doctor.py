@@ -37,7 +37,7 @@ from kanseg.data.images import (
     several_channels,
     suffix_of,
 )
-from kanseg.data.labels import known_values
+from kanseg.data.labels import known_values, value_counts
 from kanseg.data.lists import LISTS
 from kanseg.data.pairs import BY_CLASS, UNUSED
 from kanseg.data.patients import PATIENTS_IN_PART
@@ -340,7 +340,7 @@ def examine(
     merged = np.max(usable, axis=0)
     if dataset.label_values:
         accepted = {*known_values(dataset), dataset.ignore_value}
-        foreign = set(np.unique(merged).tolist()) - accepted
+        foreign = value_counts(merged).keys() - accepted
         if foreign:
             note("undeclared values", undeclared(paths[0], dataset, foreign))
             return None
@@ -375,7 +375,7 @@ class _Seen:
         self.thumbnails[case.id] = thumbnail(sample.image.array)
         if case.images[0].is_dir() and (patient := _patient_of(case.images[0])):
             self.patients.setdefault(patient, []).append(case.id)
-        return tuple(np.unique(sample.label).tolist())
+        return tuple(value_counts(sample.label))
 
 
 def _across(cases: Sequence[Case], seen: _Seen, dataset: Dataset, findings: list[Finding]) -> None:

@@ -12,8 +12,17 @@ import numpy as np
 
 from kanseg.data.cases import Case, Dataset, files_of, label_path
 from kanseg.data.digests import file_digest, near_duplicates, signature, thumbnail
-from kanseg.data.images import SUFFIXES_NIFTI, check_pair, header_dtype, label_from, read_image, suffix_of
-from kanseg.data.labels import known_values
+from kanseg.data.images import (
+    SUFFIXES_2D,
+    SUFFIXES_NIFTI,
+    check_pair,
+    header_dtype,
+    label_from,
+    read_image,
+    suffix_of,
+)
+from kanseg.data.labels import known_values, value_counts
+from kanseg.data.values import ValuesSeen
 from kanseg.errors import UserError
 from kanseg.progress import progress
 from kanseg.training.files import write_json
@@ -27,8 +36,8 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """Size, spacing, class frequencies and digests of every case, and foreground intensities; pairs are checked.
 
     Returns:
-        {"cases": id -> {"size", "spacing", "voxels", "group", "files"}, "channels", "label_dtype", "same": pairs of
-        ids whose images are one}.
+        {"cases": id -> {"size", "spacing", "group", "files", "voxels" of each known value, "values" in the label},
+        "channels", "label_dtype", "same": pairs of ids whose images are one}.
     """
     cases: dict[str, dict[str, Any]] = {}
     intensities: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
@@ -49,6 +58,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
                 f"({', '.join(dataset.channel_names)}). Give every case the same channels."
             )
         thumbnails[case.id] = thumbnail(image.array)
+        counts = value_counts(label)
         array, label, spacing = _in_ras(image.array, image.affine, label, dataset.spatial_dims)
         foreground = (label > 0) & (label != dataset.ignore_value)
         zeros.append([float((channel == 0).mean()) for channel in array])
@@ -59,13 +69,13 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
             samples.append(generator.choice(inside, min(SAMPLES, inside.size), replace=False))
         if suffix_of(label_path(case)) in SUFFIXES_NIFTI:
             dtypes.add(np.dtype(header_dtype(label_path(case))))
-        counts = {str(value): int((label == value).sum()) for value in values}
         files = {
             str(path): {**signature(path), "sha256": file_digest(path)}
             for path in (*case.images, label_path(case))
         }
-        cases[case.id] = {"size": list(label.shape), "spacing": spacing, "voxels": counts}
-        cases[case.id] |= {"group": case.group, "files": files}
+        cases[case.id] = {"size": list(label.shape), "spacing": spacing, "group": case.group, "files": files}
+        cases[case.id]["voxels"] = {str(value): counts.get(value, 0) for value in values}
+        cases[case.id]["values"] = list(counts)
     shares = np.median(zeros, axis=0)
     channels: list[dict[str, Any]] = [
         {**_intensity(np.concatenate(samples)), "zeros": float(share)}
@@ -96,6 +106,23 @@ def load_fingerprint(run: Path) -> dict[str, Any] | None:
         return {"cases": dict(seen["cases"]), "same": list(seen["same"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}). Run `kanseg plan` again.") from error
+
+
+def values_seen(run: Path) -> ValuesSeen:
+    """What tells the values in the label of a case as a run was planned with them; None where the file has changed.
+
+    Pictures are None always: their palettes tell more.
+    """
+    cases = (load_fingerprint(run) or {"cases": {}})["cases"]
+
+    def values(case: Case) -> tuple[int, ...] | None:
+        seen, path = cases.get(case.id, {}), label_path(case)
+        if "values" not in seen or suffix_of(path) in SUFFIXES_2D:
+            return None
+        then, now = list(seen["files"].values())[-1], signature(path)
+        return tuple(seen["values"]) if now == {key: then[key] for key in now} else None
+
+    return values
 
 
 def check_unchanged(dataset: Dataset, run: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kanseg.data.cases import LAYOUTS, Dataset, Problem, by_pattern, noted, patient_notes, refuse, repeated
 from kanseg.data.described import read_described
+from kanseg.data.fingerprint import values_seen
 from kanseg.data.layouts import read_folders
 from kanseg.data.lists import LISTS, load_json, read_csv, read_datalist
 from kanseg.data.patients import with_patients
@@ -22,7 +23,11 @@ from kanseg.errors import UserError
 
 
 def read_dataset(
-    path: Path | str, *, id_pattern: str | None = None, regions: Mapping[str, Sequence[int]] | None = None
+    path: Path | str,
+    *,
+    id_pattern: str | None = None,
+    regions: Mapping[str, Sequence[int]] | None = None,
+    run: Path | None = None,
 ) -> Dataset:
     """Recognise the layout of a folder or list file, read it, and look into every label.
 
@@ -30,11 +35,13 @@ def read_dataset(
         id_pattern: regular expression with one group that takes the patient from a case's id.
         regions: classes by name as lists of label values, in place of those that the data declares; see
             `kanseg.data.labels.given_regions`.
+        run: folder of a run that was planned with these data: labels that have not changed since are not opened.
 
     Raises:
         UserError: nothing recognised, images without labels, values outside the declared set, no cases.
     """
-    return with_values(list_dataset(path, id_pattern=id_pattern), regions)
+    listed = list_dataset(path, id_pattern=id_pattern)
+    return with_values(listed, regions, *([values_seen(run)] if run else []))
 
 
 def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Problem = refuse) -> Dataset:

@@ -27,6 +27,8 @@ GLIOMA = {
     "beside": re.compile(r"\b(resection cavity|rc)\b"),
 }
 UNKNOWN = -1  # class number of voxels that nobody annotated
+COUNTED = 1 << 20  # voxels at a time, for counting makes numbers of eight bytes
+LARGEST = 1 << 16  # value that is counted by its place; others are sorted, which takes longer
 
 
 class Labels(Protocol):
@@ -191,15 +193,35 @@ def class_numbers(label: np.ndarray, labels: Labels, path: Path | str) -> np.nda
         UserError: a value that is not known.
     """
     known = known_values(labels)
-    ignored = label == labels.ignore_value if labels.ignore_value is not None else None
-    foreign = np.setdiff1d(label if ignored is None else label[~ignored], known)
-    if foreign.size:
+    foreign = sorted(value_counts(label).keys() - {*known, labels.ignore_value})
+    if foreign:
         raise UserError(
-            f"{path} has the values {foreign[:5].tolist()}, which the plan does not know (it has {known}). Correct "
-            "the label, or plan again."
+            f"{path} has the values {foreign[:5]}, which the plan does not know (it has {known}). Correct the label, "
+            "or plan again."
         )
-    numbers = np.searchsorted(known, label).astype(np.float32)
-    return numbers if ignored is None else np.where(ignored, np.float32(UNKNOWN), numbers)
+    numbers = np.empty(label.shape, np.float32)
+    for plane, places in zip(label, numbers, strict=True):  # places of a whole volume have eight bytes each
+        places[...] = np.searchsorted(known, plane)
+        if labels.ignore_value is not None:
+            places[plane == labels.ignore_value] = UNKNOWN
+    return numbers
+
+
+def value_counts(label: np.ndarray) -> dict[int, int]:
+    """How many voxels of a label map have each of its values, which rise.
+
+    >>> value_counts(np.array([[2, 0], [2, 2]]))
+    {0: 1, 2: 3}
+    """
+    if label.min(initial=0) < 0 or label.max(initial=0) > LARGEST:
+        values, counts = np.unique(label, return_counts=True)
+    else:
+        flat, counts = label.ravel(), np.zeros(int(label.max(initial=0)) + 1, np.int64)
+        for start in range(0, flat.size, COUNTED):
+            counts += np.bincount(flat[start : start + COUNTED], minlength=len(counts))
+        values = np.flatnonzero(counts)
+        counts = counts[values]
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def targets(numbers: Tensor, labels: Labels) -> Tensor:

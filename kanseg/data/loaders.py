@@ -127,10 +127,34 @@ class EndlessLoader:
                 epoch, step = epoch + 1, 0
 
 
+class Prepared:
+    """Cases to cut patches from, each read and prepared once, whichever folds of a plan train on it.
+
+    Attributes:
+        items: of all cases so far, in the order in which they were asked for.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.items = plan, Shelf(_share(plan, TRAINING_SHARE))
+        self._places: dict[tuple[str, bool], int] = {}
+
+    def places(self, cases: Sequence[Case], balanced: bool) -> list[int]:
+        """Where the cases lie in `items`; see `kanseg.data.transforms.preparation`."""
+        prepare = preparation(self.plan, balanced)
+        for case in progress([c for c in cases if (c.id, balanced) not in self._places], "Loading cases"):
+            item = prepare(load_case(case, self.plan)[0])
+            self._places[case.id, balanced] = len(self.items)
+            self.items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
+            del item
+            settle(for_data(self.plan.memory_bytes))
+        return [self._places[case.id, balanced] for case in cases]
+
+
 class TrainLoader(EndlessLoader):
     """Batches {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)} of random patches.
 
     Args:
+        prepared: that other loaders of the plan use, too.
         foreground, balanced, changes, strength: see `kanseg.data.transforms.augmentation`.
         how: batch_size, steps, workers, rank, ranks, pin; see `EndlessLoader`.
     """
@@ -145,23 +169,19 @@ class TrainLoader(EndlessLoader):
         balanced: bool = False,
         changes: bool = True,
         strength: str = "standard",
+        prepared: Prepared | None = None,
         **how: Any,
     ) -> None:
         if not cases:
             raise UserError("There are no cases to train on.")
-        prepare = preparation(plan, balanced)
-        items = Shelf(_share(plan, TRAINING_SHARE))
-        for case in progress(cases, "Loading cases"):
-            item = prepare(load_case(case, plan)[0])
-            items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
-            del item
-            settle(for_data(plan.memory_bytes))
+        prepared = prepared or Prepared(plan)
+        items, places = prepared.items, prepared.places(cases, balanced)
         how["workers"] = affordable_workers(
             plan, how.get("workers", 0), how["batch_size"], how.get("pin", False)
         )
         options: dict[str, Any] = {"foreground": foreground, "balanced": balanced}
         augment = augmentation(plan, changes=changes, strength=strength, **options)
-        pools = _pools(items, len(known_values(plan))) if balanced else [range(len(items))]
+        pools = _pools(items, places, len(known_values(plan))) if balanced else [places]
         super().__init__(Patches(plan, items, pools, augment, seed), **how)
 
 
@@ -181,11 +201,11 @@ def affordable_workers(plan: Plan, asked: int, batch_size: int, gpu: bool = Fals
     return workers
 
 
-def _pools(items: Sequence[Item], classes: int) -> list[list[int]]:
-    """The cases that have a class, for each foreground class that any has; all cases where none has any."""
-    present = [set(np.unique(item["label"]).tolist()) for item in items]
-    pools = [[i for i, found in enumerate(present) if number in found] for number in range(1, classes)]
-    return [pool for pool in pools if pool] or [list(range(len(items)))]
+def _pools(items: Sequence[Item], places: Sequence[int], classes: int) -> list[list[int]]:
+    """The places of cases that have a class, for each foreground class that any has; all where none has any."""
+    present = {i: set(np.unique(items[i]["label"]).tolist()) for i in places}
+    pools = [[i for i, found in present.items() if number in found] for number in range(1, classes)]
+    return [pool for pool in pools if pool] or [list(places)]
 
 
 def _share(plan: Plan, share: float) -> int | None:

@@ -197,9 +197,9 @@ def plan_run(dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None,
     return plan
 
 
-def planned_dataset(plan: Plan) -> Dataset:
-    """The data set of a plan, read as it was for planning."""
-    return read_dataset(plan.data, id_pattern=plan.id_pattern, regions=plan.given_regions)
+def planned_dataset(plan: Plan, run: Path | None = None) -> Dataset:
+    """The data set of a plan, read as it was for planning in the folder `run`."""
+    return read_dataset(plan.data, id_pattern=plan.id_pattern, regions=plan.given_regions, run=run)
 
 
 def make_plan(

@@ -30,11 +30,11 @@ def load_plan(path: Path | str) -> AnyPlan:
     return plan_from_dict(read_values(path))
 
 
-def dataset_of(plan: AnyPlan) -> Dataset:
-    """The data set of a plan, read as it was for planning."""
+def dataset_of(plan: AnyPlan, run: Path | None = None) -> Dataset:
+    """The data set of a plan, read as it was for planning in the folder `run`."""
     if isinstance(plan, ClassPlan):
         return read_classes(plan.data, id_pattern=plan.id_pattern)
-    return planned_dataset(plan)
+    return planned_dataset(plan, run)
 
 
 __all__ = [

@@ -61,17 +61,24 @@ def _resampled(values: Tensor, there: Tensor, size: Sequence[int], along: Along)
     whole = torch.empty(len(values), *size)
     deep = max(1, AT_ONCE // prod(size[1:]))
     places = [_places(there[k, k], there[k, 3], size[k], values.shape[1 + k]) for k in range(3)]
+    moved = [axis for axis, own in enumerate(places, start=1) if not _stays(own, values.shape[axis])]
     for start in range(0, size[0], deep):
-        found = along(values, 1, places[0][start : start + deep])
+        planes = slice(start, start + deep)
+        found = along(values, 1, places[0][planes]) if 1 in moved else values[:, planes]
         for axis in (2, 3):
-            found = along(found, axis, places[axis - 1])
-        whole[:, start : start + deep] = found
+            found = along(found, axis, places[axis - 1]) if axis in moved else found
+        whole[:, planes] = found
     return whole
 
 
 def _places(step: Tensor, first: Tensor, count: int, length: int) -> Tensor:
     """Where `count` voxels of the result lie along an axis of `length` voxels, float64."""
     return (torch.arange(count, dtype=torch.float64) * step + first).clamp(0, length - 1)
+
+
+def _stays(places: Tensor, length: int) -> bool:
+    """Whether an axis of `length` voxels is as it was, as that across slices of one thickness often is."""
+    return torch.equal(places, torch.arange(length, dtype=places.dtype))
 
 
 def _linear(values: Tensor, axis: int, places: Tensor) -> Tensor:

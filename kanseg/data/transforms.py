@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +111,15 @@ def preprocessing(plan: Plan) -> Compose:
     )
 
 
-def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item, Image]:
+def load_case(
+    case: Case, plan: Plan, *, with_label: bool = True, look: Callable[[Image], None] | None = None
+) -> tuple[Item, Image]:
     """Read and preprocess: {"image": (C, *S) float32, "label": (1, *S) numbers of `kanseg.data.labels.class_numbers`}.
 
-    Also given is the image as it was read.
+    Also given is the image that was read, for its grid: its numbers may be normalised already.
+
+    Args:
+        look: is shown the image as it was read.
 
     Raises:
         UserError: files that cannot be read or do not fit the plan or each other.
@@ -141,6 +146,8 @@ def load_case(case: Case, plan: Plan, *, with_label: bool = True) -> tuple[Item,
             f"{'; convert grey pictures to colours' if colours else ''}"
             f"{'; files of one channel each are called x_0000, x_0001, ... in this order' if apart else ''}."
         )
+    if look is not None:
+        look(source)
     affine = torch.from_numpy(source.affine)
     item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}
     if with_label:

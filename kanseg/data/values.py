@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from kanseg.data.cases import Case, Dataset, few, label_path, noted
 from kanseg.data.class_names import shared_names
 from kanseg.data.colours import colour_names, require_classes
 from kanseg.data.images import FULL, LOSSY, label_from, palette_numbers, read_image, suffix_of
-from kanseg.data.labels import IGNORE, given_regions, known_values, unions
+from kanseg.data.labels import IGNORE, given_regions, known_values, unions, value_counts
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
@@ -20,10 +20,15 @@ MOST_VALUES = 1000  # distinct numbers in a label file; more is a picture, not a
 GREY = 0x010101  # times a level of grey: its code as a colour
 MOST_EDGE_VALUES = 16  # of a mask of 0 and 255; one with more values was resized
 TWO_WAYS, BESIDE = "0 and 1, 0 and 255", "255 beside classes"  # what `mixed_masks` finds
+ValuesSeen = Callable[[Case], tuple[int, ...] | None]  # values in the label of a case, where they are known
 
 
-def with_values(dataset: Dataset, regions: Mapping[str, Sequence[int]] | None = None) -> Dataset:
-    """A data set that was listed, after a look into every label; see `read_dataset`."""
+def with_values(
+    dataset: Dataset,
+    regions: Mapping[str, Sequence[int]] | None = None,
+    seen: ValuesSeen = lambda case: None,
+) -> Dataset:
+    """A data set that was listed, after a look into every label whose values were not `seen`; see `read_dataset`."""
     declared = set(known_values(dataset))
     if regions:
         dataset = replace(dataset, **given_regions(regions))
@@ -32,7 +37,7 @@ def with_values(dataset: Dataset, regions: Mapping[str, Sequence[int]] | None = 
             kept = {value: name for name, value in pairs if value != dataset.ignore_value}
             dataset = replace(dataset, label_names=tuple(kept.values()), label_values=tuple(kept))
     _require_files(dataset)
-    dataset = _with_label_values(dataset)
+    dataset = _with_label_values(dataset, seen)
     named = {value for values in (regions or {}).values() for value in values}
     foreign = named - declared - {value for case in dataset.cases for value in case.values}
     if foreign:
@@ -62,7 +67,7 @@ def _values_in(path: Path, spatial_dims: int, palette: dict[int, int]) -> set[in
     image = read_image(path, spatial_dims)
     label = label_from(image)
     require_classes(image, palette)
-    values = np.unique(label)
+    values = np.array(list(value_counts(label)))
     if len(values) > MOST_VALUES or values.min(initial=0) < 0:
         raise UserError(
             f"{path} is no label map: it has {len(values)} different values from {values.min()} to {values.max()}. "
@@ -105,14 +110,14 @@ def mixed_masks(cases: Sequence[Case]) -> tuple[str, str]:
     )
 
 
-def _with_label_values(dataset: Dataset) -> Dataset:
+def _with_label_values(dataset: Dataset, seen: ValuesSeen) -> Dataset:
     """Look into the label files: which values stand there, and do they fit what is declared."""
     declared = set(known_values(dataset)) if dataset.label_values else set()
     accepted = declared | ({dataset.ignore_value} - {None})
     cases: list[Case] = []
     palette: dict[int, int] = {}
     for case in progress(dataset.cases, "Reading labels"):
-        values = _values_in(label_path(case), dataset.spatial_dims, palette)
+        values = set(seen(case) or _values_in(label_path(case), dataset.spatial_dims, palette))
         if declared and not values <= accepted:
             raise UserError(undeclared(label_path(case), dataset, values - accepted))
         cases.append(replace(case, values=tuple(sorted(values))))

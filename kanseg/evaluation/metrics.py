@@ -7,7 +7,6 @@ or unreadable prediction counts as an empty one and as a failure.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import math
@@ -21,13 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import (
-    compute_average_surface_distance,
-    compute_dice,
-    compute_hausdorff_distance,
-    compute_iou,
-    compute_surface_dice,
-)
+from monai.metrics import compute_dice, compute_iou
+from monai.metrics.utils import get_surface_distance
 from scipy import ndimage
 
 from kanseg.data.beside import is_beside
@@ -44,11 +38,10 @@ from kanseg.data.images import (
     is_structures,
     label_from,
     read_image,
-    read_label,
     stem_of,
     suffix_of,
 )
-from kanseg.data.labels import Labels, class_values, unions
+from kanseg.data.labels import COUNTED, Labels, class_values, unions, value_counts
 from kanseg.data.listing import image_files, segmentations_in
 from kanseg.data.plan import Plan
 from kanseg.data.segmentations import read_segments, require_highdicom
@@ -65,7 +58,16 @@ RESAMPLES = 2000
 TOLERANCE = 1.0
 ENDINGS = ("_mask", "_label", "_seg")
 MOST_ALONE = 100  # values that one side alone has; grey values of an image are more
-COUNTED = 1 << 20  # voxels at a time
+# Scores of what neither label map has.
+NOWHERE = {
+    "dice": 1.0,
+    "iou": 1.0,
+    "hd95": 0.0,
+    "nsd": 1.0,
+    "assd": 0.0,
+    "volume_ml": 0.0,
+    "reference_volume_ml": 0.0,
+}
 ALIKE = 0.5  # share of equal neighbours, of which label maps have more
 
 
@@ -177,7 +179,7 @@ def _score(
         "reference_volume_ml": float(reference.sum() * voxel),
     }
     if not prediction.any() and not reference.any():
-        return {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "nsd": 1.0, "assd": 0.0, **scores}
+        return dict(NOWHERE)
     if not prediction.any() or not reference.any():
         diagonal = math.hypot(*(n * s for n, s in zip(shape, spacing, strict=True)))
         return {"dice": 0.0, "iou": 0.0, "hd95": diagonal, "nsd": 0.0, "assd": diagonal, **scores}
@@ -191,13 +193,17 @@ def _overlap_and_distance(
 ) -> dict[str, float]:
     """Scores of two masks that both hold something."""
     y_pred, y = (torch.from_numpy(mask)[None, None].float() for mask in (prediction, reference))
-    spaced: dict[str, Any] = {"include_background": True, "spacing": list(spacing)}
+    surfaces = [mask ^ ndimage.binary_erosion(mask) for mask in (prediction, reference)]
+    apart = [  # measured once for both scores
+        torch.from_numpy(get_surface_distance(one, other, "euclidean", list(spacing)))
+        for one, other in (surfaces, surfaces[::-1])
+    ]
     return {
         "dice": float(compute_dice(y_pred, y, ignore_empty=False)),
         "iou": float(compute_iou(y_pred, y, ignore_empty=False)),
-        "hd95": float(compute_hausdorff_distance(y_pred, y, percentile=95, **spaced)),
-        "nsd": float(compute_surface_dice(y_pred, y, [tolerance], **spaced)),
-        "assd": float(compute_average_surface_distance(y_pred, y, symmetric=True, **spaced)),
+        "hd95": max(float(torch.quantile(distances, 0.95)) for distances in apart),
+        "nsd": float((torch.cat(apart) <= tolerance).sum() / sum(map(len, apart))),
+        "assd": float(torch.cat(apart).mean()),
     }
 
 
@@ -303,12 +309,10 @@ def evaluate_folders(
             labels = single = {known.get(code, colour_name(code)): n for n, code in enumerate(every, start=1)}
         values = segments or single
         coded = {side: _colour_values(side, codes, values, known) for side, codes in colours.items()}
-    found = labels or _found_labels(sides)
-    names = {name: value for name, value in found.items() if value != ignore}
-    if not names:
-        raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
-    wanted = {**names, **(unions or {})}
-    scored, elsewhere = [], []
+    together = dict(unions or {})
+    scores: dict[str, dict[Label, dict[str, float]]] = {}
+    elsewhere: list[str] = []
+    found: dict[Path | str, set[int]] = {side: set() for side in sides}  # values, where no classes are given
     palette: dict[int, int] = {}
     for case, path in progress(references.items(), "Scoring"):
         target = read_image(path)
@@ -324,19 +328,36 @@ def evaluate_folders(
                 failures[case] = str(error)
             else:
                 elsewhere += _apart(target, image)
+        wanted: Collection[Label] = list((labels or {}).values())
+        if not labels:
+            maps = {reference: truth} | ({} if case in failures else {prediction: guess})
+            own = {side: set(value_counts(label)) for side, label in maps.items()}
+            found |= {side: found[side] | values for side, values in own.items()}
+            for side, label in maps.items():
+                _refuse_image(side, label, found)
+            wanted = set[int]().union(*own.values()) - {0}
         if elsewhere:  # there is nothing to score, but there may be more of them
             continue
         if ignore is not None:
             guess, truth = (np.where(truth == ignore, 0, array) for array in (guess, truth))
-        scores = evaluate_case(
-            guess, truth, target.spacing, list(wanted.values()), tolerance, lesions=lesions
-        )
-        scored += [{"case": case, "label": name, **scores[value]} for name, value in wanted.items()]
+        wanted = [*wanted, *together.values()]
+        scores[case] = evaluate_case(guess, truth, target.spacing, wanted, tolerance, lesions=lesions)
+    every = sorted(set[int]().union(*found.values()) - {0})
+    classes = labels or _called(every, [path for paths in sides.values() for path in paths])
+    names = {name: value for name, value in classes.items() if value != ignore}
+    if not names:
+        raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
     if elsewhere:
         raise UserError(
             f"{len(elsewhere)} of {len(references)} cases lie elsewhere: {' '.join(elsewhere[:5])}"
         )
-    rows, together = part_rows(scored, names)
+    nowhere = NOWHERE | (dict.fromkeys(COUNTS, 0) if lesions else {})
+    scored = [
+        {"case": case, "label": name, **by_label.get(value, nowhere)}
+        for case, by_label in scores.items()
+        for name, value in {**names, **together}.items()
+    ]
+    rows, union_rows = part_rows(scored, names)
     surplus = sorted(set(predictions) - set(references))
     absent = absent_labels(rows) if labels else []  # else a prediction has it, and that counts
     unit = "pixels" if suffix_of(target.path) in SUFFIXES_2D else "mm"
@@ -350,14 +371,14 @@ def evaluate_folders(
         f"nsd_tolerance_{unit}": tolerance,
         "interval": f"95 % bootstrap interval of the mean over cases, {RESAMPLES} resamples, seed {seed}",
         "metrics": summarize_rows(rows, seed, aside=absent),
-        "unions": summarize_unions(together, seed),
+        "unions": summarize_unions(union_rows, seed),
     }
     if lesions:
         drawn = np.random.default_rng(seed).integers(0, len(references), (RESAMPLES, len(references)))
         summary["lesions"] = summarize_lesions(scored, drawn)
     if out is not None:
         folder = make_folder(Path(out))
-        write_tables(folder, "cases.csv", rows, together)
+        write_tables(folder, "cases.csv", rows, union_rows)
         write_json(folder / "summary.json", summary)
     return summary
 
@@ -455,42 +476,30 @@ def _stem(name: str) -> str:
     return name
 
 
-def _found_labels(sides: Mapping[Path | str, Sequence[Path]]) -> dict[str, Label]:
-    """Every value but 0 in the files of both sides, the references first; an unreadable prediction is told later.
-
-    Raises:
-        UserError: a reference cannot be read, or one side has many values and few of them are the other's, so it
-            holds images.
-    """
-    first, found = next(iter(sides)), {side: set[int]() for side in sides}
-    for side, path in progress([(side, path) for side, paths in sides.items() for path in paths], "Reading"):
-        try:
-            found[side] |= set(np.unique(read_label(path)).tolist())
-        except UserError:
-            if side == first:
-                raise
-    shared, every = set.intersection(*found.values()), set.union(*found.values()) - {0}
-    for side, values in found.items():
-        many = all(found.values()) and len(values - shared) > max(MOST_ALONE, len(shared))
-        if many and any(_changes_everywhere(path) for path in sides[side][:3]):
-            raise UserError(
-                f"{side} has {len(values)} different values, the other side {len(shared)} of them: are these images "
-                "instead of label maps? Give the folder of label maps, or name the classes by --labels."
-            )
-    told, _ = shared_names([path for paths in sides.values() for path in paths])
-    names = {value: told.get(value, f"label {value}") for value in sorted(every)}
-    if len(set(names.values())) < len(names):
-        names = {value: f"label {value}" for value in names}
-    return {name: value for value, name in names.items()}
+def _called(values: Sequence[int], paths: Sequence[Path]) -> dict[str, Label]:
+    """Names of values: those that the headers of label maps tell, where they agree, or numbers."""
+    told, _ = shared_names(paths)
+    names = [told.get(value, f"label {value}") for value in values]
+    if repeated(names):
+        names = [f"label {value}" for value in values]
+    return dict(zip(names, values, strict=True))
 
 
-def _changes_everywhere(path: Path) -> bool:
+def _refuse_image(side: Path | str, label: np.ndarray, found: Mapping[Path | str, set[int]]) -> None:
+    """Raise `UserError` where one side has many values, few of them are the other's, and this one is an image."""
+    shared, values = set.intersection(*found.values()), found[side]
+    many = all(found.values()) and len(values - shared) > max(MOST_ALONE, len(shared))
+    if many and _changes_everywhere(label):
+        raise UserError(
+            f"{side} has {len(values)} different values, the other side {len(shared)} of them: are these images "
+            "instead of label maps? Give the folder of label maps, or name the classes by --labels."
+        )
+
+
+def _changes_everywhere(label: np.ndarray) -> bool:
     """Whether neighbours differ more often than not, as in an image; within a structure labels are all alike."""
-    with contextlib.suppress(UserError):
-        label = read_label(path)
-        inside = (label[1:] != 0) & (label[:-1] != 0)
-        return bool(inside.any()) and float((label[1:] == label[:-1])[inside].mean()) < ALIKE
-    return False
+    inside = (label[1:] != 0) & (label[:-1] != 0)
+    return bool(inside.any()) and float((label[1:] == label[:-1])[inside].mean()) < ALIKE
 
 
 def summarize_rows(

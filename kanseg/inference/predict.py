@@ -138,10 +138,8 @@ def predict(
     plans = [plan] if isinstance(plan, Plan) else list(plan)
     parts = []
     for number, (network, own) in enumerate(zip(models, plans, strict=True)):
-        item, source = load_case(case, own, with_label=False)
+        item, source = load_case(case, own, with_label=False, look=None if number else look)
         settle(how.get("memory"))  # what reading left
-        if look is not None and number == 0:
-            look(source)
         seen = None if watch is None else _shifted(watch, number, len(models))
         was_training = network.training
         network.eval()
@@ -276,6 +274,7 @@ def _remark_on(console: Console, case: str, plan: Plan, memory: int | None, imag
     exchanged = exchanged_channels(image.array, plan.fingerprint, plan.channel_names)
     for said in filter(None, (size, exchanged)):
         console.print(f"{case}: note: {said}", highlight=False, soft_wrap=True)
+    settle(memory)
     needed = taken() + VOXEL * image.array[0].size
     if plan.image_dims == 3 and memory is not None and needed > memory:
         console.print(

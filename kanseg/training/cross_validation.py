@@ -17,6 +17,7 @@ from kanseg.config import Config, with_options
 from kanseg.data.cases import Case, Dataset, label_path
 from kanseg.data.images import label_from, read_image, read_label
 from kanseg.data.labels import class_values, painted, unions
+from kanseg.data.loaders import Prepared
 from kanseg.data.plan import CACHE_SHARE
 from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError, UserError
@@ -79,12 +80,13 @@ def cross_validate(
     run.mkdir(parents=True, exist_ok=True)
     failed: dict[int, str] = {}
     folds: dict[int, dict[str, Any]] = {}
+    prepared = Prepared(plan) if isinstance(plan, Plan) else None
     with locked(run, is_main()):
         for fold in range(len(splits)):
             console.print(f"Fold {fold} of {len(splits)}", highlight=False)
             try:
                 how: dict[str, Any] = {"resume": True, "override": override, "console": console}
-                folds[fold] = fit(config, plan, dataset, run, fold=fold, **how)
+                folds[fold] = fit(config, plan, dataset, run, fold=fold, prepared=prepared, **how)
             except UsageError:
                 raise
             except Exception as error:  # whatever it was, the other folds go on
@@ -94,6 +96,7 @@ def cross_validate(
                     f"Fold {fold} failed: {failed[fold]}", markup=False, highlight=False, soft_wrap=True
                 )
             give_back()
+        prepared = None
         if not folds:
             raise UserError(f"Every fold of {run} failed, the first by: {failed[0]}")
         facts = {"folds": folds, "failed": failed}

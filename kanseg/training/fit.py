@@ -23,6 +23,7 @@ from torch import nn
 from kanseg.config import Config, check_names
 from kanseg.data.cases import Dataset
 from kanseg.data.fingerprint import load_fingerprint
+from kanseg.data.loaders import Prepared
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
 from kanseg.models import check_patch
@@ -60,6 +61,7 @@ def fit(
     override: bool = False,
     console: Console | None = None,
     watch: Callable[[dict[str, Any]], None] | None = None,
+    prepared: Prepared | None = None,
 ) -> dict[str, Any]:
     """Train one fold and return its summary (also in RUN/fold_0/summary.json).
 
@@ -71,6 +73,7 @@ def fit(
         override: take the other options that are given too.
         console: where to report; default standard output.
         watch: called with the record of each epoch; see `Monitor`.
+        prepared: cases that other folds use, too.
 
     Raises:
         UsageError: an unknown name or key, no such fold, a folder that holds a training when not resuming.
@@ -87,7 +90,7 @@ def fit(
     accelerator = make_accelerator(config.training)
     set_seed(config.seed)
     spec, model, started, fresh = fitting_model(config, plan, folder)  # before anything is written
-    task = create_task(config, plan, dataset, training, validation, accelerator)
+    task = create_task(config, plan, dataset, training, validation, accelerator, prepared)
     main = accelerator.is_main_process
     with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
         if main:  # only now: a folder in use is another training's

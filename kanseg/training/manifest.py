@@ -96,14 +96,10 @@ def digests(cases: Iterable[Case], seen: Mapping[str, Any] | None = None) -> dic
         seen: fingerprint of the run, whose digests need not be made again.
     """
     known = {
-        path: file["sha256"]
-        for case in (seen or {"cases": {}})["cases"].values()
-        for path, file in case["files"].items()
+        name: [file["sha256"] for file in case["files"].values()]
+        for name, case in (seen or {"cases": {}})["cases"].items()
     }
-    by_case = {
-        case.id: _joined(known.get(str(path)) or file_digest(path) for path in files_of(case))
-        for case in cases
-    }
+    by_case = {case.id: _joined(known.get(case.id) or map(file_digest, files_of(case))) for case in cases}
     return {"sha256": _joined(by_case.values()), "cases": by_case}
 
 

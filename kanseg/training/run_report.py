@@ -115,7 +115,7 @@ def write_report(run: Path | str, dataset: Dataset | None = None) -> Path:
     if not planned:
         raise UserError(f"{run} holds no plan.json, so there is nothing to report. Give the folder of a run.")
     plan = load_plan(planned[0] / PLAN)
-    dataset = dataset or dataset_of(plan)
+    dataset = dataset or dataset_of(plan, planned[0])
     told: Told
     if isinstance(plan, Plan):
         found = [Configuration(path.name, path) for path in places if (path / RESULT).exists()]

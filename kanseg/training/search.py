@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from kanseg.config import changes, load_config
+from kanseg.data.fingerprint import FINGERPRINT
 from kanseg.data.plans import AnyPlan, dataset_of, load_plan, plan_from_dict
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
@@ -232,8 +233,9 @@ def _trial(options: dict[str, Any], job: dict[str, Any]) -> None:
     plan = plan_from_dict(job["plan"])
     run = Path(job["run"])
     folder = make_folder(run / "search" / "trials" / tune.get_context().get_trial_id())
-    if (run / SPLITS).exists():
-        write_bytes(folder / SPLITS, (run / SPLITS).read_bytes())
+    for name in (SPLITS, FINGERPRINT):  # the data need no digests of their own in every trial
+        if (run / name).exists():
+            write_bytes(folder / name, (run / name).read_bytes())
 
     def tell(record: Mapping[str, Any]) -> None:
         score = record[f"mean_{plan.metric}"]
@@ -242,7 +244,7 @@ def _trial(options: dict[str, Any], job: dict[str, Any]) -> None:
 
     quiet = Console(file=io.StringIO())
     how: dict[str, Any] = {"fold": job["fold"], "resume": True, "console": quiet, "watch": tell}
-    fit(config, plan, dataset_of(plan), folder, **how)
+    fit(config, plan, dataset_of(plan, run), folder, **how)
 
 
 def _row(result: Any, space: Mapping[str, Any], folder: Path, fold: int, metric: str) -> dict[str, Any]:

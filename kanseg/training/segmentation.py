@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kanseg.config import Config
 from kanseg.data.cases import Case
-from kanseg.data.loaders import TrainLoader, val_loader
+from kanseg.data.loaders import Prepared, TrainLoader, val_loader
 from kanseg.data.plan import Plan
 from kanseg.progress import note
 from kanseg.training.augment import BatchAugmentation
@@ -34,7 +34,9 @@ class Segmentation:
         training: Sequence[Case],
         validation: Sequence[Case],
         device: torch.device,
+        prepared: Prepared | None = None,
     ) -> None:
+        self.prepared = prepared
         self.config, self.options, self.plan = config, config.training, plan
         self.training, self.validation, self.device = training, validation, device
         self.names: Sequence[str] = list(plan.label_names[1:])
@@ -48,7 +50,7 @@ class Segmentation:
         check_loss(self.criterion, f"training.loss {self.options.loss}", logits, label)
 
     def batches(self, epoch: int, step: int, rank: int, ranks: int) -> Iterator[Batch]:
-        """Patches; every case is read once, now."""
+        """Patches; every case that is not prepared yet is read once, now."""
         loader = TrainLoader(
             self.plan,
             self.training,
@@ -62,6 +64,7 @@ class Segmentation:
             balanced=self.options.balanced,
             changes=not self.on_device,
             strength=self.options.augmentation,
+            prepared=self.prepared,
             pin=self.device.type == "cuda",
         )
         return loader.batches(epoch, step)

@@ -9,17 +9,18 @@ from accelerate import Accelerator
 
 from kanseg.config import Config
 from kanseg.data.cases import Case, Dataset
+from kanseg.data.loaders import Prepared
 from kanseg.data.plans import AnyPlan
 from kanseg.training.classification import Classification
 from kanseg.training.segmentation import Segmentation
 from kanseg.training.task import Task
 
 
-def _segmentation(shared: Sequence[Any], dataset: Any, accelerator: Accelerator) -> Task:
-    return Segmentation(*shared)
+def _segmentation(shared: Sequence[Any], dataset: Any, accelerator: Accelerator, prepared: Any) -> Task:
+    return Segmentation(*shared, prepared)
 
 
-def _classification(shared: Sequence[Any], dataset: Any, accelerator: Accelerator) -> Task:
+def _classification(shared: Sequence[Any], dataset: Any, accelerator: Accelerator, prepared: Any) -> Task:
     return Classification(*shared, dataset=dataset, main=accelerator.is_main_process)
 
 
@@ -33,7 +34,8 @@ def create_task(
     training: Sequence[Case],
     validation: Sequence[Case],
     accelerator: Accelerator,
+    prepared: Prepared | None = None,
 ) -> Task:
-    """The task of a plan, over the cases of a fold."""
+    """The task of a plan, over the cases of a fold; volumes and pictures may be `prepared` for several folds."""
     shared = (config, plan, training, validation, accelerator.device)
-    return TASKS[plan.task](shared, dataset, accelerator)
+    return TASKS[plan.task](shared, dataset, accelerator, prepared)
