@@ -411,8 +411,8 @@ def models(
 ) -> None:
     """List networks and encoders with their parameters (1 channel, 3 classes) and what they are.
 
-    Networks are for `kanseg train --model NAME`, encoders for model.options.encoder=NAME, layers for
-    model.options.basis=NAME model.options.layer_options.OPTION=VALUE, weights for `kanseg predict -m NAME`, offline.
+    Networks are for model.name=NAME, encoders for model.options.encoder=NAME, layers for model.options.basis=NAME
+    model.options.layer_options.OPTION=VALUE, weights for `kanseg predict -m NAME`, offline.
 
     Example: kanseg models
 

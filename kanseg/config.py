@@ -450,7 +450,7 @@ def _as_hydra_override(override: str, folder: Path) -> str:
         choices = [path.stem for path in (folder / key).glob("*.yaml")]
         value = override[len(key) + 1 :]
         if value not in choices:
-            networks = " A network is chosen by --model NAME (model.name=NAME)." if key == "model" else ""
+            networks = " A network is chosen by model.name=NAME." if key == "model" else ""
             raise UsageError(f"Unknown {key} config '{value}'.{did_you_mean(value, choices)}{networks}")
         return override
     return f"++{key}={_quoted(key, override[len(key) + 1 :])}"
