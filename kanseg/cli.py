@@ -166,8 +166,8 @@ def train(
     Of images with classes a classifier is trained; its keys are classification.*, and training.balanced=true draws all
     classes equally often.
 
-    Every key has its meaning and default in kanseg/config.py, and its value in RUN/config.json; a wrong one is answered
-    by the nearest.
+    `kanseg info --keys` lists every key, its default and meaning; RUN/config.json has the values of a run. A wrong one
+    is answered by the nearest.
 
     Example: kanseg train runs/hippocampus training.max_minutes=45 training=sgd
 
@@ -428,8 +428,8 @@ def models(
 ) -> None:
     """List networks and encoders with their parameters (1 channel, 3 classes) and what they are.
 
-    Networks are for `kanseg train --model NAME`, encoders for model.options.encoder=NAME, layers for
-    model.options.basis=NAME model.options.layer_options.OPTION=VALUE, weights for `kanseg predict -m NAME`, offline.
+    Networks are for model.name=NAME, encoders for model.options.encoder=NAME, layers for model.options.basis=NAME
+    model.options.layer_options.OPTION=VALUE, weights for `kanseg predict -m NAME`, offline.
 
     Example: kanseg models
 
@@ -496,6 +496,9 @@ def info(
         Path | None,
         typer.Argument(help="Run, model, checkpoint, name of weights, or a label map.", show_default=False),
     ] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Every key=value of kanseg run and train: default and meaning.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Versions and hardware, for a bug report; of a model what it takes, gives and was trained on; of a label map how
@@ -506,9 +509,14 @@ def info(
     Example: kanseg info runs/hippocampus
 
     Example: kanseg info mask.nii.gz
+
+    Example: kanseg info --keys
     """
     from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D, suffix_of
 
+    if keys:
+        _tell_keys(model, json_)
+        return
     if model is not None and suffix_of(model) in (*SUFFIXES_3D, *SUFFIXES_2D):
         from kanseg.data.facts import facts_of_label_map
 
@@ -541,6 +549,21 @@ def info(
     found["free memory"] = f"{free_memory() / 2**30:.1f} GiB"
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     _tell(found, json_)
+
+
+def _tell_keys(model: Path | None, json_: bool) -> None:
+    """Options of a training with their defaults, one a line."""
+    import json
+
+    from kanseg.config import flat, load_config, meanings
+
+    if model is not None:
+        raise UsageError(f"Give {model} or --keys, not both. The options of a run are in its config.json.")
+    default, told = flat(load_config()), meanings()
+    for key, meaning in told.items():
+        text = f"{key}={json.dumps(default[key])}"
+        _console(json_).print(f"{text:48} {meaning}".rstrip(), markup=False, highlight=False, soft_wrap=True)
+    _emit({key: {"default": default[key], "meaning": meaning} for key, meaning in told.items()}, json_)
 
 
 def _tell(found: Mapping[str, Any], json_: bool) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
@@ -98,13 +98,17 @@ class TrainingConfig(Section):
         default="auto",
         description="patches are changed in the loader, or in batches on the device (auto: a GPU)",
     )
-    optimizer: str = "adamw"
+    optimizer: str = Field(
+        default="adamw", description="adamw, sgd, lion or lbfgs, each with a rate of its own"
+    )
     optimizer_options: dict[str, Any] = Field(
         default={}, description="of the optimizer: betas, momentum, ..."
     )
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=3e-5, ge=0)
-    schedule: str = Field(default="poly", description="of the learning rate after the warm-up")
+    schedule: str = Field(
+        default="poly", description="of the learning rate after the warm-up: poly, cosine or constant"
+    )
     schedule_options: dict[str, Any] = Field(default={}, description="of the schedule: power of poly")
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the training in which lr rises")
     gradient_clip: float = Field(default=12.0, gt=0, description="largest norm of the gradient")
@@ -408,6 +412,24 @@ def unlike(stored: Config, given: Config) -> list[str]:
     return [key for key in new if new[key] != old[key] and key not in CHANGEABLE]
 
 
+def meanings(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """ "section.key" -> what it means and which values it takes, where they are few.
+
+    >>> meanings()["training.balanced"]
+    "every class as often a patch's centre as any other"
+    """
+    found: dict[str, str] = {}
+    groups = _groups(section)
+    for name, field in section.model_fields.items():
+        if name in groups:
+            found |= meanings(groups[name], f"{prefix}{name}.")
+            continue
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        words = [field.description or "", ", ".join(choices)]
+        found[f"{prefix}{name}"] = ": ".join(filter(None, words))
+    return found
+
+
 def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     """ "section.key" -> value."""
     found: dict[str, Any] = {}
@@ -428,7 +450,7 @@ def _as_hydra_override(override: str, folder: Path) -> str:
         choices = [path.stem for path in (folder / key).glob("*.yaml")]
         value = override[len(key) + 1 :]
         if value not in choices:
-            networks = " A network is chosen by --model NAME (model.name=NAME)." if key == "model" else ""
+            networks = " A network is chosen by model.name=NAME." if key == "model" else ""
             raise UsageError(f"Unknown {key} config '{value}'.{did_you_mean(value, choices)}{networks}")
         return override
     return f"++{key}={_quoted(key, override[len(key) + 1 :])}"

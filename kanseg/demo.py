@@ -39,7 +39,7 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
     summary.json, which is also returned.
 
     Raises:
-        UserError: nilearn is missing, or `out` already holds a demonstration.
+        UserError: nilearn is missing, or `out` is not empty.
     """
     from kanseg.config import load_config
     from kanseg.inference.postprocess import save_rules
@@ -48,8 +48,10 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
     from kanseg.training.fit import fit
 
     console, out, begun = console or Console(), Path(out), time.monotonic()
-    if (out / "run").exists():
-        raise UserError(f"{out} already holds a demonstration. Delete it, or choose another folder with -o.")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(
+            f"{out} already holds a demonstration, or something else. Delete it, or choose another folder with -o."
+        )
     data = write_demo_data(make_folder(out) / "data")
     dataset = read_dataset(data)
     console.print(

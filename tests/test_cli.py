@@ -25,6 +25,7 @@ from typer.main import get_command
 
 from kanseg import Segmenter
 from kanseg.cli import app, main
+from kanseg.config import flat, load_config
 from kanseg.errors import UsageError
 
 VERBS = ("demo", "doctor", "run", "predict", "evaluate", "report", "plan", "train", "search", "compare")
@@ -231,6 +232,13 @@ def test_models_and_info_print_json() -> None:
     assert "plain =" not in shown
     refused(kanseg("models", "--layers", "--weights"), 2, "not both")
     assert "torch" in json.loads(kanseg("info", "--json").stdout)
+    keys = json.loads(kanseg("info", "--keys", "--json").stdout)
+    assert keys["training.max_minutes"] == {
+        "default": None,
+        "meaning": "wall-clock budget, counted over resumes",
+    }
+    assert {key: row["default"] for key, row in keys.items()} == flat(load_config())
+    refused(kanseg("info", "hippocampus", "--keys"), 2, "not both")
     told = json.loads(kanseg("info", "hippocampus", "--json").stdout)
     assert (told["networks"], told["channels"], told["classes"]["Posterior"]) == (3, ["MRI"], 2)
     refused(kanseg("info", "hippocampos"), 1, "Did you mean 'hippocampus'?")

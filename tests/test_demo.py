@@ -80,6 +80,13 @@ def test_the_whole_way_runs_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch,
         demo.run_demo(tmp_path / "out", console=console)
 
 
+def test_a_run_is_not_mixed_with_a_demonstration(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="or something else"):
+        demo.run_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_without_nilearn_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "nilearn"]:
         monkeypatch.delitem(sys.modules, name)

@@ -196,6 +196,14 @@ DEFECTS: dict[str, Callable[[Path], object]] = {
         renamed(root, "case_0.nii.gz", "a_left.nii.gz"),
         [(root / f / "case_1.nii.gz").rename(root / f / "a_right.nii.gz") for f in ("imagesTr", "labelsTr")],
     ),
+    "beginnings of names": lambda root: (
+        (root / "dataset.json").unlink(),
+        [
+            (root / f / f"case_{n}.nii.gz").rename(root / f / f"slide{n // 2}_x{n}.nii.gz")
+            for f in ("imagesTr", "labelsTr")
+            for n in range(6)
+        ],
+    ),
 }  # fmt: skip
 
 

@@ -315,3 +315,20 @@ def test_constant_blending_weighs_windows_alike(plan: Plan) -> None:
     line = predict_logits(Ramp(), image, plan, overlap=0.5, blending="constant")[0, 0, :, 0, 0]
     wanted = [*range(8), *((i + i - 8) / 2 for i in range(8, 16)), *range(8, 16)]
     torch.testing.assert_close(line, torch.tensor(wanted))
+
+
+def test_facts_of_a_model_of_two_plans_tell_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of kanseg run may hold networks in 3D and in 2D."""
+    from kanseg.inference import ensemble
+
+    def info(file: Path) -> tuple[None, dict[str, object]]:
+        dims = int(file.name)
+        return None, {"model": {"name": "ukanet", "spatial_dims": dims}, "plan": {"patch_size": [32] * dims}}
+
+    monkeypatch.setattr(ensemble, "find_members", lambda path: [Path("3"), Path("3"), Path("2")])
+    monkeypatch.setattr(ensemble, "load_checkpoint", info)
+    monkeypatch.setattr(ensemble, "file_digest", str)
+    found = ensemble.facts_of_model("nowhere")
+    assert found["networks"] == 3
+    assert found["network"] == ["ukanet in 3D", "ukanet in 2D"]
+    assert found["patch size"] == [[32, 32, 32], [32, 32]]

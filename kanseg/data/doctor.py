@@ -101,6 +101,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "folds share a patient": (ERROR, "the folds of the list are left aside"),
     "copied label": (WARNING, None),
     "left and right": (NOTE, None),
+    "beginnings of names": (WARNING, None),
     # of images with classes (`kanseg.data.class_doctor`)
     "unreadable image": (ERROR, None),
     "values not finite": (ERROR, None),
@@ -122,6 +123,7 @@ SHEARED = 0.02
 ROUNDING = 0.5  # of the finest voxel, between corners of two grids that are meant to be one
 THINNEST, THICKEST, MOST_ANISOTROPIC = 0.01, 25.0, 20.0  # mm, mm, ratio
 SIDES = re.compile(r"^(.*?)[_-]?(left|right|L|R)$")
+NUMBERED = re.compile(r"^(\D*\d[^_-]*)[_-]")  # slide1 of slide1_x0_y0, patient001 of patient001_frame01
 PATIENT_ID = "0010|0020"
 
 
@@ -407,6 +409,7 @@ def _across(cases: Sequence[Case], seen: _Seen, dataset: Dataset, findings: list
                 seen.pairs.append((first, other))
                 findings.append(Finding("same patient", other, f"its DICOM patient ID is that of '{first}'"))
     _sides(cases, findings)
+    _beginnings(cases, findings)
 
 
 def _sides(cases: Sequence[Case], findings: list[Finding]) -> None:
@@ -419,6 +422,18 @@ def _sides(cases: Sequence[Case], findings: list[Finding]) -> None:
     if pairs:
         why = f"{len(pairs)} pairs such as {' and '.join(pairs[0])} may be one patient each; give --id-pattern then"
         findings.append(Finding("left and right", pairs[0][0], why))
+
+
+def _beginnings(cases: Sequence[Case], findings: list[Finding]) -> None:
+    """Hint at tiles of a slide or frames of a patient by their names, where no patient is known."""
+    named = [NUMBERED.match(case.id) for case in cases if case.group == case.id]
+    first = [match[1] for match in named if match]
+    if len(first) == len(cases) >= 2 * len(set(first)) > 2:
+        why = (
+            f"{len(cases)} images have {len(set(first))} beginnings of names such as {first[0]}; if each is a patient "
+            f"or a slide, give --id-pattern '{NUMBERED.pattern}', or images of one will be trained on and validated on"
+        )
+        findings.append(Finding("beginnings of names", "", why))
 
 
 def _labelled(dataset: Dataset, cases: tuple[Case, ...]) -> Dataset:

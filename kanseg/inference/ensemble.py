@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -216,20 +217,26 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
     """What a run, a model or a checkpoint takes, gives and was trained on, by words for a table."""
     files = find_members(path)
     infos = [load_checkpoint(file)[1] for file in files]
-    spec, plan = infos[0].get("model") or {}, infos[0].get("plan") or {}
-    stored = _rules(Path(path))
+    specs, plans = ([info.get(key) or {} for info in infos] for key in ("model", "plan"))
+    plan, stored = plans[0], _rules(Path(path))
+
+    def each(values: Iterable[Any]) -> Any:
+        """What all networks have in common, else that of each kind of them."""
+        found = [value for value, _ in itertools.groupby(values)]
+        return found[0] if len(found) == 1 else found
+
     rules = infos[0].get("postprocessing", []) if stored is None else stored
     known = {
         "networks": len(files),
-        "network": f"{spec.get('name')} in {spec.get('spatial_dims')}D",
-        "options": spec.get("options"),
+        "network": each(f"{spec.get('name')} in {spec.get('spatial_dims')}D" for spec in specs),
+        "options": each(spec.get("options") for spec in specs),
         "channels": plan.get("channel_names"),
         "classes": infos[0].get("labels"),
         "regions": plan.get("regions"),
-        "spacing": plan.get("spacing"),
-        "patch size": plan.get("patch_size"),
+        "spacing": each(plan.get("spacing") for plan in plans),
+        "patch size": each(plan.get("patch_size") for plan in plans),
         "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
-        "mirror axes": plan.get("mirror_axes"),
+        "mirror axes": each(plan.get("mirror_axes") for plan in plans),
         "post-processing": rules,
         "trained on": plan.get("dataset_name"),
         "folds": [info["fold"] for info in infos if info.get("fold") is not None],
