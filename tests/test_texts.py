@@ -24,7 +24,13 @@ from kanseg.models.model import CLASSIFIERS, MODELS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "pipelines/**/README.md", "kanseg/docs/*.md", "kanseg/**/README.md", "notebooks/*.ipynb")
+    for pattern in (
+        "*.md",
+        "pipelines/**/README.md",
+        "kanseg/docs/*.md",
+        "kanseg/**/README.md",
+        "notebooks/*.ipynb",
+    )
     for path in ROOT.glob(pattern)
 )
 VERBS = get_command(app).commands  # type: ignore[attr-defined]
