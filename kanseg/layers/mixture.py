@@ -26,7 +26,8 @@ class MixtureOfExperts(nn.Module):
 
     The gate sees the mean of each channel. An expert runs on its samples alone; one without samples gets gradients of
     zero. After a forward pass in training `balance_loss` holds the loss that spreads samples over experts; the training
-    loop adds `take_balance_loss(model)`.
+    loop adds `take_balance_loss(model)`. `fully_shard` takes the mixture or what holds it, never single experts, which
+    not every process calls.
 
     Args:
         expert_layer: constructor of one expert, called like `ConvLayer`.
