@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from kanseg.bases import Basis
 from kanseg.errors import UsageError
-from kanseg.layers import FAMILIES, KANConv, conv_layer
+from kanseg.layers import FAMILIES, KANConv, conv_layer, plain_steps
 
 ALL = [*sorted(FAMILIES), None]
 IDS = {"ids": str}
@@ -120,13 +120,115 @@ def test_kernel_1_with_padding_on_some_axes_has_the_shape_of_torch(dims: int) ->
     assert conv_layer("kagn")(dims, 3, 4, 1, stride=2, padding=padding)(x).shape == torchs(x).shape
 
 
-@pytest.mark.parametrize("family", ["kagn", "kan", None], **IDS)
-def test_tangents_are_refused_not_wrong(family: str | None) -> None:
-    layer, x = made(family).requires_grad_(False), image()
+@pytest.mark.parametrize("family", ALL, **IDS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_tangents_are_those_of_differences(family: str | None, frozen: bool) -> None:
+    layer, x = made(family).eval().double().requires_grad_(not frozen), image(size=6).double()
+    way, step = torch.randn_like(x), 1e-6
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises((RuntimeError, NotImplementedError), match="forward AD|jvp"):
-            layer(dual)
+        y = layer(torch.autograd.forward_ad.make_dual(x, way))
+        found = torch.autograd.forward_ad.unpack_dual(y).tangent
+    expected = (layer(x + step * way) - layer(x - step * way)) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+@pytest.mark.parametrize("options", [{}, {"num_experts": 3, "noisy": False}], ids=str)
+def test_vmap_makes_an_ensemble_of_one_parameter(family: str | None, options: dict[str, Any]) -> None:
+    layer, x = made(family, **options).eval(), image(size=6)
+    for name, parameter in layer.named_parameters():
+        several = torch.stack([parameter, 1.1 * parameter]).detach()
+
+        def call(given: Tensor, name: str = name) -> Tensor:
+            return torch.func.functional_call(layer, {name: given}, (x,))
+
+        torch.testing.assert_close(
+            torch.vmap(call)(several), torch.stack([*map(call, several)]), rtol=1e-3, atol=1e-4
+        )
+
+
+EDITED = [("kagn", {"dropout": 0.1}), ("bottleneck_kagn", {}), ("bottleneck_relukan", {"dropout": 0.1})]
+EDITED += [("fastkan", {"dropout": 0.1}), ("wavkan", {}), ("kan", {"norm": ("group", {"num_groups": 2})})]
+
+
+@pytest.mark.parametrize(("family", "options"), EDITED)
+def test_what_is_edited_before_the_backward_pass_gives_no_wrong_gradient(
+    family: str, options: dict[str, Any]
+) -> None:
+    """Steps that are made again would read the new numbers."""
+    x = image()
+    for edited in dict(made(family, **options).named_parameters()):
+        layer, other = made(family, **options), made(family, **options)
+        torch.manual_seed(2)
+        wanted = gradients(layer, x)
+        torch.manual_seed(2)
+        y = other(x)
+        with torch.no_grad():
+            other.get_parameter(edited).mul_(0.3)
+        try:
+            y.backward(torch.arange(y.numel(), dtype=torch.float32).cos().view_as(y))
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)  # noqa: PT017
+            continue
+        for name, parameter in other.named_parameters():
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "options"), EDITED)
+def test_weights_may_be_trained_while_the_backward_pass_runs(family: str, options: dict[str, Any]) -> None:
+    """A step a parameter as soon as its gradient is there, as in torch's tutorial on memory."""
+    layer, x = made(family, **options), image()
+    torch.manual_seed(2)
+    wanted = gradients(layer, x)
+    expected = {name: p.detach() - 0.1 * wanted[name] for name, p in layer.named_parameters()}
+    for parameter in layer.parameters():
+        parameter.register_post_accumulate_grad_hook(_step)
+    torch.manual_seed(2)
+    gradients(layer, x)
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-4, atol=1e-4)
+
+
+def _step(parameter: Any) -> None:
+    with torch.no_grad():
+        parameter.sub_(0.1 * parameter.grad)
+
+
+@pytest.mark.parametrize("name", ["down_weight", "inner.basis_weight"])
+def test_spectral_norm_is_the_same_when_steps_are_made_again(name: str) -> None:
+    found = []
+    for recompute in (True, False):
+        layer, x = made("bottleneck_kagn", recompute=recompute), image()
+        owner, _, weight = f"conv.{name}".rpartition(".")
+        nn.utils.parametrizations.spectral_norm(layer.get_submodule(owner), weight)
+        found.append(gradients(layer, x))
+    for name, grad in found[1].items():
+        torch.testing.assert_close(found[0][name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
+
+
+def test_an_activation_in_place_inside_another_reads_its_input_once() -> None:
+    act = nn.Sequential(nn.LeakyReLU(0.1, inplace=True), nn.Tanh())
+    layer, x = made("kagn", norm=None, act=act), image()
+    y = layer(x)
+    (found,) = torch.autograd.grad(y.sum(), layer.conv.base_weight)
+    z = layer.conv(x)
+    plain = torch.tanh(nn.functional.leaky_relu(z, 0.1))
+    (expected,) = torch.autograd.grad(plain.sum(), layer.conv.base_weight)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_many_gradients_at_once_are_refused_and_right_in_plain_steps(family: str | None) -> None:
+    layer, x = made(family).eval(), image(size=17).requires_grad_()
+    y = layer(x)
+    several = torch.randn(2, *y.shape)
+    with pytest.raises(RuntimeError, match="plain_steps"):
+        torch.autograd.grad(y, x, several, is_grads_batched=True, retain_graph=True)
+    expected = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in several])
+    with plain_steps():
+        y = layer(x)
+    (found,) = torch.autograd.grad(y, x, several, is_grads_batched=True)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ALL, **IDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from kanseg.errors import UsageError
 from kanseg.layers.heads import MatryoshkaHead
@@ -53,3 +54,14 @@ def test_the_second_image_may_be_of_any_size() -> None:
 def test_groups_that_do_not_divide_are_explained() -> None:
     with pytest.raises(UsageError, match=r"channels \(=6\) must be divisible by num_groups \(=4\)"):
         SpatialNorm(2, 6, num_groups=4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_pruned_head_trains_on(shared: bool) -> None:
+    """Pruning makes the weight anew in a hook on each call."""
+    head, x = MatryoshkaHead((4, 8), 3, shared=shared), torch.randn(2, 8)
+    for classifier in head.classifiers:
+        prune.l1_unstructured(classifier, "weight", 0.5)
+    for _ in range(2):
+        torch.stack(head(x)).sum().backward()
+    assert all((c.weight_orig.grad[c.weight_mask == 0] == 0).all() for c in head.classifiers)

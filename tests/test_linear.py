@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import literature
 import pytest
 import torch
 from test_layers import saved_bytes
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from kanseg.bases import BASES
 from kanseg.errors import UsageError
@@ -104,3 +107,21 @@ def test_impossible_options_are_explained() -> None:
         KANMLP((3,))
     with pytest.raises(UsageError, match="Unknown basis 'kagm'.*Did you mean 'kagn'"):
         linear_layer("kagm")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_layers_train_on(family: str) -> None:
+    """Pruning makes a weight anew in a hook on each call, of an inner layer as well."""
+    torch.manual_seed(0)
+    whole = linear_layer(family)(8, 16)
+    for name in dict(whole.named_parameters()):
+        if name.endswith("scale"):  # by which is divided
+            continue
+        layer = copy.deepcopy(whole)
+        owner, _, own = name.rpartition(".")
+        prune.l1_unstructured(layer.get_submodule(owner), own, 0.5)
+        for _ in range(2):
+            layer(torch.randn(5, 8)).sum().backward()
+        part = layer.get_submodule(owner)
+        grad, mask = part.get_parameter(f"{own}_orig").grad, part.get_buffer(f"{own}_mask")
+        assert grad is None or not grad[mask == 0].any()

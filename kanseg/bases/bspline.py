@@ -40,14 +40,24 @@ class _CardinalBSpline(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
         v, ctx.order = inputs
         ctx.save_for_backward(v)
+        ctx.save_for_forward(v)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (v,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # differentiated again: as a difference of splines of lower order
-            lower = ctx.order - 1
-            return grad * (cardinal_bspline(v + 0.5, lower) - cardinal_bspline(v - 0.5, lower)), None
-        return _truncated_powers(v, ctx.order, ctx.order - 1).mul_(grad).mul_(v.sign().neg_()), None
+        if torch.is_grad_enabled():
+            return grad * _slope(v, ctx.order), None
+        return _truncated_powers(v, ctx.order, ctx.order - 1).mul_(v.sign().neg_()).mul(grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (v,) = ctx.saved_tensors
+        return tangent * _slope(v, ctx.order)
+
+
+def _slope(v: Tensor, order: int) -> Tensor:
+    """The derivative as a difference of splines of lower order, for one that is differentiated again."""
+    return cardinal_bspline(v + 0.5, order - 1) - cardinal_bspline(v - 0.5, order - 1)
 
 
 def _truncated_powers(v: Tensor, order: int, power: int) -> Tensor:

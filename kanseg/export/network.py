@@ -31,6 +31,7 @@ from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
 from kanseg.inference.classify import is_classifier
 from kanseg.inference.ensemble import Loaded
 from kanseg.inference.logits import predict_logits
+from kanseg.layers import plain_steps
 from kanseg.training.files import make_folder, write_json
 
 TOLERANCE = 1e-3  # of the largest logit
@@ -164,13 +165,11 @@ def export_network(
 
 def program_of(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
     """A network in operations of torch alone, for any number of windows (C, *patch) = `shape`."""
-    plain = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
-    for module in plain.modules():
-        if hasattr(module, "recompute"):
-            module.recompute = False  # type: ignore[assignment]  # with it, layers are operators of kanseg
+    copied = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
     window = torch.zeros(2, *shape)
     dynamic = ({0: torch.export.Dim("windows", min=1)},)
-    return torch.export.export(plain, (window,), dynamic_shapes=dynamic, strict=False)
+    with plain_steps():
+        return torch.export.export(copied, (window,), dynamic_shapes=dynamic, strict=False)
 
 
 def compare(network: nn.Module, run: Run, shape: Sequence[int]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from kanseg.layers.families import FAMILIES, conv_layer, family_name
 from kanseg.layers.focal import FocalModulation
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.kan_conv import KANConv
+from kanseg.layers.kernels.operators import plain_steps
 from kanseg.layers.linear import KANLinear
 from kanseg.layers.mixture import MixtureOfExperts, take_balance_loss
 from kanseg.layers.mlp import KANMLP, LinearLayer, linear_layer
@@ -30,5 +31,6 @@ __all__ = [
     "conv_layer",
     "family_name",
     "linear_layer",
+    "plain_steps",
     "take_balance_loss",
 ]

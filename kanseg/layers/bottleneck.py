@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kanseg.errors import UsageError
 from kanseg.layers.convolution import Convolution, lean
 from kanseg.layers.kan_conv import KANConv, check_dropout
+from kanseg.layers.kernels.operators import only_plain
 from kanseg.layers.kernels.rows import laid_out
 from kanseg.layers.norms import ActSpec, activation
 from kanseg.layers.recompute import recomputed
@@ -121,14 +122,17 @@ class BottleneckKANConv(Convolution):
         if self.mixed:  # its experts recompute what they are made of
             return _sum(self._narrow(x), self._base(x))
         # The narrow term first: its maps are gone before the base is made.
-        return _sum(recomputed(self._narrow, x, preserve_rng_state=False), self._base(x))
+        narrow = recomputed(
+            self._narrow, x, preserve_rng_state=False, reads=("down_weight", "up_weight", "inner")
+        )
+        return _sum(narrow, self._base(x))
 
     def _noisy(self, x: Tensor) -> Tensor:
         return self._summed(self.noise(x))
 
     def _base(self, x: Tensor) -> Tensor:
         if self.base_recipe is None or not lean(x):
-            return recomputed(self._plain_base, x, preserve_rng_state=False)
+            return recomputed(self._plain_base, x, preserve_rng_state=False, reads="base_")
         return self.convolve_expanded([x], self.base_recipe, self.base_weight)
 
     def _plain_base(self, x: Tensor) -> Tensor:
@@ -143,6 +147,8 @@ class BottleneckKANConv(Convolution):
 
 def _sum(narrow: Tensor, base: Tensor) -> Tensor:
     """narrow + base, in the memory of one that is no view: torch copies the gradient of a changed view four times."""
+    if only_plain():  # one of them alone may be of a transformation
+        return narrow + base
     if (
         torch.compiler.is_compiling()
         or narrow.dtype != base.dtype

@@ -19,7 +19,6 @@ from kanseg.layers.kernels.recipe import watched
 from kanseg.layers.kernels.rows import channels_last, is_channels_last
 from kanseg.layers.norms import (
     ActSpec,
-    FrozenStatistics,
     activation,
     fused_batch_norm_serves,
     fused_norm_serves,
@@ -120,7 +119,7 @@ class ConvLayer(nn.Module):
             for planes in (some for sample in y.split(1) for some in sample.split(height, dim=2)):
                 planes.copy_(self._norm_act(planes))
             return self.dropout(y)
-        y = recomputed(self._norm_act, y, preserve_rng_state=False, second=FrozenStatistics(self.norm))
+        y = recomputed(self._norm_act, y, preserve_rng_state=False)
         return self.dropout(y)
 
     def extra_repr(self) -> str:

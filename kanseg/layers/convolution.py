@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from kanseg.layers.geometry import CONVOLUTIONS, ConvGeometry
 from kanseg.layers.kernels import expanded_conv, gpu
 from kanseg.layers.kernels.expansion import Geometry, zeros_of
-from kanseg.layers.kernels.operators import transformed
+from kanseg.layers.kernels.operators import only_plain
 from kanseg.layers.kernels.plain_conv import pointwise_product
 from kanseg.layers.kernels.recipe import Recipe, Written
 from kanseg.layers.kernels.rows import channels_last, is_channels_last
@@ -93,10 +93,10 @@ def result_type(x: Tensor, *weights: Tensor | None) -> torch.dtype:
 
 def lean(x: Tensor) -> bool:
     """Whether the kernels that work on rows serve here; elsewhere torch's own steps do better."""
+    if only_plain():
+        return False
     if torch.compiler.is_compiling():  # the operators choose who computes when they run
         return x.device.type in ("cpu", "cuda")
-    if transformed():
-        return False
     if x.device.type in ("cpu", "meta") or gpu.serves(x):
         return True
     return is_channels_last(x)

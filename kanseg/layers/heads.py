@@ -41,8 +41,8 @@ class MatryoshkaHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() != 2 or x.shape[1] != self.nesting[-1]:
             raise ShapeError(f"expected an input of shape (N, {self.nesting[-1]}), got {tuple(x.shape)}")
-        repeated = list(self.classifiers) * (len(self.nesting) // len(self.classifiers))
-        return tuple(
-            F.linear(x[:, :width], classifier.weight[:, :width], classifier.bias)
-            for width, classifier in zip(self.nesting, repeated, strict=True)
-        )
+        widths = self.nesting[-len(self.classifiers) :]
+        own = [one(x[:, :width]) for one, width in zip(self.classifiers, widths, strict=True)]
+        last = self.classifiers[-1]  # called first, for hooks may make its weight (pruning)
+        shared = [F.linear(x[:, :n], last.weight[:, :n], last.bias) for n in self.nesting[: -len(own)]]
+        return (*shared, *own)

@@ -25,7 +25,6 @@ from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
 from kanseg.layers.kernels.rows import channels_last, is_channels_last, laid_out
 from kanseg.layers.norms import (
     ActSpec,
-    FrozenStatistics,
     activation,
     fused_norm_serves,
     norm_layer,
@@ -145,7 +144,7 @@ class KANConv(Convolution):
         """The input of the basis."""
         if not (self.recompute and self._drops("basis_input")):
             return self._normed(x)
-        return recomputed(self._normed, x, second=FrozenStatistics(self.input_norm))
+        return recomputed(self._normed, x, reads="input_norm")
 
     def _normed(self, x: Tensor) -> Tensor:
         norm: Any = self.input_norm

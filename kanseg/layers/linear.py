@@ -18,6 +18,7 @@ from kanseg.bases import Basis, check_left_aside, create_basis
 from kanseg.bases.wavelet import get_wavelet
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.bottleneck import inner_width
+from kanseg.layers.kernels.recipe import watched
 from kanseg.layers.norms import ActSpec, activation
 from kanseg.layers.recompute import recomputed
 
@@ -47,7 +48,7 @@ class KANLinear(nn.Module):
 
     Args:
         basis: name in `kanseg.bases.BASES`, a `Basis`, or None; `basis_options` are its arguments.
-        base, base_act, basis_act: as in `KANConv`.
+        base, base_act, basis_act, recompute: as in `KANConv`.
         input_norm: "layer", "batch" or None, before the basis.
         bias: add a number a feature.
     """
@@ -66,6 +67,7 @@ class KANLinear(nn.Module):
         basis_act: ActSpec = None,
         input_norm: str | None = None,
         bias: bool = False,
+        recompute: bool = True,
         **basis_options: Any,
     ) -> None:
         super().__init__()
@@ -80,8 +82,11 @@ class KANLinear(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.input_norm = feature_norm(input_norm, in_features)
+        self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.recompute:
+            return self.expand_and_map(x, self.input_norm(x))
         return recomputed(self.expand_and_map, x, self.input_norm(x), preserve_rng_state=False)
 
     def expand_and_map(self, x: Tensor, normed: Tensor) -> Tensor:
@@ -90,9 +95,13 @@ class KANLinear(nn.Module):
         if self.basis is None:
             return y  # type: ignore[return-value]
         bias = self.bias if y is None else None
-        functions = torch.cat([self.basis_act(f) for f in self.basis.of(normed)], dim=1)
-        by_function = self.basis_weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
-        term = F.linear(functions.to(by_function.dtype), by_function, bias)
+        weight = self.basis_weight
+        if watched(self.basis):
+            functions = self.basis_act(self.basis(normed)).flatten(1)
+        else:  # function by function, which joins faster
+            functions = torch.cat([self.basis_act(f) for f in self.basis.of(normed)], dim=1)
+            weight = weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
+        term = F.linear(functions.to(weight.dtype), weight, bias)
         return term if y is None else y + term
 
 
@@ -152,7 +161,7 @@ class BottleneckKANLinear(nn.Module):
         super().__init__()
         inner = inner_width(in_features, out_features, dim_reduction, min_internal)
         self.down, self.up = nn.Linear(in_features, inner), nn.Linear(inner, out_features)
-        self.inner = KANLinear(inner, inner, base=False, input_norm=None, **options)
+        self.inner = KANLinear(inner, inner, base=False, input_norm=None, recompute=False, **options)
         self.base_weight = new_weight(out_features, in_features)
         self.base_act = activation(base_act)
 
@@ -160,6 +169,5 @@ class BottleneckKANLinear(nn.Module):
         return recomputed(self._map, x, preserve_rng_state=False)
 
     def _map(self, x: Tensor) -> Tensor:
-        h = self.down(x)
-        y = self.up(self.inner.expand_and_map(h, h))
+        y = self.up(self.inner(self.down(x)))
         return y + F.linear(self.base_act(x), self.base_weight)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.layers.gates import LayerFactory, NoisyTopKGate
+from kanseg.layers.kernels.operators import only_plain
 
 
 def beside_samples(numbers: Tensor, x: Tensor) -> Tensor:
@@ -25,7 +26,8 @@ class MixtureOfExperts(nn.Module):
 
     The gate sees the mean of each channel. An expert runs on its samples alone; one without samples gets gradients of
     zero. After a forward pass in training `balance_loss` holds the loss that spreads samples over experts; the training
-    loop adds `take_balance_loss(model)`.
+    loop adds `take_balance_loss(model)`. `fully_shard` takes the mixture or what holds it, never single experts, which
+    not every process calls.
 
     Args:
         expert_layer: constructor of one expert, called like `ConvLayer`.
@@ -71,7 +73,8 @@ class MixtureOfExperts(nn.Module):
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output and the balance loss."""
         chosen, shares, imbalance = self.gate(x.mean(dim=tuple(range(2, x.dim()))))
-        send = self._to_all if torch.compiler.is_exporting() or not x.numel() else self._to_chosen
+        everywhere = torch.compiler.is_exporting() or only_plain() or not x.numel()
+        send = self._to_all if everywhere else self._to_chosen
         return send(x, chosen, shares), self.balance_weight * imbalance
 
     def _to_chosen(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ class MixtureOfExperts(nn.Module):
         return y + self._nothing_of(idle, y)
 
     def _to_all(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """Each expert on all samples: what an exported graph, whose shapes do not depend on data, can do."""
+        """Each expert on all samples: what a graph or `torch.func.vmap` can do, whose shapes do not depend on data."""
         weights = shares.new_zeros(x.shape[0], len(self.experts)).scatter(
             1, chosen, shares
         )  # len would fix N

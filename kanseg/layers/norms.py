@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,8 +32,9 @@ def activation(act: ActSpec) -> nn.Module:
         made = act if isinstance(act, nn.Module) else nn.SiLU() if act == "silu" else get_act_layer(act)
     except (ValueError, TypeError) as error:
         raise UsageError(f"act={act!r} cannot be made: {' '.join(str(error).split())}") from error
-    if getattr(made, "inplace", False):
-        made.inplace = False  # others read its input too
+    for part in made.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]  # others read its input too
     return made
 
 
@@ -78,22 +78,3 @@ def fused_batch_norm_serves(norm: nn.Module, x: Tensor) -> bool:
 def is_affine(norm: nn.Module) -> bool:
     """Whether it is a batch norm that only multiplies and adds now, numbers known before."""
     return isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None
-
-
-class FrozenStatistics(AbstractContextManager[None]):
-    """Run a norm once more on the same batch without counting it in its running statistics; may be entered again."""
-
-    def __init__(self, norm: Any) -> None:
-        self.norm = norm
-
-    def __enter__(self) -> None:
-        self.tracked = (
-            isinstance(self.norm, _NormBase) and self.norm.track_running_stats and self.norm.training
-        )
-        if self.tracked:
-            self.momentum, self.norm.momentum = self.norm.momentum, 0.0
-
-    def __exit__(self, *error: object) -> None:
-        if self.tracked:
-            self.norm.momentum = self.momentum
-            self.norm.num_batches_tracked.sub_(1)

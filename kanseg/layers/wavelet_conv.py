@@ -17,7 +17,7 @@ from kanseg.layers.geometry import CHANNEL_DROPOUT
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.expansion import WHOLE, Slab, planes_of, slabs
-from kanseg.layers.kernels.operators import plain_eager, transformed
+from kanseg.layers.kernels.operators import only_plain, plain_eager
 from kanseg.layers.kernels.rows import channels_last, laid_out
 from kanseg.layers.norms import ActSpec, activation
 from kanseg.layers.recompute import recomputed
@@ -86,7 +86,7 @@ class WaveletConv(Convolution):
             y = self.convolve_expanded([x], self.base_recipe, self.base_weight)
             return waves().add_(y) if torch.is_grad_enabled() else waves(over=y)
         tensors = (x, kept, *edges, self.base_weight)
-        plain = torch.compiler.is_compiling() or transformed() or torch.jit.is_tracing()
+        plain = torch.compiler.is_compiling() or only_plain() or torch.jit.is_tracing()
         whole = plain or not self.recompute or x.is_meta
         learned = torch.is_grad_enabled() and self._learned()
         cut = [WHOLE] if whole or learned else self._slabs(x)

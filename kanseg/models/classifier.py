@@ -18,7 +18,7 @@ from kanseg.layers.geometry import per_axis
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.mlp import KANMLP, own_options
 from kanseg.models.model import CLASSIFIERS
-from kanseg.models.u_shape import check_input
+from kanseg.models.u_shape import at_least_float32, check_input
 
 POOLING = {"average": Pool.ADAPTIVEAVG, "max": Pool.ADAPTIVEMAX}
 HIDDEN, HIDDEN_KAN = 1024, 512  # features inside the heads
@@ -149,4 +149,6 @@ class Classifier(nn.Module):
     def outputs(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits, of nested heads all of them, float32."""
         logits = self.head(self.pool(self.encoder(x)[-1]).flatten(1))
-        return logits.float() if isinstance(logits, Tensor) else [one.float() for one in logits]
+        if isinstance(logits, Tensor):
+            return at_least_float32(logits)
+        return [at_least_float32(one) for one in logits]

@@ -23,7 +23,7 @@ from kanseg.encoders.transfer import load_encoder
 from kanseg.errors import UsageError, UserError, did_you_mean, refused_options
 from kanseg.layers.geometry import per_axis
 from kanseg.models.model import MODELS
-from kanseg.models.u_shape import check_input
+from kanseg.models.u_shape import at_least_float32, check_input
 
 DIVISIBLE = 32  # what five halvings ask of a size
 
@@ -48,8 +48,8 @@ class AnySize(nn.Module):
         output = self.network(F.pad(x, padding) if any(padding) else x)
         maps = output.unbind(1) if isinstance(output, Tensor) and output.dim() > x.dim() else output
         if isinstance(maps, Tensor):
-            return _cut(maps, size).float()
-        return [_cut(one, size).float() for one in maps] if self.training else _cut(maps[0], size).float()
+            return _cut(maps, size)
+        return [_cut(one, size) for one in maps] if self.training else _cut(maps[0], size)
 
     def check_patch(self, patch_size: Sequence[int], batch_size: int) -> None:
         """Raise `UsageError` where a training step on such patches would fail in the library's words.
@@ -207,4 +207,4 @@ def _require_packages(network: nn.Module) -> None:
 def _cut(x: Tensor, size: Sequence[int]) -> Tensor:
     for axis, length in enumerate(size, start=2):
         x = x.narrow(axis, 0, length)
-    return x
+    return at_least_float32(x)

@@ -114,8 +114,13 @@ class UShape(nn.Module):
 
 
 def logits(x: Tensor) -> Tensor:
-    """In float32 and contiguous memory, what code beyond the network expects."""
-    return x.float().contiguous()
+    """In float32 (float64 stays) and contiguous memory, what code beyond the network expects."""
+    return at_least_float32(x).contiguous()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 where it has fewer digits."""
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def check_input(model: Any, x: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kanseg.layers.kernels import expansion, gpu
 from kanseg.layers.kernels.expansion import Expansion, Geometry
-from kanseg.layers.kernels.operators import operator, plain_eager, refuse_second
+from kanseg.layers.kernels.operators import operator, plain_eager, refuse_batched, refuse_second
 from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last, empty_channels_last, laid_out
 
@@ -177,6 +177,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_batched(grad)
         call = (
             _conv_backward if torch.is_grad_enabled() else _backward
         )  # the former refuses a second derivative

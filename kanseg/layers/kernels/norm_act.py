@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kanseg.layers.kernels import gpu, native
 from kanseg.layers.kernels.native import Affine
-from kanseg.layers.kernels.operators import operator, plain_eager, refuse_second
+from kanseg.layers.kernels.operators import operator, plain_eager, refuse_batched, refuse_second
 from kanseg.layers.kernels.rows import as_rows, blocks, channel_like, channels_last
 
 
@@ -272,5 +272,6 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_batched(grad)
         call = None if torch.is_grad_enabled() else backward
         return None, *_lead_back(ctx, grad, call=call, needs=ctx.needs_input_grad[1:5])

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+WITHIN = "For them, call the network or layer within `with kanseg.layers.plain_steps():`"
 
 
 def refuse_second(ctx: Any, *grads: Any) -> Any:
     """The backward pass of a backward pass."""
     raise RuntimeError(
-        "the kernels of KAN layers have no second derivative; make the layer with recompute=False for one"
+        f"kanseg's kernels have no second derivatives. {WITHIN}, or make layers with recompute=False"
     )
+
+
+def refuse_batched(grad: Tensor) -> None:
+    """Raise `RuntimeError` in a backward pass of many gradients at once."""
+    if transformed() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(f"kanseg's kernels take no batched gradients (is_grads_batched, vmap). {WITHIN}")
 
 
 def only_first(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,6 +38,7 @@ def only_first(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def refusing(ctx: Any, grad: Tensor) -> Any:
+        refuse_batched(grad)
         with torch.no_grad():
             grads = backward(ctx, grad)
         if not torch.is_grad_enabled():
@@ -53,9 +65,42 @@ def operator(name: str, schema: str, compute: Callable[..., Any], fake: Callable
     return made
 
 
+class _Asked(threading.local):
+    plain = False
+
+
+_asked = _Asked()
+
+
+@contextmanager
+def plain_steps() -> Iterator[None]:
+    """Within it layers and networks take steps of torch alone: these keep more, may be differentiated twice, and are
+    what `torch.onnx.export` knows.
+
+    >>> from kanseg import KANConv
+    >>> x = torch.ones(1, 2, 5, 5, requires_grad=True)
+    >>> with plain_steps():
+    ...     y = KANConv(2, 2, 2)(x)
+    >>> (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    >>> slope.square().sum().backward()
+    """
+    before, _asked.plain = _asked.plain, True
+    try:
+        yield
+    finally:
+        _asked.plain = before
+
+
 def transformed() -> bool:
-    """Whether a transformation of `torch.func` is at work, which takes plain steps of torch alone."""
+    """Whether a transformation of `torch.func` is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def only_plain() -> bool:
+    """Whether plain steps of torch alone serve: in `plain_steps`, in `torch.func`, or where tangents are carried."""
+    if torch.compiler.is_dynamo_compiling():  # which follows no such question
+        return False
+    return _asked.plain or transformed() or forward_ad._current_level >= 0
 
 
 def plain_eager(x: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def with_contiguous_gradient(y: Tensor) -> Tensor:
     no error.
     """
     if _takes_hooks(y) and len(y) == 1:  # in this order: a compiler may know no number of samples
-        y.register_hook(Tensor.contiguous)
+        y.register_hook(_laid_anew)
     return y
 
 
@@ -39,8 +40,13 @@ def with_gradient_as_rows(y: Tensor) -> Tensor:
     That of a part of joined maps lies in the larger one, which costs torch's interpolation four times the copy.
     """
     if _takes_hooks(y):
-        y.register_hook(partial(Tensor.contiguous, memory_format=FORMATS[y.dim()]))
+        y.register_hook(partial(_laid_anew, memory_format=FORMATS[y.dim()]))
     return y
+
+
+def _laid_anew(grad: Tensor | None, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+    """The gradient in that memory; there is none where nothing depends on it (in second derivatives)."""
+    return None if grad is None else grad.contiguous(memory_format=memory_format)
 
 
 def _takes_hooks(y: Tensor) -> bool:
