@@ -130,7 +130,7 @@ def evaluate_case(
         values = label if isinstance(label, tuple) else (label,)
         if min(values) > 0:
             found = [box[v - 1] for box in boxes for v in values if v <= len(box) and box[v - 1] is not None]
-            box = _around(found, prediction.shape)
+            box = box_around(found, prediction.shape)
         else:
             box = (slice(None),) * prediction.ndim
         ours, theirs = (np.isin(labels[box], values) for labels in (prediction, reference))
@@ -138,7 +138,7 @@ def evaluate_case(
     return scores
 
 
-def _around(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:
+def box_around(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:
     """The box of all boxes with a margin of one voxel: beyond it nothing counts, and distances cost time."""
     if not boxes:
         return (slice(0, 0),) * len(shape)
@@ -178,8 +178,8 @@ def _overlap_and_distance(
     y_pred, y = (torch.from_numpy(mask)[None, None].float() for mask in (prediction, reference))
     surfaces = [mask ^ ndimage.binary_erosion(mask) for mask in (prediction, reference)]
     apart = [  # measured once for both scores
-        torch.from_numpy(get_surface_distance(*sides, "euclidean", list(spacing)))
-        for sides in (surfaces, surfaces[::-1])
+        torch.from_numpy(get_surface_distance(one, other, "euclidean", list(spacing)))
+        for one, other in (surfaces, surfaces[::-1])
     ]
     return {
         "dice": float(compute_dice(y_pred, y, ignore_empty=False)),
