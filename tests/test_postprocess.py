@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from kanseg.errors import UserError
-from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing
+from kanseg.evaluation.metrics import dice_of_values
+from kanseg.inference.postprocess import (
+    LEAST_GAIN,
+    _candidates,
+    apply_postprocessing,
+    choose_postprocessing,
+)
 
 
 def scene(dims: int = 3) -> np.ndarray:
@@ -100,3 +106,29 @@ def test_label_maps_on_the_disk_give_the_same_rules() -> None:
     guess[18:20, 0:2, 0:2] = 1
     cases = [(guess, truth, (1.0, 1.0, 2.0)), (truth, truth, (1.0, 1.0, 1.0))]
     assert choose_postprocessing(cases, [1, 2], memory=0) == choose_postprocessing(cases, [1, 2])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rules_are_those_that_scores_of_whole_volumes_choose(seed: int) -> None:
+    """Only the box of a label is looked at, which is found once and which no rule leaves."""
+    random, pairs = np.random.default_rng(seed), []
+    for _ in range(3):
+        truth = np.zeros((24, 22, 20), np.int32)
+        for value in (1, 2, 300):
+            low = random.integers(0, 12, 3)
+            truth[tuple(slice(start, start + 8) for start in low)] = value
+        guess = np.where(random.random(truth.shape) < 0.02, random.choice([0, 1, 2, 300], truth.shape), truth)
+        pairs.append((guess, truth, (1.0, 2.0, 0.5)))
+    values, rules = [1, 2, 300], []
+    for group in (values, *([value] for value in values)):
+        volumes = [float(np.isin(truth, group).sum() * np.prod(spacing)) for _, truth, spacing in pairs]
+        candidates = _candidates(list(group), volumes)
+        means = []
+        for candidate in candidates:
+            done = [apply_postprocessing(guess, [*rules, candidate], spacing) for guess, _, spacing in pairs]
+            by_case = zip(done, (truth for _, truth, _ in pairs), strict=True)
+            means.append(np.mean([np.mean(dice_of_values(one, other, group)) for one, other in by_case]))
+        if max(means) >= means[0] + LEAST_GAIN:
+            rules.append(candidates[int(np.argmax(means))])
+    assert rules
+    assert choose_postprocessing(pairs, values) == rules

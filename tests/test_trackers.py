@@ -123,6 +123,16 @@ def test_a_changed_file_changes_the_digest(balls, tmp_path):
     assert digests(balls[0].cases, known) == digests(balls[0].cases)
 
 
+def test_files_that_a_plan_has_digested_are_not_read_again_by_whatever_path_it_knew_them(balls, monkeypatch):
+    """A plan of DATA by a relative path names other paths than the training, which goes by the whole ones."""
+    cases, known = balls[0].cases, fingerprint(balls[0])["cases"]
+    wanted = digests(cases)
+    monkeypatch.setattr(manifest, "file_digest", None)
+    for entry in known.values():
+        entry["files"] = {f"relative/{name}": file for name, file in entry["files"].items()}
+    assert digests(cases, {"cases": known}) == wanted
+
+
 def test_energy_is_counted_over_the_wrap_of_the_counter_and_unknown_where_nothing_is_told(
     tmp_path, monkeypatch
 ):

@@ -145,7 +145,7 @@ def evaluate_case(
         values = label if isinstance(label, tuple) else (label,)
         if min(values) > 0:
             found = [box[v - 1] for box in boxes for v in values if v <= len(box) and box[v - 1] is not None]
-            box = _around(found, prediction.shape)
+            box = box_around(found, prediction.shape)
         else:
             box = (slice(None),) * prediction.ndim
         ours, theirs = (np.isin(labels[box], values) for labels in (prediction, reference))
@@ -155,7 +155,7 @@ def evaluate_case(
     return scores
 
 
-def _around(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:
+def box_around(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:
     """The box of all boxes with a margin of one voxel: beyond it nothing counts, and distances cost time."""
     if not boxes:
         return (slice(0, 0),) * len(shape)

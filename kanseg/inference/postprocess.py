@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from scipy import ndimage
 
 from kanseg.data.shelf import Shelf
 from kanseg.errors import UserError, did_you_mean
-from kanseg.evaluation.metrics import dice_of_values
+from kanseg.evaluation.metrics import box_around, dice_of_values
 from kanseg.progress import progress
 from kanseg.training.files import write_json
 
 Rule = dict[str, Any]
 Triple = tuple[np.ndarray, np.ndarray, Sequence[float]]  # prediction, reference, spacing
 Pair = tuple[np.ndarray, np.ndarray] | Triple
+Boxes = Sequence[Any]  # slices around each of the values 1, 2, ..., None for one that is not there
 POSTPROCESSING = "postprocessing.json"  # in a folder of models: the rules that belong to them
 KEYS = ("labels", "largest", "min_mm3", "fill_holes")
 LEAST_GAIN = 1e-4  # of the mean Dice; a rule that gains less is noise
@@ -107,7 +109,8 @@ def choose_postprocessing(
         if not cases.predicted & set(group):  # no rule changes anything
             continue
         candidates = _candidates(group, cases.volumes(group))
-        means = np.mean([_scores(case, group, candidates, ignore) for case in cases], axis=0)
+        found = zip(cases, cases.boxes, strict=True)
+        means = np.mean([_scores(case, boxes, group, candidates, ignore) for case, boxes in found], axis=0)
         best = int(means.argmax())  # the first candidate changes nothing
         if means[best] >= means[0] + LEAST_GAIN:
             rules.append(candidates[best])
@@ -122,6 +125,7 @@ class _Cases:
         self.memory, self.shelf = memory, Shelf(memory)
         self.spacings: list[Sequence[float]] = []
         self.counts: list[np.ndarray] = []  # voxels of each value in the reference
+        self.boxes: list[list[Boxes]] = []  # in the prediction and in the reference
         self.predicted: set[int] = set()
 
     def add(self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> None:
@@ -129,7 +133,8 @@ class _Cases:
         self.counts.append(np.bincount(reference.ravel()))
         self.spacings.append(spacing)
         most = max(prediction.max(initial=0), reference.max(initial=0))
-        maps = (labels.astype(np.min_scalar_type(most)) for labels in (prediction, reference))
+        maps = [labels.astype(np.min_scalar_type(most)) for labels in (prediction, reference)]
+        self.boxes.append([ndimage.find_objects(labels) for labels in maps])
         self.shelf.append(dict(zip(("prediction", "reference"), maps, strict=True)))
 
     def __iter__(self) -> Iterator[Triple]:
@@ -144,10 +149,12 @@ class _Cases:
         ]
 
     def after(self, rule: Rule) -> _Cases:
-        """The same with predictions that a rule has changed."""
-        changed = _Cases(self.memory)
+        """The same with predictions that a rule has changed: no label leaves its box, and none is new."""
+        changed = copy(self)
+        changed.shelf = Shelf(self.memory)
         for prediction, reference, spacing in self:
-            changed.add(apply_postprocessing(prediction, [rule], spacing), reference, spacing)
+            done = apply_postprocessing(prediction, [rule], spacing)
+            changed.shelf.append({"prediction": done, "reference": reference})
         return changed
 
 
@@ -160,13 +167,15 @@ def _candidates(group: list[int], volumes: Sequence[float]) -> list[Rule]:
     return [{"labels": group, **part, **hole} for hole, part in product(holes, parts)]
 
 
-def _scores(case: Triple, group: list[int], candidates: Sequence[Rule], ignore: int | None) -> list[float]:
+def _scores(
+    case: Triple, boxes: Sequence[Boxes], group: list[int], candidates: Sequence[Rule], ignore: int | None
+) -> list[float]:
     """Dice (mean over the group's labels) of one case under each candidate."""
     prediction, reference, spacing = case
-    marked = np.isin(prediction, group) | np.isin(reference, group)
-    if not marked.any():
+    found = [own[value - 1] for own in boxes for value in group if value <= len(own) and own[value - 1]]
+    if not found:
         return [1.0] * len(candidates)
-    box = ndimage.find_objects(marked.astype(np.uint8))[0]  # beyond it nothing can change
+    box = box_around(found, prediction.shape)  # beyond it nothing can change
     inside, truth = prediction[box], reference[box]
     done = (apply_postprocessing(inside, [candidate], spacing) for candidate in candidates)
     known = slice(None) if ignore is None else truth != ignore

@@ -138,7 +138,8 @@ def run_pipeline(
         source, values = once(lambda: _examined(Path(data), run, id_pattern, console))
         if regions and values:
             regions = {name: [values.get(v, v) for v in region] for name, region in regions.items()}
-        dataset = read_dataset(source, id_pattern=id_pattern, regions=regions)
+        planned = next((path.parent for path in sorted(run.glob(f"*/{PLAN}"))), None)
+        dataset = read_dataset(source, id_pattern=id_pattern, regions=regions, run=planned)
         names = _fitting(wanted, dataset)
         begun = run / names[0]
         if (begun / SPLITS).exists():
