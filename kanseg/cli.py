@@ -133,7 +133,9 @@ def plan(
     how |= {"memory": memory, "mirror": mirror, "regions": regions, "id_pattern": id_pattern, "trial": trial}
     console = _console(json_)
     made = plan_data(data, out, console=console, **how)
-    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", markup=False, highlight=False, soft_wrap=True
+    )
     _emit(made.to_dict(), json_)
 
 
@@ -396,7 +398,7 @@ def _tell_classes(scores: Mapping[str, Any], console: Any) -> None:
     for key, said in (("without_reference", "a class"), ("without_prediction", "a prediction")):
         if names := scores[key]:
             text = f"{len(names)} images without {said} are not scored: {few(names, 5)}"
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from kanseg.data.cases import Case, few
 from kanseg.data.digests import file_digest
 from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.plan import Plan
-from kanseg.data.plans import AnyPlan
+from kanseg.data.plans import AnyPlan, plan_from_dict
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
@@ -166,6 +166,7 @@ def predict_with(
         if whole.is_dir() and not any(whole in file.parents for file in loaded.files):
             console.print(
                 f"Not among them: the training on every case. For it, -m {whole}",
+                markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
@@ -180,7 +181,7 @@ def predict_with(
     if images.is_dir():
         cases = _images_among(cases, images, console)
     if seen := training_images(loaded.files, cases):
-        console.print(on_training_images(seen, len(cases)), highlight=False, soft_wrap=True)
+        console.print(on_training_images(seen, len(cases)), markup=False, highlight=False, soft_wrap=True)
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
     failures = predict_folder(
@@ -207,7 +208,9 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
     """What a run, a model or a checkpoint takes, gives and was trained on, by words for a table."""
     files = find_members(path)
     infos = [load_checkpoint(file)[1] for file in files]
-    spec, plan = infos[0].get("model") or {}, infos[0].get("plan") or {}
+    spec, plan = infos[0].get("model", {}), infos[0].get("plan", {})
+    if plan:
+        plan_from_dict(plan)  # or what it says is not to be told
     stored = _rules(Path(path))
     rules = infos[0].get("postprocessing", []) if stored is None else stored
     known = {

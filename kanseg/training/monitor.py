@@ -16,7 +16,7 @@ from kanseg.config import Config
 from kanseg.evaluation.report import LONGEST, short, told_apart
 from kanseg.memory import taken
 from kanseg.progress import progress, time_left
-from kanseg.training.files import write_bytes
+from kanseg.training.files import write_bytes, write_text
 from kanseg.training.trackers import start_trackers
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _kept_records(path: Path, first_epoch: int) -> list[dict[str, Any]]:
     records = [record for record in read_log(path) if record["epoch"] < first_epoch]
-    write_bytes(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 

@@ -74,7 +74,7 @@ def run_splits(dataset: Dataset, config: Config, run: Path, fold: int | str = 0)
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         splits = [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in read]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a list of folds with 'train' and 'val' ({error}). Correct or delete it."
         ) from error

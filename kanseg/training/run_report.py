@@ -36,7 +36,7 @@ from kanseg.evaluation.report import (
 )
 from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.training.cross_validation import RESULT, TABLE
-from kanseg.training.files import read_json, write_bytes
+from kanseg.training.files import SURROGATES, read_json, write_text
 from kanseg.training.manifest import MANIFEST
 from kanseg.training.monitor import LOG, read_log
 from kanseg.training.run_folder import PLAN, PREDICTIONS, SPLITS, SUMMARY
@@ -75,7 +75,7 @@ class Configuration:
     def volumes(self) -> dict[str, np.ndarray]:
         """Of each class, (2, cases): of the predictions, and of the references, in ml."""
         found: dict[str, list[list[float]]] = {}
-        with (self.folder / TABLE).open(newline="", encoding="utf-8") as stream:
+        with (self.folder / TABLE).open(newline="", encoding="utf-8", errors=SURROGATES) as stream:
             for row in csv.DictReader(stream):
                 both = [float(row["volume_ml"]), float(row["reference_volume_ml"])]
                 found.setdefault(row["label"], []).append(both)
@@ -125,8 +125,8 @@ def write_report(run: Path | str, dataset: Dataset | None = None) -> Path:
 
         told = ClassReport(run, planned, plan, dataset)
     text = "\n\n".join(told.parts()) + "\n"
-    write_bytes(run / MARKDOWN, text.encode())
-    return write_bytes(run / HTML, as_html(text, run).encode())
+    write_text(run / MARKDOWN, text)
+    return write_text(run / HTML, as_html(text, run))
 
 
 @dataclass
