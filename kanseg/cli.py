@@ -5,6 +5,7 @@ The verbs of the main path stand here; those around it in `kanseg.verbs`, by the
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -541,23 +542,36 @@ def main() -> None:
     # MONAI imports it; where the home is read-only it takes a temporary folder, and would say so.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     limit_threads()
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text of the terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with orderly_end():
             app()
     except SystemExit as done:
         if done.code in (INTERRUPTED, TERMINATED):
-            by = "Ctrl-C" if done.code == INTERRUPTED else "SIGTERM"
-            verb = sys.argv[1] if len(sys.argv) > 1 else ""
-            _fail(f"stopped by {by}. {GO_ON.get(verb, 'Nothing is left half-written.')}", int(done.code))
+            _stopped(int(done.code))
         if not done.code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from kanseg.training.parallel import leave
 
             leave()
         raise
+    except KeyboardInterrupt:  # while the command is still being read
+        _stopped(INTERRUPTED)
     except UserError as error:
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except MemoryError as error:
+        _fail(f"The memory does not suffice. {error}".strip(), 1)
+    except ImportError as error:  # also where a limit (ulimit -v) leaves no room for a library
+        _fail(f"A package cannot be loaded: {error}. Install kanseg again, or allow more memory.", 1)
     except OSError as error:
         _fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.", 1)
+
+
+def _stopped(code: int) -> None:
+    by = "Ctrl-C" if code == INTERRUPTED else "SIGTERM"
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    _fail(f"stopped by {by}. {GO_ON.get(verb, 'Nothing is left half-written.')}", code)
 
 
 def _fail(message: str, code: int) -> None:
