@@ -164,6 +164,9 @@ def test_a_broken_plan_is_explained(tmp_path: Path, blobs: Path) -> None:
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as a plan"):
         Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"plan.json: A plan has no key 'a'"):
+        Plan.load(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize(

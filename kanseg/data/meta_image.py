@@ -47,8 +47,8 @@ def read_meta_image(path: Path) -> sitk.Image:
         raise UserError(f"{path} lists {listed} slices, {depth} are expected. Complete the list.")
     if COMPRESSED.search(header):
         found = zlib.decompress(rest if where == HERE else beside.read_bytes(), wbits=ZLIB_OR_GZIP)
-        voxels, order = sitk.GetArrayViewFromImage(image), ">" if BIG_ENDIAN.search(header) else "<"
-        told = np.frombuffer(found, voxels.dtype.newbyteorder(order))
+        voxels = sitk.GetArrayViewFromImage(image)
+        told = np.frombuffer(found, voxels.dtype.newbyteorder(">" if BIG_ENDIAN.search(header) else "<"))
         if not np.array_equal(told, voxels.ravel(), equal_nan=True):
             raise ValueError("its compressed voxels are not those that its header tells of")
     return image

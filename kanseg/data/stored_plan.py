@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from kanseg.errors import UserError, did_you_mean
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,7 +68,16 @@ class StoredPlan:
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read plan.json."""
-        return cls.from_dict(read_values(path))
+        return named_errors(path, cls.from_dict)
+
+
+def named_errors(path: Path | str, make: Callable[[dict[str, Any]], T]) -> T:
+    """What is made of the values of a plan.json; what is wrong with them names the file."""
+    values = read_values(path)
+    try:
+        return make(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def read_values(path: Path | str) -> dict[str, Any]:

@@ -126,8 +126,10 @@ def _wrong(info: Any) -> str:
         return "it is no object"
     for part, kinds in ((info, KINDS), (info.get("model", {}), SPEC), (info.get("plan", {}), ENDS)):
         for key, kind in kinds.items():
-            value = part.get(key) if isinstance(part, dict) else None
-            if key in part and not (isinstance(value, kind) and (kind is not int or 0 < value <= MOST)):
+            if key not in part:
+                continue
+            value = part[key]
+            if not isinstance(value, kind) or (isinstance(value, int) and not 0 < value <= MOST):
                 return f"its '{key}' is {str(value)[:SHOWN]!r}"
     return ""
 

@@ -6,7 +6,6 @@ RUN/report.md with the pictures in RUN/report/, and RUN/report.html, which is th
 from __future__ import annotations
 
 import csv
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from kanseg.training.cross_validation import RESULT, TABLE
 from kanseg.training.files import SURROGATES, read_json, write_text
 from kanseg.training.manifest import MANIFEST
 from kanseg.training.monitor import LOG, read_log
-from kanseg.training.run_folder import PLAN, PREDICTIONS, SPLITS, SUMMARY
+from kanseg.training.run_folder import PLAN, PREDICTIONS, SUMMARY, read_splits
 from kanseg.training.validate import kept_prediction
 
 MARKDOWN, HTML, PICTURES = "report.md", "report.html", "report"
@@ -293,7 +292,7 @@ class Told(ABC):
 
     def split(self) -> Iterator[str]:
         """Who validated where; patients are never parted."""
-        splits = self._splits()
+        splits = read_splits(self.planned[0])
         if not splits:
             return
         yield "## Splits"
@@ -311,10 +310,6 @@ class Told(ABC):
             ]
             rows.append([number, *sides, few(fold["val"], self.most_named)])
         yield table(["fold", "trained on (cases of patients)", "validated on", "validation cases"], rows)
-
-    def _splits(self) -> list[dict[str, list[str]]]:
-        path = self.planned[0] / SPLITS
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 @dataclass
@@ -448,7 +443,9 @@ class _Report(Told):
         yield f"![Difference of {what}s over their mean, a point a case](./{PICTURES}/{what}s.png)"
 
     def _worst(self, one: Configuration, cases: Sequence[str]) -> str:
-        where = {case: number for number, fold in enumerate(self._splits()) for case in fold["val"]}
+        where = {
+            case: number for number, fold in enumerate(read_splits(self.planned[0])) for case in fold["val"]
+        }
         classes = [name for name in one.scores["dice"] if name != "mean"]
         few = classes if 1 < len(classes) <= MOST_COLUMNS else []
         rows: list[list[Any]] = []
