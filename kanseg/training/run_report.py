@@ -64,7 +64,12 @@ class Configuration:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        return read_json(self.folder / RESULT) or {}
+        found = read_json(self.folder / RESULT) or {}
+        if not {"metrics", "cases", "postprocessing"} <= found.keys():
+            raise UserError(
+                f"{self.folder / RESULT} is damaged. kanseg train {self.folder} -f all --resume writes it anew."
+            )
+        return found
 
     @cached_property
     def scores(self) -> Scores:
