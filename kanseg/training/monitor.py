@@ -167,13 +167,17 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line that a kill cut short is left out."""
+    """The records of a log.jsonl up to the first line that is none: a kill may have cut the last one short."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
+    for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not {"epoch", "loss"} <= record.keys():
+            break
+        records.append(record)
     return records
 
 
