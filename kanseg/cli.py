@@ -5,6 +5,7 @@ The verbs of the main path stand here; those around it in `kanseg.verbs`, by the
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -138,7 +139,9 @@ def plan(
     how |= {"memory": memory, "mirror": mirror, "regions": regions, "id_pattern": id_pattern, "trial": trial}
     console = _console(json_)
     made = plan_data(data, out, console=console, **how)
-    console.print(f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", markup=False, highlight=False, soft_wrap=True
+    )
     _emit(made.to_dict(), json_)
 
 
@@ -413,7 +416,7 @@ def _tell_classes(scores: Mapping[str, Any], console: Any) -> None:
     for key, said in (("without_reference", "a class"), ("without_prediction", "a prediction")):
         if names := scores[key]:
             text = f"{len(names)} images without {said} are not scored: {few(names, 5)}"
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -595,23 +598,36 @@ def main() -> None:
     # MONAI imports it; where the home is read-only it takes a temporary folder, and would say so.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     limit_threads()
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text of the terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with orderly_end():
             app()
     except SystemExit as done:
         if done.code in (INTERRUPTED, TERMINATED):
-            by = "Ctrl-C" if done.code == INTERRUPTED else "SIGTERM"
-            verb = sys.argv[1] if len(sys.argv) > 1 else ""
-            _fail(f"stopped by {by}. {GO_ON.get(verb, 'Nothing is left half-written.')}", int(done.code))
+            _stopped(int(done.code))
         if not done.code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from kanseg.training.parallel import leave
 
             leave()
         raise
+    except KeyboardInterrupt:  # while the command is still being read
+        _stopped(INTERRUPTED)
     except UserError as error:
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except MemoryError as error:
+        _fail(f"The memory does not suffice. {error}".strip(), 1)
+    except ImportError as error:  # also where a limit (ulimit -v) leaves no room for a library
+        _fail(f"A package cannot be loaded: {error}. Install kanseg again, or allow more memory.", 1)
     except OSError as error:
         _fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.", 1)
+
+
+def _stopped(code: int) -> None:
+    by = "Ctrl-C" if code == INTERRUPTED else "SIGTERM"
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    _fail(f"stopped by {by}. {GO_ON.get(verb, 'Nothing is left half-written.')}", code)
 
 
 def _fail(message: str, code: int) -> None:

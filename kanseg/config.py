@@ -348,11 +348,14 @@ def read_config(path: Path) -> Config:
     """The config of an earlier run."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a config: {error}. Start a new run folder.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no config (an object was expected). Start a new run folder.")
-    return make_config(values)
+    try:
+        return make_config(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def resumed_config(path: Path, given: Config, override: bool = False) -> Config:

@@ -102,10 +102,12 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
     write_json(out / "summary.json", summary)
     console.print(score_table(scores["metrics"], "The unseen front of the brain"))
     for name in ("label_map", "picture", "scores", "model"):
-        console.print(f"{name.replace('_', ' '):10} {summary[name]}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{name.replace('_', ' '):10} {summary[name]}", markup=False, highlight=False, soft_wrap=True
+        )
     volumes = ", ".join(f"{name} {volume:.2f} ml" for name, volume in hippocampus["volume_ml"].items())
     said = f"Hippocampus by the weights that come with kanseg: {volumes}; {hippocampus['picture']}"
-    console.print(said, highlight=False, soft_wrap=True)
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
     console.print(REMARK, soft_wrap=True)
     return summary
 

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kanseg
+from kanseg.data.plans import load_plan
 from kanseg.errors import UserError
 from kanseg.training import files
 from kanseg.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
+    load_model,
     load_weights,
     named,
     pack,
@@ -29,9 +31,10 @@ from kanseg.training.checkpoint import (
     restore_rng,
     rng_state,
     save_checkpoint,
+    shipped,
     unpack,
 )
-from kanseg.training.files import locked
+from kanseg.training.files import locked, read_json
 from kanseg.training.optimizers import OPTIMIZERS
 
 TENSORS = {"model.weight": torch.arange(6.0).reshape(2, 3), "rng.torch": torch.get_rng_state()}
@@ -108,6 +111,52 @@ def test_a_safetensors_file_of_others_is_refused(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not written by kanseg"):
         load_checkpoint(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ((), [1]),
+        (("model",), "word"),
+        (("model", "name"), []),
+        (("model", "in_channels"), 10**12),
+        (("model", "out_channels"), 10**30),
+        (("model", "options"), None),
+        (("model", "options", "features_per_stage"), [10**12] * 4),
+        (("plan",), None),
+        (("plan", "slices"), 10**30),
+        (("plan", "channel_names"), "MRI"),
+        (("plan", "label_dtype"), "float99"),
+        (("plan", "version"), 2),
+        (("plan", "normalization"), [{"scheme": ["ct"]}]),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused_by_its_file(tmp_path, place, value):
+    tensors, info = load_checkpoint(shipped()["hippocampus"])
+    info["versions"]["kanseg"] = "99.0"
+    part = info
+    for key in place[:-1]:
+        part = part[key]
+    if place:
+        part[place[-1]] = value
+    path = save_checkpoint(tmp_path / "model.safetensors", tensors, info if place else value)
+    with pytest.raises(UserError, match="model.safetensors (does not|cannot|describes)"):
+        load_model(path)
+    if place == ("plan", "version"):
+        with pytest.raises(UserError, match=r"kanseg 99.0 wrote it, and this is"):
+            load_model(path)
+
+
+def test_json_that_is_nested_without_end_is_refused(saved, tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    save_file({"weight": torch.ones(1)}, saved, {"kanseg": deep})
+    with pytest.raises(UserError, match="not written by kanseg"):
+        load_checkpoint(saved)
+    assert read_info(saved) == {}
+    (tmp_path / "plan.json").write_text(deep)
+    with pytest.raises(UserError, match="cannot be read as a plan"):
+        load_plan(tmp_path / "plan.json")
+    assert read_json(tmp_path / "plan.json") is None
 
 
 def test_foreign_tensors_in_a_checkpoint_are_named(saved):

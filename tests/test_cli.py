@@ -557,6 +557,34 @@ def test_a_verb_that_is_stopped_says_so_and_leaves_nothing_half_written(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt, 130, "stopped by Ctrl-C. Go on with --resume"),  # before the verb is reached
+        (MemoryError("12 GiB"), 1, "The memory does not suffice. 12 GiB"),
+        (ImportError("libtorch_cpu.so: failed to map segment"), 1, "cannot be loaded: libtorch_cpu.so"),
+    ],
+)
+def test_what_ends_a_command_from_outside_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
+) -> None:
+    monkeypatch.setattr("kanseg.cli.app", mock.Mock(side_effect=error))
+    refused(kanseg("train", "run"), code, says)
+
+
+def test_names_that_are_no_utf_8_are_told(blobs: Path, tmp_path: Path) -> None:
+    """A terminal or pipe takes text, and a name may be none."""
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    shutil.copytree(blobs, folder)
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    with mock.patch.object(sys, "argv", ["kanseg", "doctor", str(folder)]), contextlib.redirect_stdout(out):
+        with pytest.raises(SystemExit) as done:
+            main()
+        out.flush()
+    assert not done.value.code
+    assert rb"M\udcfcller: Medical" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
 def test_formats_of_export_are_known_without_importing_torch() -> None:
     from kanseg.export import FORMATS
     from kanseg.export.network import FORMATS as MADE

@@ -67,8 +67,9 @@ def test_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_names_that_a_file_system_just_takes_are_written(tmp_path: Path) -> None:
-    path = write_bytes(tmp_path / f"{'x' * 240}.json", b"{}")
-    assert path.read_bytes() == b"{}"
+    for name in ("x" * 240, "\u6f22" * 80, "\U0001f9e0" * 60):  # signs of one, three and four bytes
+        path = write_bytes(tmp_path / f"{name}.json", b"{}")
+        assert path.read_bytes() == b"{}"
 
 
 def test_a_lock_that_another_took_meanwhile_is_left(tmp_path: Path) -> None:

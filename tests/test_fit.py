@@ -259,6 +259,13 @@ def test_a_second_training_in_the_folder_is_refused(balls, tmp_path):
     assert {path: path.read_bytes() for path in run.glob("*.json")} == before  # nor does the first one change
 
 
+@pytest.mark.parametrize("damage", [b'{"epoch": 2, "lo', b"[1]\n", b"\xff\xfe\n", b"{}\n"])
+def test_a_log_is_read_up_to_its_first_damaged_line(tmp_path, damage):
+    whole = b'{"epoch": 0, "loss": 1}\n{"epoch": 1, "loss": 1}\n'
+    (tmp_path / "log.jsonl").write_bytes(whole + damage)
+    assert [record["epoch"] for record in read_log(tmp_path / "log.jsonl")] == [0, 1]
+
+
 def test_a_summary_that_was_damaged_is_made_again(balls, tmp_path):
     run = tmp_path / "run"
     summary = train(balls, run, "training.max_epochs=1")

@@ -256,6 +256,14 @@ def listed(root: Path, entries: list, **lists: list) -> Path:
     return root / "list.json"
 
 
+@pytest.mark.parametrize("name", ["../out", "a/b", ".a", "a\\b"])
+def test_ids_of_a_list_that_lead_out_of_a_folder_are_refused(tmp_path: Path, name: str) -> None:
+    """Label maps are called by them."""
+    (tmp_path / "list.csv").write_text(f"id,image,label\n{name},x.nii.gz,y.nii.gz\n")
+    with pytest.raises(UserError, match="cannot be the name of a file"):
+        read_dataset(tmp_path / "list.csv")
+
+
 def test_the_folds_of_a_datalist_are_used(tmp_path: Path) -> None:
     dataset = read_dataset(listed(tmp_path, [(n, {"fold": i % 2}) for i, n in enumerate("abcd")]))
     folds = [{"train": ["b", "d"], "val": ["a", "c"]}, {"train": ["a", "c"], "val": ["b", "d"]}]

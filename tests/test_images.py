@@ -6,6 +6,7 @@ import errno
 import gzip
 import shutil
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,51 @@ def test_nifti_keeps_the_header_of_its_image(scan: Path, tmp_path: Path) -> None
     assert written.get_data_dtype() == np.uint16
     raw = gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
     assert struct.unpack("<2f", raw[112:120]) == (1.0, 0.0)  # scl_slope, scl_inter
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("quatern_b", 2), ("quatern_b", np.nan), ("pixdim", [1, 0.9, np.nan, 2.4, 1, 1, 1, 1])],
+)
+def test_a_qform_that_cannot_be_is_kept_beside_an_sform_that_holds(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    """Readers go by the sform, so the image is read, and its label map has the same header."""
+    source = nib.load(save(tmp_path / "scan.nii", np.zeros((7, 6, 5), np.float32)))
+    source.set_qform(OBLIQUE, 1)
+    nib.save(source, tmp_path / "scan.nii")
+    content = bytearray((tmp_path / "scan.nii").read_bytes())
+    header = np.frombuffer(content, nib.nifti1.header_dtype, 1)
+    header[field] = value
+    (tmp_path / "scan.nii").write_bytes(content)
+    image = read_image(tmp_path / "scan.nii")
+    written = nib.load(write_label(tmp_path / "mask.nii.gz", np.zeros((7, 6, 5), int), image))
+    np.testing.assert_array_equal(written.affine, nib.load(tmp_path / "scan.nii").affine)
+    for key in ("qform_code", "quatern_b", "quatern_c", "srow_x", "pixdim"):
+        np.testing.assert_array_equal(written.header[key], nib.load(tmp_path / "scan.nii").header[key])
+
+
+def test_units_that_nifti_does_not_know_are_millimetres(tmp_path: Path) -> None:
+    """As ITK has it; nibabel refuses them."""
+    content = bytearray(save(tmp_path / "scan.nii", np.zeros((7, 6, 5), np.float32)).read_bytes())
+    np.frombuffer(content, nib.nifti1.header_dtype, 1)["xyzt_units"] = 255
+    (tmp_path / "scan.nii").write_bytes(content)
+    image = read_image(tmp_path / "scan.nii")
+    np.testing.assert_allclose(image.affine, OBLIQUE, atol=1e-6)
+    write_label(tmp_path / "mask.nii.gz", np.zeros((7, 6, 5), int), image)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_header_that_says_more_than_the_file_holds_takes_no_memory(tmp_path: Path, suffix: str) -> None:
+    """nibabel would take the memory for all that the header says: here 30 GB."""
+    content = bytearray(save(tmp_path / "scan.nii", np.zeros((7, 6, 5), np.float32)).read_bytes())
+    np.frombuffer(content, nib.nifti1.header_dtype, 1)["dim"][0, 1:4] = 2000
+    path = tmp_path / f"lie{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix == ".nii.gz" else content)
+    with pytest.raises(
+        UserError, match=f"lie{suffix} (cannot be read .*expected|does not fit into the memory)"
+    ):
+        read_image(path)
 
 
 def test_real_volumes_come_back_on_their_grid(shared_data: Path, tmp_path: Path) -> None:
@@ -346,7 +392,24 @@ def _move(by: Callable[[int], Sequence[float]]) -> Callable[[Any, int], None]:
     return change
 
 
+def _says(keyword: str, text: bytes) -> Callable[[Any, int], None]:
+    from pydicom.dataelem import RawDataElement
+    from pydicom.tag import Tag
+
+    def change(header: Any, number: int) -> None:
+        tag = Tag(keyword)
+        header._dict[tag] = RawDataElement(tag, "DS", len(text), text, 0, False, True)
+
+    return change
+
+
 BAD_SLICES = {
+    "comma": (_says("ImagePositionPatient", b"1,5\\1,5\\1,5 "), "has no usable ImagePositionPatient"),
+    "two numbers": (_says("ImageOrientationPatient", b"1\\0 "), "has no usable ImageOrientationPatient"),
+    "one number": (_says("PixelSpacing", b"1 "), "has no usable PixelSpacing"),
+    "infinite": (_says("PixelSpacing", b"inf\\1 "), "has no usable PixelSpacing"),
+    "flat pixels": (_says("PixelSpacing", b"0\\0 "), "has no usable PixelSpacing"),
+    "scaled by a comma": (_says("RescaleSlope", b"1,5 "), "cannot be read as DICOM .*'1,5'"),
     "no position": (_lacks("ImagePositionPatient"), "lacks ImagePositionPatient"),
     "no orientation": (_lacks("ImageOrientationPatient"), "lacks ImageOrientationPatient"),
     "no pixel size": (_lacks("PixelSpacing"), "lacks PixelSpacing"),
@@ -547,6 +610,61 @@ def test_truncated_files_are_refused(tmp_path: Path, share: float, suffix: str) 
         read_image(cut)
 
 
+@pytest.mark.parametrize("data", ["LOCAL", "voxels.zraw"])
+@pytest.mark.parametrize("line", ["{} = {}\n", "{}={}\r\n"], ids=["ITK", "others"])
+def test_compressed_meta_images_are_read_whole_or_refused(tmp_path: Path, data: str, line: str) -> None:
+    """ITK fills damaged ones up with whatever lies in memory, and says nothing."""
+    array = np.random.default_rng(0).integers(-99, 99, (5, 6, 7), dtype=np.int16)
+    voxels = zlib.compress(array.tobytes())
+    image = {"ObjectType": "Image", "NDims": 3, "DimSize": "7 6 5", "ElementType": "MET_SHORT"}
+    image |= {"CompressedData": "true", "CompressedDataSize": len(voxels), "ElementDataFile": data}
+    header = "".join(line.format(key, value) for key, value in image.items()).encode()
+    path = tmp_path / f"scan.{'mha' if data == 'LOCAL' else 'mhd'}"
+
+    def read(stored: bytes) -> np.ndarray:
+        path.write_bytes(header + stored * (data == "LOCAL"))
+        (tmp_path / "voxels.zraw").write_bytes(stored)
+        return read_image(path).array
+
+    np.testing.assert_array_equal(read(voxels)[0], array.T)
+    middle = len(voxels) // 2
+    damaged = (voxels[:middle], voxels[:middle] + b"\xff\0" + voxels[middle + 2 :], b"")
+    for stored in (*damaged, zlib.compress(array[:3].tobytes())):
+        with pytest.raises(UserError, match="scan.mh. cannot be read .*damaged"):
+            read(stored)
+
+
+def test_meta_images_whose_voxels_are_missing_say_which(tmp_path: Path) -> None:
+    image = "NDims = 3\nDimSize = 2 2 3\nElementType = MET_UCHAR\nElementDataFile = "
+    (tmp_path / "scan.mhd").write_text(f"{image}voxels.raw\n")
+    with pytest.raises(UserError, match="scan.mhd lie in voxels.raw"):
+        read_image(tmp_path / "scan.mhd")
+    for number in range(3):
+        (tmp_path / f"{number}.raw").write_bytes(bytes(4))
+    (tmp_path / "scan.mhd").write_text(f"{image}LIST\n0.raw\n1.raw\n2.raw\n")
+    assert read_image(tmp_path / "scan.mhd").array.shape == (1, 2, 2, 3)
+    (tmp_path / "scan.mhd").write_text(f"{image}LIST\n0.raw\n1.raw\n")
+    with pytest.raises(UserError, match="lists 2 slices, 3 are expected"):
+        read_image(tmp_path / "scan.mhd")
+
+
+def test_volumes_of_itk_without_voxels_grid_or_real_numbers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scan.mha"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(path))
+    whole = path.read_bytes()
+    for before, after, why in (
+        (b"DimSize = 5", b"DimSize = 0", "no voxel"),
+        (b"ElementSpacing = 1 ", b"ElementSpacing = 1e-30 ", "no usable geometry"),
+    ):
+        path.write_bytes(whole.replace(before, after))
+        with pytest.raises(UserError, match=f"scan.mha has {why}"):
+            read_image(path)
+    header = "NRRD0004\ntype: float\ndimension: 4\nsizes: 2 3 3 3\nkinds: complex domain domain domain\n"
+    (tmp_path / "c.nrrd").write_bytes(f"{header}endian: little\nencoding: raw\n\n".encode() + bytes(216))
+    with pytest.raises(UserError, match="c.nrrd has complex voxels"):
+        read_image(tmp_path / "c.nrrd")
+
+
 def test_corrupted_and_foreign_content_is_refused(scan: Path, tmp_path: Path) -> None:
     image = read_image(scan)
     write_array(tmp_path / "whole.mha", image.array[0], image, np.dtype("float32"))
@@ -642,6 +760,24 @@ def test_colours_of_16_bits_keep_them_all(tmp_path: Path, suffix: str, channels:
     np.testing.assert_array_equal(image.array, np.moveaxis(colours, -1, 0)[:3])
     again = write_array(tmp_path / f"again{suffix}", image.array, image, np.dtype("uint16"))
     np.testing.assert_array_equal(read_image(again).array, image.array)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint32])
+def test_numbers_of_a_tiff_have_the_sign_that_it_says(tmp_path: Path, dtype: type) -> None:
+    """Pillow takes those of 8 bits for positive ones, and those of 32 bits for others."""
+    limits = np.iinfo(dtype)
+    array = np.array([[limits.min, 1, 2], [limits.max, 3, 4]], dtype)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "scan.tif"))
+    np.testing.assert_array_equal(read_image(tmp_path / "scan.tif").array[0], array.astype(np.float32))
+
+
+def test_a_picture_that_is_too_large_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Picture.new("L", (50, 50)).save(tmp_path / "slide.png")
+    monkeypatch.setattr(Picture, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match="slide.png is too large for a picture .*2500 pixels"):
+        read_image(tmp_path / "slide.png")
 
 
 def test_deep_colours_that_would_lose_bits_are_refused(tmp_path: Path) -> None:

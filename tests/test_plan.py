@@ -164,6 +164,9 @@ def test_a_broken_plan_is_explained(tmp_path: Path, blobs: Path) -> None:
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as a plan"):
         Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"plan.json: A plan has no key 'a'"):
+        Plan.load(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +179,11 @@ def test_a_broken_plan_is_explained(tmp_path: Path, blobs: Path) -> None:
         ("label_values", [0, 2, 1], "label_values must rise"),
         ("batch_size", 0, "batch_size is 0"),
         ("version", 99, "version 99"),
+        ("spacing", [1, 1, float("inf")], "spacing needs a positive number"),
+        ("label_names", [["a"], 1, 2], "words for numbers: 'label_names.0'"),
+        ("label_dtype", "float99", "label_dtype is one of uint8"),
+        ("normalization", [{"scheme": "z"}], "a normalization is one of zscore"),
+        ("normalization", [{"scheme": "fixed", "mean": 0}], "'fixed' needs the numbers mean, std"),
     ],
 )
 def test_a_plan_edited_into_nonsense_is_refused(blobs: Path, key: str, value: Any, message: str) -> None:

@@ -88,6 +88,9 @@ def test_what_helps_is_chosen_and_what_harms_is_not() -> None:
 def test_a_rule_from_a_file_is_checked() -> None:
     with pytest.raises(UserError, match="no key 'largst'. Did you mean 'largest'"):
         apply_postprocessing(scene(), [{"labels": [1], "largst": True}])
+    for rule in ({"labels": "1"}, {"labels": [None]}, {"labels": [1], "min_mm3": "few"}, ["labels"]):
+        with pytest.raises(UserError, match="Post-processing rule .* needs"):
+            apply_postprocessing(scene(), [rule])  # type: ignore[list-item]
 
 
 def test_labels_up_to_255_and_without_prediction_are_taken() -> None:

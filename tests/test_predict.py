@@ -128,6 +128,20 @@ def test_exchanged_channels_are_told_by_the_numbers_of_the_file(plan: Plan, tmp_
     assert "exchanged?" not in said["right"]
 
 
+def test_names_are_told_as_they_are(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    """A name may look like what makes text bold or ends it."""
+    told = Console(file=io.StringIO(), width=200)
+    folder = tmp_path / "of [bold" / "][" / "b]"
+    folder.mkdir(parents=True)
+    for name in ("x[red].nii.gz", "damaged[red].nii.gz"):
+        shutil.copy(blobs / "imagesTr" / "case_0.nii.gz", folder / name)
+    (folder / "damaged[red].nii.gz").write_bytes(b"")
+    predict_folder(Brightness(), plan, find_images(folder), folder / "out", console=told)
+    text = told.file.getvalue()  # type: ignore[attr-defined]
+    assert f"x[red] -> {folder / 'out' / 'x[red].nii.gz'}" in text
+    assert f"damaged[red] failed: {folder / 'damaged[red].nii.gz'} cannot be read" in text
+
+
 def test_a_folder_that_cannot_be_made_costs_no_prediction(plan: Plan, blobs: Path, tmp_path: Path) -> None:
     """The case fails before the network runs on it."""
     (tmp_path / "file").write_text("")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image as Picture
 from rich.console import Console
 
+from kanseg.errors import UserError
 from kanseg.evaluation.metrics import METRICS, summarize_rows
 from kanseg.evaluation.report import (
     SAFE,
@@ -24,6 +25,7 @@ from kanseg.evaluation.report import (
     picture,
     score_table,
 )
+from kanseg.training.run_report import Configuration
 
 BLUE, ORANGE = (0, 114, 178), (230, 159, 0)  # of the first two classes
 
@@ -285,3 +287,9 @@ def test_the_legend_stays_within_the_picture(letters: int, monkeypatch: pytest.M
         figure.draw_without_rendering()
         box = figure.legends[0].get_window_extent()
         assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
+def test_scores_of_a_run_that_are_damaged_are_named(tmp_path: Path) -> None:
+    (tmp_path / "cross_validation.json").write_text('{"metrics": ')
+    with pytest.raises(UserError, match=r"cross_validation.json is damaged. .*--resume writes it anew"):
+        _ = Configuration("3d", tmp_path).result

@@ -10,6 +10,7 @@ import pytest
 from kanseg.data.formats import read_dataset
 from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UserError
+from kanseg.training.run_folder import read_splits
 
 
 def test_splits_cover_every_case_once_and_repeat(blobs: Path) -> None:
@@ -97,3 +98,12 @@ def test_a_split_that_shares_a_patient_is_refused(blobs: Path) -> None:
     check_leaks(parted, dataset)
     with pytest.raises(UserError, match="Fold 0 .* are one image"):
         check_leaks(parted, dataset, [("case_0", "case_5")])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", '{"a": null}', '[{"train": []}]', "[" * 100_000])
+def test_folds_that_are_none_are_refused_by_their_file(tmp_path: Path, content: str) -> None:
+    """By training, prediction and report alike."""
+    assert read_splits(tmp_path) == []
+    (tmp_path / "splits.json").write_text(content)
+    with pytest.raises(UserError, match=r"splits.json (is not a list of folds|holds no fold)"):
+        read_splits(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
+import os
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -101,6 +102,15 @@ def test_a_table_that_is_damaged_or_gone_is_noticed(plan: Plan, blobs: Path, tmp
     (tmp_path / QUALITY).write_text(table + "a,b,1,2,3,4,5\n")
     with pytest.raises(UserError, match="is damaged"):
         predict_folder(Brightness(), plan, cases, tmp_path, **how)
+
+
+def test_names_that_are_no_utf_8_keep_their_row(tmp_path: Path) -> None:
+    name, row = os.fsdecode(b"M\xfcller"), {"class": "liver", "expected_dice": 0.5}
+    for expected in (0.5, 0.25):
+        keep_quality(tmp_path / QUALITY, name, [{**row, "expected_dice": expected}])
+    assert [(row["case"], row["expected_dice"]) for row in read_quality(tmp_path / QUALITY)] == [
+        (name, "0.25")
+    ]
 
 
 def test_files_are_known_by_their_own_names(plan: Plan, blobs: Path, tmp_path: Path) -> None:

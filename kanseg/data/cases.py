@@ -103,6 +103,15 @@ def case_by_names(
     return Case(id_, tuple(found[name] for name in names if name in found), label, id_)
 
 
+def require_file_name(id_: str) -> str:
+    """The id of a case; `UserError` where a file could not be called by it, or would lie in another folder."""
+    if Path(id_).name != id_ or id_[0] == "." or "\\" in id_ or "\0" in id_:
+        raise UserError(
+            f"The case '{id_}' cannot be the name of a file. Take its slashes and first dot away."
+        )
+    return id_
+
+
 def require_one_patient(source: Path, case: str, patients: Collection[str], problem: Problem) -> None:
     if len(patients) > 1:
         who = " and ".join(f"'{patient}'" for patient in sorted(patients))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kanseg.data.cases import COLOURS, Case, Dataset, label_path
+from kanseg.data.cases import COLOURS, Case, Dataset, label_path, require_file_name
 from kanseg.data.images import Image, check_pair, label_from, read_image, write_array
 from kanseg.data.labels import IGNORE, class_values, known_values
 from kanseg.data.segmentations import are_segmentations, read_segments
@@ -169,10 +169,7 @@ def _check(sample: Sample, dataset: Dataset, key: str, group_of: Mapping[str, Ma
             f"{dataset.name} has several images called '{sample.id}'. Give every image a name of its own (in lists: "
             "'id')."
         )
-    if Path(sample.id).name != sample.id or sample.id[0] == "." or "\\" in sample.id:
-        raise UserError(
-            f"The case '{sample.id}' cannot be the name of a file. Take its slashes and first dot away."
-        )
+    require_file_name(sample.id)
 
 
 def _write(out: Path, key: str, sample: Sample, endings: Sequence[str], values: dict[int, int]) -> None:

@@ -246,10 +246,10 @@ def download(source: Source, out: Path | str, console: Console | None = None) ->
     """
     console, out = console or Console(stderr=True), Path(out)
     console.print(f"{source.name}: {source.what}, about {source.size}", highlight=False)
-    console.print(f"Licence: {source.licence}", highlight=False, soft_wrap=True)
-    console.print(f"Cite: {source.cite}", highlight=False, soft_wrap=True)
+    console.print(f"Licence: {source.licence}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Cite: {source.cite}", markup=False, highlight=False, soft_wrap=True)
     for part in source.parts:
-        console.print(f"From: {part.url}, MD5 {part.md5}", highlight=False, soft_wrap=True)
+        console.print(f"From: {part.url}, MD5 {part.md5}", markup=False, highlight=False, soft_wrap=True)
     folder = make_folder(out) / source.name
     archives = {part: out / _archive_name(part) for part in source.parts}
     if folder.exists():
@@ -266,7 +266,9 @@ def download(source: Source, out: Path | str, console: Console | None = None) ->
             join_masks(made, source.name)
     for archive in archives.values():
         archive.unlink()
-    console.print(f"{folder}. Next: kanseg plan {folder} -o RUN", highlight=False, soft_wrap=True)
+    console.print(
+        f"{folder}. Next: kanseg plan {folder} -o RUN", markup=False, highlight=False, soft_wrap=True
+    )
     return {"name": source.name, "folder": str(folder), "licence": source.licence, "cite": source.cite}
 
 

@@ -104,7 +104,7 @@ def load_fingerprint(run: Path) -> dict[str, Any] | None:
     try:
         seen = json.loads(path.read_text(encoding="utf-8"))
         return {"cases": dict(seen["cases"]), "same": list(seen["same"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}). Run `kanseg plan` again.") from error
 
 

@@ -10,9 +10,9 @@ import contextlib
 import gzip
 import json
 import logging
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,16 @@ from PIL import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
 from kanseg.data.class_names import label_table, segment_tags
+from kanseg.data.meta_image import read_meta_image
 from kanseg.errors import UserError
 from kanseg.training.files import part_of
 
-MILLIMETRES = {"meter": 1e3, "micron": 1e-3}  # in units that NIfTI headers may name
+MILLIMETRES = {1: 1e3, 3: 1e-3}  # in metres and micrometres, by their numbers in NIfTI headers
+UNIT_OF_LENGTH = 7  # the bits of xyzt_units that say it
+PLACED_BY = (  # fields of a NIfTI header that say where its voxels lie
+    *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+)
 SUFFIXES_NIFTI = (".nii.gz", ".nii")
 SEG_NRRD = ".seg.nrrd"  # segmentations of 3D Slicer
 SUFFIXES_ITK = (SEG_NRRD, ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -38,10 +44,12 @@ SUFFIXES_DICOM = (RTSTRUCT, DICOM)
 SUFFIXES_SEGMENTS = (*SUFFIXES_DICOM, SEG_NRRD)  # of files that may tell classes by names, not by numbers
 SEGMENTS = "DICOM-SEG, RTSTRUCT or .seg.nrrd"
 SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+SUFFIXES_TIFF = (".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg")
 COLOURED = ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of Pillow
 SHOWN_SERIES, UID_END = 6, 12  # that are named of several series, and of an identifier
 FULL = 255  # the brightest of 8 bits
+BLOCK = 2**20  # bytes that are read at once where they are not kept
 MOST_COLOURS = 256  # that tell classes apart in a label; more are a picture
 SHOWN_COLOURS = 8  # of those in words
 TWO_FILES = {".mhd": ".mha", ".nhdr": ".nrrd"}  # a header beside its data cannot be replaced in one step
@@ -61,10 +69,13 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 TIFF_REMARK = 270  # the tag ImageDescription
 TURNED = 274  # the tag Orientation
 TIFF_BITS = 258  # the tag BitsPerSample
+TIFF_KIND = 339  # the tag SampleFormat: 1 unsigned, 2 signed
+MISREAD = {(2, 8): np.int8, (1, 32): np.uint32}  # kind and bits that Pillow takes for the other kind
 TIFF_EXTRA, UNSPECIFIED = 338, 0  # the tag ExtraSamples, and its value for what is not opacity
 PROVENANCE, COMMENT = "kanseg", 6  # the key in headers, and the code of NIfTI's extension
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
 SIDEWAYS = 1.0  # mm that a slice may lie beside the normal of the first
+PARTS_APART = "Save each colour or part as a channel."
 AGAIN = "Export the series again, or convert it with a tool that repairs it."
 
 
@@ -307,21 +318,15 @@ def write_array(
 
 
 def _write_nifti(path: Path, array: np.ndarray, like: Image, about: About) -> None:
-    header = None
     if array.ndim > like.spatial_dims:
         array = np.moveaxis(array, 0, -1)
-    if suffix_of(like.path) in SUFFIXES_NIFTI and like.path.is_file():
-        header = nib.load(like.path).header.copy()
     out = nib.Nifti1Image(array, like.affine, None)
-    if header is not None:
-        out.header.set_xyzt_units(*header.get_xyzt_units())
-        for code, get, put in (
-            (int(header["sform_code"]), header.get_sform, out.set_sform),
-            (int(header["qform_code"]), header.get_qform, out.set_qform),
-        ):
-            put(get(), code) if code else put(None, 0)
-        if not int(header["sform_code"]) and not int(header["qform_code"]):
-            out.header["pixdim"][1:4] = header["pixdim"][1:4]
+    if suffix_of(like.path) in SUFFIXES_NIFTI and like.path.is_file():
+        header = nib.load(like.path).header
+        out = nib.Nifti1Image(array, None, None)  # an affine of its own would be written over what is kept
+        for field in PLACED_BY:
+            out.header[field] = header[field]
+        out.header["pixdim"][:4] = header["pixdim"][:4]
     out.header["descrip"] = about.description[:79].encode("ascii", "replace")
     if about.names:
         out.header.extensions.append(label_table(about.names))
@@ -358,7 +363,7 @@ def _write_picture(path: Path, array: np.ndarray, like: Image, about: About) -> 
         if about.provenance:
             text.add_text(PROVENANCE, about.provenance)
         picture.save(path, pnginfo=text)
-    elif suffix_of(path) in (".tif", ".tiff"):
+    elif suffix_of(path) in SUFFIXES_TIFF:
         picture.save(path, description=about.description)
     else:
         picture.save(path)
@@ -436,8 +441,8 @@ def _read_one(path: Path, *, layers: bool = False) -> Image:
                 else "a DICOM object without an image"
             )
             raise UserError(f"{path} is {what}.")
-        if suffix == ".mha":
-            _require_intact(path)
+        if suffix in (".mha", ".mhd"):
+            return _read_itk(path, read_meta_image(path))
         if suffix in SUFFIXES_DICOM:
             return _read_itk(path, _read_frames(path, path))
         return _read_itk(path, sitk.ReadImage(str(path)))
@@ -445,10 +450,19 @@ def _read_one(path: Path, *, layers: bool = False) -> Image:
         raise
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {_reason(error)}. Allow reading it.") from error
+    except MemoryError as error:
+        raise UserError(
+            f"{path} does not fit into the memory, or its header says that it is larger than it is. Cut it to what is "
+            "needed, or copy it again from its source."
+        ) from error
+    except Picture.DecompressionBombError as error:
+        raise UserError(
+            f"{path} is too large for a picture ({_reason(error)}). Cut it into several."
+        ) from error
     except Exception as error:  # the errors of nibabel, ITK, Pillow and zlib share no base class
         raise UserError(
-            f"{path} cannot be read ({_reason(error)}). It is cut short, damaged, or not what its suffix says. Copy it "
-            "again from its source."
+            f"{path} cannot be read ({_reason(error)}). It is cut short, damaged, or not what its suffix says"
+            f"{' (numbers of 64 bits are not read)' * (suffix in SUFFIXES_TIFF)}. Copy it again from its source."
         ) from error
 
 
@@ -464,19 +478,29 @@ def _reason(error: Exception) -> str:
 
 def _read_nifti(path: Path) -> Image:
     file = nib.load(path)
+    dtype = file.get_data_dtype()
+    needed, held = file.dataobj.offset + prod(file.shape) * dtype.itemsize, path.stat().st_size
     if path.name.lower().endswith(".gz"):  # nibabel stops before the checksum at the end of the stream
         with gzip.open(path) as stream:
-            file = type(file).from_bytes(stream.read())
-    dtype = file.get_data_dtype()
+            content = stream.read(needed)
+            held = len(content)
+            while stream.read(BLOCK):
+                pass
+        file = type(file).from_bytes(content)
+    if held < needed:  # nibabel would take the memory for all that the header says
+        raise UserError(
+            f"{path} cannot be read (it holds {held} bytes, {needed} are expected of {_times(file.shape)} voxels). It "
+            "is cut short, or its header is wrong. Copy it again from its source."
+        )
     if dtype.fields is not None or np.issubdtype(dtype, np.complexfloating):
         raise UserError(
-            f"{path} has structured or complex voxels ({dtype}), e.g. RGB; one number a voxel is expected. Save each "
-            "colour or part as a channel."
+            f"{path} has structured or complex voxels ({dtype}), e.g. RGB; one number a voxel is expected. "
+            f"{PARTS_APART}"
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         array = np.asarray(file.dataobj, dtype=np.float32)
     affine = np.array(file.affine, dtype=np.float64)
-    affine[:3] *= MILLIMETRES.get(file.header.get_xyzt_units()[0], 1.0)
+    affine[:3] *= MILLIMETRES.get(int(file.header["xyzt_units"]) & UNIT_OF_LENGTH, 1.0)
     return _as_image(array, affine, path)
 
 
@@ -488,23 +512,26 @@ def _as_image(array: np.ndarray, affine: np.ndarray, path: Path) -> Image:
         raise UserError(
             f"{path} has shape {array.shape}; a 3D volume, or 4D with channels last, is expected."
         )
+    channels = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
+    return Image(np.ascontiguousarray(channels), _usable(affine, path), path, 3)
+
+
+def _usable(affine: np.ndarray, path: Path) -> np.ndarray:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path} has no usable geometry (affine {affine.tolist()}). Repair its header.")
-    channels = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
-    return Image(np.ascontiguousarray(channels), affine, path, 3)
-
-
-def _require_intact(path: Path) -> None:
-    """ITK reads a damaged compressed MHA as zeros without an error; zlib's checksum tells."""
-    header, local, data = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
-    if local and b"CompressedData = True" in header:
-        zlib.decompress(data)
+    return affine
 
 
 def _read_itk(path: Path, image: sitk.Image) -> Image:
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
-    array = sitk.GetArrayFromImage(image).astype(np.float32)
+    array = sitk.GetArrayFromImage(image)
+    if np.iscomplexobj(array):
+        raise UserError(f"{path} has complex voxels; one number a voxel is expected. {PARTS_APART}")
+    if 0 in array.shape:
+        raise UserError(f"{path} has no voxel (shape {array.shape[::-1]}). Copy it again from its source.")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        array = array.astype(np.float32)
     colours = image.GetNumberOfComponentsPerPixel() > 1
     array = np.moveaxis(array, -1, 0) if colours else array[None]
     array = array.transpose(0, *range(array.ndim - 1, 0, -1))
@@ -515,7 +542,7 @@ def _read_itk(path: Path, image: sitk.Image) -> Image:
     direction = np.array(image.GetDirection()).reshape(dims, dims)
     affine[:dims, :dims] = direction * np.array(image.GetSpacing())
     affine[:dims, 3] = image.GetOrigin()
-    return Image(np.ascontiguousarray(array), LPS_TO_RAS @ affine, path, dims)
+    return Image(np.ascontiguousarray(array), _usable(LPS_TO_RAS @ affine, path), path, dims)
 
 
 def _read_picture(path: Path) -> Image:
@@ -538,7 +565,10 @@ def _read_picture(path: Path) -> Image:
         )
         if one_mode:
             picture = picture.convert(one_mode)
-        array = np.asarray(picture, dtype=np.float32)
+        array = np.asarray(picture)
+        if misread := MISREAD.get((*getattr(picture, "tag_v2", {}).get(TIFF_KIND, ()), *_bits(picture))):
+            array = array.view(misread)
+        array = array.astype(np.float32)
     channels = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     return Image(np.ascontiguousarray(channels), np.eye(4), path, 2, indices)
 
@@ -697,17 +727,29 @@ def _in_order(folder: Path, names: Sequence[str]) -> list[str]:
             f"{folder} has {len(names)} files of one series, some of them of several frames; one file is expected. "
             "Give each a folder of its own."
         )
-    for name, header in zip(names, headers, strict=True):
-        for keyword in PLACES:
-            if not header.get(keyword):
-                raise UserError(f"{name} lacks {keyword}: where its slice lies is not known. {AGAIN}")
-    positions = np.array([header.ImagePositionPatient for header in headers], float)
-    orientations = np.array([header.ImageOrientationPatient for header in headers], float)
+    told = [_place(Path(name), header) for name, header in zip(names, headers, strict=True)]
+    positions, orientations, spacings = map(np.array, zip(*told, strict=True))
     order = _order(positions, orientations)
     _require_box(folder, positions[order], orientations[order])
     _require_same(folder, "pixels", [(header.Rows, header.Columns) for header in headers])
-    _require_same(folder, "mm a pixel", [tuple(map(float, header.PixelSpacing)) for header in headers])
+    _require_same(folder, "mm a pixel", list(map(tuple, spacings)))
     return [names[number] for number in order]
+
+
+def _place(source: Path, told: Any) -> list[np.ndarray]:
+    """Position, orientation and spacing of a slice or frame; `UserError` where one lacks or cannot be."""
+    numbers = []
+    for keyword, count in PLACES.items():
+        try:
+            found = np.array(told.get(keyword) or [], float).ravel()
+        except ValueError:
+            found = np.array([np.nan])
+        if not found.size:
+            raise UserError(f"{source} lacks {keyword}: where its slice lies is not known. {AGAIN}")
+        if len(found) != count or not np.isfinite(found).all() or (keyword == SPACING and found.min() <= 0):
+            raise UserError(f"{source} has no usable {keyword}: where its slice lies is not known. {AGAIN}")
+        numbers.append(found)
+    return numbers
 
 
 def _require_same(source: Path, what: str, sizes: Sequence[tuple[float, ...]]) -> None:
@@ -746,6 +788,8 @@ def _header(file: Path) -> Any:
         samples = 2 if kind.endswith("422") else int(header.get("SamplesPerPixel") or 1)
         bits = header.Rows * header.Columns * samples * header.BitsAllocated
         needed = bits * int(header.get("NumberOfFrames") or 1) // 8
+        for scale in SCALES:  # GDCM would take 1 and 0 for what is no number
+            float(header.get(scale) or 0)
     except Exception as error:  # of pydicom, which has no common class
         raise UserError(
             f"{file} cannot be read as DICOM ({error}). Copy it again from its source."
@@ -769,14 +813,15 @@ def _read_frames(source: Path, file: Path) -> sitk.Image:
     if count == 1:
         return _with_thickness(image, header, frames)
     frames = frames or _nuclear(header, count)
-    places = [[frame[name] for frame in frames] for name in PLACES]
-    if len(frames) != count or not all(all(numbers) for numbers in places):
+    if len(frames) != count or not all(frame[name] for frame in frames for name in PLACES):
         raise UserError(
             f"{file} has {count} frames that do not tell where they lie (moments of a film?); one volume is expected. "
             f"{AGAIN}"
         )
     image = _scaled(image, [(*frame["RescaleSlope"], *frame["RescaleIntercept"]) for frame in frames])
-    return _stacked(source, image, *map(np.array, places))
+    return _stacked(
+        source, image, *map(np.array, zip(*(_place(file, frame) for frame in frames), strict=True))
+    )
 
 
 def _with_thickness(image: sitk.Image, header: Any, frames: Sequence[dict[str, list[float]]]) -> sitk.Image:
@@ -796,12 +841,18 @@ OF_FRAMES = {  # what a frame tells: the sequence that it stands in, and how man
     "RescaleSlope": ("PixelValueTransformationSequence", [1.0]),
     "RescaleIntercept": ("PixelValueTransformationSequence", [0.0]),
 }
+SCALES = ("RescaleSlope", "RescaleIntercept")
 SLICE_VECTOR = 0x00540080
-PLACES = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+SPACING = "PixelSpacing"
+PLACES = {
+    "ImagePositionPatient": 3,
+    "ImageOrientationPatient": 6,
+    SPACING: 2,
+}  # and how many numbers each has
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 IN_HEADERS = (
     *"Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated PhotometricInterpretation PixelData".split(),
-    *(*PLACES, *GROUPS, "SliceThickness", "SpacingBetweenSlices", "Modality"),
+    *(*PLACES, *GROUPS, *SCALES, "SliceThickness", "SpacingBetweenSlices", "Modality"),
     *("DetectorInformationSequence", "FrameIncrementPointer", "SliceVector"),
 )
 
@@ -837,7 +888,7 @@ def _nuclear(header: Any, count: int) -> list[dict[str, list[float]]]:
     only_slices = header.get("FrameIncrementPointer") == SLICE_VECTOR and slices is not None
     if len(detectors) != 1 or not (gap and pixels and only_slices):
         return []
-    told = [detectors[0].get(name) for name in PLACES[:2]]
+    told = [detectors[0].get(name) for name in (*PLACES,)[:2]]
     numbers = np.atleast_1d(slices).astype(int).tolist()
     if not all(told) or sorted(numbers) != list(range(1, count + 1)):
         return []

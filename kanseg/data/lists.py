@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kanseg.data.cases import LAYOUTS, Case, Dataset, dataset_of, few
+from kanseg.data.cases import LAYOUTS, Case, Dataset, dataset_of, few, require_file_name
 from kanseg.data.images import stem_of, suffix_of
 from kanseg.data.listing import channel_of
 from kanseg.data.tables import (
@@ -40,7 +40,7 @@ LISTS = (*TABLES, ".json")  # suffixes of a data set that is a file
 def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())  # of any encoding that JSON may have
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}). Repair it.") from error
 
 
@@ -67,6 +67,8 @@ def _listed(root: Path, entry: Any, groups: dict[str, str]) -> Case:
     paths = tuple(_inside(root, image) for image in images)
     numbered = channel_of(paths[0]) if len(paths) > 1 else None
     name = str(entry["id"]) if told(entry.get("id")) else numbered[0] if numbered else stem_of(paths[0])
+    if told(entry.get("id")):
+        require_file_name(name)
     group = group_in(entry, group_columns(entry)) or groups.get(name, name)
     return Case(name, paths, _inside(root, label) if label else None, str(group))
 

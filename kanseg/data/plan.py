@@ -57,6 +57,10 @@ MODEL_OPTIONS = {
     "bottleneck": True,
     "deep_supervision": True,
 }
+LABEL_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+SCHEMES = {  # of normalization, and the numbers that each needs
+    "zscore": (), "zscore_nonzero": (), "minmax": (), "fixed": ("mean", "std"), "ct": ("lower", "upper", "mean", "std"),
+}  # fmt: skip
 NAMED_SCHEMES: dict[str, dict[str, Any]] = {  # by names of channels, as nnU-Net has them
     "nonorm": {"scheme": "fixed", "mean": 0.0, "std": 1.0},
     "rgb_to_0_1": {"scheme": "fixed", "mean": 0.0, "std": 255.0},
@@ -159,7 +163,7 @@ def _misfit(plan: Plan) -> str | None:
     axes: dict[str, list[Any]] = {"spacing": [plan.spacing], "patch_size": [plan.patch_size]}
     axes |= {"strides": plan.strides, "kernel_sizes": plan.kernel_sizes}
     for key, rows in axes.items():
-        if not all(len(row) == plan.spatial_dims and min(row) > 0 for row in rows):
+        if not all(len(row) == plan.spatial_dims and all(0 < n < math.inf for n in row) for row in rows):
             return f"{key} needs a positive number for each of {plan.spatial_dims} axes, but is {getattr(plan, key)}"
     for key, other in PARALLEL.items():
         if len(getattr(plan, key)) != len(getattr(plan, other)):
@@ -177,6 +181,13 @@ def _misfit(plan: Plan) -> str | None:
         return (
             f"mirror_axes are axes of the network, 0 to {plan.spatial_dims - 1}, but are {plan.mirror_axes}"
         )
+    if plan.label_dtype not in LABEL_DTYPES:
+        return f"label_dtype is one of {', '.join(LABEL_DTYPES)}, not '{plan.label_dtype}'"
+    for scheme in plan.normalization:
+        if (needed := SCHEMES.get(str(scheme.get("scheme")))) is None:
+            return f"a normalization is one of {', '.join(SCHEMES)}, not {scheme}"
+        if not all(isinstance(scheme.get(key), int | float) and math.isfinite(scheme[key]) for key in needed):
+            return f"the normalization '{scheme['scheme']}' needs the numbers {', '.join(needed)}, but is {scheme}"
     return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
 
 

@@ -10,7 +10,7 @@ from kanseg.data.cases import Dataset
 from kanseg.data.class_plan import ClassPlan
 from kanseg.data.image_classes import ImageClasses, read_classes
 from kanseg.data.plan import Plan, planned_dataset
-from kanseg.data.stored_plan import read_values
+from kanseg.data.stored_plan import named_errors
 from kanseg.errors import UserError, did_you_mean
 
 PLANS: dict[str, type[Plan] | type[ClassPlan]] = {plan.task: plan for plan in (Plan, ClassPlan)}
@@ -27,7 +27,7 @@ def plan_from_dict(values: Mapping[str, Any]) -> AnyPlan:
 
 def load_plan(path: Path | str) -> AnyPlan:
     """Read a plan.json of either kind."""
-    return plan_from_dict(read_values(path))
+    return named_errors(path, plan_from_dict)
 
 
 def dataset_of(plan: AnyPlan, run: Path | None = None) -> Dataset:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from kanseg.errors import UserError, did_you_mean
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,12 +44,15 @@ class StoredPlan:
             if key not in known:
                 raise UserError(f"A plan has no key '{key}'.{did_you_mean(key, known)}")
         try:
-            plan = cls(**values)
-            misfit = plan.misfit()
-        except TypeError as error:
+            plan = TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            where = ".".join(map(str, wrong["loc"]))
             raise UserError(
-                f"The plan is not complete, or has words for numbers: {error}. Run `kanseg plan` again."
+                f"The plan is not complete, or has words for numbers: '{where}': {wrong['msg']}. Run `kanseg plan` "
+                "again."
             ) from error
+        misfit = plan.misfit()
         if misfit:
             raise UserError(
                 f"The plan does not fit together: {misfit}. Correct it, or run `kanseg plan` again."
@@ -60,14 +68,23 @@ class StoredPlan:
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read plan.json."""
-        return cls.from_dict(read_values(path))
+        return named_errors(path, cls.from_dict)
+
+
+def named_errors(path: Path | str, make: Callable[[dict[str, Any]], T]) -> T:
+    """What is made of the values of a plan.json; what is wrong with them names the file."""
+    values = read_values(path)
+    try:
+        return make(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def read_values(path: Path | str) -> dict[str, Any]:
     """The values of a plan.json, whatever it plans."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a plan ({error}). Run `kanseg plan` again.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no plan. Run `kanseg plan` again.")

@@ -18,7 +18,7 @@ from scipy.special import entr
 from kanseg.data.image_classes import CLASSES, SEPARATOR
 from kanseg.data.tables import read_rows
 from kanseg.errors import UserError
-from kanseg.training.files import write_bytes
+from kanseg.training.files import SURROGATES, write_text
 from kanseg.training.validate import bootstrap_interval
 
 TOP = 5
@@ -301,7 +301,7 @@ def read_predictions(path: Path) -> Predictions:
 def is_predictions(path: Path) -> bool:
     """Whether a CSV is a table of a classifier, by its first line; a file that cannot be read is none."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with path.open(newline="", encoding="utf-8-sig", errors=SURROGATES) as file:
             columns = next(csv.reader(file), [])
     except (OSError, ValueError, csv.Error):
         return False
@@ -452,7 +452,7 @@ def write_predictions(
 ) -> Path:
     """Write `predictions_as_csv`, atomically."""
     text = predictions_as_csv(ids, probabilities, names, values, multilabel=multilabel, more=more)
-    return write_bytes(path, text.encode())
+    return write_text(path, text)
 
 
 def score_lines(scores: Mapping[str, Any]) -> str:

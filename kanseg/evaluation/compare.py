@@ -29,7 +29,7 @@ from kanseg.evaluation.classification import (
 )
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
 from kanseg.evaluation.report import LONGEST, Whole, short, told_apart
-from kanseg.training.files import make_folder, read_json, write_bytes, write_json
+from kanseg.training.files import SURROGATES, make_folder, read_json, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,7 +106,7 @@ def compare(
     if out is not None:
         folder = make_folder(Path(out))
         write_json(folder / "comparison.json", result)
-        write_bytes(folder / "comparison.csv", _csv(rows).encode())
+        write_text(folder / "comparison.csv", _csv(rows))
         scatter = {label: (first["dice"][label], second["dice"][label]) for label in _classes(rows)}
         write_bytes(folder / "comparison.png", draw(result, scatter, shared))
     return result
@@ -193,7 +193,7 @@ def _from_table(file: Path) -> Scores:
         return _of_classes(file)
     scores: Scores = {}
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
+        with file.open(newline="", encoding="utf-8", errors=SURROGATES) as stream:
             for row in csv.DictReader(stream):
                 for metric in METRICS:
                     if row.get(metric):

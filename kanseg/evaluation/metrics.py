@@ -49,7 +49,7 @@ from kanseg.data.unlabelled import find_images, labels_in_case_folders
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.lesions import COUNTS, lesion_counts, summarize_lesions
 from kanseg.progress import progress
-from kanseg.training.files import make_folder, write_bytes, write_json
+from kanseg.training.files import make_folder, write_json, write_text
 
 METRICS = ("dice", "iou", "hd95", "nsd", "assd")
 COLUMNS = (*METRICS, "volume_ml", "reference_volume_ml")
@@ -562,9 +562,9 @@ def write_tables(
     folder: Path, name: str, rows: Sequence[Mapping[str, Any]], together: Sequence[Mapping[str, Any]]
 ) -> None:
     """The table of the classes under its name, that of their unions, where there are, beside it."""
-    write_bytes(folder / name, rows_as_csv(rows).encode())
+    write_text(folder / name, rows_as_csv(rows))
     if together:
-        write_bytes(folder / UNIONS, rows_as_csv(together).encode())
+        write_text(folder / UNIONS, rows_as_csv(together))
 
 
 def absent_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:

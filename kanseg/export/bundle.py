@@ -21,7 +21,7 @@ from kanseg.data.plans import AnyPlan
 from kanseg.errors import UserError
 from kanseg.inference.ensemble import Loaded, save_members
 from kanseg.training.checkpoint import BUNDLE_MODELS, EXPORTED
-from kanseg.training.files import make_folder, write_bytes, write_json
+from kanseg.training.files import make_folder, write_json, write_text
 
 NETWORK = f"{BUNDLE_MODELS}/model.pt2"
 CONFIG, METADATA, README = "configs/inference.json", "configs/metadata.json", "docs/README.md"
@@ -51,7 +51,7 @@ def write_bundle(out: Path, loaded: Loaded) -> None:
         make_folder(out / folder)
     write_json(out / CONFIG, inference(plan))
     write_json(out / METADATA, metadata(plan))
-    write_bytes(out / README, readme(plan).encode())
+    write_text(out / README, readme(plan))
 
 
 def readme(plan: Plan) -> str:

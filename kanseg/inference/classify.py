@@ -129,7 +129,7 @@ def predict_classes(
     if known and any(Path(plan.data) == Path(images).resolve() for plan in plans):
         seen = [case.id for case in cases]  # also what has no files of its own
     if seen:
-        say(on_training_images(seen, len(cases)), highlight=False, soft_wrap=True)
+        say(on_training_images(seen, len(cases)), markup=False, highlight=False, soft_wrap=True)
     path = Path(out) if Path(out).suffix == ".csv" else Path(out) / PREDICTIONS
     settings = {"models": [file_digest(file) for file in files], "tta": tta, "uncertainty": uncertainty}
     digests = {case.id: made_from(case.images, settings, case.id) for case in cases}
@@ -172,7 +172,7 @@ def predict_classes(
             f"No image of {images} could be predicted: {next(iter(failed.values()), 'there is none')}"
         )
     keep()
-    say(f"{len(rows)} images -> {path}", highlight=False, soft_wrap=True)
+    say(f"{len(rows)} images -> {path}", markup=False, highlight=False, soft_wrap=True)
     return {"predicted": len(rows), "failed": failed, "out": str(path)}
 
 
@@ -215,7 +215,12 @@ def combine_tables(tables: Sequence[Path], out: Path, *, console: Console | None
     make_folder(path.parent)
     write_predictions(path, ids, np.mean(chances, axis=0), names, multilabel=several)
     if console is not None:
-        console.print(f"{len(ids)} images of {len(tables)} tables -> {path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{len(ids)} images of {len(tables)} tables -> {path}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     return {"cases": len(ids), "out": str(path)}
 
 

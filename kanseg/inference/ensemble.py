@@ -21,7 +21,7 @@ from kanseg.data.digests import file_digest
 from kanseg.data.images import SEGMENTS, check_pair, label_from, read_image, write_label
 from kanseg.data.listing import segmentations_in
 from kanseg.data.plan import Plan
-from kanseg.data.plans import AnyPlan
+from kanseg.data.plans import AnyPlan, plan_from_dict
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
@@ -168,6 +168,7 @@ def predict_with(
         if whole.is_dir() and not any(whole in file.parents for file in loaded.files):
             console.print(
                 f"Not among them: the training on every case. For it, -m {whole}",
+                markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
@@ -182,7 +183,7 @@ def predict_with(
     if images.is_dir():
         cases = _images_among(cases, images, console)
     if seen := training_images(loaded.files, cases):
-        console.print(on_training_images(seen, len(cases)), highlight=False, soft_wrap=True)
+        console.print(on_training_images(seen, len(cases)), markup=False, highlight=False, soft_wrap=True)
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
     failures = predict_folder(
@@ -217,7 +218,9 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
     """What a run, a model or a checkpoint takes, gives and was trained on, by words for a table."""
     files = find_members(path)
     infos = [load_checkpoint(file)[1] for file in files]
-    specs, plans = ([info.get(key) or {} for info in infos] for key in ("model", "plan"))
+    specs, plans = ([info.get(key, {}) for info in infos] for key in ("model", "plan"))
+    for plan in filter(None, plans):
+        plan_from_dict(plan)  # or what it says is not to be told
     plan, stored = plans[0], _rules(Path(path))
 
     def each(values: Iterable[Any]) -> Any:

@@ -67,17 +67,25 @@ def load_rules(folder: Path) -> list[Rule] | None:
         return None
     try:
         rules = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as post-processing rules ({error}).") from error
-    return rules["rules"] if isinstance(rules, dict) and "rules" in rules else rules
+    rules = rules["rules"] if isinstance(rules, dict) and "rules" in rules else rules
+    if not isinstance(rules, list):
+        raise UserError(
+            f"{file} holds no list of post-processing rules, but {str(rules)[:40]}. Correct or delete it."
+        )
+    return rules
 
 
 def check_rule(rule: Rule) -> None:
     """Raise `UserError` unless a rule read from a file is one."""
-    if not isinstance(rule, dict) or not rule.get("labels"):
+    labels = rule.get("labels") if isinstance(rule, dict) else None
+    if not isinstance(labels, list) or not labels or not all(isinstance(value, int) for value in labels):
         raise UserError(
             f"Post-processing rule {rule!r} needs 'labels', e.g. {{'labels': [1], 'largest': true}}."
         )
+    if not isinstance(rule.get("min_mm3", 0), int | float):
+        raise UserError(f"Post-processing rule {rule!r} needs a number as 'min_mm3'.")
     for key in rule:
         if key not in KEYS:
             raise UserError(f"Post-processing rules have no key '{key}'.{did_you_mean(key, KEYS)}")

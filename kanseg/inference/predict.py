@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, TaskID
+from rich.text import Text
 from torch import Tensor, nn
 
 from kanseg.data.beside import NIFTI, UNCERTAINTY, probability_path, remove_beside, uncertainty_path
@@ -221,12 +222,14 @@ def predict_folder(
         task = progress.add_task("Predicting", total=len(cases))
         within = progress.add_task("")
         for case, path in zip(cases, paths, strict=True):
-            progress.update(within, description=case.id, completed=0, total=None)
+            progress.update(within, description=escape(case.id), completed=0, total=None)
             try:
                 remark = _remark(description, settings, case)
                 complete = not uncertainty or (stem_of(path) in known and uncertainty_path(path).is_file())
                 if settings is not None and not again and complete and read_description(path) == remark:
-                    console.print(f"{case.id} is there already", highlight=False, soft_wrap=True)
+                    console.print(
+                        f"{case.id} is there already", markup=False, highlight=False, soft_wrap=True
+                    )
                     progress.advance(task)
                     continue
 
@@ -235,7 +238,7 @@ def predict_folder(
                 make_folder(path.parent)  # or there is no use in predicting
                 predicted = predict(model, case, plan, watch=told("windows"), look=look, **how)
                 remove_beside(path)  # of another prediction
-                progress.update(within, description=f"{case.id}: classes")
+                progress.update(within, description=f"{escape(case.id)}: classes")
                 labels = predicted.labels(told("classes on the image's own grid"))
                 if rules:
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
@@ -252,16 +255,17 @@ def predict_folder(
                 write_prediction(path, labels, predicted.source, first, remark, made_by)
             except (
                 UserError,
+                OSError,
                 MemoryError,
                 RuntimeError,
             ) as error:  # torch runs out of memory by RuntimeError
                 failures[case.id] = _cause(error)
-                words = escape(failures[case.id])
-                console.print(f"[red]{case.id} failed:[/red] {words}", highlight=False, soft_wrap=True)
+                said = Text.assemble((f"{case.id} failed:", "red"), f" {failures[case.id]}")
+                console.print(said, highlight=False, soft_wrap=True)
             else:
-                console.print(f"{case.id} -> {path}", highlight=False, soft_wrap=True)
+                console.print(f"{case.id} -> {path}", markup=False, highlight=False, soft_wrap=True)
                 if unsure:
-                    console.print(f"  {in_words(unsure)}", highlight=False, soft_wrap=True)
+                    console.print(f"  {in_words(unsure)}", markup=False, highlight=False, soft_wrap=True)
                 if (labels == first.label_values[0]).all():
                     console.print("  note: nothing was found in it", highlight=False)
             progress.advance(task)
@@ -273,13 +277,14 @@ def _remark_on(console: Console, case: str, plan: Plan, memory: int | None, imag
     size = unlike_training(image.array.shape[1:], image.affine, plan.fingerprint)
     exchanged = exchanged_channels(image.array, plan.fingerprint, plan.channel_names)
     for said in filter(None, (size, exchanged)):
-        console.print(f"{case}: note: {said}", highlight=False, soft_wrap=True)
+        console.print(f"{case}: note: {said}", markup=False, highlight=False, soft_wrap=True)
     settle(memory)
     needed = taken() + VOXEL * image.array[0].size
     if plan.image_dims == 3 and memory is not None and needed > memory:
         console.print(
             f"{case}: note: its label map alone takes the program to {needed / 2**30:.1f} GiB, more than --memory "
             f"{memory / 2**30:.1f}G",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )

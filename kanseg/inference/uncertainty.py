@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kanseg.errors import UserError
-from kanseg.training.files import in_turn, write_bytes
+from kanseg.training.files import SURROGATES, in_turn, write_text
 
 COLUMNS = ("case", "class", "volume_ml", "expected_dice", "uncertainty")
 QUALITY = "quality.csv"
@@ -100,7 +100,7 @@ def read_quality(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+    with path.open(newline="", encoding="utf-8", errors=SURROGATES) as stream:
         reader = csv.DictReader(stream)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise UserError(f"{path} is another table than that of --uncertainty. Choose another folder.")
@@ -117,15 +117,15 @@ def keep_quality(path: Path, case: str, rows: Sequence[Mapping[str, Any]]) -> No
     new = [{"case": case, **{key: _shown(value) for key, value in row.items()}} for row in rows]
     with in_turn(path.parent):
         kept = [row for row in read_quality(path) if row["case"] != case]
-        write_bytes(path, _table([*kept, *new]))
+        write_text(path, _table([*kept, *new]))
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(sorted(rows, key=lambda row: row["case"]))
-    return text.getvalue().encode()
+    return text.getvalue()
 
 
 def _shown(value: Any) -> Any:

@@ -39,6 +39,12 @@ PARTS = ("model", "average", "optimizer", "rng")
 SIZES = ("features_per_stage", "strides", "kernel_sizes")  # of a network, where a plan decides them
 WEIGHTS = Path(__file__).parents[1] / "weights"  # that come with the package, see `kanseg.weights`
 BUNDLE_MODELS = "models"  # folder of the weights in a MONAI bundle
+# What is read in the JSON of a checkpoint, where it is there: of all, of the model's description, and of its plan.
+KINDS: dict[str, type] = {"model": dict, "plan": dict, "labels": dict, "config": dict, "fresh": list}
+SPEC: dict[str, type] = {"name": str, "options": dict, "in_channels": int, "out_channels": int}
+ENDS: dict[str, type] = {"channel_names": list, "label_names": list, "slices": int}
+MOST = 2**20  # channels, classes or slices
+SHOWN = 40  # signs of what is wrong
 LONGEST_HEADER = 100_000_000  # bytes; more than that safetensors itself refuses
 BEST, LAST, EXPORTED = "best.safetensors", "last.safetensors", "model.safetensors"
 
@@ -72,27 +78,32 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
         # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
         tensors = {name: made.pop(name).clone() for name in list(made)}
         tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is no complete checkpoint ({error}): cut short, damaged, or no safetensors file. "
             "Copy it again, or use another checkpoint of the run (best or last)."
         ) from error
     try:
         info = json.loads(metadata[KEY])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} was not written by kanseg: its metadata has no '{KEY}'.") from error
     foreign = [name for name in sorted(tensors) if name.partition(".")[0] not in PARTS]
-    if foreign or not isinstance(info, dict):
+    if foreign:
         raise UserError(f"{path} does not fit kanseg: it has foreign keys {_few(foreign)}.")
+    if wrong := _wrong(info):
+        raise UserError(
+            f"{path} does not describe its model and plan ({wrong}). Copy it again, or train again."
+        )
     return tensors, info
 
 
 def read_info(path: Path | str) -> dict[str, Any]:
     """The JSON of a checkpoint without its tensors; empty for a file that is none."""
     try:
-        return dict(json.loads(_metadata(path)[KEY]))
-    except (ValueError, KeyError, TypeError):
+        info = json.loads(_metadata(path)[KEY])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
+    return {} if _wrong(info) else info
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -105,8 +116,22 @@ def _metadata(path: Path | str) -> dict[str, str]:
     try:
         with Path(path).open("rb") as file:
             return _header(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
+
+
+def _wrong(info: Any) -> str:
+    """What of the JSON of a checkpoint is of another kind than it is read as; "" where nothing is."""
+    if not isinstance(info, dict):
+        return "it is no object"
+    for part, kinds in ((info, KINDS), (info.get("model", {}), SPEC), (info.get("plan", {}), ENDS)):
+        for key, kind in kinds.items():
+            if key not in part:
+                continue
+            value = part[key]
+            if not isinstance(value, kind) or (isinstance(value, int) and not 0 < value <= MOST):
+                return f"its '{key}' is {str(value)[:SHOWN]!r}"
+    return ""
 
 
 def _header(file: BinaryIO) -> dict[str, str]:
@@ -157,16 +182,31 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn
     file = find_checkpoint(path)
     tensors, info = load_checkpoint(file)
     try:
-        plan, _ = plan_from_dict(info["plan"]), dict(info["model"])["options"]
-    except (KeyError, TypeError, AttributeError) as error:
+        plan, _ = plan_from_dict(info["plan"]), info["model"]["options"]
+    except KeyError as error:
         raise UserError(f"{file} does not describe its model and plan ({error}). Train again.") from error
+    except UserError as error:
+        raise UserError(f"{file} cannot be used{_by_another(info)}: {error}") from error
     return restored(tensors, info, file).to(device).eval(), plan, info
+
+
+def _by_another(info: Mapping[str, Any]) -> str:
+    """In words, where another version of kanseg wrote a checkpoint."""
+    versions = info.get("versions")
+    made = versions.get("kanseg") if isinstance(versions, dict) else None
+    return "" if made in (None, __version__) else f" (kanseg {made} wrote it, and this is {__version__})"
 
 
 def restored(tensors: Mapping[str, Tensor], info: Mapping[str, Any], source: Path) -> nn.Module:
     """The network that tensors and JSON of a checkpoint describe, with its averaged weights if there are any."""
     weights = part(tensors, "average") or part(tensors, "model")
-    model = build_model(unstarted(info["model"]))
+    try:
+        model = build_model(unstarted(info["model"]))
+    except (UserError, TypeError, RuntimeError, MemoryError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{source} describes a network that cannot be made{_by_another(info)}: {said}"
+        ) from error
     adapted = any(PLACE in name for name in weights)  # the last weights of a training under way
     if adapted:
         adapt(model, **adaptation(info["config"]["training"]["adapt"], info.get("fresh", [])))

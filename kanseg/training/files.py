@@ -22,7 +22,8 @@ STALE, LONG_STALE = (
     2 * 86400,
 )  # seconds after which a temporary file of a dead, or an unknown, writer is nobody's
 PART = ".part"
-MOST_OF_A_NAME = 100  # characters, for a file system takes 255
+MOST_OF_A_NAME = 100  # bytes, for a file system takes 255
+SURROGATES = "surrogateescape"  # how Python keeps bytes of a name that are no UTF-8
 _swept: set[Path] = set()
 
 
@@ -60,7 +61,8 @@ def part_of(path: Path, suffix: str = "") -> Path:
     """
     _sweep(path.parent)
     writer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return path.with_name(f".{path.name[:MOST_OF_A_NAME]}.{writer}{PART}{suffix}")
+    start = os.fsencode(path.name)[:MOST_OF_A_NAME].decode("utf-8", "ignore")
+    return path.with_name(f".{start}.{writer}{PART}{suffix}")
 
 
 def _sweep(folder: Path) -> None:
@@ -77,6 +79,11 @@ def _sweep(folder: Path) -> None:
                 part.unlink()
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write text atomically, in UTF-8; what names of files have that is none stands as it is."""
+    return write_bytes(path, text.encode("utf-8", SURROGATES))
+
+
 def write_json(path: Path, values: Any) -> Path:
     """Write JSON atomically, one key a line."""
     return write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
@@ -86,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """What `write_json` wrote, None where there is no such file or no JSON object in it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 

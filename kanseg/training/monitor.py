@@ -16,7 +16,7 @@ from kanseg.config import Config
 from kanseg.evaluation.report import LONGEST, short, told_apart
 from kanseg.memory import taken
 from kanseg.progress import progress, time_left
-from kanseg.training.files import write_bytes
+from kanseg.training.files import write_bytes, write_text
 from kanseg.training.trackers import start_trackers
 
 T = TypeVar("T")
@@ -167,19 +167,23 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line that a kill cut short is left out."""
+    """The records of a log.jsonl up to the first line that is none: a kill may have cut the last one short."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
+    for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not {"epoch", "loss"} <= record.keys():
+            break
+        records.append(record)
     return records
 
 
 def _kept_records(path: Path, first_epoch: int) -> list[dict[str, Any]]:
     records = [record for record in read_log(path) if record["epoch"] < first_epoch]
-    write_bytes(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 

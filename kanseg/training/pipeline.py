@@ -152,7 +152,7 @@ def run_pipeline(
         share = None if minutes is None else minutes / count
         if share is not None:
             told = f"{count} trainings of {in_words(60 * share)}; planning, validation and scores take time"
-            console.print(f"{told} beside", highlight=False, soft_wrap=True)
+            console.print(f"{told} beside", markup=False, highlight=False, soft_wrap=True)
             checked = with_options(checked, "training", max_minutes=share, max_epochs=None)
         checked = with_options(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)

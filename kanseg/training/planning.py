@@ -131,4 +131,4 @@ def require_fold(data: Path, fold: int | str, config: Config) -> None:
 
 def _tell(console: Console, dataset: Dataset, found: str) -> None:
     console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
-    console.print(found, highlight=False, soft_wrap=True)
+    console.print(found, markup=False, highlight=False, soft_wrap=True)

@@ -66,19 +66,28 @@ def run_splits(dataset: Dataset, config: Config, run: Path, fold: int | str = 0)
     """
     check_unchanged(dataset, run)
     same = (load_fingerprint(run) or {"same": []})["same"]
+    splits = read_splits(run)
+    if splits:
+        check_leaks(splits, dataset, same)
+    elif fold != FINAL:  # which needs none, and there may be too few patients
+        splits = split(dataset, folds=config.data.folds, seed=config.data.seed, same=same)
+    return splits
+
+
+def read_splits(run: Path) -> Splits:
+    """The folds of RUN/splits.json, none where there is no such file."""
     path = run / SPLITS
-    if not path.exists() and fold == FINAL:  # it needs none, and there may be too few patients
-        return []
     if not path.exists():
-        return split(dataset, folds=config.data.folds, seed=config.data.seed, same=same)
+        return []
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         splits = [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in read]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a list of folds with 'train' and 'val' ({error}). Correct or delete it."
         ) from error
-    check_leaks(splits, dataset, same)
+    if not splits:
+        raise UserError(f"{path} holds no fold. Correct or delete it.")
     return splits
 
 
@@ -166,7 +175,7 @@ def _trained_on(run: Path, fold: int | str | None) -> list[dict[str, Any]]:
         cases = (load_fingerprint(run) or {"cases": {}})["cases"]
         names = list(cases)
         if isinstance(fold, int) and (run / SPLITS).exists():
-            names = json.loads((run / SPLITS).read_text(encoding="utf-8"))[fold]["train"]
+            names = read_splits(run)[fold]["train"]
         return [file for name in names if name in cases for file in cases[name]["files"].values()]
     return []
 

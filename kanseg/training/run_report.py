@@ -6,7 +6,6 @@ RUN/report.md with the pictures in RUN/report/, and RUN/report.html, which is th
 from __future__ import annotations
 
 import csv
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,10 +35,10 @@ from kanseg.evaluation.report import (
 )
 from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.training.cross_validation import RESULT, TABLE
-from kanseg.training.files import read_json, write_bytes
+from kanseg.training.files import SURROGATES, read_json, write_text
 from kanseg.training.manifest import MANIFEST
 from kanseg.training.monitor import LOG, read_log
-from kanseg.training.run_folder import PLAN, PREDICTIONS, SPLITS, SUMMARY
+from kanseg.training.run_folder import PLAN, PREDICTIONS, SUMMARY, read_splits
 from kanseg.training.validate import kept_prediction
 
 MARKDOWN, HTML, PICTURES = "report.md", "report.html", "report"
@@ -65,7 +64,12 @@ class Configuration:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        return read_json(self.folder / RESULT) or {}
+        found = read_json(self.folder / RESULT) or {}
+        if not {"metrics", "cases", "postprocessing"} <= found.keys():
+            raise UserError(
+                f"{self.folder / RESULT} is damaged. kanseg train {self.folder} -f all --resume writes it anew."
+            )
+        return found
 
     @cached_property
     def scores(self) -> Scores:
@@ -75,7 +79,7 @@ class Configuration:
     def volumes(self) -> dict[str, np.ndarray]:
         """Of each class, (2, cases): of the predictions, and of the references, in ml."""
         found: dict[str, list[list[float]]] = {}
-        with (self.folder / TABLE).open(newline="", encoding="utf-8") as stream:
+        with (self.folder / TABLE).open(newline="", encoding="utf-8", errors=SURROGATES) as stream:
             for row in csv.DictReader(stream):
                 both = [float(row["volume_ml"]), float(row["reference_volume_ml"])]
                 found.setdefault(row["label"], []).append(both)
@@ -125,8 +129,8 @@ def write_report(run: Path | str, dataset: Dataset | None = None) -> Path:
 
         told = ClassReport(run, planned, plan, dataset)
     text = "\n\n".join(told.parts()) + "\n"
-    write_bytes(run / MARKDOWN, text.encode())
-    return write_bytes(run / HTML, as_html(text, run).encode())
+    write_text(run / MARKDOWN, text)
+    return write_text(run / HTML, as_html(text, run))
 
 
 @dataclass
@@ -293,7 +297,7 @@ class Told(ABC):
 
     def split(self) -> Iterator[str]:
         """Who validated where; patients are never parted."""
-        splits = self._splits()
+        splits = read_splits(self.planned[0])
         if not splits:
             return
         yield "## Splits"
@@ -311,10 +315,6 @@ class Told(ABC):
             ]
             rows.append([number, *sides, few(fold["val"], self.most_named)])
         yield table(["fold", "trained on (cases of patients)", "validated on", "validation cases"], rows)
-
-    def _splits(self) -> list[dict[str, list[str]]]:
-        path = self.planned[0] / SPLITS
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 @dataclass
@@ -448,7 +448,9 @@ class _Report(Told):
         yield f"![Difference of {what}s over their mean, a point a case](./{PICTURES}/{what}s.png)"
 
     def _worst(self, one: Configuration, cases: Sequence[str]) -> str:
-        where = {case: number for number, fold in enumerate(self._splits()) for case in fold["val"]}
+        where = {
+            case: number for number, fold in enumerate(read_splits(self.planned[0])) for case in fold["val"]
+        }
         classes = [name for name in one.scores["dice"] if name != "mean"]
         few = classes if 1 < len(classes) <= MOST_COLUMNS else []
         rows: list[list[Any]] = []

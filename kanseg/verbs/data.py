@@ -121,11 +121,11 @@ def convert(
     dataset = with_segments(listed, only or ()) if drawn else with_values(listed)
     made = convert_to(dataset, out, to, only=bool(only))
     for said in dataset.notes:
-        talk.print(f"- {said}", highlight=False, soft_wrap=True)
+        talk.print(f"- {said}", markup=False, highlight=False, soft_wrap=True)
     labelled = f" ({made['test_labels']} of them with labels)" if made["test_labels"] else ""
     counts = f"{made['training']} labelled and {made['test']} further images{labelled}"
     classes = few(dataset.label_names[1:])
-    talk.print(f"{counts} of {classes} -> {out}", highlight=False, soft_wrap=True)
+    talk.print(f"{counts} of {classes} -> {out}", markup=False, highlight=False, soft_wrap=True)
     emit(made, json_)
 
 
@@ -168,8 +168,10 @@ def download(
         table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
     for source in SOURCES.values():
         for part in source.parts:
-            talk.print(f"{part.name}: {part.url}, MD5 {part.md5}", highlight=False, soft_wrap=True)
+            talk.print(
+                f"{part.name}: {part.url}, MD5 {part.md5}", markup=False, highlight=False, soft_wrap=True
+            )
     talk.print(table)
     for other, how in BY_HAND.items():
-        talk.print(f"{other} is read, not fetched. {how}", highlight=False, soft_wrap=True)
+        talk.print(f"{other} is read, not fetched. {how}", markup=False, highlight=False, soft_wrap=True)
     emit([asdict(source) for source in SOURCES.values()], json_)

@@ -146,7 +146,12 @@ def export(
     with talk.status("Exporting, a minute or so"):
         result = export_network(models, out, to, image=image)
     found = result["parity"]
-    talk.print(f"{result['file']} ({result['megabytes']} MB) and model.json", highlight=False, soft_wrap=True)
+    talk.print(
+        f"{result['file']} ({result['megabytes']} MB) and model.json",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     talk.print(
         f"on {found['windows']} random windows: largest difference {found['relative_difference']:.1e} of the largest "
         f"output, equal classes {found['equal_classes']:.2%}",
@@ -176,5 +181,5 @@ def report(
     from kanseg.training.run_report import write_report
 
     path = write_report(run)
-    console(json_).print(f"Report: {path}", highlight=False, soft_wrap=True)
+    console(json_).print(f"Report: {path}", markup=False, highlight=False, soft_wrap=True)
     emit({"report": str(path)}, json_)
