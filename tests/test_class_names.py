@@ -215,6 +215,10 @@ def test_classes_are_called_as_headers_say(tmp_path: Path, blobs: Path) -> None:
     dataset = read_dataset(tmp_path)
     assert dataset.label_names[1] == "label 1"
     assert any("several names to the values 1" in note for note in dataset.notes)
+    write_label(path, read_label(path), read_image(path))  # one without names may be of another origin
+    assert read_dataset(tmp_path).label_names[1:] == tuple(
+        f"label {value}" for value in dataset.label_values[1:]
+    )
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".seg.nrrd", ".mha", ".png"])

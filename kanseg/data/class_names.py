@@ -99,10 +99,13 @@ def names_in(path: Path) -> dict[int, str]:
 
 
 def shared_names(paths: Iterable[Path]) -> tuple[dict[int, str], list[int]]:
-    """Names that label maps agree on, by value, and the values to which they give several."""
+    """Names that label maps agree on, by value, and the values to which they give several; none unless all tell some.
+
+    A map without names may be of another origin, where a value means something else.
+    """
+    tables = [names_in(path) for path in paths]
     found: dict[int, set[str]] = {}
-    for path in paths:
-        for value, name in names_in(path).items():
-            found.setdefault(value, set()).add(name)
+    for value, name in (pair for table in tables for pair in table.items() if all(tables)):
+        found.setdefault(value, set()).add(name)
     several = sorted(value for value, names in found.items() if len(names) > 1)
     return {value: min(names) for value, names in found.items() if value not in several}, several

@@ -12,7 +12,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -343,7 +343,7 @@ def evaluate_folders(
         wanted = [*wanted, *together.values()]
         scores[case] = evaluate_case(guess, truth, target.spacing, wanted, tolerance, lesions=lesions)
     every = sorted(set[int]().union(*found.values()) - {0})
-    classes = labels or _called(every, [path for paths in sides.values() for path in paths])
+    classes = labels or _called(every, sides.values())
     names = {name: value for name, value in classes.items() if value != ignore}
     if not names:
         raise UserError(f"{reference} holds the background alone; there is nothing to score. Give --labels.")
@@ -476,9 +476,11 @@ def _stem(name: str) -> str:
     return name
 
 
-def _called(values: Sequence[int], paths: Sequence[Path]) -> dict[str, Label]:
-    """Names of values: those that the headers of label maps tell, where they agree, or numbers."""
-    told, _ = shared_names(paths)
+def _called(values: Sequence[int], sides: Iterable[Sequence[Path]]) -> dict[str, Label]:
+    """Names of values: those that the headers of label maps tell, the references' first, or numbers."""
+    told: dict[int, str] = {}
+    for paths in sides:
+        told = shared_names(paths)[0] | told
     names = [told.get(value, f"label {value}") for value in values]
     if repeated(names):
         names = [f"label {value}" for value in values]
