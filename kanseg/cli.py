@@ -194,13 +194,13 @@ def train(
     from kanseg.training.cross_validation import cross_validate
     from kanseg.training.fit import fit
     from kanseg.training.parallel import once
-    from kanseg.training.planning import plan_data, require_fold
+    from kanseg.training.planning import follow_data, plan_data, require_fold
 
     number = int(fold) if fold.isdigit() else fold
     if not planned:
         require_fold(run, number, checked)
     make: dict[str, Any] = {"console": console, "id_pattern": id_pattern, "trial": trial, "config": checked}
-    once(lambda: planned or plan_data(run, folder, **make))
+    once(lambda: follow_data(run, folder) if planned else plan_data(run, folder, **make))
     plan_ = load_plan(folder / "plan.json")
     other = run.resolve() not in (folder.resolve(), Path(plan_.data).resolve())
     if other or id_pattern not in (None, plan_.id_pattern):

@@ -607,3 +607,21 @@ def test_every_option_says_what_it_is_and_configs_are_named() -> None:
     for verb in ("run", "train", "search"):
         (option,) = (p for p in get_command(app).commands[verb].params if p.name == "config")  # type: ignore[attr-defined]
         assert set(option.help.rstrip(".").partition(": ")[2].split(", ")) == configs
+
+
+def test_a_run_follows_its_data_where_they_move(blobs: Path, tmp_path: Path) -> None:
+    """As long as they are the same files."""
+    before, after, run = tmp_path / "before", tmp_path / "after", tmp_path / "run"
+    shutil.copytree(blobs, before)
+    assert kanseg("train", before, "-o", run, *QUICK, "--no-trial").returncode == 0
+    before.rename(after)
+    refused(kanseg("train", run, "--resume", *QUICK), 1, "are gone", f"kanseg train DATA -o {run}")
+    assert kanseg("train", after, "-o", run, "-f", 1, *QUICK).returncode == 0
+    assert json.loads((run / "plan.json").read_text())["data"] == str(after.resolve())
+    other = tmp_path / "other"
+    after.rename(other)
+    label = next((other / "labelsTr").iterdir())
+    image = nib.load(label)
+    nib.save(nib.Nifti1Image(1 - np.minimum(image.get_fdata(), 1).astype(np.uint8), image.affine), label)
+    refused(kanseg("train", other, "-o", run, "-f", 2, *QUICK), 1, "has changed")
+    assert json.loads((run / "plan.json").read_text())["data"] == str(after.resolve())

@@ -32,6 +32,11 @@ def load_plan(path: Path | str) -> AnyPlan:
 
 def dataset_of(plan: AnyPlan, run: Path | None = None) -> Dataset:
     """The data set of a plan, read as it was for planning in the folder `run`."""
+    if not Path(plan.data).exists():
+        raise UserError(
+            f"The data of this run, {plan.data}, are gone. Bring them back; if they moved: kanseg train DATA -o "
+            f"{run or 'RUN'} --resume."
+        )
     if isinstance(plan, ClassPlan):
         return read_classes(plan.data, id_pattern=plan.id_pattern)
     return planned_dataset(plan, run)

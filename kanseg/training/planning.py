@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ from kanseg.config import Config
 from kanseg.data.cases import Dataset, few
 from kanseg.data.class_plan import plan_classes
 from kanseg.data.doctor import Finding
-from kanseg.data.fingerprint import fingerprint
+from kanseg.data.fingerprint import check_unchanged, fingerprint
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.labels import parse_regions
 from kanseg.data.mirror import parse_mirror
 from kanseg.data.plan import Need, Plan, check_size, check_wishes, plan_run
-from kanseg.data.plans import AnyPlan
+from kanseg.data.plans import AnyPlan, dataset_of, load_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.memory import size_in_bytes
-from kanseg.training.run_folder import check_fold
+from kanseg.training.run_folder import PLAN, check_fold
 from kanseg.training.trial import measure_step
 
 SHOWN = 20  # findings of the doctor; all of them are in doctor.json
@@ -86,6 +87,20 @@ def plan_data(
     for reason in plan.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
     return plan
+
+
+def follow_data(data: Path, run: Path) -> None:
+    """Let a run go on with data that have moved to `data`: its plan names them, if they are the files that it knew.
+
+    Raises:
+        UserError: they are others.
+    """
+    plan = load_plan(run / PLAN)
+    if data.resolve() == run.resolve() or not data.exists() or Path(plan.data).exists():
+        return
+    moved = replace(plan, data=str(data.resolve()))
+    check_unchanged(dataset_of(moved), run)
+    moved.save(run / PLAN)
 
 
 @contextmanager
