@@ -482,3 +482,21 @@ def test_layers_lead_gradients_back_through_norms_of_torch(spatial_dims: int, fa
         (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
         gradients.append(inputs.grad)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["kagn", "wavkan", "bottleneck_kagn", "plain"])
+def test_padding_has_the_names_that_torch_gives_it(family: str) -> None:
+    x = torch.zeros(1, 4, 9, 12)
+    make = partial(conv_layer(family), 2, 4, 8, (3, 5), dilation=2)
+    for padding in ("same", "valid"):
+        wanted = nn.Conv2d(4, 8, (3, 5), dilation=2, padding=padding)(x).shape
+        assert make(padding=padding)(x).shape == wanted
+    for wrong in ({"padding": "same", "stride": 2}, {"padding": "reflect"}):
+        with pytest.raises(UsageError, match="padding"):
+            make(**wrong)
+
+
+@pytest.mark.parametrize("option", ["bias", "padding_mode", "device", "dtype"])
+def test_options_of_torchs_convolutions_are_answered(option: str) -> None:
+    with pytest.raises(UsageError, match=f"no option '{option}' of torch's convolutions: "):
+        KANConv(2, 4, 8, **{option: "zeros"})

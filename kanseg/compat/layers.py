@@ -17,7 +17,6 @@ from kanseg.compat.links import Conversion, Link, below, stacked
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers import ConvLayer
 from kanseg.layers.families import FAMILIES
-from kanseg.layers.geometry import per_axis
 from kanseg.layers.wavelet_conv import WaveletConv
 
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "dropout")
@@ -148,8 +147,6 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
     for unused in ("ndim", "conv_class", "conv_class_plus1", "conv_w_fun"):
         args.pop(unused, None)
     geometry = {"padding": DEFAULT_PADDING, **{name: args.pop(name) for name in GEOMETRY if name in args}}
-    if isinstance(geometry["padding"], str):
-        geometry["padding"] = named_padding(spatial_dims, geometry)
     given, args = unwrapped(args.pop("norm_layer", args.pop("norm_class", None)), args)
     norm = norm_name(given, spec.norm)
     if norm == GROUP:  # the reference has a norm a group of the layer
@@ -177,22 +174,6 @@ def reference_layer(name: str, spatial_dims: int, args: Mapping[str, Any], **fur
             f"{name} of torch-conv-kan does not take these arguments: {args} ({error})"
         ) from error
     return layer
-
-
-def named_padding(spatial_dims: int, geometry: Mapping[str, Any]) -> Any:
-    """torch's "valid" and "same" as numbers."""
-    if geometry["padding"] == "valid":
-        return 0
-    if geometry["padding"] != "same":
-        raise UsageError(f"padding must be a number an axis, 'valid' or 'same', got '{geometry['padding']}'")
-    sizes, dilations = (
-        per_axis(geometry.get(name, 1), spatial_dims, name) for name in ("kernel_size", "dilation")
-    )
-    total = [dilation * (size - 1) for size, dilation in zip(sizes, dilations, strict=True)]
-    if any(width % 2 for width in total):
-        size = geometry["kernel_size"]
-        raise UsageError(f"padding 'same' of the even kernel_size {size} is not the same on both sides")
-    return tuple(width // 2 for width in total)
 
 
 def unwrapped(norm: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

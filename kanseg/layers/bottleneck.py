@@ -72,7 +72,7 @@ class BottleneckKANConv(Convolution):
         *,
         basis: str = "gram",
         stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] | str | None = None,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         base_act: ActSpec = "silu",

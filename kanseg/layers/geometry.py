@@ -38,7 +38,8 @@ def per_axis(value: int | Sequence[int], spatial_dims: int, name: str) -> tuple[
 class ConvGeometry(nn.Module):
     """Channels, groups, kernel, stride, padding and dilation of a convolution.
 
-    `padding=None` keeps the size of odd kernels at stride 1: dilation * (kernel_size - 1) // 2 on each side.
+    `padding=None` keeps the size of odd kernels at stride 1: dilation * (kernel_size - 1) // 2 on each side. "same" is
+    that, and refused where the size would not stay; "valid" is 0.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ConvGeometry(nn.Module):
         kernel_size: int | Sequence[int] = 3,
         *,
         stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] | str | None = None,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> None:
@@ -72,13 +73,23 @@ class ConvGeometry(nn.Module):
         for name in ("kernel_size", "stride", "dilation"):
             if min(getattr(self, name)) < 1:
                 raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
-        self.padding = (
-            tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
-            if padding is None
-            else per_axis(padding, spatial_dims, "padding")
-        )
+        self.padding = self._sides(padding)
         if min(self.padding) < 0:
             raise UsageError(f"padding must not be negative, got {self.padding}")
+
+    def _sides(self, padding: int | Sequence[int] | str | None) -> tuple[int, ...]:
+        """Voxels that are added on each side of each axis."""
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if padding == "same" and (max(self.stride) > 1 or any(width % 2 for width in total)):
+            raise UsageError(
+                f"padding 'same' keeps the size at stride 1 and for odd kernels alone, whose two sides are alike; got "
+                f"kernel_size {self.kernel_size}, stride {self.stride}, dilation {self.dilation}"
+            )
+        if padding in (None, "same"):
+            return tuple(width // 2 for width in total)
+        if isinstance(padding, str) and padding != "valid":
+            raise UsageError(f"padding must be a number an axis, 'valid' or 'same', got '{padding}'")
+        return per_axis(0 if isinstance(padding, str) else padding, self.spatial_dims, "padding")  # type: ignore[arg-type]
 
     def check(self, x: Tensor) -> None:
         """Refuse what the kernels, which read by address, would misread.

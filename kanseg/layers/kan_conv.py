@@ -79,7 +79,7 @@ class KANConv(Convolution):
         *,
         basis: str | Basis | None = "gram",
         stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] | str | None = None,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         base: bool = True,
