@@ -403,7 +403,16 @@ def _says(keyword: str, text: bytes) -> Callable[[Any, int], None]:
     return change
 
 
+def _with_table(header: Any, number: int) -> None:
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [2, 0, 16], "HU", b"\0\0\1\0"
+    header.ModalityLUTSequence = [table]
+
+
 BAD_SLICES = {
+    "table": (_with_table, "what its numbers mean by a table"),
     "comma": (_says("ImagePositionPatient", b"1,5\\1,5\\1,5 "), "has no usable ImagePositionPatient"),
     "two numbers": (_says("ImageOrientationPatient", b"1\\0 "), "has no usable ImageOrientationPatient"),
     "one number": (_says("PixelSpacing", b"1 "), "has no usable PixelSpacing"),

@@ -801,6 +801,10 @@ def _header(file: Path) -> Any:
         )
     if kind == "MONOCHROME1" and header.get("Modality") not in RADIOGRAPHS:
         raise UserError(f"{file} is MONOCHROME1 (low numbers are bright); MONOCHROME2 is expected. {AGAIN}")
+    if header.get(LUT) and header.get("Modality") not in RADIOGRAPHS:  # which ITK leaves aside
+        raise UserError(
+            f"{file} tells what its numbers mean by a table ({LUT}); a scale is expected. {AGAIN}"
+        )
     return header
 
 
@@ -841,7 +845,7 @@ OF_FRAMES = {  # what a frame tells: the sequence that it stands in, and how man
     "RescaleSlope": ("PixelValueTransformationSequence", [1.0]),
     "RescaleIntercept": ("PixelValueTransformationSequence", [0.0]),
 }
-SCALES = ("RescaleSlope", "RescaleIntercept")
+SCALES, LUT = ("RescaleSlope", "RescaleIntercept"), "ModalityLUTSequence"
 SLICE_VECTOR = 0x00540080
 SPACING = "PixelSpacing"
 PLACES = {
@@ -852,7 +856,7 @@ PLACES = {
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 IN_HEADERS = (
     *"Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated PhotometricInterpretation PixelData".split(),
-    *(*PLACES, *GROUPS, *SCALES, "SliceThickness", "SpacingBetweenSlices", "Modality"),
+    *(*PLACES, *GROUPS, *SCALES, LUT, "SliceThickness", "SpacingBetweenSlices", "Modality"),
     *("DetectorInformationSequence", "FrameIncrementPointer", "SliceVector"),
 )
 
