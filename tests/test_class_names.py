@@ -195,6 +195,8 @@ def test_predictions_of_slicer_score_as_label_maps_do(
         for kind in ("maps", "segments")
     ]
     assert scores[0]["metrics"] == scores[1]["metrics"]
+    with pytest.raises(UserError, match="references are label maps. kanseg convert"):
+        evaluate_folders(tmp_path / "maps", tmp_path / "segments", labels=named)
 
 
 def test_classes_are_called_as_headers_say(tmp_path: Path, blobs: Path) -> None:

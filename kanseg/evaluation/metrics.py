@@ -29,6 +29,7 @@ from kanseg.data.cases import few, repeated
 from kanseg.data.class_names import shared_names
 from kanseg.data.colours import BLACK, colour_names, label_colours, numbered, require_classes
 from kanseg.data.images import (
+    CONVERSION,
     SEGMENTS,
     SUFFIXES_2D,
     SUFFIXES_DICOM,
@@ -289,6 +290,10 @@ def evaluate_folders(
         UserError: nothing to score, a reference that cannot be read, label maps on different grids (all such cases are
             looked for), images in place of label maps, or segmentations without `labels` or `segments`.
     """
+    if segmentations_in(Path(reference)):
+        raise UserError(
+            f"{reference} holds {SEGMENTS}; references are label maps. {CONVERSION}, in its labelsTr."
+        )
     references = _label_maps(Path(reference))
     single = {name: value for name, value in (labels or {}).items() if isinstance(value, int)}
     predictions, read = _predictions(Path(prediction), segments or single)
