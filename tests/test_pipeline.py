@@ -262,9 +262,13 @@ def test_data_with_errors_are_repaired_and_trained_on_without_a_word_of_the_user
     assert {finding["case"] for finding in told["findings"] if finding["severity"] == "error"} == {"image3"}
     assert "6 unseen cases" in (tmp_path / "run/report.md").read_text()
     assert found["choice"] == "3d"
-    nib.save(image, tmp_path / "data/image3.nii.gz")
+    (tmp_path / "data").rename(tmp_path / "moved")  # it goes on where data and run have moved
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    again = run((replace(dataset, source=tmp_path / "moved/cases.csv"), plan), tmp_path / "elsewhere")
+    assert again["configurations"] == found["configurations"]
+    nib.save(image, tmp_path / "moved/image3.nii.gz")
     with pytest.raises(UserError, match=r"changed since .*image3\.nii\.gz"):
-        run((replace(dataset, source=tmp_path / "data/cases.csv"), plan), tmp_path / "run")
+        run((replace(dataset, source=tmp_path / "moved/cases.csv"), plan), tmp_path / "elsewhere")
 
 
 def test_a_single_patient_is_trained_on_without_validation(balls, tmp_path):

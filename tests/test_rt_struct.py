@@ -210,7 +210,9 @@ def test_structures_that_overlap_are_chosen(series: Path, tmp_path: Path) -> Non
     path, expected = drawn(series)
     dataset = list_dataset(series.parents[1])
     assert with_segments(dataset).label_names == ("background", "Body", "GTV", "Organ")
-    with pytest.raises(UserError, match=r"'Body' and 'Organ' overlap in .* Choose .* with kanseg convert --only"):
+    with pytest.raises(
+        UserError, match=r"'Body' and 'Organ' overlap in .* Choose .* with kanseg convert --only"
+    ):
         read_segments(path, read_image(series), ["Body", "GTV", "Organ"])
     runner = CliRunner()
     chosen = ["--only", "organ", "--only", "GTV"]

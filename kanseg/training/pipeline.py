@@ -8,6 +8,7 @@ it stood.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
-from kanseg.training.planning import measuring, tell_findings
+from kanseg.training.planning import follow_data, measuring, tell_findings
 from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, WHOLE, Splits, run_splits
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.validate import inference_options, kept_prediction
@@ -130,6 +131,7 @@ def run_pipeline(
                 f"{data} has a class for each image, and {', '.join(given)} only serve segmentation."
             )
         asked = {key: asked[key] for key in ("data", "overrides", "minutes", "config", "id_pattern")}
+    once(lambda: _follow(Path(data), run))
     _check_asked(run, asked, override, own_plan=classes)
     if classes:
         own: dict[str, Any] = {"minutes": minutes, "id_pattern": id_pattern, "override": override}
@@ -195,6 +197,24 @@ def _fitting(wanted: Sequence[str], dataset: Dataset) -> list[str]:
     return list(wanted) or fitting
 
 
+def _follow(data: Path, run: Path) -> None:
+    """Let a run go on where its data, or its own folder with a repaired copy of them, have moved.
+
+    Raises:
+        UserError: these are other data.
+    """
+    source = run / REPAIRED if (run / REPAIRED).exists() else data
+    begun, looked = (read_json(run / name) or {} for name in (SETTINGS, DOCTOR))
+    if begun and not Path(begun["data"]).exists():
+        _require_unchanged(data, run, looked.get("files") or {})
+    for plan in (run / PLAN, *run.glob(f"*/{PLAN}")):
+        if plan.exists():
+            follow_data(source, plan.parent)
+    for name, kept, key, place in ((DOCTOR, looked, "trained_on", source), (SETTINGS, begun, "data", data)):
+        if key in kept and not Path(kept[key]).exists():
+            write_json(run / name, {**kept, key: str(place.resolve())})
+
+
 def _check_asked(run: Path, asked: Mapping[str, Any], override: bool, *, own_plan: bool) -> None:
     """Raise `UsageError` for a folder of another kind (with `own_plan` RUN may have a plan), or of other options."""
     if (run / PLAN).exists() and not (own_plan and (run / SETTINGS).exists()):
@@ -239,13 +259,7 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
     """
     done = read_json(run / DOCTOR)
     if done is not None:
-        before = done.get("files") or {}  # of what was copied; other data are looked at when their plan is
-        now = _files(data, run) if before else {}
-        if changed := sorted(name for name in {*now, *before} if now.get(name) != before.get(name)):
-            raise UserError(
-                f"{data} changed since {run} was begun with a repaired copy of it: {few(changed)}. Start anew in "
-                "another folder."
-            )
+        _require_unchanged(data, run, done.get("files") or {})
         return Path(done["trained_on"]), {int(k): v for k, v in done.get("label_values", {}).items()}
     found = diagnose(data, id_pattern=id_pattern)
     if found.dataset is None:
@@ -268,8 +282,18 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
     return trained_on, {int(k): v for k, v in values.items()}
 
 
+def _require_unchanged(data: Path, run: Path, before: Mapping[str, Any]) -> None:
+    """Raise `UserError` where what was copied differs now; other data are looked at when their plan is."""
+    now = _files(data, run) if before else {}
+    if changed := sorted(name for name in {*now, *before} if now.get(name) != before.get(name)):
+        raise UserError(
+            f"{data} changed since {run} was begun with a repaired copy of it: {few(changed)}. Start anew in another "
+            "folder."
+        )
+
+
 def _files(data: Path, run: Path) -> dict[str, Any]:
-    """Size and time of change of every image and list of a data set, by its path; RUN may lie among them."""
+    """Size and time of change of every image and list of a data set, by its path from there; RUN may lie among them."""
     data, run = data.resolve(), run.resolve()
     if data.is_dir():
         known = [file for file in data.rglob("*") if suffix_of(file) or file.suffix in (".json", ".csv", "")]
@@ -277,7 +301,8 @@ def _files(data: Path, run: Path) -> dict[str, Any]:
     else:  # a list of them, which may be anywhere
         cases = list_dataset(data, problem=lambda *found: None).cases
         files = [data, *(path for case in cases for path in (*case.images, case.label) if path is not None)]
-    return {str(file): signature(file) for file in sorted(files) if file.exists()}
+    root = data if data.is_dir() else data.parent
+    return {os.path.relpath(file, root): signature(file) for file in sorted(files) if file.exists()}
 
 
 def _plan(job: Pipeline, **how: Any) -> None:
