@@ -19,6 +19,7 @@ import typer
 from kanseg import __version__
 from kanseg.cgroups import limit_threads
 from kanseg.errors import UsageError, UserError, counted
+from kanseg.progress import say
 from kanseg.training.stop import INTERRUPTED, TERMINATED, orderly_end
 from kanseg.verbs import data, results, training
 from kanseg.verbs.common import (
@@ -139,9 +140,7 @@ def plan(
     how |= {"memory": memory, "mirror": mirror, "regions": regions, "id_pattern": id_pattern, "trial": trial}
     console = _console(json_)
     made = plan_data(data, out, console=console, **how)
-    console.print(
-        f"Plan: {out / 'plan.json'}. Next: kanseg train {out}", markup=False, highlight=False, soft_wrap=True
-    )
+    say(console, f"Plan: {out / 'plan.json'}. Next: kanseg train {out}")
     _emit(made.to_dict(), json_)
 
 
@@ -386,12 +385,12 @@ def evaluate(
     title = "1 case" if summary["cases"] == 1 else f"{summary['cases']} cases, mean [95 % interval]"
     console.print(score_table(shown, title, summary["unit"], tolerance))
     for line in lesion_lines(summary.get("lesions", {})):
-        console.print(line, highlight=False, markup=False)
+        say(console, line)
     for name in summary["absent"]:
-        console.print(f"{name} is in no reference; the mean leaves it out", highlight=False)
+        say(console, f"{name} is in no reference; the mean leaves it out")
     if surplus := summary["predictions_without_reference"]:
         text = f"{len(surplus)} predictions have no reference and are not scored: {few(surplus, 5)}"
-        console.print(text, highlight=False)
+        say(console, text)
     _emit(summary, json_)
     if summary["failed"]:
         shown = "; ".join(f"{case}: {why}" for case, why in list(summary["failed"].items())[:5])
@@ -416,7 +415,7 @@ def _tell_classes(scores: Mapping[str, Any], console: Any) -> None:
     for key, said in (("without_reference", "a class"), ("without_prediction", "a prediction")):
         if names := scores[key]:
             text = f"{len(names)} images without {said} are not scored: {few(names, 5)}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(console, text)
 
 
 @app.command()
@@ -565,7 +564,7 @@ def _tell_keys(model: Path | None, json_: bool) -> None:
     default, told = flat(load_config()), meanings()
     for key, meaning in told.items():
         text = f"{key}={json.dumps(default[key])}"
-        _console(json_).print(f"{text:48} {meaning}".rstrip(), markup=False, highlight=False, soft_wrap=True)
+        say(_console(json_), f"{text:48} {meaning}".rstrip())
     _emit({key: {"default": default[key], "meaning": meaning} for key, meaning in told.items()}, json_)
 
 
@@ -577,7 +576,7 @@ def _tell(found: Mapping[str, Any], json_: bool) -> None:
         for inner, one in shown.items():
             told = ", ".join(f"{key} {part}" for key, part in one.items()) if isinstance(one, dict) else one
             line = f"{inner}: {told}" if inner else told
-            console.print(f"{name:16} {line}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{name:16} {line}")
             name = ""
     _emit(found, json_)
 

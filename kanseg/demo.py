@@ -17,6 +17,7 @@ from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.evaluation.metrics import evaluate_folders
 from kanseg.evaluation.report import picture, score_table
+from kanseg.progress import say
 from kanseg.training.files import make_folder, write_json
 
 MINUTES = 5.0  # of training; reading, prediction and evaluation take half a minute more on two cores
@@ -102,12 +103,10 @@ def run_demo(out: Path | str, *, minutes: float = MINUTES, console: Console | No
     write_json(out / "summary.json", summary)
     console.print(score_table(scores["metrics"], "The unseen front of the brain"))
     for name in ("label_map", "picture", "scores", "model"):
-        console.print(
-            f"{name.replace('_', ' '):10} {summary[name]}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(console, f"{name.replace('_', ' '):10} {summary[name]}")
     volumes = ", ".join(f"{name} {volume:.2f} ml" for name, volume in hippocampus["volume_ml"].items())
     said = f"Hippocampus by the weights that come with kanseg: {volumes}; {hippocampus['picture']}"
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    say(console, said)
     console.print(REMARK, soft_wrap=True)
     return summary
 

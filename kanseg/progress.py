@@ -6,7 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 PAUSE = 60  # seconds between two lines
@@ -43,6 +46,11 @@ def telling(text: str) -> Callable[[int, int | None], None]:
             note(f"{text}: {done}{rest}")
 
     return tell
+
+
+def say(console: Console, text: str) -> None:
+    """A line on a console as it is: brackets in names are no markup, and paths are not broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def note(text: str) -> None:

@@ -572,9 +572,14 @@ def test_what_ends_a_command_from_outside_is_one_line(
     refused(kanseg("train", "run"), code, says)
 
 
-def test_names_that_are_no_utf_8_are_told(blobs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "told"), [(b"M\xfcller", rb"M\udcfcller: Medical"), (b"[/b] [red]x", b"[/b] [red]x: Medical")]
+)
+def test_names_that_are_no_utf_8_or_look_like_markup_are_told(
+    blobs: Path, tmp_path: Path, name: bytes, told: bytes
+) -> None:
     """A terminal or pipe takes text, and a name may be none."""
-    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    folder = tmp_path / os.fsdecode(name)
     shutil.copytree(blobs, folder)
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     with mock.patch.object(sys, "argv", ["kanseg", "doctor", str(folder)]), contextlib.redirect_stdout(out):
@@ -582,7 +587,7 @@ def test_names_that_are_no_utf_8_are_told(blobs: Path, tmp_path: Path) -> None:
             main()
         out.flush()
     assert not done.value.code
-    assert rb"M\udcfcller: Medical" in out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert told in out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_formats_of_export_are_known_without_importing_torch() -> None:

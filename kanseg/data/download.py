@@ -26,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from kanseg.data.convert import new_folder
 from kanseg.data.masks import join_masks
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.progress import say
 from kanseg.training.files import make_folder
 
 BLOCK = 1 << 20
@@ -246,10 +247,10 @@ def download(source: Source, out: Path | str, console: Console | None = None) ->
     """
     console, out = console or Console(stderr=True), Path(out)
     console.print(f"{source.name}: {source.what}, about {source.size}", highlight=False)
-    console.print(f"Licence: {source.licence}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Cite: {source.cite}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Licence: {source.licence}")
+    say(console, f"Cite: {source.cite}")
     for part in source.parts:
-        console.print(f"From: {part.url}, MD5 {part.md5}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"From: {part.url}, MD5 {part.md5}")
     folder = make_folder(out) / source.name
     archives = {part: out / _archive_name(part) for part in source.parts}
     if folder.exists():
@@ -266,9 +267,7 @@ def download(source: Source, out: Path | str, console: Console | None = None) ->
             join_masks(made, source.name)
     for archive in archives.values():
         archive.unlink()
-    console.print(
-        f"{folder}. Next: kanseg plan {folder} -o RUN", markup=False, highlight=False, soft_wrap=True
-    )
+    say(console, f"{folder}. Next: kanseg plan {folder} -o RUN")
     return {"name": source.name, "folder": str(folder), "licence": source.licence, "cite": source.cite}
 
 

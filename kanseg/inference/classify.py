@@ -36,7 +36,7 @@ from kanseg.evaluation.classification import (
     write_predictions,
 )
 from kanseg.inference.ensemble import find_members
-from kanseg.progress import progress
+from kanseg.progress import progress, say
 from kanseg.training.checkpoint import load_model, read_info
 from kanseg.training.files import make_folder
 from kanseg.training.run_folder import on_training_images, training_images
@@ -108,7 +108,7 @@ def predict_classes(
             read.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    say = (console or Console(quiet=True)).print
+    console = console or Console(quiet=True)
     files = [file for path in models for file in find_members(path)]
     loaded = [load_model(file, device) for file in files]
     plans = [plan for _, plan, _ in loaded]
@@ -121,21 +121,21 @@ def predict_classes(
             f"{', '.join(map(str, models))} do not tell the same classes. Combine models of one task."
         )
     if len(files) > 1:
-        say(f"An ensemble of {len(files)} networks", highlight=False)
+        say(console, f"An ensemble of {len(files)} networks")
     if tta and not any(_mirrored(info, plan) for _, plan, info in loaded):
-        say("--tta changes nothing: the training mirrored no images (classification.changes).")
+        say(console, "--tta changes nothing: the training mirrored no images (classification.changes).")
     cases, read, known = _images(Path(images), plans[0])
     seen = training_images(files, cases)
     if known and any(Path(plan.data) == Path(images).resolve() for plan in plans):
         seen = [case.id for case in cases]  # also what has no files of its own
     if seen:
-        say(on_training_images(seen, len(cases)), markup=False, highlight=False, soft_wrap=True)
+        say(console, on_training_images(seen, len(cases)))
     path = Path(out) if Path(out).suffix == ".csv" else Path(out) / PREDICTIONS
     settings = {"models": [file_digest(file) for file in files], "tta": tta, "uncertainty": uncertainty}
     digests = {case.id: made_from(case.images, settings, case.id) for case in cases}
     rows = _done(path, digests, names, again)
     if rows:
-        say(f"{len(rows)} images are there already", highlight=False)
+        say(console, f"{len(rows)} images are there already")
     members = [
         Member(network, ImageBatches(read, plan, THREADS), _mirrored(info, plan) if tta else ())
         for network, plan, info in loaded
@@ -172,7 +172,7 @@ def predict_classes(
             f"No image of {images} could be predicted: {next(iter(failed.values()), 'there is none')}"
         )
     keep()
-    say(f"{len(rows)} images -> {path}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"{len(rows)} images -> {path}")
     return {"predicted": len(rows), "failed": failed, "out": str(path)}
 
 
@@ -215,12 +215,7 @@ def combine_tables(tables: Sequence[Path], out: Path, *, console: Console | None
     make_folder(path.parent)
     write_predictions(path, ids, np.mean(chances, axis=0), names, multilabel=several)
     if console is not None:
-        console.print(
-            f"{len(ids)} images of {len(tables)} tables -> {path}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(console, f"{len(ids)} images of {len(tables)} tables -> {path}")
     return {"cases": len(ids), "out": str(path)}
 
 

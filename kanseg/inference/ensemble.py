@@ -27,7 +27,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder
 from kanseg.memory import taken
-from kanseg.progress import progress
+from kanseg.progress import progress, say
 from kanseg.training.checkpoint import (
     BEST,
     EXPORTED,
@@ -166,12 +166,7 @@ def predict_with(
         console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
     for whole in (Path(model) / WHOLE for model in models):
         if whole.is_dir() and not any(whole in file.parents for file in loaded.files):
-            console.print(
-                f"Not among them: the training on every case. For it, -m {whole}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            say(console, f"Not among them: the training on every case. For it, -m {whole}")
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
         console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
     if memory is not None and memory <= taken():
@@ -183,7 +178,7 @@ def predict_with(
     if images.is_dir():
         cases = _images_among(cases, images, console)
     if seen := training_images(loaded.files, cases):
-        console.print(on_training_images(seen, len(cases)), markup=False, highlight=False, soft_wrap=True)
+        say(console, on_training_images(seen, len(cases)))
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
     failures = predict_folder(
@@ -307,9 +302,7 @@ def _images_among(cases: Sequence[Case], folder: Path, console: Console) -> list
             f"Passed over: {len(cases) - len(images)} maps of an earlier prediction", highlight=False
         )
     if other := passed_over(folder):
-        console.print(
-            f"Not looked at, for there are image files: {few(other, 5)}", highlight=False, soft_wrap=True
-        )
+        say(console, f"Not looked at, for there are image files: {few(other, 5)}")
     return images
 
 
@@ -350,9 +343,7 @@ def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | No
         dtype = np.result_type(np.min_scalar_type(int(labels.max(initial=0))), np.uint8).name
         write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble")
     if console is not None:
-        console.print(
-            f"{len(by)} cases of {len(folders)} predictions -> {out}", highlight=False, soft_wrap=True
-        )
+        say(console, f"{len(by)} cases of {len(folders)} predictions -> {out}")
     return {"cases": len(by), "by": by, "out": str(out)}
 
 

@@ -44,7 +44,7 @@ from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
 from kanseg.memory import settle, taken
-from kanseg.progress import telling
+from kanseg.progress import say, telling
 from kanseg.training.files import make_folder
 
 WRITTEN_AS = TWO_FILES | dict.fromkeys(
@@ -227,9 +227,7 @@ def predict_folder(
                 remark = _remark(description, settings, case)
                 complete = not uncertainty or (stem_of(path) in known and uncertainty_path(path).is_file())
                 if settings is not None and not again and complete and read_description(path) == remark:
-                    console.print(
-                        f"{case.id} is there already", markup=False, highlight=False, soft_wrap=True
-                    )
+                    say(console, f"{case.id} is there already")
                     progress.advance(task)
                     continue
 
@@ -263,9 +261,9 @@ def predict_folder(
                 said = Text.assemble((f"{case.id} failed:", "red"), f" {failures[case.id]}")
                 console.print(said, highlight=False, soft_wrap=True)
             else:
-                console.print(f"{case.id} -> {path}", markup=False, highlight=False, soft_wrap=True)
+                say(console, f"{case.id} -> {path}")
                 if unsure:
-                    console.print(f"  {in_words(unsure)}", markup=False, highlight=False, soft_wrap=True)
+                    say(console, f"  {in_words(unsure)}")
                 if (labels == first.label_values[0]).all():
                     console.print("  note: nothing was found in it", highlight=False)
             progress.advance(task)
@@ -277,16 +275,14 @@ def _remark_on(console: Console, case: str, plan: Plan, memory: int | None, imag
     size = unlike_training(image.array.shape[1:], image.affine, plan.fingerprint)
     exchanged = exchanged_channels(image.array, plan.fingerprint, plan.channel_names)
     for said in filter(None, (size, exchanged)):
-        console.print(f"{case}: note: {said}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{case}: note: {said}")
     settle(memory)
     needed = taken() + VOXEL * image.array[0].size
     if plan.image_dims == 3 and memory is not None and needed > memory:
-        console.print(
+        say(
+            console,
             f"{case}: note: its label map alone takes the program to {needed / 2**30:.1f} GiB, more than --memory "
             f"{memory / 2**30:.1f}G",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
         )
 
 

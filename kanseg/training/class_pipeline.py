@@ -14,7 +14,7 @@ from kanseg.data.class_plan import ClassPlan
 from kanseg.data.plans import dataset_of
 from kanseg.errors import UserError, counted
 from kanseg.evaluation.classification import score_lines
-from kanseg.progress import in_words, is_main
+from kanseg.progress import in_words, is_main, say
 from kanseg.training.cross_validation import cross_validate
 from kanseg.training.files import locked, make_folder, write_json
 from kanseg.training.parallel import once
@@ -64,7 +64,7 @@ def run_classes(
         count = counted(len(found["failed"]), "fold")
         raise UserError(f"{count} failed: {found['failed']}. The same command goes on.")
     said = f"{score_lines(found['pooled'])}. Model: {run}. Report: {report}"
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    say(console, said)
     accuracy = found["pooled"]["accuracy"]
     return {"accuracy": accuracy, "model": str(run), "report": str(report), "pooled": found["pooled"]}
 

@@ -33,7 +33,7 @@ from kanseg.evaluation.metrics import (
 )
 from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
 from kanseg.memory import for_data, give_back
-from kanseg.progress import is_main, progress
+from kanseg.progress import is_main, progress, say
 from kanseg.training.checkpoint import LAST
 from kanseg.training.files import locked, write_json
 from kanseg.training.fit import fit
@@ -92,9 +92,7 @@ def cross_validate(
             except Exception as error:  # whatever it was, the other folds go on
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 failed[fold] = f"{kind}{error}"
-                console.print(
-                    f"Fold {fold} failed: {failed[fold]}", markup=False, highlight=False, soft_wrap=True
-                )
+                say(console, f"Fold {fold} failed: {failed[fold]}")
             give_back()
         prepared = None
         if not folds:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from kanseg.config import Config
 from kanseg.evaluation.report import LONGEST, short, told_apart
 from kanseg.memory import taken
-from kanseg.progress import progress, time_left
+from kanseg.progress import progress, say, time_left
 from kanseg.training.files import write_bytes, write_text
 from kanseg.training.trackers import start_trackers
 
@@ -93,7 +93,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """Print one line (once, whatever the number of processes)."""
         if not self.quiet:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(self.console, text)
 
     def epoch(self, record: dict[str, Any], fraction: float) -> None:
         """Write one epoch's record everywhere."""

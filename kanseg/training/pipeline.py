@@ -32,7 +32,7 @@ from kanseg.errors import UsageError, UserError, counted, did_you_mean
 from kanseg.evaluation.report import score_table
 from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case, write_prediction
-from kanseg.progress import in_words, is_main, progress
+from kanseg.progress import in_words, is_main, progress, say
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.class_pipeline import run_classes
 from kanseg.training.cross_validation import RESULT, conclude, cross_validate
@@ -65,7 +65,7 @@ class Pipeline:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
 
 def run_pipeline(
@@ -154,7 +154,7 @@ def run_pipeline(
         share = None if minutes is None else minutes / count
         if share is not None:
             told = f"{count} trainings of {in_words(60 * share)}; planning, validation and scores take time"
-            console.print(f"{told} beside", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{told} beside")
             checked = with_options(checked, "training", max_minutes=share, max_epochs=None)
         checked = with_options(checked, "data", folds=max(2, folds))
         job = Pipeline(run, dataset, checked, names, final, override, console)
@@ -264,9 +264,7 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
     found = diagnose(data, id_pattern=id_pattern)
     if found.dataset is None:
         raise UserError(next(f for f in found.findings if not f.case and f.repair is None).message)
-    console.print(
-        f"{data}: {found.layout}, {found.cases} cases", highlight=False, markup=False, soft_wrap=True
-    )
+    say(console, f"{data}: {found.layout}, {found.cases} cases")
     tell_findings(found.findings, console)
     values: dict[str, int] = {}
     files: dict[str, Any] = {}  # that a copy was made of
@@ -275,7 +273,7 @@ def _examined(data: Path, run: Path, id_pattern: str | None, console: Console) -
         shutil.rmtree(run / REPAIRED, ignore_errors=True)
         values = found.fix(run / REPAIRED)["label_values"]
         count = counted(len(found.errors), "error")
-        console.print(f"{count}: training on a repaired copy, {run / REPAIRED}", soft_wrap=True)
+        say(console, f"{count}: training on a repaired copy, {run / REPAIRED}")
     trained_on = (run / REPAIRED if found.errors else data).resolve()
     kept = {"trained_on": str(trained_on), "label_values": values, "files": files}
     write_json(run / DOCTOR, {**found.to_dict(), **kept})

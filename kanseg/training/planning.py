@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from kanseg.config import Config
 from kanseg.data.cases import Dataset, few
@@ -24,6 +25,7 @@ from kanseg.data.plan import Need, Plan, check_size, check_wishes, plan_run
 from kanseg.data.plans import AnyPlan, dataset_of, load_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.memory import size_in_bytes
+from kanseg.progress import say
 from kanseg.training.run_folder import PLAN, check_fold
 from kanseg.training.trial import measure_step
 
@@ -85,7 +87,7 @@ def plan_data(
             seen = fingerprint(dataset)
         plan = plan_run(dataset, run, seen=seen, **how)
     for reason in plan.reasons:
-        console.print(f"- {reason}", highlight=False, markup=False)
+        say(console, f"- {reason}")
     return plan
 
 
@@ -135,7 +137,7 @@ def tell_findings(findings: Sequence[Finding], console: Console) -> None:
     """Print what the doctor found, the first of many."""
     for finding in findings[:SHOWN]:
         case = f"{finding.case}: " if finding.case else ""  # else it concerns all
-        console.print(f"- {case}{finding.message}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"- {case}{finding.message}")
 
 
 def require_fold(data: Path, fold: int | str, config: Config) -> None:
@@ -145,5 +147,5 @@ def require_fold(data: Path, fold: int | str, config: Config) -> None:
 
 
 def _tell(console: Console, dataset: Dataset, found: str) -> None:
-    console.print(f"[bold]{dataset.name}[/bold]: {dataset.layout}", highlight=False)
-    console.print(found, markup=False, highlight=False, soft_wrap=True)
+    console.print(Text.assemble((dataset.name, "bold"), f": {dataset.layout}"), highlight=False)
+    say(console, found)

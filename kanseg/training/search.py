@@ -27,6 +27,7 @@ from kanseg.config import changes, load_config
 from kanseg.data.fingerprint import FINGERPRINT
 from kanseg.data.plans import AnyPlan, dataset_of, load_plan, plan_from_dict
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.progress import say
 from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json, write_text
 from kanseg.training.fit import fit
 from kanseg.training.monitor import LOG, read_log
@@ -107,7 +108,7 @@ def search(
         rows = [_row(result, space, folder, fold, plan.metric) for result in results]
     if len(rows) < trials or terminated:  # Ray ends so when it is interrupted
         text = f"{folder} holds {len(rows)} of {trials} trials, the last of them perhaps in part."
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
         raise SystemExit(terminated[0] if terminated else INTERRUPTED)
     score = plan.metric
     rows.sort(key=lambda row: -(row[score] if row[score] is not None else -1.0))
@@ -118,7 +119,7 @@ def search(
     best = {**rows[0], "overrides": [*fixed, *(f"{key}={_text(rows[0][key])}" for key in space)]}
     write_text(folder / "trials.csv", _csv(rows))
     write_json(folder / "best.json", best)
-    console.print(f"Best of {len(rows)} trials: {score} {best[score]:.4f} by {' '.join(best['overrides'])}")
+    say(console, f"Best of {len(rows)} trials: {score} {best[score]:.4f} by {' '.join(best['overrides'])}")
     return {"best": best, "trials": rows}
 
 

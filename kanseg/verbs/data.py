@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kanseg.errors import UsageError, UserError, counted, did_you_mean
+from kanseg.progress import say
 from kanseg.verbs.common import Json, Out, Pattern, console, emit
 
 app = typer.Typer()
@@ -42,12 +43,16 @@ def doctor(
             f"{data} has a class for each image, and --fix repairs label maps. Mend by hand what kanseg doctor tells."
         )
     found = (diagnose_classes if classes else diagnose)(data, id_pattern=id_pattern)
-    table = Table("", "what", "found", "repair (--fix)", title=f"{data}: {found.layout}, {found.cases} cases")
+    what = f"{data}: {found.layout}, {found.cases} cases"
+    table = Table("", "what", "found", "repair (--fix)", title=escape(what))
     table.columns[2].overflow = "fold"
     for row in rows(found):
         table.add_row(*map(escape, row))
     talk = console(json_)
-    talk.print(table if found.findings else f"{data}: {found.layout}, {found.cases} cases, nothing wrong")
+    if found.findings:
+        talk.print(table)
+    else:
+        say(talk, f"{what}, nothing wrong")
     result: dict[str, Any] = found.to_dict()
     if fix is not None:
         try:
@@ -56,10 +61,7 @@ def doctor(
             emit(result, json_)
             raise
         count = result["fixed"]["training"]
-        talk.print(
-            f"{count} of {found.cases} cases written to {fix}. Next: kanseg plan {fix} -o RUN",
-            highlight=False,
-        )
+        say(talk, f"{count} of {found.cases} cases written to {fix}. Next: kanseg plan {fix} -o RUN")
         if found.dataset is not None and found.dataset.test_cases:
             talk.print(f"{len(found.dataset.test_cases)} test images stay where they are.", highlight=False)
     emit(result, json_)
@@ -121,11 +123,11 @@ def convert(
     dataset = with_segments(listed, only or ()) if drawn else with_values(listed)
     made = convert_to(dataset, out, to, only=bool(only))
     for said in dataset.notes:
-        talk.print(f"- {said}", markup=False, highlight=False, soft_wrap=True)
+        say(talk, f"- {said}")
     labelled = f" ({made['test_labels']} of them with labels)" if made["test_labels"] else ""
     counts = f"{made['training']} labelled and {made['test']} further images{labelled}"
     classes = few(dataset.label_names[1:])
-    talk.print(f"{counts} of {classes} -> {out}", markup=False, highlight=False, soft_wrap=True)
+    say(talk, f"{counts} of {classes} -> {out}")
     emit(made, json_)
 
 
@@ -138,7 +140,7 @@ def _converted_weights(
     if origin not in SOURCES:
         raise UsageError(f"Unknown source '{origin}'.{did_you_mean(origin, SOURCES)}")
     spec = SOURCES[origin](file, out, architecture)
-    talk.print(f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}", highlight=False)
+    say(talk, f"{spec['options']['encoder']} with {spec['out_channels']} classes: {out}")
     return {"out": str(out), "model": spec}
 
 
@@ -168,10 +170,8 @@ def download(
         table.add_row(source.name, source.what, source.size, source.licence.partition(",")[0])
     for source in SOURCES.values():
         for part in source.parts:
-            talk.print(
-                f"{part.name}: {part.url}, MD5 {part.md5}", markup=False, highlight=False, soft_wrap=True
-            )
+            say(talk, f"{part.name}: {part.url}, MD5 {part.md5}")
     talk.print(table)
     for other, how in BY_HAND.items():
-        talk.print(f"{other} is read, not fetched. {how}", markup=False, highlight=False, soft_wrap=True)
+        say(talk, f"{other} is read, not fetched. {how}")
     emit([asdict(source) for source in SOURCES.values()], json_)

@@ -9,6 +9,7 @@ import typer
 
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.progress import say
 from kanseg.verbs.common import Json, Out, OutFile, console, emit, require
 
 app = typer.Typer()
@@ -58,7 +59,7 @@ def compare(
     talk.print(comparison_table(result))
     for side in ("a", "b"):
         if alone := result[f"only_in_{side}"]:
-            talk.print(f"{len(alone)} cases only in {side.upper()} do not count: {', '.join(alone[:5])}")
+            say(talk, f"{len(alone)} cases only in {side.upper()} do not count: {', '.join(alone[:5])}")
     emit(result, json_)
 
 
@@ -146,21 +147,14 @@ def export(
     with talk.status("Exporting, a minute or so"):
         result = export_network(models, out, to, image=image)
     found = result["parity"]
-    talk.print(
-        f"{result['file']} ({result['megabytes']} MB) and model.json",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(talk, f"{result['file']} ({result['megabytes']} MB) and model.json")
     talk.print(
         f"on {found['windows']} random windows: largest difference {found['relative_difference']:.1e} of the largest "
         f"output, equal classes {found['equal_classes']:.2%}",
         highlight=False,
     )
     if image is not None:
-        talk.print(
-            f"equal labels {found['image']['equal_labels']:.4%} on {found['image']['case']}", highlight=False
-        )
+        say(talk, f"equal labels {found['image']['equal_labels']:.4%} on {found['image']['case']}")
     if result["postprocessing"]:
         talk.print("The post-processing of kanseg predict is no part of it: model.json says the rules.")
     emit(result, json_)
@@ -181,5 +175,5 @@ def report(
     from kanseg.training.run_report import write_report
 
     path = write_report(run)
-    console(json_).print(f"Report: {path}", markup=False, highlight=False, soft_wrap=True)
+    say(console(json_), f"Report: {path}")
     emit({"report": str(path)}, json_)
