@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -126,6 +127,19 @@ def test_exchanged_channels_are_told_by_the_numbers_of_the_file(plan: Plan, tmp_
         said[name] = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "are these channels exchanged?" in said["exchanged"]
     assert "exchanged?" not in said["right"]
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+def test_a_finished_case_is_known_again_whatever_the_data_set_is_called(
+    plan: Plan, blobs: Path, tmp_path: Path, suffix: str
+) -> None:
+    """The header of a NIfTI file is ASCII, and others take no name that is no UTF-8."""
+    cases = find_images(blobs / "imagesTr")[:1]
+    for said in ("->", "is there already"):
+        told = Console(file=io.StringIO(), width=200)
+        how: dict[str, Any] = {"suffix": suffix, "settings": {}, "description": "kanseg M\u00f6wen \udcfc"}
+        assert not predict_folder(Brightness(), plan, cases, tmp_path, console=told, **how)
+        assert f"case_0 {said}" in told.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_names_are_told_as_they_are(plan: Plan, blobs: Path, tmp_path: Path) -> None:

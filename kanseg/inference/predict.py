@@ -306,10 +306,12 @@ def _cause(error: BaseException) -> str:
 
 
 def _remark(description: str, settings: Mapping[str, Any] | None, case: Case) -> str:
-    """What the header of a label map says: the description, and a digest of all that the label map depends on."""
-    if settings is None:
-        return description
-    return f"{description[:50]} {made_from(case.images, settings)}"
+    """What the header of a label map says: the description, and a digest of all that the label map depends on.
+
+    In ASCII, which every format gives back as it was.
+    """
+    said = description.encode("ascii", "replace").decode()
+    return said if settings is None else f"{said[:50]} {made_from(case.images, settings)}"
 
 
 def _outputs(cases: Sequence[Case], out: Path, suffix: str | None) -> list[Path]:
