@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import kanseg
 from kanseg.data.plans import load_plan
 from kanseg.errors import UserError
+from kanseg.inference.ensemble import facts_of_model
 from kanseg.training import files
 from kanseg.training.checkpoint import (
     find_checkpoint,
@@ -142,6 +143,9 @@ def test_a_description_that_cannot_be_is_refused_by_its_file(tmp_path, place, va
     path = save_checkpoint(tmp_path / "model.safetensors", tensors, info if place else value)
     with pytest.raises(UserError, match="model.safetensors (does not|cannot|describes)"):
         load_model(path)
+    if place[:1] == ("plan",):
+        with pytest.raises(UserError, match="model.safetensors (does not|cannot)"):
+            facts_of_model(path)
     if place == ("plan", "version"):
         with pytest.raises(UserError, match=r"kanseg 99.0 wrote it, and this is"):
             load_model(path)

@@ -21,7 +21,7 @@ from kanseg.data.digests import file_digest
 from kanseg.data.images import SEGMENTS, check_pair, label_from, read_image, write_label
 from kanseg.data.listing import segmentations_in
 from kanseg.data.plan import Plan
-from kanseg.data.plans import AnyPlan, plan_from_dict
+from kanseg.data.plans import AnyPlan
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
@@ -39,6 +39,7 @@ from kanseg.training.checkpoint import (
     members,
     named,
     save_checkpoint,
+    plan_in,
 )
 from kanseg.training.devices import keep_freed_memory
 from kanseg.training.files import make_folder
@@ -214,8 +215,9 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
     files = find_members(path)
     infos = [load_checkpoint(file)[1] for file in files]
     specs, plans = ([info.get(key, {}) for info in infos] for key in ("model", "plan"))
-    for plan in filter(None, plans):
-        plan_from_dict(plan)  # or what it says is not to be told
+    for file, info in zip(files, infos, strict=True):
+        if info.get("plan"):
+            plan_in(info, file)  # or what it says is not to be told
     plan, stored = plans[0], _rules(Path(path))
 
     def each(values: Iterable[Any]) -> Any:

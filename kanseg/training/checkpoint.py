@@ -177,17 +177,23 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn
         path: a run folder (its first fold), a fold folder, a saved model's folder, or a checkpoint. In a fold
             the best weights are taken, or the last ones where no validation has been made yet.
     """
-    from kanseg.data.plans import plan_from_dict
-
     file = find_checkpoint(path)
     tensors, info = load_checkpoint(file)
     try:
-        plan, _ = plan_from_dict(info["plan"]), info["model"]["options"]
+        plan, _ = plan_in(info, file), info["model"]["options"]
     except KeyError as error:
         raise UserError(f"{file} does not describe its model and plan ({error}). Train again.") from error
-    except UserError as error:
-        raise UserError(f"{file} cannot be used{_by_another(info)}: {error}") from error
     return restored(tensors, info, file).to(device).eval(), plan, info
+
+
+def plan_in(info: Mapping[str, Any], source: Path) -> Any:
+    """The plan in the JSON of a checkpoint; `UserError` names its file where that is none."""
+    from kanseg.data.plans import plan_from_dict
+
+    try:
+        return plan_from_dict(info["plan"])
+    except UserError as error:
+        raise UserError(f"{source} cannot be used{_by_another(info)}: {error}") from error
 
 
 def _by_another(info: Mapping[str, Any]) -> str:
