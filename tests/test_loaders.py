@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -204,6 +205,18 @@ def test_a_case_is_prepared_once_for_all_folds_and_gives_the_same_patches(
         read.clear()
         read.update(before)
     assert len(read) == 4
+
+
+def test_a_case_that_could_not_be_kept_is_prepared_again(
+    plan: Plan, blobs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full in one fold must not let the next one take another case for it."""
+    prepared, cases = loaders.Prepared(plan), read_dataset(blobs).cases[:2]
+    with monkeypatch.context() as full:
+        full.setattr(loaders.Shelf, "append", mock.Mock(side_effect=OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            prepared.places(cases, balanced=False)
+    assert prepared.places(cases, balanced=False) == [0, 1]
 
 
 def test_validation_cases_on_the_disk_are_the_same(plan: Plan, blobs: Path) -> None:

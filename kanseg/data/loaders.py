@@ -143,8 +143,8 @@ class Prepared:
         prepare = preparation(self.plan, balanced)
         for case in progress([c for c in cases if (c.id, balanced) not in self._places], "Loading cases"):
             item = prepare(load_case(case, self.plan)[0])
-            self._places[case.id, balanced] = len(self.items)
             self.items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
+            self._places[case.id, balanced] = len(self.items) - 1  # only now: a full disk may end a fold
             del item
             settle(for_data(self.plan.memory_bytes))
         return [self._places[case.id, balanced] for case in cases]

@@ -34,6 +34,7 @@ class Segmentation:
         training: Sequence[Case],
         validation: Sequence[Case],
         device: torch.device,
+        *,
         prepared: Prepared | None = None,
     ) -> None:
         self.prepared = prepared

@@ -17,7 +17,7 @@ from kanseg.training.task import Task
 
 
 def _segmentation(shared: Sequence[Any], dataset: Any, accelerator: Accelerator, prepared: Any) -> Task:
-    return Segmentation(*[*shared, prepared])
+    return Segmentation(*shared, prepared=prepared)
 
 
 def _classification(shared: Sequence[Any], dataset: Any, accelerator: Accelerator, prepared: Any) -> Task:
