@@ -123,7 +123,7 @@ def noted(dataset: Data, *notes: str) -> Data:
     return replace(dataset, notes=(*dataset.notes, *notes))
 
 
-def dataset_of(
+def as_dataset(
     name: str,
     root: Path,
     layout: str,

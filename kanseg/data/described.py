@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kanseg.data.cases import LAYOUTS, Dataset, Problem, dataset_of, refuse, require_one_patient
+from kanseg.data.cases import LAYOUTS, Dataset, Problem, as_dataset, refuse, require_one_patient
 from kanseg.data.images import stem_of
 from kanseg.data.labels import parse_labels_of
 from kanseg.data.listing import cases_of, files_with_numbers, image_files
@@ -50,7 +50,7 @@ def read_described(root: Path, described: Any, problem: Problem) -> Dataset:
     name = str(described.get("name", root.name))
     own = _described_splits(file, described.get("splits") or [], {case.id for case in cases})
     return replace(
-        dataset_of(name, root, layout, cases, tests, channels, notes), splits=own or tuple(splits), **labels
+        as_dataset(name, root, layout, cases, tests, channels, notes), splits=own or tuple(splits), **labels
     )
 
 

@@ -16,9 +16,9 @@ from kanseg.data.cases import (
     Case,
     Dataset,
     Problem,
+    as_dataset,
     case_by_names,
     count_channels,
-    dataset_of,
     few,
     repeated,
 )
@@ -72,7 +72,7 @@ def read_folders(root: Path, problem: Problem) -> Dataset:
     cases, unused = in_two_trees(images, labels, problem)
     layout = f"folders {images.name}/ and {labels.name}/"
     tests, others = with_test_labels(root, find_test_cases(root), {})
-    return dataset_of(root.name, root, layout, cases, tests, None, [*unused, *others])
+    return as_dataset(root.name, root, layout, cases, tests, None, [*unused, *others])
 
 
 def _read_voc(root: Path, images: Path, labels: Path, problem: Problem) -> Dataset:
@@ -87,7 +87,7 @@ def _read_voc(root: Path, images: Path, labels: Path, problem: Problem) -> Datas
     validation = set(val.read_text(encoding="utf-8").split()) if val.is_file() else set()
     ids = [case.id for case in cases]
     folds, said = _own_fold(ids, validation, f"{VOC_LISTS}/val.txt")
-    dataset = dataset_of(
+    dataset = as_dataset(
         root.name, root, f"PASCAL VOC ({VOC_IMAGES}, {VOC_LABELS})", cases, [], None, [*notes, *said]
     )
     return replace(dataset, splits=folds)
@@ -133,7 +133,7 @@ def _read_parts(root: Path, parts: Mapping[str, tuple[Path, Path | None]], probl
     layout = f"images and labels in {', '.join(parts)}"
     cases = [*found[TRAIN], *found[VAL]]
     folds, said = _own_fold([case.id for case in cases], {case.id for case in found[VAL]}, VAL)
-    dataset = dataset_of(root.name, root, layout, cases, found[TEST], None, [*notes, *said])
+    dataset = as_dataset(root.name, root, layout, cases, found[TEST], None, [*notes, *said])
     return replace(dataset, splits=folds)
 
 
@@ -157,7 +157,7 @@ def _read_one_folder(root: Path, problem: Problem) -> Dataset:
     if not any(label_names(case.id, {stem_of(mask) for mask in masks}) for case in cases):
         return _read_case_folders(root, problem)
     cases, unused = with_labels(cases, masks, {}, problem)
-    return dataset_of(root.name, root, "images and masks in one folder", cases, [], None, unused)
+    return as_dataset(root.name, root, "images and masks in one folder", cases, [], None, unused)
 
 
 def _read_case_folders(root: Path, problem: Problem) -> Dataset:
@@ -195,7 +195,7 @@ def _read_case_folders(root: Path, problem: Problem) -> Dataset:
         if lists := sorted(file.name for file in root.iterdir() if file.suffix.lower() in LISTS):
             hint += f" Where {few(lists, 3)} there lists the images, give that file in place of the folder."
         raise UserError(f"{root} has no layout that kanseg knows.{hint} Expected: {LAYOUTS}.")
-    return dataset_of(root.name, root, "one folder per case with image and label", cases, [], None, [])
+    return as_dataset(root.name, root, "one folder per case with image and label", cases, [], None, [])
 
 
 def _require_single_names(folder: Path, files: Sequence[Path], problem: Problem) -> None:
@@ -236,7 +236,7 @@ def _read_named_folders(root: Path, problem: Problem) -> Dataset | None:
         return None
     layout = f"one folder per case with label and a file for each channel ({few(names)})"
     named = names if len(names) == count_channels(cases) and names != UNNAMED else None
-    return dataset_of(root.name, root, layout, cases, [], named, [])
+    return as_dataset(root.name, root, layout, cases, [], named, [])
 
 
 def beside_masks(folders: Sequence[Path]) -> tuple[Path, Path] | None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kanseg.data.cases import LAYOUTS, Case, Dataset, dataset_of, few, require_file_name
+from kanseg.data.cases import LAYOUTS, Case, Dataset, as_dataset, few, require_file_name
 from kanseg.data.images import stem_of, suffix_of
 from kanseg.data.listing import channel_of
 from kanseg.data.tables import (
@@ -167,5 +167,5 @@ def _listed_dataset(
     cases, tests, folds, said = cases_of_lists(path.parent, lists, {})
     without = [case for case in cases if case.label is None]
     labelled, said = [case for case in cases if case.label], [*notes, *said, *_without_label(without)]
-    dataset = dataset_of(path.stem, path.parent, layout, labelled, [*tests, *without], None, said)
+    dataset = as_dataset(path.stem, path.parent, layout, labelled, [*tests, *without], None, said)
     return replace(dataset, splits=tuple(folds))
