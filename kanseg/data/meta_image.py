@@ -34,18 +34,20 @@ def read_meta_image(path: Path) -> sitk.Image:
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         named = VOXELS.search(content)
-        header, rest = (content[: named.end()], content[named.end() :]) if named else (b"", b"")
+        header = content[: named.end()] if named else b""
         where = os.fsdecode(named[1]) if named else HERE
+        packed, listed = COMPRESSED.search(header), where.startswith("LIST")
+        rest = content[len(header) :] if packed or listed else b""  # of others a second volume in memory
     beside = path.parent / where
     if where != HERE and not SLICES.match(where) and not beside.is_file():
         raise UserError(
             f"The voxels of {path} lie in {where}, as it says, which is not there. Put it beside {path.name}."
         )
     image = sitk.ReadImage(str(path))
-    listed, depth = rest.count(b"\n"), image.GetSize()[-1]
-    if where.startswith("LIST") and listed < depth:
-        raise UserError(f"{path} lists {listed} slices, {depth} are expected. Complete the list.")
-    if COMPRESSED.search(header):
+    slices, depth = rest.count(b"\n"), image.GetSize()[-1]
+    if listed and slices < depth:
+        raise UserError(f"{path} lists {slices} slices, {depth} are expected. Complete the list.")
+    if packed:
         found = zlib.decompress(rest if where == HERE else beside.read_bytes(), wbits=ZLIB_OR_GZIP)
         voxels = sitk.GetArrayViewFromImage(image)
         told = np.frombuffer(found, voxels.dtype.newbyteorder(">" if BIG_ENDIAN.search(header) else "<"))
