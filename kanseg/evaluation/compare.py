@@ -169,7 +169,7 @@ def _has_cases(file: Path) -> bool:
 def _json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}).") from error
     return values if isinstance(values, dict) else {}
 

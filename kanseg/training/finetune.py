@@ -157,7 +157,7 @@ def _channel_definition(folder: Path, side: str, count: int) -> list[str]:
         described = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))
         (data,) = described["network_data_format"][side].values()
         return [str(data["channel_def"][str(number)]) for number in range(count)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return [""] * count
 
 

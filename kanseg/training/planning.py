@@ -101,7 +101,7 @@ def follow_data(data: Path, run: Path) -> None:
     if data.resolve() == run.resolve() or not data.exists() or Path(plan.data).exists():
         return
     moved = replace(plan, data=str(data.resolve()))
-    check_unchanged(dataset_of(moved), run)
+    check_unchanged(dataset_of(moved, run), run)
     moved.save(run / PLAN)
 
 

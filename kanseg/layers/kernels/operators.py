@@ -74,8 +74,8 @@ _asked = _Asked()
 
 @contextmanager
 def plain_steps() -> Iterator[None]:
-    """Within it layers and networks take steps of torch alone: these keep more, may be differentiated twice, and are
-    what `torch.onnx.export` knows.
+    """Within it, in its thread, layers and networks take steps of torch alone: these keep more, may be differentiated
+    twice, and are what `torch.onnx.export` knows.
 
     >>> from kanseg import KANConv
     >>> x = torch.ones(1, 2, 5, 5, requires_grad=True)
