@@ -13,6 +13,7 @@ import SimpleITK as sitk
 
 from kanseg.data.class_names import class_colours, names_in
 from kanseg.data.convert import convert
+from kanseg.data.doctor import diagnose
 from kanseg.data.facts import facts_of_label_map
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.images import Image, read_image, read_label, write_label
@@ -46,7 +47,11 @@ def save(image: Image, path: Path) -> Path:
 
 
 def slicer(
-    path: Path, layers: list[np.ndarray], like: Image, segments: list[tuple[str, int, int]], first: int = 0
+    path: Path,
+    layers: list[np.ndarray],
+    like: Image,
+    segments: list[tuple[str, int | str, int]],
+    first: int = 0,
 ) -> Path:
     """As 3D Slicer saves segments (name, layer, value): cut to the part from voxel `first` on along each axis."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +163,12 @@ def test_what_is_no_segmentation_of_slicer_is_said(tmp_path: Path, scan: Image, 
     other = write_label(tmp_path / "z.seg.nrrd", labels[::2, ::2, ::2], coarse, names=NAMES)
     with pytest.raises(UserError, match="other voxels"):
         read_segments(other, scan, [*NAMES.values()][1:])
+    strange = slicer(tmp_path / "s.seg.nrrd", [labels], scan, [("liver", "no number", 2)])
+    with pytest.raises(UserError, match="no layer no number for 'liver'"):
+        read_segments(strange, scan, ["liver"])
+    picture = Image(scan.array[..., 0], np.eye(4), scan.path, 2)
+    with pytest.raises(UserError, match="segments of 3D Slicer are volumes"):
+        write_label(tmp_path / "p.seg.nrrd", labels[..., 0], picture, names=NAMES)
 
 
 def test_segmentations_beside_images_are_neither_predicted_nor_taken_for_images(
@@ -209,6 +220,9 @@ def test_classes_are_called_as_headers_say(tmp_path: Path, blobs: Path) -> None:
         write_label(tmp_path / "labels" / path.name, read_label(path), image, names=names)
     dataset = read_dataset(tmp_path)
     assert dataset.label_names[1:] == tuple(f"organ {value}" for value in dataset.label_values[1:])
+    repaired = diagnose(tmp_path).dataset  # as `kanseg run` takes it
+    assert repaired is not None
+    assert repaired.label_names == dataset.label_names
     scores = evaluate_folders(tmp_path / "labels", tmp_path / "labels")
     assert [*scores["labels"]] == [*dataset.label_names[1:]]
     write_label(
@@ -240,7 +254,7 @@ def test_what_a_label_map_holds_and_how_it_came_to_be_is_told(
     assert voxels == [np.count_nonzero(labels == value) for value in (2, 5)]
     if suffix != ".png":  # voxels of 1.5 x 2 x 3 mm
         assert [one["ml"] for one in facts["classes"].values()] == pytest.approx([0.009 * n for n in voxels])
-    if suffix in (".nii.gz", ".seg.nrrd"):
+    if suffix in (".nii.gz", ".nrrd", ".seg.nrrd"):
         assert [*facts["classes"]] == ["liver <left> & right", "Tumör"]
 
 

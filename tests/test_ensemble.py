@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from kanseg.data.beside import find_probabilities, is_beside, probability_path
+from kanseg.data.class_names import names_in
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
@@ -228,6 +229,9 @@ def test_folders_with_probabilities_are_averaged_others_vote(plan: Plan, blobs: 
     np.testing.assert_array_equal(read_image(tmp_path / "vote" / "case_0.nii.gz").array, middle)
     nib_map = nib.load(tmp_path / "vote" / "case_0.nii.gz")
     np.testing.assert_allclose(nib_map.affine, nib.load(cases[0].images[0]).affine)
+    told = names_in(tmp_path / "vote" / "case_0.nii.gz")
+    assert [*told] == mapped.label_values
+    assert told == names_in(folders[0] / "case_0.nii.gz")
 
 
 def test_a_tie_of_votes_goes_to_the_earliest_folder(tmp_path: Path) -> None:

@@ -6,16 +6,21 @@ of 3D Slicer (https://slicer.readthedocs.io, "Segmentation file (.seg.nrrd) form
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
 from nibabel.nifti1 import Nifti1Extension
+from scipy import ndimage
+
+from kanseg.data.headers import header_tags
 
 CARET = 30  # the code of NIfTI's extension
 LABEL_TABLE = "VolumeInformation/LabelTable/Label"
+SEGMENT_NAME = re.compile(r"Segment(\d+)_Name")  # the key in a header of NRRD
 SAFE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 Colour = tuple[float, float, float, float]
 
@@ -61,10 +66,10 @@ def segment_tags(labels: np.ndarray, names: Mapping[int, str]) -> dict[str, str]
         "Segmentation_MasterRepresentation": "Binary labelmap",  # of Slicer before 5.0
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
+    boxes = ndimage.find_objects(labels)  # of all classes in one walk
     for number, (value, name, colour) in enumerate(_coloured(names)):
-        inside = labels == value
-        spans = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-        extent = [f"{span[0]} {span[-1]}" if len(span) else "0 -1" for span in spans]
+        box = (boxes[value - 1] if value <= len(boxes) else None) or (slice(0, 0),) * 3
+        extent = [f"{span.start} {span.stop - 1}" for span in box]
         about = {
             "ID": f"Segment_{value}",
             "Name": name,
@@ -81,11 +86,15 @@ def segment_tags(labels: np.ndarray, names: Mapping[int, str]) -> dict[str, str]
 
 
 def names_in(path: Path) -> dict[int, str]:
-    """Names by value that the header of a NIfTI label map tells, {} where it tells none."""
+    """Names by value that the header of a NIfTI or NRRD label map tells, {} where it tells none."""
     found: dict[int, str] = {}
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        return found
     try:
+        if path.name.lower().endswith(".nrrd"):
+            tags = header_tags(path)
+            numbers = [match[1] for match in map(SEGMENT_NAME.fullmatch, tags) if match]
+            return {int(tags[f"Segment{n}_LabelValue"]): tags[f"Segment{n}_Name"] for n in numbers}
+        if not path.name.lower().endswith((".nii", ".nii.gz")):
+            return found
         for extension in nib.load(path).header.extensions:
             if b"<CaretExtension" not in extension.content:  # of any code: TotalSegmentator's is 0
                 continue
@@ -93,7 +102,7 @@ def names_in(path: Path) -> dict[int, str]:
                 name = " ".join((label.text or "").split())
                 if name:
                     found[int(label.get("Key", ""))] = name
-    except Exception:  # of nibabel and of XML, without a common class: no names then
+    except Exception:  # of nibabel, ITK and XML, without a common class: no names then
         return {}
     return found
 
@@ -109,3 +118,14 @@ def shared_names(paths: Iterable[Path]) -> tuple[dict[int, str], list[int]]:
         found.setdefault(value, set()).add(name)
     several = sorted(value for value, names in found.items() if len(names) > 1)
     return {value: min(names) for value, names in found.items() if value not in several}, several
+
+
+def called(values: Sequence[int], told: Mapping[int, str]) -> list[str]:
+    """Names of values but the background: those that are told, or numbers where two classes would have one name.
+
+    >>> called([1, 2], {2: "liver"}), called([1, 2], {1: "liver", 2: "liver"})
+    (['label 1', 'liver'], ['label 1', 'label 2'])
+    """
+    names = [told.get(value, f"label {value}") for value in values]
+    twice = len({*names, "background"}) <= len(names)
+    return [f"label {value}" for value in values] if twice else names

@@ -14,13 +14,14 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
 
 from kanseg.data.cases import PATIENTS_ALIKE, PATIENTS_TESTED, Case, Dataset, few
+from kanseg.data.class_names import called, shared_names
 from kanseg.data.colours import colour_names, label_colours, numbered
 from kanseg.data.convert import Sample, convert, on_own_grid, write_dataset
 from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
 from kanseg.data.formats import list_dataset
+from kanseg.data.headers import header_tags, itk_header
 from kanseg.data.images import (
     FULL,
     GRID_TOLERANCE,
@@ -437,10 +438,11 @@ def _beginnings(cases: Sequence[Case], findings: list[Finding]) -> None:
 
 
 def _labelled(dataset: Dataset, cases: tuple[Case, ...]) -> Dataset:
-    """The data set with these cases, and names for label values that nobody declared."""
+    """The data set with these cases, and names for label values that nobody declared: those in headers, or numbers."""
     if not dataset.label_values:
         values = tuple(sorted({0}.union(*(case.values for case in cases))))
-        names = ("background", *(f"label {value}" for value in values[1:]))
+        told, _ = shared_names(case.label for case in cases if case.label)
+        names = ("background", *called(values[1:], told))
         dataset = replace(dataset, label_names=names, label_values=values)
     return replace(dataset, cases=cases)
 
@@ -528,10 +530,7 @@ def _is_4d_with_one(path: Path) -> bool:
     elif suffix_of(path) in SUFFIXES_2D or path.is_dir():
         return False
     else:
-        header = sitk.ImageFileReader()
-        header.SetFileName(str(path))
-        header.ReadImageInformation()
-        shape = header.GetSize()
+        shape = itk_header(path).GetSize()
     return len(shape) > 3 and shape[-1] == 1
 
 
@@ -592,13 +591,10 @@ def _split(mask: np.ndarray) -> np.ndarray:
 def _patient_of(folder: Path) -> str:
     """DICOM patient ID of a series, "" where there is none."""
     for file in sorted(folder.iterdir()):
-        tags = sitk.ImageFileReader()
-        tags.SetFileName(str(file))
         try:
-            tags.ReadImageInformation()
+            return header_tags(file).get(PATIENT_ID, "").strip()
         except RuntimeError:
             continue
-        return tags.GetMetaData(PATIENT_ID).strip() if tags.HasMetaDataKey(PATIENT_ID) else ""
     return ""
 
 

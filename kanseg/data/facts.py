@@ -6,10 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kanseg.data.class_names import names_in
-from kanseg.data.images import SEG_NRRD, label_from, read_image, read_layers, read_provenance, suffix_of
+from kanseg.data.class_names import called, names_in
+from kanseg.data.images import SEG_NRRD, label_from, read_image, read_provenance, suffix_of
+from kanseg.data.labels import value_counts
 from kanseg.data.segmentations import Layers
 
 
@@ -25,14 +24,13 @@ def facts_of_label_map(path: Path) -> dict[str, Any]:
     """
     counts: list[tuple[str, int | None, int]]
     if suffix_of(path) == SEG_NRRD:
-        image, drawn = read_layers(path), Layers(path)
+        drawn = Layers(path)
+        image = drawn.image
         counts = [(name, None, len(drawn.voxels(n, path, image)[0])) for n, name in drawn.names.items()]
     else:
         image = read_image(path)
-        names = names_in(path)
-        found = zip(*np.unique(label_from(image), return_counts=True), strict=True)
-        pairs = [(int(value), int(count)) for value, count in found]
-        counts = [(names.get(value, f"label {value}"), value, count) for value, count in pairs if value]
+        found = {value: count for value, count in value_counts(label_from(image)).items() if value}
+        counts = list(zip(called([*found], names_in(path)), found, found.values(), strict=True))
     flat = image.spatial_dims == 2
     voxel = prod(image.spacing) / 1e3
     classes = {

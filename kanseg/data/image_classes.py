@@ -21,7 +21,7 @@ import numpy as np
 from kanseg.data.cases import COLOURS, Case, Dataset, by_pattern, few, noted, patient_notes, repeated
 from kanseg.data.class_arrays import Found, find_arrays
 from kanseg.data.digests import file_digest
-from kanseg.data.images import SUFFIXES_2D, SUFFIXES_DICOM, read_image, stem_of, suffix_of
+from kanseg.data.images import SUFFIXES_2D, SUFFIXES_SEGMENTS, read_image, stem_of, suffix_of
 from kanseg.data.layouts import beside_masks, with_masks
 from kanseg.data.listing import IMAGE_FOLDERS, LABEL_FOLDERS, image_files, only
 from kanseg.data.lists import are_paths
@@ -271,7 +271,7 @@ def _read_table(path: Path, tables: Sequence[Path]) -> ImageClasses:
     groups, root = group_columns(rows[0], "lesionid"), table.parent
     files: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
-        if suffix_of(file) not in ("", *SUFFIXES_DICOM):
+        if suffix_of(file) not in ("", *SUFFIXES_SEGMENTS):
             files.setdefault(stem_of(file), []).append(file)
     shown = HAM10000 if columns_named([kind], "dx") else {}
     several = bool(columns_named([kind], *SEVERAL_COLUMNS))

@@ -24,6 +24,7 @@ from PIL import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
 from kanseg.data.class_names import label_table, segment_tags
+from kanseg.data.headers import header_tags, itk_header
 from kanseg.data.meta_image import read_meta_image
 from kanseg.errors import UserError
 from kanseg.training.files import part_of
@@ -295,6 +296,10 @@ def write_array(
     if suffix not in writers:
         why = " (JPEG would change them)" if suffix in LOSSY else ""
         raise UserError(f"{path}: unknown format to write{why}. Known: {', '.join(sorted(writers))}.")
+    if suffix == SEG_NRRD and like.spatial_dims == 2:
+        raise UserError(
+            f"{path}: segments of 3D Slicer are volumes, {like.path} is a picture. Write .png instead."
+        )
     flat = array.ndim == 2 or (array.ndim == 3 and len(array) == 3 and like.spatial_dims == 2)
     if suffix in SUFFIXES_2D and (not flat or array.max(initial=0) > np.iinfo(np.uint16).max):
         raise UserError(
@@ -410,14 +415,6 @@ def read_provenance(path: Path) -> dict[str, Any]:
     except Exception:  # of nibabel, ITK, Pillow and json, without a common class: of others
         return {}
     return next((one for one in found if isinstance(one, dict) and PROVENANCE in one), {})
-
-
-def header_tags(path: Path) -> dict[str, str]:
-    """What the header of a file that ITK reads tells beside the geometry."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    return {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
 
 
 def _read_one(path: Path, *, layers: bool = False) -> Image:
@@ -608,7 +605,8 @@ def _read_dicom(folder: Path) -> Image:
             image = _read_frames(folder, Path(names[0]))
         else:
             reader.SetFileNames(_in_order(folder, names))
-            if _is_grey(names[0]):  # or all slices would get the type of the first, whatever their scales
+            grey = itk_header(names[0]).GetNumberOfComponents() == 1
+            if grey:  # or all slices would get the type of the first, whatever their scales
                 reader.SetOutputPixelType(sitk.sitkFloat32)
             image = reader.Execute()
     except (RuntimeError, OSError) as error:
@@ -617,13 +615,6 @@ def _read_dicom(folder: Path) -> Image:
             "uncompressed."
         ) from error
     return _read_itk(folder, image)
-
-
-def _is_grey(name: str) -> bool:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(name)
-    reader.ReadImageInformation()
-    return bool(reader.GetNumberOfComponents() == 1)
 
 
 def dicom_files(folder: Path) -> list[str]:

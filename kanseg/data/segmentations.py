@@ -8,7 +8,6 @@ number in one of several layers for each segment, and cuts the layers to what is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +18,8 @@ import numpy as np
 from pydicom import dcmread
 
 from kanseg.data.cases import Case, Dataset, few, label_path
+from kanseg.data.class_names import SEGMENT_NAME
+from kanseg.data.headers import header_tags
 from kanseg.data.images import (
     LPS_TO_RAS,
     SEG_NRRD,
@@ -26,7 +27,6 @@ from kanseg.data.images import (
     SUFFIXES_SEGMENTS,
     Image,
     dicom_files,
-    header_tags,
     is_segmentation,
     is_structures,
     read_layers,
@@ -41,7 +41,6 @@ OFF_GRID = 0.1  # voxels that a plane may lie beside one of the image
 OTHER_VOXELS = 0.01  # of the image's, by which those of the file may differ in size or direction
 HALF = 0.5  # a fraction from which on a voxel belongs
 ASIDE = (1.2e-5, 0.7e-5)  # voxels: no line there and back (a keyhole) goes exactly through such a place
-NAMED = re.compile(r"Segment(\d+)_Name")  # in the header of a .seg.nrrd
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")  # contours that hold voxels
 
 
@@ -224,7 +223,9 @@ class Layers:
     def names(self) -> Mapping[int, str]:
         """Name of each segment by its number in the header."""
         found = {
-            int(match[1]): _plain(name) for key, name in self._tags.items() if (match := NAMED.fullmatch(key))
+            int(match[1]): _plain(name)
+            for key, name in self._tags.items()
+            if (match := SEGMENT_NAME.fullmatch(key))
         }
         if not found:
             raise UserError(
@@ -234,17 +235,17 @@ class Layers:
         return dict(sorted(found.items()))
 
     @cached_property
-    def _image(self) -> Image:
+    def image(self) -> Image:
+        """Its layers."""
         return read_layers(self.path)
 
     def voxels(self, number: int, path: Path, like: Image) -> tuple[np.ndarray, ...]:
         """Indices of a segment's voxels in the image, an array an axis."""
         of = f"Segment{number}_"  # Slicer before 4.11 has a layer of ones for each
-        layer = int(self._tags.get(f"{of}Layer", number))
-        value = int(self._tags.get(f"{of}LabelValue", 1))
-        if layer >= len(self._image.array):
+        layer, value = self._tags.get(f"{of}Layer", str(number)), self._tags.get(f"{of}LabelValue", "1")
+        if not (layer.isdecimal() and value.isdecimal() and int(layer) < len(self.image.array)):
             raise UserError(f"{path} has no layer {layer} for '{self.names[number]}'. Save it again.")
-        return _laid_on(self._image.array[layer] == value, self._image.affine, path, like)
+        return _laid_on(self.image.array[int(layer)] == int(value), self.image.affine, path, like)
 
 
 def _laid_on(mask: np.ndarray, affine: np.ndarray, path: Path, like: Image) -> tuple[np.ndarray, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kanseg.data.cases import Case, Dataset, few, label_path, noted
-from kanseg.data.class_names import shared_names
+from kanseg.data.class_names import called, shared_names
 from kanseg.data.colours import colour_names, require_classes
 from kanseg.data.images import FULL, LOSSY, label_from, palette_numbers, read_image, suffix_of
 from kanseg.data.labels import IGNORE, given_regions, known_values, unions, value_counts
@@ -130,15 +130,13 @@ def _with_label_values(dataset: Dataset, seen: ValuesSeen) -> Dataset:
         dataset = noted(dataset, *([said] if kind == BESIDE and dataset.ignore_value != FULL else []))
         values_in_order = tuple(sorted({0}.union(*(case.values for case in cases)) - {dataset.ignore_value}))
         known = colour_names(dataset.root)
-        colours = [palette.get(value, GREY * value) for value in values_in_order[1:]]
-        pairs = zip(colours, values_in_order[1:], strict=True)
+        colours = {value: palette.get(value, GREY * value) for value in values_in_order[1:]}
+        by_colour = {value: known[code] for value, code in colours.items() if known.get(code)}
         told, several = shared_names(map(label_path, cases))
         if several:
             said = f"headers of label maps give several names to the values {few([*map(str, several)])}"
             dataset = noted(dataset, f"{said}, which are called by their numbers")
-        names = [known.get(colour) or told.get(value, f"label {value}") for colour, value in pairs]
-        if len({*names, "background"}) <= len(names):
-            names = [f"label {value}" for value in values_in_order[1:]]
+        names = called(values_in_order[1:], told | by_colour)
         dataset = replace(dataset, label_names=("background", *names), label_values=values_in_order)
     if len(dataset.label_values) < 2:
         raise UserError(f"The labels of {dataset.root} hold the background alone; there is nothing to learn.")

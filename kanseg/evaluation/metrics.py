@@ -26,7 +26,7 @@ from scipy import ndimage
 
 from kanseg.data.beside import is_beside
 from kanseg.data.cases import few, repeated
-from kanseg.data.class_names import shared_names
+from kanseg.data.class_names import called, shared_names
 from kanseg.data.colours import BLACK, colour_names, label_colours, numbered, require_classes
 from kanseg.data.images import (
     CONVERSION,
@@ -486,10 +486,7 @@ def _called(values: Sequence[int], sides: Iterable[Sequence[Path]]) -> dict[str,
     told: dict[int, str] = {}
     for paths in sides:
         told = shared_names(paths)[0] | told
-    names = [told.get(value, f"label {value}") for value in values]
-    if repeated(names):
-        names = [f"label {value}" for value in values]
-    return dict(zip(names, values, strict=True))
+    return dict(zip(called(values, told), values, strict=True))
 
 
 def _refuse_image(side: Path | str, label: np.ndarray, found: Mapping[Path | str, set[int]]) -> None:

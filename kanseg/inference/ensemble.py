@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kanseg.data.beside import find_probabilities, is_beside
 from kanseg.data.cases import Case, few
+from kanseg.data.class_names import shared_names
 from kanseg.data.digests import file_digest
 from kanseg.data.images import SEGMENTS, check_pair, label_from, read_image, write_label
 from kanseg.data.listing import segmentations_in
@@ -38,8 +39,8 @@ from kanseg.training.checkpoint import (
     member_name,
     members,
     named,
-    save_checkpoint,
     plan_in,
+    save_checkpoint,
 )
 from kanseg.training.devices import keep_freed_memory
 from kanseg.training.files import make_folder
@@ -343,7 +344,8 @@ def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | No
             ((values, regions),) = known
             by[name], labels = "probability", decide(_mean_of([m[0] for m in maps if m]), values, regions)
         dtype = np.result_type(np.min_scalar_type(int(labels.max(initial=0))), np.uint8).name
-        write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble")
+        names, _ = shared_names(paths)
+        write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble", names=names)
     if console is not None:
         say(console, f"{len(by)} cases of {len(folders)} predictions -> {out}")
     return {"cases": len(by), "by": by, "out": str(out)}
