@@ -25,7 +25,14 @@ from kanseg.data.images import read_image
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
-from kanseg.inference.ensemble import Ensemble, Loaded, combine_folders, find_members, predict_with
+from kanseg.inference.ensemble import (
+    Ensemble,
+    Loaded,
+    combine_folders,
+    facts_of_model,
+    find_members,
+    predict_with,
+)
 from kanseg.inference.postprocess import POSTPROCESSING, save_rules
 from kanseg.inference.predict import predict, predict_case, predict_folder
 from kanseg.training.checkpoint import BEST, build_model, load_checkpoint, named, save_checkpoint
@@ -321,18 +328,12 @@ def test_constant_blending_weighs_windows_alike(plan: Plan) -> None:
     torch.testing.assert_close(line, torch.tensor(wanted))
 
 
-def test_facts_of_a_model_of_two_plans_tell_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_of_a_model_of_two_plans_tell_both(plan: Plan, blobs: Path, tmp_path: Path) -> None:
     """The model of kanseg run may hold networks in 3D and in 2D."""
-    from kanseg.inference import ensemble
-
-    def info(file: Path) -> tuple[None, dict[str, object]]:
-        dims = int(file.name)
-        return None, {"model": {"name": "ukanet", "spatial_dims": dims}, "plan": {"patch_size": [32] * dims}}
-
-    monkeypatch.setattr(ensemble, "find_members", lambda path: [Path("3"), Path("3"), Path("2")])
-    monkeypatch.setattr(ensemble, "load_checkpoint", info)
-    monkeypatch.setattr(ensemble, "file_digest", str)
-    found = ensemble.facts_of_model("nowhere")
+    flat = make_plan(read_dataset(blobs), memory=2**31, dim=2)
+    for number, own in enumerate((plan, plan, flat)):
+        checkpoint(own, tmp_path / f"fold_{number}", number)
+    found = facts_of_model(tmp_path)
     assert found["networks"] == 3
     assert found["network"] == ["ukanet in 3D", "ukanet in 2D"]
-    assert found["patch size"] == [[32, 32, 32], [32, 32]]
+    assert found["patch size"] == [plan.patch_size, flat.patch_size]

@@ -200,10 +200,8 @@ def class_numbers(label: np.ndarray, labels: Labels, path: Path | str) -> np.nda
             "or plan again."
         )
     numbers = np.empty(label.shape, np.float32)
-    for plane, places in zip(label, numbers, strict=True):  # places of a whole volume have eight bytes each
-        places[...] = np.searchsorted(known, plane)
-        if labels.ignore_value is not None:
-            places[plane == labels.ignore_value] = UNKNOWN
+    for number, plane in enumerate(label):  # places of a whole volume have eight bytes each
+        numbers[number] = np.where(plane == labels.ignore_value, UNKNOWN, np.searchsorted(known, plane))
     return numbers
 
 
