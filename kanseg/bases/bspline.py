@@ -47,12 +47,19 @@ class _CardinalBSpline(torch.autograd.Function):
         (v,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             return grad * _slope(v, ctx.order), None
-        return _truncated_powers(v, ctx.order, ctx.order - 1).mul_(v.sign().neg_()).mul(grad), None
+        slope = _truncated_powers(v, ctx.order, ctx.order - 1).mul_(v.sign().neg_())
+        return slope.mul(grad) if _is_batched(grad) else slope.mul_(grad), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (v,) = ctx.saved_tensors
         return tangent * _slope(v, ctx.order)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether it stands for many, which one tensor cannot take in place."""
+    functions: Any = torch._C._functorch
+    return bool(functions.is_functorch_wrapped_tensor(x) or functions.is_legacy_batchedtensor(x))
 
 
 def _slope(v: Tensor, order: int) -> Tensor:

@@ -9,14 +9,6 @@ from kanseg.bases.basis import BASES, Basis
 from kanseg.bases.groups import SharedFunction
 from kanseg.errors import UsageError, unknown_option
 
-# Options of torch's convolutions, and what to do without them.
-OF_TORCH = {
-    "bias": "the norm behind the convolution has an offset",
-    "padding_mode": "they pad with zeros; pad before them (torch.nn.functional.pad) and give padding=0",
-    "device": "layer.to(device), or torch.device(...) as a context around its making",
-    "dtype": "layer.to(dtype)",
-}
-
 
 def create_basis(
     basis: str | Basis | Callable[..., Basis], channels: int | None, *, shared_by: int = 0, **options: Any
@@ -57,8 +49,5 @@ def _check_options(basis: str, options: Iterable[str]) -> None:
     parameters = BASES.parameters(basis)
     known = [name for name in parameters if name != "channels"]
     unknown = [option for option in options if option not in known]
-    if not unknown or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        return
-    if instead := OF_TORCH.get(unknown[0]):
-        raise UsageError(f"KAN layers have no option '{unknown[0]}' of torch's convolutions: {instead}.")
-    raise unknown_option(f"basis '{basis}'", unknown[0], known)
+    if unknown and all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+        raise unknown_option(f"basis '{basis}'", unknown[0], known)

@@ -17,6 +17,23 @@ from kanseg.layers.kernels.expansion import Geometry
 CHANNEL_DROPOUT: dict[int, type[nn.Module]] = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+# Options of torch's convolutions, and what to do without them.
+OF_TORCH = {
+    "bias": "the norm behind the convolution has an offset",
+    "padding_mode": "they pad with zeros; pad before them (torch.nn.functional.pad) and give padding=0",
+    "device": "layer.to(device), or torch.device(...) as a context around its making",
+    "dtype": "layer.to(dtype)",
+}
+
+
+def refuse_options_of_torch(options: Iterable[str]) -> None:
+    """Raise `UsageError` for an option that torch's convolutions have and these have not."""
+    for option in options:
+        if option in OF_TORCH:
+            raise UsageError(
+                f"KAN layers have no option '{option}' of torch's convolutions: {OF_TORCH[option]}."
+            )
+
 
 def check_dims(spatial_dims: int) -> None:
     """Raise `UsageError` for a number of axes that there are no layers for."""

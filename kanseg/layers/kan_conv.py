@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kanseg.bases import Basis, check_left_aside, create_basis
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.convolution import Convolution, lean
-from kanseg.layers.geometry import CHANNEL_DROPOUT
+from kanseg.layers.geometry import CHANNEL_DROPOUT, refuse_options_of_torch
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.plain_conv import plain_conv
 from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
@@ -95,6 +95,7 @@ class KANConv(Convolution):
         if operands is not None and operands not in OPERANDS:
             raise UsageError(f"Unknown operands '{operands}'.{did_you_mean(operands, OPERANDS)}")
         check_dropout(dropout_at)
+        refuse_options_of_torch(basis_options)
         geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         super().__init__(spatial_dims, in_channels, out_channels, kernel_size, groups=groups, **geometry)
         channels = in_channels // self.groups
