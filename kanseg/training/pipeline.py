@@ -203,9 +203,11 @@ def _follow(data: Path, run: Path) -> None:
     Raises:
         UserError: these are other data.
     """
-    source = run / REPAIRED if (run / REPAIRED).exists() else data
     begun, looked = (read_json(run / name) or {} for name in (SETTINGS, DOCTOR))
-    if begun and not Path(begun["data"]).exists():
+    if not begun:
+        return
+    source = run / REPAIRED if (run / REPAIRED).exists() else data
+    if not Path(begun.get("data", "")).exists():
         _require_unchanged(data, run, looked.get("files") or {})
     for plan in (run / PLAN, *run.glob(f"*/{PLAN}")):
         if plan.exists():
