@@ -514,20 +514,17 @@ def info(
 
     Example: kanseg info --keys
     """
-    from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D, suffix_of
-
     if keys:
         _tell_keys(model, json_)
         return
-    if model is not None and suffix_of(model) in (*SUFFIXES_3D, *SUFFIXES_2D):
-        from kanseg.data.facts import facts_of_label_map
-
-        _tell(facts_of_label_map(model), json_)
-        return
     if model is not None:
-        from kanseg.inference.ensemble import facts_of_model
+        from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D, suffix_of
 
-        _tell(facts_of_model(model), json_)
+        if suffix_of(model) in (*SUFFIXES_3D, *SUFFIXES_2D):
+            from kanseg.data.facts import facts_of_label_map as facts_of
+        else:
+            from kanseg.inference.ensemble import facts_of_model as facts_of
+        _tell(facts_of(model), json_)
         return
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -561,10 +558,10 @@ def _tell_keys(model: Path | None, json_: bool) -> None:
 
     if model is not None:
         raise UsageError(f"Give {model} or --keys, not both. The options of a run are in its config.json.")
-    default, told = flat(load_config()), meanings()
+    default, told, console = flat(load_config()), meanings(), _console(json_)
     for key, meaning in told.items():
         text = f"{key}={json.dumps(default[key])}"
-        say(_console(json_), f"{text:48} {meaning}".rstrip())
+        say(console, f"{text:48} {meaning}".rstrip())
     _emit({key: {"default": default[key], "meaning": meaning} for key, meaning in told.items()}, json_)
 
 

@@ -112,10 +112,12 @@ def shared_names(paths: Iterable[Path]) -> tuple[dict[int, str], list[int]]:
 
     A map without names may be of another origin, where a value means something else.
     """
-    tables = [names_in(path) for path in paths]
     found: dict[int, set[str]] = {}
-    for value, name in (pair for table in tables for pair in table.items() if all(tables)):
-        found.setdefault(value, set()).add(name)
+    for path in paths:
+        if not (table := names_in(path)):
+            return {}, []
+        for value, name in table.items():
+            found.setdefault(value, set()).add(name)
     several = sorted(value for value, names in found.items() if len(names) > 1)
     return {value: min(names) for value, names in found.items() if value not in several}, several
 

@@ -246,11 +246,9 @@ def predict_folder(
                 )
                 if probabilities:  # those that are not made yet
                     deque(chances, maxlen=0)
-                made_by = provenance and {
-                    **provenance,
-                    "images": [file_digest(image) for image in case.images],
-                }
-                write_prediction(path, labels, predicted.source, first, remark, made_by)
+                write_prediction(
+                    path, labels, predicted.source, first, remark, provenance=provenance, images=case.images
+                )
             except (
                 UserError,
                 OSError,
@@ -351,15 +349,23 @@ def write_prediction(
     source: Image,
     plan: Plan,
     remark: str = "",
+    *,
     provenance: Mapping[str, Any] | None = None,
+    images: Sequence[Path] = (),
 ) -> None:
-    """Write a label map on the grid of its image in the format that the suffix of `path` names."""
+    """Write a label map on the grid of its image in the format that the suffix of `path` names.
+
+    Args:
+        provenance: of the model, for a header that keeps it, with the digests of the `images`.
+    """
     if suffix_of(path) in SUFFIXES_DICOM:
         write = write_structures if suffix_of(path) == RTSTRUCT else write_segmentation
         values, names = plan.label_values, plan.label_names
         write(path, labels, source, values, names, model=plan.dataset_name, description=remark)
     else:
         classes = dict(zip(plan.label_values, plan.label_names, strict=True))
+        if provenance:
+            provenance = {**provenance, "images": [file_digest(image) for image in images]}
         write_label(path, labels, source, plan.label_dtype, remark, names=classes, provenance=provenance)
 
 
