@@ -283,7 +283,7 @@ def predict(
 
     Example: kanseg predict -m runs/moles -i pictures/ -o moles.csv
     """
-    from kanseg.data.images import DICOM, RTSTRUCT, SUFFIXES_2D, SUFFIXES_3D, SUFFIXES_DICOM
+    from kanseg.data.suffixes import DICOM, RTSTRUCT, SUFFIXES_2D, SUFFIXES_3D, SUFFIXES_DICOM
 
     suffix = None if format_ is None else f".{format_.lstrip('.')}"
     suffix = {".dicom-seg": DICOM, ".rtstruct": RTSTRUCT}.get(suffix or "", suffix)
@@ -518,7 +518,7 @@ def info(
         _tell_keys(model, json_)
         return
     if model is not None:
-        from kanseg.data.images import SUFFIXES_2D, SUFFIXES_3D, suffix_of
+        from kanseg.data.suffixes import SUFFIXES_2D, SUFFIXES_3D, suffix_of
 
         if suffix_of(model) in (*SUFFIXES_3D, *SUFFIXES_2D):
             from kanseg.data.facts import facts_of_label_map as facts_of

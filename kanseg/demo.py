@@ -17,8 +17,8 @@ from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.evaluation.metrics import evaluate_folders
 from kanseg.evaluation.report import picture, score_table
+from kanseg.files import make_folder, write_json
 from kanseg.progress import say
-from kanseg.training.files import make_folder, write_json
 
 MINUTES = 5.0  # of training; reading, prediction and evaluation take half a minute more on two cores
 PATCH = [48, 48, 48]

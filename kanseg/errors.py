@@ -47,6 +47,16 @@ def unknown_option(owner: str, option: str, known: Iterable[str]) -> OptionError
     return error
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, in one line; of ITK's many lines the last one that does not guess at errno."""
+    if getattr(error, "strerror", None):
+        return str(error.strerror)  # type: ignore[attr-defined]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Reason:" not in line]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if isinstance(error, RuntimeError) else " ".join(lines)
+
+
 def counted(number: int, what: str) -> str:
     """A number of things in words.
 

@@ -24,9 +24,9 @@ from kanseg.data.cases import Case
 from kanseg.data.formats import read_dataset
 from kanseg.data.plan import make_plan
 from kanseg.errors import UserError
+from kanseg.files import make_folder
 from kanseg.inference.predict import predict_case
 from kanseg.models.table import table_of_models
-from kanseg.training.files import make_folder
 
 OVERRIDES = ["training.max_epochs=1", "training.validate_every=1000", "training.final_validation=false"]
 

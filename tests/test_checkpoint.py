@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kanseg
+from kanseg import files
 from kanseg.data.plans import load_plan
 from kanseg.errors import UserError
+from kanseg.files import locked, read_json
 from kanseg.inference.ensemble import facts_of_model
-from kanseg.training import files
 from kanseg.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -35,7 +36,6 @@ from kanseg.training.checkpoint import (
     shipped,
     unpack,
 )
-from kanseg.training.files import locked, read_json
 from kanseg.training.optimizers import OPTIMIZERS
 
 TENSORS = {"model.weight": torch.arange(6.0).reshape(2, 3), "rng.torch": torch.get_rng_state()}

@@ -15,7 +15,7 @@ from kanseg.config import (
     resumed_config,
 )
 from kanseg.errors import UsageError, UserError
-from kanseg.training.files import write_json
+from kanseg.files import write_json
 from kanseg.training.losses import LOSSES
 from kanseg.training.optimizers import OPTIMIZERS
 

@@ -25,6 +25,7 @@ from kanseg.data.images import read_image
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
+from kanseg.files import write_json
 from kanseg.inference.ensemble import (
     Ensemble,
     Loaded,
@@ -36,7 +37,6 @@ from kanseg.inference.ensemble import (
 from kanseg.inference.postprocess import POSTPROCESSING, save_rules
 from kanseg.inference.predict import predict, predict_case, predict_folder
 from kanseg.training.checkpoint import BEST, build_model, load_checkpoint, named, save_checkpoint
-from kanseg.training.files import write_json
 from kanseg.training.run_folder import training_images
 
 

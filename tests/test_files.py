@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kanseg import files
 from kanseg.data.images import Image, write_label
 from kanseg.errors import UserError
-from kanseg.training import files
-from kanseg.training.files import (
+from kanseg.files import (
     STALE,
     _drop,
     _refuse_if_alive,

@@ -18,11 +18,11 @@ import torch
 from PIL import Image as Picture
 from rich.console import Console
 
+from kanseg import files
 from kanseg.config import load_config
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import dice_of_values
-from kanseg.training import files
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
 from kanseg.training.monitor import Monitor, draw_progress, read_log

@@ -18,15 +18,8 @@ import SimpleITK as sitk
 from PIL import Image as Picture
 
 from kanseg.data import images
-from kanseg.data.images import (
-    Image,
-    check_pair,
-    dicom_files,
-    read_image,
-    read_label,
-    write_array,
-    write_label,
-)
+from kanseg.data.dicom import dicom_files
+from kanseg.data.images import Image, check_pair, read_image, read_label, write_array, write_label
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 

@@ -230,7 +230,7 @@ def test_killed_anywhere_it_ends_with_the_same_scores(balls, done, tmp_path, pro
 
 
 def test_a_second_one_in_the_folder_is_refused(balls, done):
-    from kanseg.training.files import locked
+    from kanseg.files import locked
 
     with locked(done[0]), pytest.raises(UserError, match="runs in"):
         run(balls, done[0])

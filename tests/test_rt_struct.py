@@ -16,8 +16,9 @@ from test_predict import Brightness
 from typer.testing import CliRunner
 
 from kanseg.cli import app
+from kanseg.data.dicom import dicom_files
 from kanseg.data.formats import list_dataset, read_dataset
-from kanseg.data.images import dicom_files, read_description, read_image, read_label, write_label
+from kanseg.data.images import read_description, read_image, read_label, write_label
 from kanseg.data.plan import make_plan
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.data.unlabelled import find_images

@@ -17,9 +17,9 @@ from kanseg import Segmenter
 from kanseg.cli import app
 from kanseg.data.plan import Need
 from kanseg.errors import UsageError, UserError
+from kanseg.files import make_folder
 from kanseg.segmenter import _as_pairs
 from kanseg.training.checkpoint import load_checkpoint, save_checkpoint
-from kanseg.training.files import make_folder
 
 SMALL = {"basis": "legendre", "features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [3, 3]}
 OVERRIDES = [

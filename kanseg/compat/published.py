@@ -68,8 +68,8 @@ def convert_published(path: Path | str, architecture: str | None = None) -> tupl
 
 def write_published(path: Path | str, out: Path | str, architecture: str | None = None) -> dict[str, Any]:
     """Convert and write OUT/model.safetensors: weights, and how to make the network; returns the latter."""
+    from kanseg.files import make_folder
     from kanseg.training.checkpoint import EXPORTED, named, save_checkpoint
-    from kanseg.training.files import make_folder
 
     model, options = convert_published(path, architecture)
     spec = {"name": "classifier", "spatial_dims": 2, "in_channels": model.in_channels}

@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from kanseg.data.images import SUFFIXES_SEGMENTS, read_description, stem_of, suffix_of
+from kanseg.data.images import read_description
+from kanseg.data.suffixes import SUFFIXES_SEGMENTS, stem_of, suffix_of
 
 NIFTI = ".nii.gz"
 NAMED = re.compile(r"_prob_|_uncertainty$")  # names of what a prediction puts beside its label map

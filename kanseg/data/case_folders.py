@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kanseg.data.images import stem_of
+from kanseg.data.suffixes import stem_of
 
 CASE_LABEL = re.compile(r"label|mask|seg|segmentation")
 SIGNS = "-_. "  # between the words of a name

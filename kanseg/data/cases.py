@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from kanseg.data.images import SUFFIXES_2D, load_image, suffix_of
+from kanseg.data.images import load_image
+from kanseg.data.suffixes import SUFFIXES_2D, suffix_of
 from kanseg.data.tables import alike
 from kanseg.errors import UserError
 

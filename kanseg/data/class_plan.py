@@ -123,7 +123,7 @@ def plan_classes(
     """
     from kanseg.data.class_copies import across_parts, class_fingerprint, patients_across
     from kanseg.data.fingerprint import save_fingerprint
-    from kanseg.training.files import make_folder
+    from kanseg.files import make_folder
 
     if shared := patients_across(dataset):
         raise UserError(f"{dataset.source}: {shared}. The scores would be too good. Move them to one part.")

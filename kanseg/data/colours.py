@@ -8,18 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kanseg.data.images import (
-    FULL,
-    LOSSY,
-    MOST_COLOURS,
-    NUMBERS,
-    Image,
-    colour_codes,
-    colour_name,
-    in_colour,
-    load_image,
-    suffix_of,
-)
+from kanseg.data.images import FULL, MOST_COLOURS, NUMBERS, Image, colour_codes, colour_name, load_image
+from kanseg.data.pictures import in_colour
+from kanseg.data.suffixes import LOSSY, suffix_of
 from kanseg.data.tables import columns_named, read_rows, text_of
 from kanseg.errors import UserError
 

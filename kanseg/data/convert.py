@@ -16,8 +16,8 @@ from kanseg.data.images import Image, check_pair, label_from, read_image, write_
 from kanseg.data.labels import IGNORE, class_values, known_values
 from kanseg.data.segmentations import are_segmentations, read_segments
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.files import make_folder, write_json
 from kanseg.progress import progress
-from kanseg.training.files import make_folder, write_json
 
 SUFFIX = {2: ".png", 3: ".nii.gz"}
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kanseg.data.cases import LAYOUTS, Dataset, Problem, as_dataset, refuse, require_one_patient
-from kanseg.data.images import stem_of
 from kanseg.data.labels import parse_labels_of
 from kanseg.data.listing import cases_of, files_with_numbers, image_files
 from kanseg.data.lists import cases_of_lists, lists_by_part, note_on_unread
 from kanseg.data.pairs import find_test_cases, require_channels, with_labels, with_test_labels
+from kanseg.data.suffixes import stem_of
 from kanseg.errors import UserError
 
 

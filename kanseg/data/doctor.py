@@ -25,24 +25,20 @@ from kanseg.data.headers import header_tags, itk_header
 from kanseg.data.images import (
     FULL,
     GRID_TOLERANCE,
-    LOSSY,
-    SEGMENTS,
-    SUFFIXES_2D,
-    SUFFIXES_NIFTI,
     Image,
     colour_name,
     grid_distance,
     header_dtype,
-    is_turned,
     load_image,
     several_channels,
-    suffix_of,
 )
 from kanseg.data.labels import known_values, value_counts
 from kanseg.data.lists import LISTS
 from kanseg.data.pairs import BY_CLASS, UNUSED
 from kanseg.data.patients import PATIENTS_IN_PART
+from kanseg.data.pictures import is_turned
 from kanseg.data.segmentations import are_segmentations, with_segments
+from kanseg.data.suffixes import LOSSY, SEGMENTS, SUFFIXES_2D, SUFFIXES_NIFTI, suffix_of
 from kanseg.data.unlabelled import find_images
 from kanseg.data.values import BESIDE, MOST_VALUES, TWO_WAYS, has_soft_edges, mixed_masks, undeclared
 from kanseg.errors import UserError

@@ -26,8 +26,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from kanseg.data.convert import new_folder
 from kanseg.data.masks import join_masks
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.files import make_folder
 from kanseg.progress import say
-from kanseg.training.files import make_folder
 
 BLOCK = 1 << 20
 PLAIN = (".npz", ".gz")

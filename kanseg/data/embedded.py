@@ -16,7 +16,7 @@ from nibabel.affines import from_matvec
 
 from kanseg.data.images import Image, write_array
 from kanseg.errors import UserError
-from kanseg.training.files import make_folder, write_bytes
+from kanseg.files import make_folder, write_bytes
 
 RESOLUTION = 1  # mm: at 2 mm the fluid is too thin to learn
 LABELS = ("background", "fluid", "grey matter", "white matter")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from kanseg.data.class_names import called, names_in
-from kanseg.data.images import SEG_NRRD, label_from, read_image, read_provenance, suffix_of
+from kanseg.data.images import label_from, read_image, read_provenance
 from kanseg.data.labels import value_counts
 from kanseg.data.segmentations import Layers
+from kanseg.data.suffixes import SEG_NRRD, suffix_of
 
 
 def facts_of_label_map(path: Path) -> dict[str, Any]:

@@ -12,20 +12,13 @@ import numpy as np
 
 from kanseg.data.cases import Case, Dataset, files_of, label_path
 from kanseg.data.digests import file_digest, near_duplicates, signature, thumbnail
-from kanseg.data.images import (
-    SUFFIXES_2D,
-    SUFFIXES_NIFTI,
-    check_pair,
-    header_dtype,
-    label_from,
-    read_image,
-    suffix_of,
-)
+from kanseg.data.images import check_pair, header_dtype, label_from, read_image
 from kanseg.data.labels import known_values, value_counts
+from kanseg.data.suffixes import SUFFIXES_2D, SUFFIXES_NIFTI, suffix_of
 from kanseg.data.values import ValuesSeen
 from kanseg.errors import UserError
+from kanseg.files import write_json
 from kanseg.progress import progress
-from kanseg.training.files import write_json
 
 FINGERPRINT = "fingerprint.json"
 FAR = 1.6  # times the largest (or smallest) of the training, an axis or all, from where on an image counts as unlike it

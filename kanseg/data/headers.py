@@ -1,10 +1,22 @@
-"""Headers of files that ITK reads; the voxels stay on the disk."""
+"""What headers of images tell beside the geometry; the voxels stay on the disk."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import SimpleITK as sitk
+
+PROVENANCE = "kanseg"  # the key in headers
+
+
+class About(NamedTuple):
+    """What headers tell of an image that kanseg writes: a remark, names of its values, and JSON on how it was made."""
+
+    description: str
+    names: Mapping[int, str]
+    provenance: str
 
 
 def itk_header(path: Path | str) -> sitk.ImageFileReader:

@@ -21,10 +21,11 @@ import numpy as np
 from kanseg.data.cases import COLOURS, Case, Dataset, by_pattern, few, noted, patient_notes, repeated
 from kanseg.data.class_arrays import Found, find_arrays
 from kanseg.data.digests import file_digest
-from kanseg.data.images import SUFFIXES_2D, SUFFIXES_SEGMENTS, read_image, stem_of, suffix_of
+from kanseg.data.images import read_image
 from kanseg.data.layouts import beside_masks, with_masks
 from kanseg.data.listing import IMAGE_FOLDERS, LABEL_FOLDERS, image_files, only
 from kanseg.data.lists import are_paths
+from kanseg.data.suffixes import SUFFIXES_2D, SUFFIXES_SEGMENTS, stem_of, suffix_of
 from kanseg.data.tables import (
     PARTS,
     TABLES,

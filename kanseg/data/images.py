@@ -14,20 +14,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from nibabel.nifti1 import Nifti1Extension
 from PIL import Image as Picture
-from PIL.PngImagePlugin import PngInfo
 
 from kanseg.data.class_names import label_table, segment_tags
-from kanseg.data.headers import header_tags, itk_header
+from kanseg.data.dicom import is_no_image, is_segmentation, read_series
+from kanseg.data.headers import PROVENANCE, About, header_tags
 from kanseg.data.meta_image import read_meta_image
-from kanseg.errors import UserError
-from kanseg.training.files import part_of
+from kanseg.data.pictures import DESCRIPTION, is_turned, read_picture, read_texts, write_picture
+from kanseg.data.slices import read_frames, times
+from kanseg.data.suffixes import (
+    LOSSY,
+    SEG_NRRD,
+    SEGMENTS,
+    SUFFIXES_2D,
+    SUFFIXES_3D,
+    SUFFIXES_DICOM,
+    SUFFIXES_ITK,
+    SUFFIXES_NIFTI,
+    SUFFIXES_SEGMENTS,
+    SUFFIXES_TIFF,
+    TWO_FILES,
+    suffix_of,
+)
+from kanseg.errors import UserError, one_line
+from kanseg.files import part_of
 
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # in metres and micrometres, by their numbers in NIfTI headers
 UNIT_OF_LENGTH = 7  # the bits of xyzt_units that say it
@@ -35,57 +51,17 @@ PLACED_BY = (  # fields of a NIfTI header that say where its voxels lie
     *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
 )
-SUFFIXES_NIFTI = (".nii.gz", ".nii")
-SEG_NRRD = ".seg.nrrd"  # segmentations of 3D Slicer
-SUFFIXES_ITK = (SEG_NRRD, ".nrrd", ".nhdr", ".mha", ".mhd")
-SUFFIXES_3D = (*SUFFIXES_NIFTI, *SUFFIXES_ITK)
-DICOM = ".dcm"
-RTSTRUCT = ".rtstruct.dcm"  # as kanseg names its own; others call theirs as they like
-SUFFIXES_DICOM = (RTSTRUCT, DICOM)
-SUFFIXES_SEGMENTS = (*SUFFIXES_DICOM, SEG_NRRD)  # of files that may tell classes by names, not by numbers
-SEGMENTS = "DICOM-SEG, RTSTRUCT or .seg.nrrd"
-SUFFIXES_2D = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-SUFFIXES_TIFF = (".tif", ".tiff")
-LOSSY = (".jpg", ".jpeg")
-COLOURED = ("P", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of Pillow
-SHOWN_SERIES, UID_END = 6, 12  # that are named of several series, and of an identifier
 FULL = 255  # the brightest of 8 bits
 BLOCK = 2**20  # bytes that are read at once where they are not kept
 MOST_COLOURS = 256  # that tell classes apart in a label; more are a picture
 SHOWN_COLOURS = 8  # of those in words
-TWO_FILES = {".mhd": ".mha", ".nhdr": ".nrrd"}  # a header beside its data cannot be replaced in one step
-# DICOM objects that lie beside images and hold none: directory, presentation states, reports, documents, RT
-NO_IMAGES = (
-    "1.2.840.10008.1.3.10",
-    *("1.2.840.10008.5.1.4.1.1." + n for n in ("11.", "66", "88.", "104.", "481.")),
-)
 NUMBERS = "kanseg doctor DATA --fix OUT numbers the colours of a data set"
 CONVERSION = f"kanseg convert DATA -o OUT makes a data set with label maps of one with {SEGMENTS}"
-STRUCTURES = "1.2.840.10008.5.1.4.1.1.481.3"
-SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7", STRUCTURES)
-RADIOGRAPHS = "CR DX IO MG PX RF RG XA".split()  # modalities whose numbers mean brightness alone
-SOP_CLASS = 0x00080016  # the tag SOPClassUID
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-TIFF_REMARK = 270  # the tag ImageDescription
-TURNED = 274  # the tag Orientation
-TIFF_BITS = 258  # the tag BitsPerSample
-TIFF_KIND = 339  # the tag SampleFormat: 1 unsigned, 2 signed
-MISREAD = {(2, 8): np.int8, (1, 32): np.uint32}  # kind and bits that Pillow takes for the other kind
-TIFF_EXTRA, UNSPECIFIED = 338, 0  # the tag ExtraSamples, and its value for what is not opacity
-PROVENANCE, COMMENT = "kanseg", 6  # the key in headers, and the code of NIfTI's extension
+COMMENT = 6  # the code of NIfTI's extension
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
-SIDEWAYS = 1.0  # mm that a slice may lie beside the normal of the first
 PARTS_APART = "Save each colour or part as a channel."
-AGAIN = "Export the series again, or convert it with a tool that repairs it."
-
-
-class About(NamedTuple):
-    """What headers tell of an image that kanseg writes: a remark, names of its values, and JSON on how it was made."""
-
-    description: str
-    names: Mapping[int, str]
-    provenance: str
 
 
 @dataclass
@@ -110,17 +86,6 @@ class Image:
     def spacing(self) -> tuple[float, ...]:
         """Voxel size in mm, one number an axis of the array."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0)[: self.spatial_dims])
-
-
-def suffix_of(path: Path) -> str:
-    """The known suffix of a file name in lower case (".nii.gz" whole), or ""."""
-    name = path.name.lower()
-    return next((s for s in (*SUFFIXES_3D, *SUFFIXES_2D, *SUFFIXES_DICOM) if name.endswith(s)), "")
-
-
-def stem_of(path: Path) -> str:
-    """File name without its known suffix."""
-    return path.name[: len(path.name) - len(suffix_of(path))]
 
 
 def read_image(paths: Sequence[Path] | Path, spatial_dims: int | None = None) -> Image:
@@ -189,15 +154,6 @@ def label_from(image: Image) -> np.ndarray:
     return labels
 
 
-def palette_numbers(path: Path) -> list[int]:
-    """The numbers of a picture with a palette that stand in it, none of other files."""
-    try:
-        with Picture.open(path) as picture:
-            return np.unique(np.array(picture)).tolist() if picture.mode == "P" else []
-    except (OSError, SyntaxError, Picture.DecompressionBombError):
-        return []
-
-
 def several_channels(image: Image) -> str:
     """What a picture in colour or a volume with channels has in place of labels, and what to do, in words."""
     told = f"{len(image.array)} channels that differ"
@@ -225,15 +181,6 @@ def colour_name(code: int) -> str:
     '#804080'
     """
     return f"#{code:06x}"
-
-
-def in_colour(path: Path) -> bool:
-    """Whether a picture is stored in colours or with a palette, by its header; False for what is no picture."""
-    try:
-        with Picture.open(path) as picture:
-            return picture.mode in COLOURED
-    except (OSError, SyntaxError, Picture.DecompressionBombError):  # whoever reads it says what is wrong
-        return False
 
 
 def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None = None) -> None:
@@ -290,7 +237,7 @@ def write_array(
         if array.min() < limits.min or array.max() > limits.max:
             raise UserError(f"{path}: values {array.min()} to {array.max()} do not fit {dtype}")
     writers = {**dict.fromkeys(SUFFIXES_NIFTI, _write_nifti), **dict.fromkeys(SUFFIXES_ITK, _write_itk)}
-    writers |= dict.fromkeys(SUFFIXES_2D, _write_picture)
+    writers |= dict.fromkeys(SUFFIXES_2D, _write_flat)
     for unfit in (*TWO_FILES, *LOSSY):
         del writers[unfit]
     if suffix not in writers:
@@ -314,7 +261,7 @@ def write_array(
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{path} cannot be written: {_reason(error)}. Free space or choose another folder."
+            f"{path} cannot be written: {one_line(error)}. Free space or choose another folder."
         ) from error
     finally:
         with contextlib.suppress(OSError):  # after success it is gone already
@@ -356,22 +303,8 @@ def _write_itk(path: Path, array: np.ndarray, like: Image, about: About) -> None
     sitk.WriteImage(image, str(path), True)
 
 
-def _write_picture(path: Path, array: np.ndarray, like: Image, about: About) -> None:
-    array = np.ascontiguousarray(np.moveaxis(array, 0, -1)) if array.ndim == 3 else array
-    if array.ndim == 3 and array.dtype != np.uint8:  # Pillow knows no colours of more bits
-        sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.uint16), isVector=True), str(path))
-        return
-    picture = Picture.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint16))
-    if suffix_of(path) == ".png":
-        text = PngInfo()
-        text.add_text("Description", about.description)
-        if about.provenance:
-            text.add_text(PROVENANCE, about.provenance)
-        picture.save(path, pnginfo=text)
-    elif suffix_of(path) in SUFFIXES_TIFF:
-        picture.save(path, description=about.description)
-    else:
-        picture.save(path)
+def _write_flat(path: Path, array: np.ndarray, like: Image, about: About) -> None:
+    write_picture(path, array, about)
 
 
 def read_description(path: Path) -> str:
@@ -387,10 +320,7 @@ def read_description(path: Path) -> str:
 
             header = pydicom.dcmread(path, stop_before_pixels=True)
             return str(header.get("ImageComments") or header.get("StructureSetDescription", ""))
-        with Picture.open(path) as picture:
-            return str(
-                getattr(picture, "text", {}).get("Description") or picture.getexif().get(TIFF_REMARK, "")
-            )
+        return read_texts(path).get(DESCRIPTION, "")
     except Exception:  # of nibabel, ITK and Pillow, without a common class: what cannot be read has no remark
         return ""
 
@@ -409,8 +339,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
         elif suffix_of(path) in SUFFIXES_ITK:
             texts = [header_tags(path).get(PROVENANCE, "")]
         else:
-            with Picture.open(path) as picture:
-                texts = [getattr(picture, "text", {}).get(PROVENANCE, "")]
+            texts = [read_texts(path).get(PROVENANCE, "")]
         found = [json.loads(text.strip(b"\0") if isinstance(text, bytes) else text) for text in texts if text]
     except Exception:  # of nibabel, ITK, Pillow and json, without a common class: of others
         return {}
@@ -421,7 +350,7 @@ def _read_one(path: Path, *, layers: bool = False) -> Image:
     if not path.exists():
         raise UserError(f"There is no file {path}.")
     if path.is_dir():
-        return _read_dicom(path)
+        return _read_itk(path, read_series(path))
     suffix = suffix_of(path)
     if suffix == "":
         known = ", ".join((*SUFFIXES_3D, *SUFFIXES_2D))
@@ -430,7 +359,8 @@ def _read_one(path: Path, *, layers: bool = False) -> Image:
         if suffix in SUFFIXES_NIFTI:
             return _read_nifti(path)
         if suffix in SUFFIXES_2D:
-            return _read_picture(path)
+            array, indices = read_picture(path)
+            return Image(array, np.eye(4), path, 2, indices)
         if suffix in SUFFIXES_SEGMENTS and is_no_image(path) and not layers:
             what = (
                 f"a segmentation. {CONVERSION}"
@@ -441,12 +371,12 @@ def _read_one(path: Path, *, layers: bool = False) -> Image:
         if suffix in (".mha", ".mhd"):
             return _read_itk(path, read_meta_image(path))
         if suffix in SUFFIXES_DICOM:
-            return _read_itk(path, _read_frames(path, path))
+            return _read_itk(path, read_frames(path, path))
         return _read_itk(path, sitk.ReadImage(str(path)))
     except UserError:
         raise
     except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}. Allow reading it.") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}. Allow reading it.") from error
     except MemoryError as error:
         raise UserError(
             f"{path} does not fit into the memory, or its header says that it is larger than it is. Cut it to what is "
@@ -454,23 +384,13 @@ def _read_one(path: Path, *, layers: bool = False) -> Image:
         ) from error
     except Picture.DecompressionBombError as error:
         raise UserError(
-            f"{path} is too large for a picture ({_reason(error)}). Cut it into several."
+            f"{path} is too large for a picture ({one_line(error)}). Cut it into several."
         ) from error
     except Exception as error:  # the errors of nibabel, ITK, Pillow and zlib share no base class
         raise UserError(
-            f"{path} cannot be read ({_reason(error)}). It is cut short, damaged, or not what its suffix says"
+            f"{path} cannot be read ({one_line(error)}). It is cut short, damaged, or not what its suffix says"
             f"{' (numbers of 64 bits are not read)' * (suffix in SUFFIXES_TIFF)}. Copy it again from its source."
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line; of ITK's many lines the last one that does not guess at errno."""
-    if getattr(error, "strerror", None):
-        return str(error.strerror)  # type: ignore[attr-defined]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Reason:" not in line]
-    if not lines:
-        return type(error).__name__
-    return lines[-1] if isinstance(error, RuntimeError) else " ".join(lines)
 
 
 def _read_nifti(path: Path) -> Image:
@@ -486,7 +406,7 @@ def _read_nifti(path: Path) -> Image:
         file = type(file).from_bytes(content)
     if held < needed:  # nibabel would take the memory for all that the header says
         raise UserError(
-            f"{path} cannot be read (it holds {held} bytes, {needed} are expected of {_times(file.shape)} voxels). It "
+            f"{path} cannot be read (it holds {held} bytes, {needed} are expected of {times(file.shape)} voxels). It "
             "is cut short, or its header is wrong. Copy it again from its source."
         )
     if dtype.fields is not None or np.issubdtype(dtype, np.complexfloating):
@@ -542,421 +462,6 @@ def _read_itk(path: Path, image: sitk.Image) -> Image:
     return Image(np.ascontiguousarray(array), _usable(LPS_TO_RAS @ affine, path), path, dims)
 
 
-def _read_picture(path: Path) -> Image:
-    """Grey is one channel, colour three; opacity is no channel, and what else a TIFF may hold is refused."""
-    with Picture.open(path) as picture:
-        if getattr(picture, "n_frames", 1) > 1:
-            raise UserError(f"{path} has {picture.n_frames} frames; one picture a file is expected.")
-        if UNSPECIFIED in getattr(picture, "tag_v2", {}).get(TIFF_EXTRA, ()):
-            raise UserError(
-                f"{path} has channels that are neither grey, colour nor opacity. Save it without them, or each "
-                f"channel as a file of its own, {stem_of(path)}_0000.tif, ..."
-            )
-        if picture.mode[0] not in "IF" and (";16" in str(picture.tile) or max(_bits(picture)) > 8):
-            return Image(_deep_colours(path), np.eye(4), path, 2)
-        indices = None
-        if picture.mode == "P" and (np.ptp(_palette(picture), axis=1) > 0).any():  # else it only saves bytes
-            indices = np.array(picture, dtype=np.float32)
-        one_mode = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L"}.get(
-            picture.mode
-        )
-        if one_mode:
-            picture = picture.convert(one_mode)
-        array = np.asarray(picture)
-        if misread := MISREAD.get((*getattr(picture, "tag_v2", {}).get(TIFF_KIND, ()), *_bits(picture))):
-            array = array.view(misread)
-        array = array.astype(np.float32)
-    channels = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    return Image(np.ascontiguousarray(channels), np.eye(4), path, 2, indices)
-
-
-def _palette(picture: Any) -> np.ndarray:
-    """Colours (N, 3) in their order."""
-    return np.array(picture.getpalette("RGB")).reshape(-1, 3)
-
-
-def _bits(picture: Any) -> tuple[int, ...]:
-    """Of each channel, where the file says it."""
-    return getattr(picture, "tag_v2", {}).get(TIFF_BITS, (8,))
-
-
-def _deep_colours(path: Path) -> np.ndarray:
-    """Colours of 16 bits, of which Pillow would keep 8."""
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-    except RuntimeError:
-        array = np.zeros(0)
-    if array.dtype != np.uint16 or array.ndim != 3 or array.shape[-1] not in (3, 4):
-        raise UserError(
-            f"{path} has 16 bits a channel, stored so that not all can be read, or is cut short. Save it as a plain "
-            "16-bit RGB PNG, or with 8 bits."
-        )
-    return np.ascontiguousarray(np.moveaxis(array[..., :3], -1, 0), dtype=np.float32)
-
-
-def _read_dicom(folder: Path) -> Image:
-    """One DICOM series of a folder; spacing along the slices comes from their positions."""
-    reader = sitk.ImageSeriesReader()
-    names = dicom_files(folder)
-    try:
-        _require_readable(folder, names)
-        if len(names) == 1:
-            image = _read_frames(folder, Path(names[0]))
-        else:
-            reader.SetFileNames(_in_order(folder, names))
-            grey = itk_header(names[0]).GetNumberOfComponents() == 1
-            if grey:  # or all slices would get the type of the first, whatever their scales
-                reader.SetOutputPixelType(sitk.sitkFloat32)
-            image = reader.Execute()
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{folder} cannot be read as DICOM ({_reason(error)}). Copy it again from its source, or save it "
-            "uncompressed."
-        ) from error
-    return _read_itk(folder, image)
-
-
-def dicom_files(folder: Path) -> list[str]:
-    """Files of the one DICOM series of a folder, in the order of the slices."""
-    reader = sitk.ImageSeriesReader()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    series = [reader.GetGDCMSeriesFileNames(str(folder), one) for one in reader.GetGDCMSeriesIDs(str(folder))]
-    series = [names for names in series if not is_no_image(Path(names[0]))]
-    if not series:
-        raise UserError(f"{folder} has no DICOM series; one is expected.")
-    if len(series) > 1:
-        told = "; ".join(map(_series_in_words, series[:SHOWN_SERIES])) + "; ..." * (
-            len(series) > SHOWN_SERIES
-        )
-        raise UserError(
-            f"{folder} has {len(series)} DICOM series; one is expected. Move the files of each into a folder of its "
-            f"own: {told}."
-        )
-    return list(series[0])
-
-
-def _series_in_words(names: Sequence[str]) -> str:
-    """What a person tells the series of some files by: description, modality, size, identifier."""
-    import pydicom
-
-    file = Path(names[0])
-    header = pydicom.dcmread(file, force=True, stop_before_pixels=True)
-    called = header.get("SeriesDescription") or header.get("ProtocolName") or "without a description"
-    count = f"{len(names)} files such as {file.name}" if len(names) > 1 else f"the file {file.name}"
-    uid = str(header.get("SeriesInstanceUID") or "")
-    return f"{called} ({header.get('Modality') or 'no modality'}, {count}, series ...{uid[-UID_END:]})"
-
-
-def is_no_image(path: Path) -> bool:
-    """Whether a file is a segmentation, or another object of DICOM that lies beside images: a report, ..."""
-    return suffix_of(path) == SEG_NRRD or _sop_class(path).startswith(NO_IMAGES)
-
-
-def is_segmentation(path: Path) -> bool:
-    """Whether a file is a Segmentation object of DICOM, a structure set or a segmentation of 3D Slicer."""
-    return suffix_of(path) == SEG_NRRD or _sop_class(path).startswith(SEGMENTATIONS)
-
-
-def is_structures(path: Path) -> bool:
-    """Whether a DICOM file is an RT Structure Set."""
-    return _sop_class(path).startswith(STRUCTURES)
-
-
-def _sop_class(path: Path) -> str:
-    """What kind of DICOM object a file holds, as it says itself: it may refer to others. "" where it is none."""
-    from pydicom.filereader import read_partial
-
-    try:
-        with path.open("rb") as file:
-            header = read_partial(file, stop_when=lambda tag, vr, length: tag > SOP_CLASS, force=True)
-        return str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
-    except OSError:
-        raise
-    except Exception:  # of pydicom, which has no common class
-        return ""
-
-
-def _require_readable(folder: Path, names: Sequence[str]) -> None:
-    """GDCM passes over files that are cut short; a slice at the end would be lost without a gap to show it."""
-    known, kind = {Path(name).name for name in names}, _sop_class(Path(names[0]))
-    for path in sorted(folder.iterdir()):
-        if path.name not in known and _claims_an_image(path, kind):
-            raise UserError(
-                f"{path} cannot be read as DICOM. It is cut short or damaged. Copy it again from its source."
-            )
-
-
-def _claims_an_image(path: Path, kind: str) -> bool:
-    """Whether a file is called DICOM, or is some, and neither hidden nor an object of a kind without images.
-
-    Args:
-        kind: the SOP class of images, which may be a maker's own.
-    """
-    if path.name[0] == "." or not path.is_file() or not is_dicom(path):
-        return False
-    from pydicom.uid import UID
-
-    own = _sop_class(path)
-    is_image = own in ("", kind) or UID(own).name.endswith("Image Storage")
-    return is_image and not own.startswith(NO_IMAGES)
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its name or by its first bytes."""
-    if suffix_of(path) in SUFFIXES_DICOM:
-        return True
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _in_order(folder: Path, names: Sequence[str]) -> list[str]:
-    """Files of single slices by their positions; refused is what is no regular volume, or tells too little of it."""
-    headers = [_header(Path(name)) for name in names]
-    if any(int(header.get("NumberOfFrames") or 1) > 1 for header in headers):
-        raise UserError(
-            f"{folder} has {len(names)} files of one series, some of them of several frames; one file is expected. "
-            "Give each a folder of its own."
-        )
-    told = [_place(Path(name), header) for name, header in zip(names, headers, strict=True)]
-    positions, orientations, spacings = map(np.array, zip(*told, strict=True))
-    order = _order(positions, orientations)
-    _require_box(folder, positions[order], orientations[order])
-    _require_same(folder, "pixels", [(header.Rows, header.Columns) for header in headers])
-    _require_same(folder, "mm a pixel", list(map(tuple, spacings)))
-    return [names[number] for number in order]
-
-
-def _place(source: Path, told: Any) -> list[np.ndarray]:
-    """Position, orientation and spacing of a slice or frame; `UserError` where one lacks or cannot be."""
-    numbers = []
-    for keyword, count in PLACES.items():
-        try:
-            found = np.array(told.get(keyword) or [], float).ravel()
-        except ValueError:
-            found = np.array([np.nan])
-        if not found.size:
-            raise UserError(f"{source} lacks {keyword}: where its slice lies is not known. {AGAIN}")
-        if len(found) != count or not np.isfinite(found).all() or (keyword == SPACING and found.min() <= 0):
-            raise UserError(f"{source} has no usable {keyword}: where its slice lies is not known. {AGAIN}")
-        numbers.append(found)
-    return numbers
-
-
-def _require_same(source: Path, what: str, sizes: Sequence[tuple[float, ...]]) -> None:
-    """Raise `UserError` where slices are not as large as the first, of which alone ITK takes the size of a pixel."""
-    for size in sizes:
-        if not np.allclose(size, sizes[0], rtol=1e-3):
-            raise UserError(
-                f"{source} mixes slices of {_times(sizes[0])} and of {_times(size)} {what}; one volume is expected. "
-                f"{AGAIN}"
-            )
-
-
-def _times(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers)
-
-
-def _order(positions: np.ndarray, orientations: np.ndarray) -> np.ndarray:
-    """Of slices, along the normal of the first."""
-    return np.argsort(positions @ np.cross(orientations[0, :3], orientations[0, 3:]), kind="stable")
-
-
-def _header(file: Path) -> Any:
-    """What a DICOM file tells of its pixels and where they lie; the pixels stay on the disk.
-
-    Raises:
-        UserError: the file is damaged, holds fewer pixels than it says, of which ITK fills up the rest with those of
-            another slice, or is MONOCHROME1, whose numbers ITK inverts; that is right for radiographs alone, whose
-            numbers have no unit.
-    """
-    import pydicom
-
-    try:
-        header = pydicom.dcmread(file, force=True, defer_size=1024, specific_tags=list(IN_HEADERS))
-        pixels: Any = header.get_item("PixelData", keep_deferred=True)
-        kind = str(header.get("PhotometricInterpretation"))
-        samples = 2 if kind.endswith("422") else int(header.get("SamplesPerPixel") or 1)
-        bits = header.Rows * header.Columns * samples * header.BitsAllocated
-        needed = bits * int(header.get("NumberOfFrames") or 1) // 8
-        for scale in SCALES:  # GDCM would take 1 and 0 for what is no number
-            float(header.get(scale) or 0)
-    except Exception as error:  # of pydicom, which has no common class
-        raise UserError(
-            f"{file} cannot be read as DICOM ({error}). Copy it again from its source."
-        ) from error
-    if pixels is not None and pixels.length < needed:  # of compressed ones it is the largest number
-        raise UserError(
-            f"{file} is cut short: it holds {pixels.length} bytes of pixels, {needed} are expected. Copy it again from "
-            "its source."
-        )
-    if kind == "MONOCHROME1" and header.get("Modality") not in RADIOGRAPHS:
-        raise UserError(f"{file} is MONOCHROME1 (low numbers are bright); MONOCHROME2 is expected. {AGAIN}")
-    if header.get(LUT) and header.get("Modality") not in RADIOGRAPHS:  # which ITK leaves aside
-        raise UserError(
-            f"{file} tells what its numbers mean by a table ({LUT}); a scale is expected. {AGAIN}"
-        )
-    return header
-
-
-def _read_frames(source: Path, file: Path) -> sitk.Image:
-    """The image of one DICOM file, of several frames by their own places and scales: ITK takes them as the first is."""
-    header = _header(file)
-    image = sitk.ReadImage(str(file))
-    count = int(header.get("NumberOfFrames") or 1)
-    frames = _frames(file, header)
-    if count == 1:
-        return _with_thickness(image, header, frames)
-    frames = frames or _nuclear(header, count)
-    if len(frames) != count or not all(frame[name] for frame in frames for name in PLACES):
-        raise UserError(
-            f"{file} has {count} frames that do not tell where they lie (moments of a film?); one volume is expected. "
-            f"{AGAIN}"
-        )
-    image = _scaled(image, [(*frame["RescaleSlope"], *frame["RescaleIntercept"]) for frame in frames])
-    return _stacked(
-        source, image, *map(np.array, zip(*(_place(file, frame) for frame in frames), strict=True))
-    )
-
-
-def _with_thickness(image: sitk.Image, header: Any, frames: Sequence[dict[str, list[float]]]) -> sitk.Image:
-    """A slice alone, whose neighbours tell no spacing: ITK takes 1 mm where the scanner tells no gap."""
-    told = [header.get("SliceThickness"), *(number for frame in frames for number in frame["SliceThickness"])]
-    thickness = next(filter(None, told), None)
-    if image.GetDimension() == 3 and thickness and not header.get("SpacingBetweenSlices"):
-        image.SetSpacing([*image.GetSpacing()[:2], float(thickness)])
-    return image
-
-
-OF_FRAMES = {  # what a frame tells: the sequence that it stands in, and how many numbers where nothing is told
-    "ImagePositionPatient": ("PlanePositionSequence", []),
-    "ImageOrientationPatient": ("PlaneOrientationSequence", []),
-    "PixelSpacing": ("PixelMeasuresSequence", []),
-    "SliceThickness": ("PixelMeasuresSequence", []),
-    "RescaleSlope": ("PixelValueTransformationSequence", [1.0]),
-    "RescaleIntercept": ("PixelValueTransformationSequence", [0.0]),
-}
-SCALES, LUT = ("RescaleSlope", "RescaleIntercept"), "ModalityLUTSequence"
-SLICE_VECTOR = 0x00540080
-SPACING = "PixelSpacing"
-PLACES = {
-    "ImagePositionPatient": 3,
-    "ImageOrientationPatient": 6,
-    SPACING: 2,
-}  # and how many numbers each has
-GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-IN_HEADERS = (
-    *"Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated PhotometricInterpretation PixelData".split(),
-    *(*PLACES, *GROUPS, *SCALES, LUT, "SliceThickness", "SpacingBetweenSlices", "Modality"),
-    *("DetectorInformationSequence", "FrameIncrementPointer", "SliceVector"),
-)
-
-
-def _frames(file: Path, header: Any) -> list[dict[str, list[float]]]:
-    """The numbers of `OF_FRAMES` that each frame tells, or all of them together, in the order of the file."""
-    try:
-        shared, frames = (header.get(group) or [] for group in GROUPS)
-        found = []
-        for frame in frames:
-            numbers = {name: default for name, (_, default) in OF_FRAMES.items()}
-            for part in (*shared, frame):
-                for name, (group, _) in OF_FRAMES.items():
-                    for item in part.get(group) or []:
-                        if item.get(name) is not None:
-                            numbers[name] = [float(number) for number in np.atleast_1d(item[name].value)]
-            found.append(numbers)
-    except Exception as error:  # of pydicom, which has no common class
-        raise UserError(
-            f"{file} cannot be read as DICOM ({error}). Copy it again from its source."
-        ) from error
-    return found
-
-
-def _nuclear(header: Any, count: int) -> list[dict[str, list[float]]]:
-    """As `_frames`, of a reconstruction of nuclear medicine (SPECT); none where it is gated or tells too little.
-
-    Its detector's place is that of the first slice, the others follow at the distance between slices along the normal
-    of that one (DICOM PS3.3, C.8.4.11 and C.8.4.15), backwards where the distance is negative.
-    """
-    detectors, slices = header.get("DetectorInformationSequence") or [], header.get("SliceVector")
-    gap, pixels = header.get("SpacingBetweenSlices"), header.get("PixelSpacing")
-    only_slices = header.get("FrameIncrementPointer") == SLICE_VECTOR and slices is not None
-    if len(detectors) != 1 or not (gap and pixels and only_slices):
-        return []
-    told = [detectors[0].get(name) for name in (*PLACES,)[:2]]
-    numbers = np.atleast_1d(slices).astype(int).tolist()
-    if not all(told) or sorted(numbers) != list(range(1, count + 1)):
-        return []
-    first, orientation = (np.array(one, float) for one in told)
-    step = float(gap) * np.cross(orientation[:3], orientation[3:])
-    alike = {
-        "ImageOrientationPatient": orientation.tolist(),
-        "PixelSpacing": [float(size) for size in pixels],
-    }
-    alike |= {name: default for name, (_, default) in OF_FRAMES.items() if default}
-    return [{**alike, "ImagePositionPatient": (first + (number - 1) * step).tolist()} for number in numbers]
-
-
-def _scaled(image: sitk.Image, scales: Sequence[tuple[float, ...]]) -> sitk.Image:
-    """By each frame's own slope and intercept, where all were scaled by those of the first."""
-    if len(set(scales)) == 1 or scales[0][0] == 0 or image.GetNumberOfComponentsPerPixel() > 1:
-        return image
-    slope, intercept = (np.array(numbers).reshape(-1, 1, 1) for numbers in zip(*scales, strict=True))
-    stored = (sitk.GetArrayFromImage(image).astype(np.float64) - intercept[0]) / slope[0]
-    scaled = sitk.GetImageFromArray((stored * slope + intercept).astype(np.float32))
-    scaled.CopyInformation(image)
-    return scaled
-
-
-def _stacked(
-    source: Path, image: sitk.Image, positions: np.ndarray, orientations: np.ndarray, pixels: np.ndarray
-) -> sitk.Image:
-    """The frames in the order of their positions, forwards or backwards as in the file, where these say they lie."""
-    order = _order(positions, orientations)
-    _require_box(source, positions[order], orientations[order])
-    _require_same(source, "mm a pixel", list(map(tuple, pixels)))
-    if (np.diff(order) < 0).all():
-        order = order[::-1]
-    rows, columns = orientations[0, :3], orientations[0, 3:]
-    normal = np.cross(rows, columns)
-    step = (positions[order[-1]] - positions[order[0]]) @ normal / (len(order) - 1)
-    array = sitk.GetArrayFromImage(image)[order]
-    stacked = sitk.GetImageFromArray(array, isVector=image.GetNumberOfComponentsPerPixel() > 1)
-    stacked.SetSpacing([pixels[0, 1], pixels[0, 0], abs(step)])
-    stacked.SetOrigin(positions[order[0]].tolist())
-    stacked.SetDirection(np.column_stack([rows, columns, np.sign(step) * normal]).ravel().tolist())
-    return stacked
-
-
-def _require_box(source: Path, positions: np.ndarray, orientations: np.ndarray) -> None:
-    """Raise `UserError` where slices, in their order, are no regular volume."""
-    if np.ptp(orientations, axis=0).max() > 1e-3:
-        raise UserError(f"{source} mixes slices of different orientation; one volume is expected. {AGAIN}")
-    normal = np.cross(orientations[0, :3], orientations[0, 3:])
-    steps = np.diff(positions, axis=0)
-    along = steps @ normal
-    if np.abs(along).min() < 1e-3:
-        raise UserError(
-            f"{source} has several slices at one position (several stacks or times?); one volume is expected. {AGAIN}"
-        )
-    if np.ptp(np.abs(along)) > 0.05 * np.median(np.abs(along)):
-        shown = ", ".join(f"{step:.2f}" for step in sorted(set(np.round(np.abs(along), 2))))
-        raise UserError(f"{source} misses slices: the distances between them are {shown} mm. {AGAIN}")
-    sideways = np.linalg.norm(steps - np.outer(along, normal), axis=1)
-    shifts = positions - positions[0]
-    places = shifts @ normal
-    uneven = np.abs(places - np.linspace(0, places[-1], len(places))).max()
-    if uneven > 0.25 * np.median(np.abs(along)):
-        raise UserError(
-            f"{source} has slices up to {uneven:.2f} mm beside an even row; one distance is expected. {AGAIN}"
-        )
-    astray = np.linalg.norm(shifts - np.outer(places, normal), axis=1).max()
-    if sideways.max() > 0.02 * np.abs(along).max() or astray > SIDEWAYS:
-        raise UserError(
-            f"{source} was taken with a tilted gantry (slices shift sideways); a box is expected. {AGAIN}"
-        )
-
-
 def grid_distance(one: Image, other: Image) -> float:
     """Largest distance in mm between corresponding corners of two grids; infinite where the shapes differ."""
     shape = one.array.shape[1:]
@@ -982,14 +487,6 @@ def _require_same_grid(one: Image, other: Image) -> None:
     raise UserError(
         f"{one.path} and {other.path} lie on different grids: {what}; one grid is expected. {way}"
     )
-
-
-def is_turned(path: Path) -> bool:
-    """Whether a photograph says that it is to be shown turned or mirrored; its pixels are read as they are stored."""
-    if suffix_of(path) not in SUFFIXES_2D or not path.is_file():
-        return False
-    with Picture.open(path) as picture:
-        return picture.getexif().get(TURNED, 1) > 1
 
 
 def in_ras(image: Image, array: np.ndarray) -> tuple[np.ndarray, list[float]]:

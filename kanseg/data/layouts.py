@@ -22,7 +22,7 @@ from kanseg.data.cases import (
     few,
     repeated,
 )
-from kanseg.data.images import colour_codes, load_image, stem_of
+from kanseg.data.images import colour_codes, load_image
 from kanseg.data.listing import (
     CASE_IMAGE,
     VOC_IMAGES,
@@ -52,6 +52,7 @@ from kanseg.data.pairs import (
     with_test_labels,
     without_endings,
 )
+from kanseg.data.suffixes import stem_of
 from kanseg.data.tables import PARTS, TEST, TRAIN, VAL
 from kanseg.data.values import MOST_EDGE_VALUES
 from kanseg.errors import UserError

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from kanseg.data.cases import Case, Problem, few, refuse
-from kanseg.data.images import SUFFIXES_SEGMENTS, is_dicom, is_no_image, is_segmentation, stem_of, suffix_of
+from kanseg.data.dicom import is_dicom, is_no_image, is_segmentation
+from kanseg.data.suffixes import SUFFIXES_SEGMENTS, stem_of, suffix_of
 from kanseg.errors import UserError
 
 CHANNEL = re.compile(r"^(.+)_(\d{4})$")

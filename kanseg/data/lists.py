@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kanseg.data.cases import LAYOUTS, Case, Dataset, as_dataset, few, require_file_name
-from kanseg.data.images import stem_of, suffix_of
 from kanseg.data.listing import channel_of
+from kanseg.data.suffixes import stem_of, suffix_of
 from kanseg.data.tables import (
     PARTS,
     TABLES,

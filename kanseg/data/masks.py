@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kanseg.data.images import check_pair, label_from, read_image, stem_of, write_label
+from kanseg.data.images import check_pair, label_from, read_image, write_label
+from kanseg.data.suffixes import stem_of
 from kanseg.data.tables import read_rows
 from kanseg.errors import UserError
+from kanseg.files import write_json
 from kanseg.progress import progress
-from kanseg.training.files import write_json
 
 IMAGE, MASKS, LABEL, TABLE = "ct.nii.gz", "segmentations", "label.nii.gz", "meta.csv"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from kanseg.data.cases import Case, Problem, few
-from kanseg.data.images import stem_of
 from kanseg.data.listing import (
     CITY_IDS,
     CITY_IMAGES,
@@ -23,6 +22,7 @@ from kanseg.data.listing import (
     special_files,
     with_names,
 )
+from kanseg.data.suffixes import stem_of
 from kanseg.errors import UserError
 
 LABEL_ENDINGS = ("", "_mask", "_label", "_seg", CITY_IDS)  # of a label file, behind the name of its image

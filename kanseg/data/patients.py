@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kanseg.data.cases import Dataset, Problem, few, noted, require_one_patient
-from kanseg.data.images import stem_of
+from kanseg.data.suffixes import stem_of
 from kanseg.data.tables import columns_named, group_columns, group_in, read_rows
 
 CASE_COLUMNS = "id case caseid image imageid name file filename".split()  # of a table of patients

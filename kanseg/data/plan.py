@@ -198,7 +198,7 @@ def plan_run(dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None,
         seen: what `fingerprint` gave, if it is there already.
         how: see `make_plan`.
     """
-    from kanseg.training.files import make_folder
+    from kanseg.files import make_folder
 
     check_wishes(dataset, **how)
     seen = seen or fingerprint(dataset)

@@ -19,21 +19,11 @@ from pydicom import dcmread
 
 from kanseg.data.cases import Case, Dataset, few, label_path
 from kanseg.data.class_names import SEGMENT_NAME
+from kanseg.data.dicom import dicom_files, is_segmentation, is_structures
 from kanseg.data.headers import header_tags
-from kanseg.data.images import (
-    LPS_TO_RAS,
-    SEG_NRRD,
-    SEGMENTS,
-    SUFFIXES_SEGMENTS,
-    Image,
-    dicom_files,
-    is_segmentation,
-    is_structures,
-    read_layers,
-    stem_of,
-    suffix_of,
-)
+from kanseg.data.images import LPS_TO_RAS, Image, read_layers
 from kanseg.data.labels import IGNORE
+from kanseg.data.suffixes import SEG_NRRD, SEGMENTS, SUFFIXES_SEGMENTS, stem_of, suffix_of
 from kanseg.errors import UserError, did_you_mean
 
 BACKGROUND = "background"

@@ -61,7 +61,7 @@ class StoredPlan:
 
     def save(self, path: Path | str) -> Path:
         """Write plan.json, atomically."""
-        from kanseg.training.files import write_json
+        from kanseg.files import write_json
 
         return write_json(Path(path), self.to_dict())
 

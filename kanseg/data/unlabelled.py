@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kanseg.data.case_folders import by_channel, is_called_label, look_into, of_one_case
 from kanseg.data.cases import Case, case_by_names
-from kanseg.data.images import SEGMENTS, is_no_image, stem_of
+from kanseg.data.dicom import is_no_image
 from kanseg.data.listing import (
     CASE_IMAGE,
     by_number,
@@ -21,6 +21,7 @@ from kanseg.data.listing import (
     special_files,
     with_dicom,
 )
+from kanseg.data.suffixes import SEGMENTS, stem_of
 from kanseg.errors import UserError
 
 

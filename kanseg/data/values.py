@@ -11,8 +11,10 @@ import numpy as np
 from kanseg.data.cases import Case, Dataset, few, label_path, noted
 from kanseg.data.class_names import called, shared_names
 from kanseg.data.colours import colour_names, require_classes
-from kanseg.data.images import FULL, LOSSY, label_from, palette_numbers, read_image, suffix_of
+from kanseg.data.images import FULL, label_from, read_image
 from kanseg.data.labels import IGNORE, given_regions, known_values, unions, value_counts
+from kanseg.data.pictures import palette_numbers
+from kanseg.data.suffixes import LOSSY, suffix_of
 from kanseg.errors import UserError
 from kanseg.progress import progress
 

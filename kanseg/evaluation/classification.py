@@ -18,7 +18,7 @@ from scipy.special import entr
 from kanseg.data.image_classes import CLASSES, SEPARATOR
 from kanseg.data.tables import read_rows
 from kanseg.errors import UserError
-from kanseg.training.files import SURROGATES, write_text
+from kanseg.files import SURROGATES, write_text
 from kanseg.training.validate import bootstrap_interval
 
 TOP = 5
@@ -403,7 +403,7 @@ def evaluate_classes(
             and any number in the other.
     """
     from kanseg.data.image_classes import read_classes
-    from kanseg.training.files import make_folder, write_json
+    from kanseg.files import make_folder, write_json
 
     table = read_predictions(prediction)
     ids, probabilities, names, _ = table

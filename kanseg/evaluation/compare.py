@@ -29,7 +29,7 @@ from kanseg.evaluation.classification import (
 )
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
 from kanseg.evaluation.report import LONGEST, Whole, short, told_apart
-from kanseg.training.files import SURROGATES, make_folder, read_json, write_bytes, write_json, write_text
+from kanseg.files import SURROGATES, make_folder, read_json, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

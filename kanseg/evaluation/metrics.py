@@ -28,29 +28,18 @@ from kanseg.data.beside import is_beside
 from kanseg.data.cases import few, repeated
 from kanseg.data.class_names import called, shared_names
 from kanseg.data.colours import BLACK, colour_names, label_colours, numbered, require_classes
-from kanseg.data.images import (
-    CONVERSION,
-    SEGMENTS,
-    SUFFIXES_2D,
-    SUFFIXES_DICOM,
-    Image,
-    check_pair,
-    colour_name,
-    is_structures,
-    label_from,
-    read_image,
-    stem_of,
-    suffix_of,
-)
+from kanseg.data.dicom import is_structures
+from kanseg.data.images import CONVERSION, Image, check_pair, colour_name, label_from, read_image
 from kanseg.data.labels import COUNTED, Labels, class_values, unions, value_counts
 from kanseg.data.listing import image_files, segmentations_in
 from kanseg.data.plan import Plan
 from kanseg.data.segmentations import read_segments, require_highdicom
+from kanseg.data.suffixes import SEGMENTS, SUFFIXES_2D, SUFFIXES_DICOM, stem_of, suffix_of
 from kanseg.data.unlabelled import find_images, labels_in_case_folders
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.lesions import COUNTS, lesion_counts, summarize_lesions
+from kanseg.files import make_folder, write_json, write_text
 from kanseg.progress import progress
-from kanseg.training.files import make_folder, write_json, write_text
 
 METRICS = ("dice", "iou", "hd95", "nsd", "assd")
 COLUMNS = (*METRICS, "volume_ml", "reference_volume_ml")

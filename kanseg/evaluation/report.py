@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kanseg.data.class_names import SAFE, Colour, class_colours
-from kanseg.training.files import make_folder, write_bytes
+from kanseg.files import make_folder, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

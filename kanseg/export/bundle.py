@@ -19,9 +19,9 @@ from kanseg import __version__
 from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UserError
+from kanseg.files import make_folder, write_json, write_text
 from kanseg.inference.ensemble import Loaded, save_members
 from kanseg.training.checkpoint import BUNDLE_MODELS, EXPORTED
-from kanseg.training.files import make_folder, write_json, write_text
 
 NETWORK = f"{BUNDLE_MODELS}/model.pt2"
 CONFIG, METADATA, README = "configs/inference.json", "configs/metadata.json", "docs/README.md"

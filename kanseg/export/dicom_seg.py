@@ -18,9 +18,11 @@ import numpy as np
 
 from kanseg import __version__
 from kanseg.data.class_names import class_colours
-from kanseg.data.images import DICOM, LPS_TO_RAS, RTSTRUCT, SUFFIXES_DICOM, Image, dicom_files, suffix_of
+from kanseg.data.dicom import dicom_files
+from kanseg.data.images import LPS_TO_RAS, Image
+from kanseg.data.suffixes import DICOM, RTSTRUCT, SUFFIXES_DICOM, suffix_of
 from kanseg.errors import UserError
-from kanseg.training.files import make_folder, write_bytes
+from kanseg.files import make_folder, write_bytes
 
 # Words in a name -> category and type of the code dictionary (SNOMED CT); other names are looked up as they are.
 ABNORMAL = "MorphologicallyAbnormalStructure"

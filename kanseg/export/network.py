@@ -28,11 +28,11 @@ from kanseg.data.transforms import load_case, restored_labels
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
+from kanseg.files import make_folder, write_json
 from kanseg.inference.classify import is_classifier
 from kanseg.inference.ensemble import Loaded
 from kanseg.inference.logits import predict_logits
 from kanseg.layers import plain_steps
-from kanseg.training.files import make_folder, write_json
 
 TOLERANCE = 1e-3  # of the largest logit
 WINDOWS = 3

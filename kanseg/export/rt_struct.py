@@ -25,7 +25,7 @@ from kanseg.data.class_names import class_colours
 from kanseg.data.images import LPS_TO_RAS, Image
 from kanseg.errors import UserError
 from kanseg.export.dicom_seg import MAY_BE_EMPTY, frame_of, headers_of
-from kanseg.training.files import make_folder, write_bytes
+from kanseg.files import make_folder, write_bytes
 
 STUDY_COMPONENT = "1.2.840.10008.3.1.2.3.1"  # what structure sets call the class of a study, long retired
 DECIMALS = 3  # of mm

@@ -35,10 +35,10 @@ from kanseg.evaluation.classification import (
     read_predictions,
     write_predictions,
 )
+from kanseg.files import make_folder
 from kanseg.inference.ensemble import find_members
 from kanseg.progress import progress, say
 from kanseg.training.checkpoint import load_model, read_info
-from kanseg.training.files import make_folder
 from kanseg.training.run_folder import on_training_images, training_images
 
 THREADS = 2  # that read images

@@ -19,12 +19,14 @@ from kanseg.data.beside import find_probabilities, is_beside
 from kanseg.data.cases import Case, few
 from kanseg.data.class_names import shared_names
 from kanseg.data.digests import file_digest
-from kanseg.data.images import SEGMENTS, check_pair, label_from, read_image, write_label
+from kanseg.data.images import check_pair, label_from, read_image, write_label
 from kanseg.data.listing import segmentations_in
 from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
+from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
+from kanseg.files import make_folder
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder
 from kanseg.memory import taken
@@ -43,7 +45,6 @@ from kanseg.training.checkpoint import (
     save_checkpoint,
 )
 from kanseg.training.devices import keep_freed_memory
-from kanseg.training.files import make_folder
 from kanseg.training.run_folder import FINAL_MODEL, WHOLE, on_training_images, training_images
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")

@@ -20,8 +20,8 @@ from scipy import ndimage
 from kanseg.data.shelf import Shelf
 from kanseg.errors import UserError, did_you_mean
 from kanseg.evaluation.metrics import box_around, dice_of_values
+from kanseg.files import write_json
 from kanseg.progress import progress
-from kanseg.training.files import write_json
 
 Rule = dict[str, Any]
 Triple = tuple[np.ndarray, np.ndarray, Sequence[float]]  # prediction, reference, spacing

@@ -21,31 +21,28 @@ from kanseg.data.beside import NIFTI, UNCERTAINTY, probability_path, remove_besi
 from kanseg.data.cases import Case
 from kanseg.data.digests import file_digest, made_from
 from kanseg.data.fingerprint import exchanged_channels, unlike_training
-from kanseg.data.images import (
+from kanseg.data.images import Image, read_description, write_array, write_label
+from kanseg.data.plan import Plan
+from kanseg.data.suffixes import (
     LOSSY,
     RTSTRUCT,
     SUFFIXES_2D,
     SUFFIXES_3D,
     SUFFIXES_DICOM,
     TWO_FILES,
-    Image,
-    read_description,
     stem_of,
     suffix_of,
-    write_array,
-    write_label,
 )
-from kanseg.data.plan import Plan
 from kanseg.data.transforms import Item, highest, load_case, restore, restored_labels
 from kanseg.errors import UsageError, UserError
 from kanseg.export.dicom_seg import check_series, write_segmentation
 from kanseg.export.rt_struct import write_structures
+from kanseg.files import make_folder
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
 from kanseg.memory import settle, taken
 from kanseg.progress import say, telling
-from kanseg.training.files import make_folder
 
 WRITTEN_AS = TWO_FILES | dict.fromkeys(
     LOSSY, ".png"

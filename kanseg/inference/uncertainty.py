@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kanseg.errors import UserError
-from kanseg.training.files import SURROGATES, in_turn, write_text
+from kanseg.files import SURROGATES, in_turn, write_text
 
 COLUMNS = ("case", "class", "volume_ml", "expected_dice", "uncertainty")
 QUALITY = "quality.csv"

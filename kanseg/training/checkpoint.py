@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from kanseg import __version__
 from kanseg.config import Config, model_options
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.files import write_bytes
 from kanseg.models import TABLES, create_model
 from kanseg.study.peft import PLACE, adapt, merge
-from kanseg.training.files import write_bytes
 
 if TYPE_CHECKING:
     from kanseg.data.plans import AnyPlan

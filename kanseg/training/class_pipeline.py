@@ -14,9 +14,9 @@ from kanseg.data.class_plan import ClassPlan
 from kanseg.data.plans import dataset_of
 from kanseg.errors import UserError, counted
 from kanseg.evaluation.classification import score_lines
+from kanseg.files import locked, make_folder, write_json
 from kanseg.progress import in_words, is_main, say
 from kanseg.training.cross_validation import cross_validate
-from kanseg.training.files import locked, make_folder, write_json
 from kanseg.training.parallel import once
 from kanseg.training.planning import plan_data, tell_findings
 from kanseg.training.run_folder import PLAN

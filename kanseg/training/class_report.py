@@ -27,8 +27,8 @@ from kanseg.evaluation.classification import (
 )
 from kanseg.evaluation.document import table
 from kanseg.evaluation.report import short
+from kanseg.files import read_json
 from kanseg.training.cross_validation import RESULT, pool_classes
-from kanseg.training.files import read_json
 from kanseg.training.run_folder import SUMMARY
 from kanseg.training.run_report import CLASSES, PICTURES, Told
 

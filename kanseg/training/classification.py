@@ -28,8 +28,8 @@ from kanseg.evaluation.classification import (
     score_values,
     write_predictions,
 )
+from kanseg.files import make_folder
 from kanseg.registry import Registry
-from kanseg.training.files import make_folder
 from kanseg.training.losses import check_loss
 from kanseg.training.task import Batch
 from kanseg.training.validate import spread

@@ -31,11 +31,11 @@ from kanseg.evaluation.metrics import (
     summarize_unions,
     write_tables,
 )
+from kanseg.files import locked, write_json
 from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
 from kanseg.memory import for_data, give_back
 from kanseg.progress import is_main, progress, say
 from kanseg.training.checkpoint import LAST
-from kanseg.training.files import locked, write_json
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
 from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits

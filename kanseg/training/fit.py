@@ -26,6 +26,7 @@ from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.loaders import Prepared
 from kanseg.data.plans import AnyPlan
 from kanseg.errors import UsageError
+from kanseg.files import locked, make_folder, read_json
 from kanseg.models import check_patch
 from kanseg.study.peft import adapt
 from kanseg.training.checkpoint import (
@@ -38,7 +39,6 @@ from kanseg.training.checkpoint import (
     unstarted,
 )
 from kanseg.training.devices import make_accelerator
-from kanseg.training.files import locked, make_folder, read_json
 from kanseg.training.finetune import Ends, check_encoder_channels, read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
 from kanseg.training.monitor import Monitor, peak_memory_mb

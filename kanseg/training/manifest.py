@@ -21,7 +21,7 @@ from kanseg import __version__
 from kanseg.cgroups import cores_allowed
 from kanseg.data.cases import Case, files_of
 from kanseg.data.digests import file_digest
-from kanseg.training.files import read_json, write_json
+from kanseg.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "monai", "accelerate", "numpy", "nibabel", "SimpleITK", "albumentations", "safetensors")

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from kanseg.config import Config
 from kanseg.evaluation.report import LONGEST, short, told_apart
+from kanseg.files import write_bytes, write_text
 from kanseg.memory import taken
 from kanseg.progress import progress, say, time_left
-from kanseg.training.files import write_bytes, write_text
 from kanseg.training.trackers import start_trackers
 
 T = TypeVar("T")

@@ -26,17 +26,17 @@ from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes
-from kanseg.data.images import suffix_of
 from kanseg.data.plan import Plan, check_size, check_wishes, plan_run
+from kanseg.data.suffixes import suffix_of
 from kanseg.errors import UsageError, UserError, counted, did_you_mean
 from kanseg.evaluation.report import score_table
+from kanseg.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case, write_prediction
 from kanseg.progress import in_words, is_main, progress, say
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.class_pipeline import run_classes
 from kanseg.training.cross_validation import RESULT, conclude, cross_validate
-from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
 from kanseg.training.planning import follow_data, measuring, tell_findings

@@ -15,8 +15,8 @@ from kanseg.data.fingerprint import check_unchanged, load_fingerprint
 from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError
+from kanseg.files import write_json
 from kanseg.training.checkpoint import LAST, read_info
-from kanseg.training.files import write_json
 
 CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
 PREDICTIONS = "validation"  # label maps of a fold's validation cases, by a network that never saw them

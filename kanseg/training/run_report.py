@@ -33,9 +33,9 @@ from kanseg.evaluation.report import (
     picture,
     score_rows,
 )
+from kanseg.files import SURROGATES, read_json, write_text
 from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.training.cross_validation import RESULT, TABLE
-from kanseg.training.files import SURROGATES, read_json, write_text
 from kanseg.training.manifest import MANIFEST
 from kanseg.training.monitor import LOG, read_log
 from kanseg.training.run_folder import PLAN, PREDICTIONS, SUMMARY, read_splits

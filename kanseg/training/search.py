@@ -27,8 +27,8 @@ from kanseg.config import changes, load_config
 from kanseg.data.fingerprint import FINGERPRINT
 from kanseg.data.plans import AnyPlan, dataset_of, load_plan, plan_from_dict
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.files import locked, make_folder, read_json, write_bytes, write_json, write_text
 from kanseg.progress import say
-from kanseg.training.files import locked, make_folder, read_json, write_bytes, write_json, write_text
 from kanseg.training.fit import fit
 from kanseg.training.monitor import LOG, read_log
 from kanseg.training.run_folder import SPLITS, require_plan

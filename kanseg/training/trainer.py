@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from kanseg.config import Config
 from kanseg.data.plans import plan_from_dict
 from kanseg.errors import UsageError, UserError
+from kanseg.files import make_folder, write_json
 from kanseg.layers.mixture import take_balance_loss
 from kanseg.study.peft import adapt, merged
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import BEST, LAST, load_weights, named, part
 from kanseg.training.devices import checkpoint_stages, may_record, record_passes
-from kanseg.training.files import make_folder, write_json
 from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.optimizers import create_optimizer, lr_factor, update_average
 from kanseg.training.parallel import full, gathered, like, shard, whole_batch

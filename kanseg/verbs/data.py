@@ -111,8 +111,8 @@ def convert(
     from kanseg.data.convert import convert as convert_to
     from kanseg.data.formats import list_dataset
     from kanseg.data.image_classes import require_label_maps
-    from kanseg.data.images import SEGMENTS
     from kanseg.data.segmentations import are_segmentations, with_segments
+    from kanseg.data.suffixes import SEGMENTS
     from kanseg.data.values import with_values
 
     require_label_maps(source)

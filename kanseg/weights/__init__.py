@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kanseg.errors import UserError
+from kanseg.files import make_folder
 from kanseg.training.checkpoint import (
     WEIGHTS,
     load_checkpoint,
@@ -27,7 +28,6 @@ from kanseg.training.checkpoint import (
     save_checkpoint,
     shipped,
 )
-from kanseg.training.files import make_folder
 
 LARGEST = 8 * 2**20  # bytes of a file that comes with the package
 FACTS = ("title", "images", "data", "licence", "dice")  # what every card says
