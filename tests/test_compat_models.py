@@ -284,6 +284,24 @@ def test_places_without_arguments_have_their_own_defaults() -> None:
     assert [len(state[f"{key}.beta_weights"]) - 1 for key in kept] == [3, 2]  # the stem is of degree 3
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_blocks_without_scales_are_those_with_scales_of_one(attention: bool) -> None:
+    """The reference leaves `gamma` out where `ls_init_value` is not positive."""
+    args = {"in_chans": 1, "num_classes": 2, **NAMES["KAGNRDNet"], "post_block_attention": attention}
+    state = made_up("KAGNRDNet", args)
+    gammas = [key for key in state if "dense_block" in key and key.endswith(".gamma")]
+    assert len(gammas) == 3
+    ones = {key: torch.ones_like(value) if key in gammas else value for key, value in state.items()}
+    without = {key: value for key, value in state.items() if key not in gammas}
+    x = torch.randn(1, 1, 32, 32)
+    networks = [
+        from_torch_conv_kan("KAGNRDNet", args, ones),
+        from_torch_conv_kan("KAGNRDNet", {**args, "ls_init_value": 0}, without),
+    ]
+    torch.testing.assert_close(*(network(x) for network in networks), rtol=0, atol=0)
+    assert set(to_torch_conv_kan(networks[1])) == set(without)
+
+
 def test_the_skip_of_a_block_has_the_grid_that_its_weights_hold() -> None:
     """A block is given its 1x1 layer, which may have been made with another grid."""
     args = {"inplanes": 4, "planes": 4, "stride": 2, "grid_size": 5, "grid_range": (-1, 1)}
@@ -336,7 +354,6 @@ UNSUITED = {
     "Unknown model_name 'unet'": ("AutoKAN", {"model_name": "unet"}),
     "cannot make 'u2kagnet_small' itself": ("AutoKAN", {"model_name": "u2kagnet_small"}),
     "makes no 'ResNet'": ("TinyAutoKAGN", {"model_type": "ResNet"}),
-    "ls_init_value .* must be positive": ("KAGNRDNet", {"ls_init_value": 0}),
     "no counterpart here: it is made of another layer. Merge": ("kan_peft.PEFTKAGNConvNDLayer", {}),
     "no counterpart here: it is made of modules": ("models.vggkan.VGG", {}),
     "no target serves it": ("train.losses.DiceLossWithFocal", {}),

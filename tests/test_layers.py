@@ -496,6 +496,37 @@ def test_padding_has_the_names_that_torch_gives_it(family: str) -> None:
             make(**wrong)
 
 
+@pytest.mark.parametrize("family", ["plain", "kagn", "kan", "fastkan", "wavkan", "bottleneck_kagn"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_same_padding_of_an_even_kernel_is_that_of_an_odd_one_whose_first_weights_are_zero(
+    family: str, dims: int
+) -> None:
+    even, odd = (4, 3, 2)[:dims], (5, 3, 3)[:dims]
+    x = torch.randn(2, 4, *(9, 7, 8)[:dims])
+    layers = [conv_layer(family)(dims, 4, 8, kernel, padding="same") for kernel in (even, odd)]
+    state = {
+        name: F.pad(w, [n for k in reversed(even) for n in (1 - k % 2, 0)]) if w.shape[2:] == even else w
+        for name, w in layers[0].state_dict().items()
+    }
+    layers[1].load_state_dict(state)
+    results = [layer(x) for layer in layers]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), layer.conv.base_weight)[0]
+        for y, layer in zip(results, layers, strict=True)
+    ]
+    inner = gradients[1][(..., *(slice(1 - k % 2, None) for k in even))]
+    torch.testing.assert_close(gradients[0], inner, rtol=1e-3, atol=1e-3)
+
+
+def test_same_padding_is_torchs_with_any_kernel_and_dilation() -> None:
+    for kernel, dilation in itertools.product((1, 2, 3, 4, 5), (1, 2, 3)):
+        x = torch.randn(1, 2, 11)
+        conv = KANConv(1, 2, 3, kernel, basis=None, dilation=dilation, padding="same")
+        wanted = F.conv1d(x, conv.base_weight, padding="same", dilation=dilation)
+        torch.testing.assert_close(conv(x), wanted)
+
+
 @pytest.mark.parametrize("option", ["bias", "padding_mode", "device", "dtype"])
 def test_options_of_torchs_convolutions_are_answered(option: str) -> None:
     with pytest.raises(UsageError, match=f"no option '{option}' of torch's convolutions: "):

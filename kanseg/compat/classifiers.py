@@ -174,10 +174,6 @@ def convert_rdnet(defaults: Arguments, spatial_dims: int, args: Arguments, state
     ratios = taken(args, bottleneck_width_ratio=4, transition_compression_ratio=0.5)
     attention = args.pop("post_block_attention", False)
     narrow = args.pop("is_bottleneck", True)
-    if args.get("ls_init_value", 1) <= 0:
-        raise UsageError(
-            "ls_init_value of KAGNRDNet must be positive: blocks without gamma are not supported"
-        )
     encoder = RDKANet(
         DIMS,
         args.pop("in_chans", args.pop("in_channels", 3)),
@@ -189,6 +185,7 @@ def convert_rdnet(defaults: Arguments, spatial_dims: int, args: Arguments, state
         patch=own["patch_size"],
         expansion=ratios["bottleneck_width_ratio"],
         transition=ratios["transition_compression_ratio"],
+        scale=1.0 if args.get("ls_init_value", 1) > 0 else None,
         basis=Blank,
     )
     encoder.fills = False
@@ -234,7 +231,7 @@ def _attend_after_stages(encoder: Encoder, channels: int) -> None:
 
 
 def _channels_after(part: Any, channels: int) -> int:
-    return channels + len(part.gamma) if isinstance(part, RDBlock) else part.outputs
+    return channels + part.growth if isinstance(part, RDBlock) else part.outputs
 
 
 def _rdnet_places(encoder: Encoder, step: int) -> dict[str, str]:

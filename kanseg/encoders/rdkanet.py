@@ -43,7 +43,11 @@ class EffectiveSqueeze(nn.Module):
 
 
 class RDBlock(nn.Module):
-    """x -> [x, gamma * layers(x)]: depthwise, 1x1 to a multiple of the width, 1x1 to `growth`, squeeze."""
+    """x -> [x, gamma * layers(x)]: depthwise, 1x1 to a multiple of the width, 1x1 to `growth`, squeeze.
+
+    Args:
+        scale: that gamma starts with; None is none, as 1 that is not learned.
+    """
 
     def __init__(
         self,
@@ -54,10 +58,12 @@ class RDBlock(nn.Module):
         kernel_size: int,
         expansion: float,
         squeeze: bool,
+        scale: float | None,
         layer: LayerFactory,
         depthwise_layer: LayerFactory,
     ) -> None:
         super().__init__()
+        self.growth = growth
         middle = _by_eight(in_channels * expansion)
         self.layers = nn.Sequential(
             depthwise_layer(spatial_dims, in_channels, in_channels, kernel_size, groups=in_channels),
@@ -66,11 +72,13 @@ class RDBlock(nn.Module):
         )
         if squeeze:
             self.layers.append(EffectiveSqueeze(spatial_dims, growth, layer))
-        self.gamma = nn.Parameter(torch.full((growth,), START))
+        self.gamma = None if scale is None else nn.Parameter(torch.full((growth,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
         added = self.layers(x)
-        return torch.cat([x, added * self.gamma.view(-1, *[1] * (x.dim() - 2))], dim=1)
+        if self.gamma is not None:
+            added = added * self.gamma.view(-1, *[1] * (x.dim() - 2))
+        return torch.cat([x, added], dim=1)
 
 
 class RDKANet(Encoder):
@@ -89,6 +97,7 @@ class RDKANet(Encoder):
         kernel_size: of the depthwise convolutions.
         expansion: width between the 1x1 layers, in multiples of the block's input.
         transition: channels kept between stages.
+        scale: that the learned factors of the blocks start with; None leaves them out.
         stem_options: layer options of the stem, over the others'. In torch-conv-kan it is always narrow,
             {"bottleneck": True}.
         basis, kan_stages, layer_options: see `kanseg.encoders.layers`; one basis a map. The depthwise convolutions are
@@ -115,6 +124,7 @@ class RDKANet(Encoder):
         kernel_size: int = 7,
         expansion: float = 4,
         transition: float = 0.5,
+        scale: float | None = START,
         stem_options: dict[str, Any] | None = None,
         basis: Layer | Sequence[Layer] = "gram",
         kan_stages: str | Sequence[int] = "all",
@@ -168,6 +178,7 @@ class RDKANet(Encoder):
                     kernel_size=kernel_size,
                     expansion=expansion,
                     squeeze=number in squeeze,
+                    scale=scale,
                     layer=layers[level],
                     depthwise_layer=deep[level],
                 )

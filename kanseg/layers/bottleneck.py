@@ -97,7 +97,7 @@ class BottleneckKANConv(Convolution):
         self.base_act = activation(base_act)
         _ = self.base_recipe  # now, not where a compiler follows
         options: dict[str, Any] = {"basis": basis, "basis_act": basis_act, "base": False}
-        options.update(geometry, groups=groups, recompute=recompute, **basis_options)
+        options.update(geometry, padding=self.padding, groups=groups, recompute=recompute, **basis_options)
         narrow: Any = KANConv if mixture is None else partial(mixture, expert_layer=KANConv)
         self.inner = narrow(spatial_dims, inner * self.groups, inner * self.groups, kernel_size, **options)
         self.mixed = mixture is not None

@@ -52,11 +52,17 @@ def per_axis(value: int | Sequence[int], spatial_dims: int, name: str) -> tuple[
     return values
 
 
+def _without_first(conv: ConvGeometry, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    """Without the voxel that the same padding on both sides, of an even kernel, makes too many."""
+    kept = [slice(width % 2, None) for width in conv._reach()]
+    return y[(slice(None), slice(None), *kept)]
+
+
 class ConvGeometry(nn.Module):
     """Channels, groups, kernel, stride, padding and dilation of a convolution.
 
-    `padding=None` keeps the size of odd kernels at stride 1: dilation * (kernel_size - 1) // 2 on each side. "same" is
-    that, and refused where the size would not stay; "valid" is 0.
+    `padding=None` keeps the size of odd kernels at stride 1: dilation * (kernel_size - 1) // 2 on each side. "same"
+    keeps that of even ones, too, with one voxel more behind than before, as torch's does; "valid" is 0.
     """
 
     def __init__(
@@ -91,19 +97,25 @@ class ConvGeometry(nn.Module):
             if min(getattr(self, name)) < 1:
                 raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
         self.padding = self._sides(padding)
+        if padding == "same" and self._uneven():
+            self.register_forward_hook(_without_first)
         if min(self.padding) < 0:
             raise UsageError(f"padding must not be negative, got {self.padding}")
 
+    def _reach(self) -> list[int]:
+        """Voxels of each axis beside the first that a kernel sees."""
+        return [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+
+    def _uneven(self) -> bool:
+        return any(width % 2 for width in self._reach())
+
     def _sides(self, padding: int | Sequence[int] | str | None) -> tuple[int, ...]:
         """Voxels that are added on each side of each axis."""
-        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        if padding == "same" and (max(self.stride) > 1 or any(width % 2 for width in total)):
-            raise UsageError(
-                f"padding 'same' keeps the size at stride 1 and for odd kernels alone, whose two sides are alike; got "
-                f"kernel_size {self.kernel_size}, stride {self.stride}, dilation {self.dilation}"
-            )
+        total = self._reach()
+        if padding == "same" and max(self.stride) > 1:
+            raise UsageError(f"padding 'same' keeps the size at stride 1 alone, got stride {self.stride}")
         if padding in (None, "same"):
-            return tuple(width // 2 for width in total)
+            return tuple((width + (padding == "same")) // 2 for width in total)
         if isinstance(padding, str) and padding != "valid":
             raise UsageError(f"padding must be a number an axis, 'valid' or 'same', got '{padding}'")
         return per_axis(0 if isinstance(padding, str) else padding, self.spatial_dims, "padding")  # type: ignore[arg-type]
