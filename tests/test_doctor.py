@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from kanseg.data.doctor import ERROR, KINDS, LEFT_OUT, diagnose, rows
+from kanseg.data.doctor import diagnose
+from kanseg.data.findings import ERROR, KINDS, LEFT_OUT, rows
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import read_dataset
 from kanseg.data.image_classes import is_classes
@@ -216,7 +217,7 @@ def test_each_defect_is_found_and_repaired_in_a_copy(blobs: Path, tmp_path: Path
     found = diagnose(root)
     assert kind in {finding.kind for finding in found.findings}
     json.dumps(found.to_dict())
-    assert rows(found)
+    assert rows(found.findings, found.source)
     severity, repair = KINDS[kind]
     if severity == ERROR and repair is None:
         with pytest.raises(UserError, match="cannot be repaired"):

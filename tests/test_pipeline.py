@@ -22,7 +22,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kanseg.cli import app
-from kanseg.data.doctor import Diagnosis, Finding
+from kanseg.data.doctor import Diagnosis
+from kanseg.data.findings import Finding
 from kanseg.data.images import read_label
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.tables import read_rows

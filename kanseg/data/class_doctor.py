@@ -10,7 +10,8 @@ import numpy as np
 from kanseg.data.cases import Case
 from kanseg.data.class_copies import Pair, across_parts, copies, patients_across
 from kanseg.data.class_plan import as_channels, uneven
-from kanseg.data.doctor import Diagnosis, Finding
+from kanseg.data.doctor import Diagnosis
+from kanseg.data.findings import Finding
 from kanseg.data.image_classes import ImageClasses, read_classes
 from kanseg.errors import UserError
 from kanseg.progress import progress

@@ -6,139 +6,40 @@ its own, without the cases that cannot.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
+from kanseg.data.alike import Seen, compare
 from kanseg.data.cases import PATIENTS_ALIKE, PATIENTS_TESTED, Case, Dataset, few
 from kanseg.data.class_names import called, shared_names
-from kanseg.data.colours import colour_names, label_colours, numbered
-from kanseg.data.convert import Sample, convert, on_own_grid, write_dataset
-from kanseg.data.digests import content_digest, joined, near_duplicates, thumbnail
+from kanseg.data.colours import colour_names, label_colours
+from kanseg.data.convert import Sample, convert, write_dataset
+from kanseg.data.digests import joined
+from kanseg.data.examine import examine, labels_of
+from kanseg.data.findings import ERROR, LEFT_OUT, Finding
 from kanseg.data.formats import list_dataset
-from kanseg.data.headers import header_tags, itk_header
-from kanseg.data.images import (
-    FULL,
-    GRID_TOLERANCE,
-    Image,
-    colour_name,
-    grid_distance,
-    header_dtype,
-    load_image,
-    several_channels,
-)
-from kanseg.data.labels import known_values, value_counts
+from kanseg.data.images import FULL, colour_name, load_image
+from kanseg.data.labels import known_values
 from kanseg.data.lists import LISTS
 from kanseg.data.pairs import BY_CLASS, UNUSED
 from kanseg.data.patients import PATIENTS_IN_PART
-from kanseg.data.pictures import is_turned
 from kanseg.data.segmentations import are_segmentations, with_segments
-from kanseg.data.suffixes import LOSSY, SEGMENTS, SUFFIXES_2D, SUFFIXES_NIFTI, suffix_of
+from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images
-from kanseg.data.values import BESIDE, MOST_VALUES, TWO_WAYS, has_soft_edges, mixed_masks, undeclared
+from kanseg.data.values import TWO_WAYS, mixed_masks
 from kanseg.errors import UserError
 from kanseg.progress import progress
 
-ERROR, WARNING, NOTE = "error", "warning", "note"
-LEFT_OUT = "the case is left out"
-# What can be found: how bad it is (an error stops a training), and what a repair does about it, if anything.
-KINDS: dict[str, tuple[str, str | None]] = {
-    "layout": (ERROR, None),
-    "patients": (ERROR, None),
-    "patients in part": (WARNING, None),
-    "patients alike": (WARNING, None),
-    "patients in the test": (WARNING, None),
-    "same name": (ERROR, None),
-    "missing label": (ERROR, LEFT_OUT),
-    "missing file": (ERROR, LEFT_OUT),
-    "missing channel": (ERROR, LEFT_OUT),
-    "no channel in the name": (ERROR, LEFT_OUT),
-    "several series": (ERROR, LEFT_OUT),
-    "segments": (ERROR, "they are joined by the names of their segments"),
-    "label without image": (WARNING, "it is left out"),
-    "several masks": (ERROR, "they are merged"),
-    BY_CLASS: (ERROR, "they are numbered in the order of their folders' names"),
-    "masks overlap": (WARNING, "the later class has what they share"),
-    "unreadable": (ERROR, LEFT_OUT),
-    "other dimension": (ERROR, LEFT_OUT),
-    "other channels": (ERROR, LEFT_OUT),
-    "not finite": (ERROR, "such voxels take the lowest finite value"),
-    "4D with one channel": (NOTE, "it is saved as 3D"),
-    "crooked axes": (WARNING, "they are turned to right angles"),
-    "sheared axes": (WARNING, None),
-    "extreme spacing": (WARNING, None),
-    "turned by EXIF": (WARNING, None),
-    "constant image": (WARNING, None),
-    "different grids": (ERROR, LEFT_OUT),
-    "grids differ by rounding": (ERROR, "the label takes the grid of its image"),
-    "no label map": (ERROR, LEFT_OUT),
-    "colours": (ERROR, "they are numbered, black is the background"),
-    "colours for values": (ERROR, None),
-    "lossy label": (ERROR, "it is split at the middle"),
-    "soft edges": (WARNING, "it is split at the middle"),
-    "float label": (NOTE, "it is saved as whole numbers"),
-    "undeclared values": (ERROR, LEFT_OUT),
-    "empty label": (WARNING, None),
-    "class without a voxel": (WARNING, None),
-    "no labels": (WARNING, None),
-    "nothing to learn": (ERROR, None),
-    "0 and 255": (NOTE, "255 becomes 1"),
-    TWO_WAYS: (ERROR, "255 becomes 1"),
-    BESIDE: (WARNING, None),
-    "gaps in labels": (NOTE, "they are numbered 0, 1, 2, ..."),
-    "duplicate": (ERROR, LEFT_OUT),
-    "contradicting duplicates": (ERROR, "both are left out"),
-    "near duplicate": (WARNING, "they become one patient"),
-    "same patient": (WARNING, "they become one patient"),
-    "folds share a patient": (ERROR, "the folds of the list are left aside"),
-    "copied label": (WARNING, None),
-    "left and right": (NOTE, None),
-    "beginnings of names": (WARNING, None),
-    # of images with classes (`kanseg.data.class_doctor`)
-    "unreadable image": (ERROR, None),
-    "values not finite": (ERROR, None),
-    "patients in two parts": (ERROR, None),
-    "copy with another class": (WARNING, None),
-    "copy in another part": (WARNING, None),
-    "few images of a class": (WARNING, None),
-    "copy": (NOTE, None),
-    "uneven classes": (NOTE, None),
-}
 TOLD = {  # kinds that the notes of a data set tell, by their words
     "label without image": UNUSED,
     "patients in part": PATIENTS_IN_PART,
     "patients alike": PATIENTS_ALIKE,
     "patients in the test": PATIENTS_TESTED,
 }
-CROOKED = 1e-4  # of the angles' cosines: what rounding leaves, and readers such as ITK refuse
-SHEARED = 0.02
-ROUNDING = 0.5  # of the finest voxel, between corners of two grids that are meant to be one
-THINNEST, THICKEST, MOST_ANISOTROPIC = 0.01, 25.0, 20.0  # mm, mm, ratio
-SIDES = re.compile(r"^(.*?)[_-]?(left|right|L|R)$")
-NUMBERED = re.compile(r"^(\D*\d[^_-]*)[_-]")  # slide1 of slide1_x0_y0, patient001 of patient001_frame01
-PATIENT_ID = "0010|0020"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong: its kind in `KINDS`, the case, what was found in words."""
-
-    kind: str
-    case: str
-    message: str
-
-    @property
-    def severity(self) -> str:
-        return KINDS[self.kind][0]
-
-    @property
-    def repair(self) -> str | None:
-        return KINDS[self.kind][1]
 
 
 @dataclass
@@ -252,7 +153,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
         found.classes = tuple(sorted({file.parent.name for files in masks.values() for file in files}))
         names = ("background", *found.classes)
         dataset = replace(dataset, label_names=names, label_values=tuple(range(len(names))))
-    found.colours = label_colours([p for case in dataset.cases for p in _labels_of(case, masks)])
+    found.colours = label_colours([p for case in dataset.cases for p in labels_of(case, masks)])
     if found.colours:
         said = f"labels have the colours {few([*map(colour_name, found.colours)])} in place of numbers"
         if dataset.label_values:
@@ -264,7 +165,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
         known = colour_names(dataset.root)
         names = ("background", *(known.get(code, colour_name(code)) for code in found.colours[1:]))
         dataset = replace(dataset, label_names=names, label_values=tuple(range(len(names))))
-    samples = _Seen()
+    samples = Seen()
     kept = []
     for case in progress(dataset.cases, "Examining"):
         sample = None
@@ -273,7 +174,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
             sample = examine(case, dataset, own, findings, found.colours, found.classes)
         if sample is not None:
             kept.append(replace(case, values=samples.add(case, sample)))
-    _across(kept, samples, dataset, findings)
+    compare(kept, samples, dataset, findings)
     out = {f.case for f in findings if f.repair == LEFT_OUT} | samples.contradicting
     groups = joined({case.id: case.group for case in kept}, samples.pairs)
     cases = tuple(replace(case, group=groups[case.id]) for case in kept if case.id not in out)
@@ -292,145 +193,6 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
     found.dataset = _labelled(dataset, cases)
     _of_labels(found.dataset, findings)
     return found
-
-
-def examine(
-    case: Case,
-    dataset: Dataset,
-    masks: Sequence[Path],
-    findings: list[Finding],
-    colours: Sequence[int] = (),
-    classes: Sequence[str] = (),
-) -> Sample | None:
-    """Read and repair one case; None where that cannot be. What is wrong is added to `findings`.
-
-    Args:
-        masks: its label files where there are several.
-        colours: of all labels, where these are pictures in colour.
-        classes: names of the folders of `masks`, where these say the class.
-    """
-
-    def note(kind: str, message: str) -> None:
-        findings.append(Finding(kind, case.id, message))
-
-    paths = _labels_of(case, {case.id: masks})
-    for file in (*case.images, *paths):
-        if not file.exists():
-            note("missing file", f"{file} is not there")
-            return None
-    try:
-        image = load_image(case.images)
-        labels = [load_image(file) for file in paths]
-    except UserError as error:
-        note("different grids" if "different grids" in str(error) else "unreadable", str(error))
-        return None
-    repaired = _repaired_image(image, case, dataset, note)
-    if repaired is None or not labels:
-        return None
-    numbers = [_repaired_label(label, (image, repaired), colours, note) for label in labels]
-    usable = [number for number in numbers if number is not None]
-    if len(usable) < len(numbers):
-        return None
-    if classes:
-        if (np.sum([mask > 0 for mask in usable], axis=0) > 1).any():
-            note("masks overlap", f"{few([str(path) for path in paths], 3)} share voxels")
-        places = [1 + classes.index(path.parent.name) for path in paths]
-        usable = [np.where(mask > 0, place, 0) for mask, place in zip(usable, places, strict=True)]
-    merged = np.max(usable, axis=0)
-    if dataset.label_values:
-        accepted = {*known_values(dataset), dataset.ignore_value}
-        foreign = value_counts(merged).keys() - accepted
-        if foreign:
-            note("undeclared values", undeclared(paths[0], dataset, foreign))
-            return None
-    if not merged.any():
-        note("empty label", f"{paths[0]} holds the background alone")
-    return Sample(case.id, repaired, merged, case.group)
-
-
-def _labels_of(case: Case, masks: Mapping[str, Sequence[Path]]) -> list[Path]:
-    return list(masks.get(case.id) or ([case.label] if case.label else []))
-
-
-class _Seen:
-    """What is kept of each case to compare it with the others."""
-
-    def __init__(self) -> None:
-        self.images: dict[str, list[str]] = {}  # digest -> cases
-        self.labels: dict[str, list[str]] = {}
-        self.label_of: dict[str, str] = {}
-        self.thumbnails: dict[str, np.ndarray] = {}
-        self.patients: dict[str, list[str]] = {}
-        self.pairs: list[tuple[str, str]] = []
-        self.contradicting: set[str] = set()
-
-    def add(self, case: Case, sample: Sample) -> tuple[int, ...]:
-        """Take a case in; the values of its label."""
-        assert sample.label is not None
-        self.images.setdefault(content_digest(sample.image.array), []).append(case.id)
-        self.label_of[case.id] = content_digest(sample.label)
-        if sample.label.any():
-            self.labels.setdefault(self.label_of[case.id], []).append(case.id)
-        self.thumbnails[case.id] = thumbnail(sample.image.array)
-        if case.images[0].is_dir() and (patient := _patient_of(case.images[0])):
-            self.patients.setdefault(patient, []).append(case.id)
-        return tuple(value_counts(sample.label))
-
-
-def _across(cases: Sequence[Case], seen: _Seen, dataset: Dataset, findings: list[Finding]) -> None:
-    """Compare the cases with each other."""
-    same: set[tuple[str, str]] = set()
-    for first, *others in seen.images.values():
-        for other in others:
-            same.add((first, other))
-            if seen.label_of[first] == seen.label_of[other]:
-                findings.append(Finding("duplicate", other, f"image and label are those of '{first}'"))
-            else:
-                seen.contradicting |= {first, other}
-                why = f"the image is that of '{first}', but its label is another"
-                findings.append(Finding("contradicting duplicates", other, why))
-    groups = {case.id: case.group for case in cases}
-    for one, other in near_duplicates(seen.thumbnails):
-        if (one, other) not in same and groups[one] != groups[other]:
-            seen.pairs.append((one, other))
-            why = f"the image is that of '{one}' but for noise, size or compression"
-            findings.append(Finding("near duplicate", other, why))
-    for digest, (first, *others) in seen.labels.items():
-        for other in others:
-            if not any({first, other} <= set(pair) for pair in same) and (first, other) not in seen.pairs:
-                why = f"its label is voxel for voxel that of '{first}', the images differ"
-                findings.append(Finding("copied label", other, f"{why} ({digest[:8]})"))
-    for first, *others in seen.patients.values():
-        for other in others:
-            if groups[first] != groups[other]:
-                seen.pairs.append((first, other))
-                findings.append(Finding("same patient", other, f"its DICOM patient ID is that of '{first}'"))
-    _sides(cases, findings)
-    _beginnings(cases, findings)
-
-
-def _sides(cases: Sequence[Case], findings: list[Finding]) -> None:
-    """Hint at pairs such as 01L and 01R that are not known to be one patient."""
-    sides: dict[str, list[str]] = {}
-    for case in cases:
-        if case.group == case.id and (match := SIDES.match(case.id)):
-            sides.setdefault(match[1], []).append(case.id)
-    pairs = [ids for ids in sides.values() if len(ids) > 1]
-    if pairs:
-        why = f"{len(pairs)} pairs such as {' and '.join(pairs[0])} may be one patient each; give --id-pattern then"
-        findings.append(Finding("left and right", pairs[0][0], why))
-
-
-def _beginnings(cases: Sequence[Case], findings: list[Finding]) -> None:
-    """Hint at tiles of a slide or frames of a patient by their names, where no patient is known."""
-    named = [NUMBERED.match(case.id) for case in cases if case.group == case.id]
-    first = [match[1] for match in named if match]
-    if len(first) == len(cases) >= 2 * len(set(first)) > 2:
-        why = (
-            f"{len(cases)} images have {len(set(first))} beginnings of names such as {first[0]}; if each is a patient "
-            f"or a slide, give --id-pattern '{NUMBERED.pattern}', or images of one will be trained on and validated on"
-        )
-        findings.append(Finding("beginnings of names", "", why))
 
 
 def _labelled(dataset: Dataset, cases: tuple[Case, ...]) -> Dataset:
@@ -462,138 +224,6 @@ def _hopeless(findings: Sequence[Finding], case: str) -> bool:
     return any(finding.case == case and finding.repair == LEFT_OUT for finding in findings)
 
 
-def _repaired_image(image: Image, case: Case, dataset: Dataset, note: Any) -> Image | None:
-    if image.spatial_dims != dataset.spatial_dims:
-        note(
-            "other dimension",
-            f"{image.path} is {image.spatial_dims}D, the others are {dataset.spatial_dims}D",
-        )
-        return None
-    if len(image.array) != len(dataset.channel_names):
-        expected = f"{len(dataset.channel_names)} ({', '.join(dataset.channel_names)})"
-        note("other channels", f"{image.path} has {len(image.array)} channels, expected are {expected}")
-        return None
-    bad = ~np.isfinite(image.array)
-    if bad.all():
-        note("unreadable", f"{image.path} has no finite voxel")
-        return None
-    if bad.any():
-        note("not finite", f"{image.path} has {int(bad.sum())} voxels that are NaN or infinite")
-        image = replace(image, array=np.where(bad, image.array[~bad].min(), image.array))
-    if any(map(is_turned, case.images)):
-        said = "is to be shown turned (EXIF), and is taken as it is stored; was its label drawn so?"
-        note("turned by EXIF", f"{image.path} {said}")
-    if image.array.min() == image.array.max():
-        note("constant image", f"{image.path} has the value {image.array.flat[0]:g} everywhere")
-    if any(_is_4d_with_one(path) for path in case.images):
-        note("4D with one channel", f"{image.path} is stored as 4D with a last axis of length 1")
-        image = on_own_grid(image)
-    return image if image.spatial_dims == 2 else _straightened(image, note)
-
-
-def _straightened(image: Image, note: Any) -> Image:
-    """Look at the grid: spacing, and angles between the axes."""
-    spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
-    if (
-        spacing.min() < THINNEST
-        or spacing.max() > THICKEST
-        or spacing.max() / spacing.min() > MOST_ANISOTROPIC
-    ):
-        shown = " x ".join(f"{s:g}" for s in spacing)
-        note("extreme spacing", f"{image.path} has voxels of {shown} mm; is the unit millimetres?")
-    axes = image.affine[:3, :3] / spacing
-    off = float(np.abs(axes.T @ axes - np.eye(3)).max())
-    if off < CROOKED:
-        return image
-    if off > SHEARED:
-        note(
-            "sheared axes",
-            f"{image.path} has axes far from right angles (cosine {off:.3f}), as of a tilt",
-        )
-        return image
-    note("crooked axes", f"{image.path} has axes that are not quite at right angles (cosine {off:.2g})")
-    left, _, right = np.linalg.svd(axes)
-    affine = image.affine.copy()
-    affine[:3, :3] = left @ right * spacing
-    middle = (np.array(image.array.shape[1:]) - 1) / 2
-    affine[:3, 3] += (image.affine[:3, :3] - affine[:3, :3]) @ middle
-    return on_own_grid(image, affine=affine)
-
-
-def _is_4d_with_one(path: Path) -> bool:
-    if suffix_of(path) in SUFFIXES_NIFTI:
-        shape = nib.load(path).shape
-    elif suffix_of(path) in SUFFIXES_2D or path.is_dir():
-        return False
-    else:
-        shape = itk_header(path).GetSize()
-    return len(shape) > 3 and shape[-1] == 1
-
-
-def _repaired_label(
-    label: Image, images: Sequence[Image], colours: Sequence[int], note: Any
-) -> np.ndarray | None:
-    """Whole numbers (*S) on the grid of the image (as it was, and repaired), or None."""
-    image = images[0]
-    distance = min(grid_distance(one, label) for one in images)
-    finest = min(image.spacing)
-    if distance > ROUNDING * finest:
-        shapes = f"shapes {image.array.shape[1:]} and {label.array.shape[1:]}"
-        what = shapes if np.isinf(distance) else f"corners are up to {distance:.3g} mm apart"
-        note(
-            "different grids",
-            f"{label.path} does not lie on the grid of its image: {what}; resample one of them",
-        )
-        return None
-    if distance > GRID_TOLERANCE:
-        note("grids differ by rounding", f"{label.path} lies {distance:.3g} mm off the grid of its image")
-    if colours and suffix_of(label.path) not in LOSSY:
-        return numbered(label, dict(zip(colours, range(len(colours)), strict=True)))
-    array = label.labels
-    if len(array) > 1 and (array != array[0]).any():
-        note("no label map", f"{label.path} has {several_channels(label)}")
-        return None
-    values = np.unique(array[0])
-    if suffix_of(label.path) in LOSSY and len(values) > 2:
-        note("lossy label", f"{label.path} has {len(values)} different values because JPEG changes numbers")
-        return _split(array[0])
-    if has_soft_edges(array[0], values):
-        note(
-            "soft edges",
-            f"{label.path} has {len(values)} values, mostly {values[-1]:g}, as a resized mask has",
-        )
-        return _split(array[0])
-    rounded = np.rint(values)
-    if not np.isfinite(values).all() or np.abs(values - rounded).max() > 1e-3 or rounded.min() < 0:
-        note(
-            "no label map",
-            f"{label.path} holds {values[0]:g} to {values[-1]:g}; whole numbers from 0 are expected",
-        )
-        return None
-    if len(values) > MOST_VALUES:
-        note("no label map", f"{label.path} has {len(values)} different values; is it an image?")
-        return None
-    dtype = header_dtype(label.path)
-    if dtype is not None and np.issubdtype(dtype, np.floating):
-        note("float label", f"{label.path} is stored as {dtype}")
-    return np.rint(array[0]).astype(np.int32)
-
-
-def _split(mask: np.ndarray) -> np.ndarray:
-    """1 above the middle of a mask's values, 0 below."""
-    return np.where(mask > (mask.min() + mask.max()) / 2, 1, 0).astype(np.int32)
-
-
-def _patient_of(folder: Path) -> str:
-    """DICOM patient ID of a series, "" where there is none."""
-    for file in sorted(folder.iterdir()):
-        try:
-            return header_tags(file).get(PATIENT_ID, "").strip()
-        except RuntimeError:
-            continue
-    return ""
-
-
 def _images_alone(path: Path, why: str, findings: list[Finding]) -> Diagnosis:
     """No layout with labels was recognised: say so, and whether the images that are there can be read."""
     try:
@@ -612,21 +242,3 @@ def _images_alone(path: Path, why: str, findings: list[Finding]) -> Diagnosis:
                 Finding("not finite", case.id, f"{image.path} has voxels that are NaN or infinite")
             )
     return Diagnosis(path, "no layout that kanseg knows", len(cases), findings)
-
-
-def rows(found: Diagnosis, shown: int = 3) -> list[tuple[str, str, str, str]]:
-    """For a table: severity, kind with its count, what was found (the first few), and the repair."""
-    findings, root = found.findings, f"{found.source}/"
-    by_kind: dict[str, list[Finding]] = {}
-    for finding in findings:
-        by_kind.setdefault(finding.kind, []).append(finding)
-    order: Mapping[str, int] = {severity: place for place, severity in enumerate((ERROR, WARNING, NOTE))}
-    table = []
-    for kind, group in sorted(by_kind.items(), key=lambda item: order[item[1][0].severity]):
-        messages = [f"{f.case}: {f.message}" if f.case else f.message for f in group[:shown]]
-        messages = [message.replace(root, "") for message in messages]
-        if len(group) > shown:
-            messages.append(f"and {len(group) - shown} more")
-        count = f"{kind} ({len(group)})" if len(group) > 1 else kind
-        table.append((group[0].severity, count, "\n".join(messages), group[0].repair or "not by kanseg"))
-    return table

@@ -15,7 +15,7 @@ from rich.text import Text
 from kanseg.config import Config
 from kanseg.data.cases import Dataset, few
 from kanseg.data.class_plan import plan_classes
-from kanseg.data.doctor import Finding
+from kanseg.data.findings import Finding
 from kanseg.data.fingerprint import check_unchanged, fingerprint
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes, read_classes

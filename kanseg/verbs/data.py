@@ -34,7 +34,8 @@ def doctor(
     from rich.table import Table
 
     from kanseg.data.class_doctor import diagnose_classes
-    from kanseg.data.doctor import diagnose, rows
+    from kanseg.data.doctor import diagnose
+    from kanseg.data.findings import rows
     from kanseg.data.image_classes import is_classes
 
     classes = is_classes(data)
@@ -46,7 +47,7 @@ def doctor(
     what = f"{data}: {found.layout}, {found.cases} cases"
     table = Table("", "what", "found", "repair (--fix)", title=escape(what))
     table.columns[2].overflow = "fold"
-    for row in rows(found):
+    for row in rows(found.findings, found.source):
         table.add_row(*map(escape, row))
     talk = console(json_)
     if found.findings:
