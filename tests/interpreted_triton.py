@@ -26,7 +26,7 @@ from kanseg.bases.rational import GroupRational
 from kanseg.bases.relu import ReLUBumps
 from kanseg.bases.wavelet import WaveletShifts
 from kanseg.layers import FAMILIES, KANConv, conv_layer
-from kanseg.layers.kernels import conv_operator, expansion, gpu, instance_norm_act, norm_act, triton_conv
+from kanseg.layers.kernels import conv_operator, gpu, instance_norm_act, norm_act, slabs, triton_conv
 from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last
 
@@ -193,7 +193,7 @@ def test_functions_of_a_subclass_are_its_own(launches: list[str]) -> None:
 @pytest.mark.parametrize("family", ["kagn", "fastkan", "grkan"])
 @pytest.mark.parametrize("geometry", [{}, {"groups": 2, "stride": 2}, {"kernel_size": 1, "stride": 3}])
 def test_slabs_change_nothing(family: str, geometry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expansion, "SLAB_BYTES", 3000)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 3000)
     x = torch.randn(2, 4, 5, 3, 4)
     assert_like_float64(lambda **o: conv_layer(family, **o)(3, 4, 6, **geometry), x, 1e-4)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.layers import FAMILIES, KANConv, conv_layer
-from kanseg.layers.kernels import expansion, instance_norm_act, native, wavelet
+from kanseg.layers.kernels import instance_norm_act, native, slab_conv, slabs, wavelet
 from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last
 from kanseg.layers.wavelet_conv import WaveletConv
@@ -203,9 +203,9 @@ def test_zeros_that_lead_torch_to_onednn_change_nothing(
     backend: str, size: tuple[int, ...], zeros: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A volume of few channels gets channels or a sample more, a tiny one nothing."""
-    monkeypatch.setattr(expansion, "LEFT_TO_TORCH", 5000)
+    monkeypatch.setattr(slab_conv, "LEFT_TO_TORCH", 5000)
     x = torch.randn(1, 1, *size)
-    wider, weight = expansion.for_onednn(torch.zeros(1, 4, *size), torch.zeros(5, 4, 3, 3, 3))
+    wider, weight = slab_conv.for_onednn(torch.zeros(1, 4, *size), torch.zeros(5, 4, 3, 3, 3))
     assert (wider.shape[:2], weight.shape[1]) == (zeros, zeros[1])
     for bare in ({}, {"base": False}):
         assert_like_float64(lambda **options: KANConv(3, 1, 5, **bare, **options), x)  # noqa: B023
@@ -310,7 +310,7 @@ def test_slabs_change_nothing(
     layer = conv_layer(family)(3, channels, 16)
     cotangent = torch.randn(layer(x).shape)
     whole = gradients(layer, x, cotangent)
-    monkeypatch.setattr(expansion, "SLAB_BYTES", 400_000)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 400_000)
     pieces = gradients(layer, x, cotangent)
     torch.testing.assert_close(pieces[0], whole[0], atol=2e-5, rtol=1e-5)
     for one, other in zip(pieces[1:], whole[1:], strict=True):
@@ -332,7 +332,7 @@ def test_inference_is_bit_equal_however_the_input_lies_in_memory(
     x = torch.randn(2, 16, 38, *[11, 12][: dims - 1])
     with torch.no_grad():
         whole = layer(channels_last(x))
-        monkeypatch.setattr(expansion, "COPY_BYTES", 20_000)
+        monkeypatch.setattr(slabs, "COPY_BYTES", 20_000)
         monkeypatch.setattr(wavelet, "COPY_BYTES", 20_000)
         before = x.clone()
         torch.testing.assert_close(layer(channels_last(x)), whole, atol=0, rtol=0)
@@ -361,7 +361,7 @@ def test_slabs_of_wavelets_change_nothing(geometry: dict[str, Any], monkeypatch:
     assert [slab.whole for slab in layer.conv._slabs(x)] == [True]
     torch.manual_seed(1)
     whole = gradients(layer, x, cotangent)
-    monkeypatch.setattr(expansion, "SLAB_BYTES", 300_000)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 300_000)
     assert len(layer.conv._slabs(x)) >= 4
     torch.manual_seed(1)
     for one, other in zip(gradients(layer, x, cotangent), whole, strict=True):

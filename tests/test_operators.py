@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kanseg import KANConv, create_model
 from kanseg.bases import BASES, Basis, create_basis
 from kanseg.layers import FAMILIES, conv_layer, plain_steps
-from kanseg.layers.kernels.expansion import Geometry
+from kanseg.layers.kernels.geometry import Geometry
 from kanseg.layers.kernels.recipe import Recipe, read
 
 KAN_FAMILIES = sorted(set(FAMILIES) - {"plain"})

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kanseg import UKANet
 from kanseg.layers import conv_layer
-from kanseg.layers.kernels import conv_operator, expansion, gpu, norm_act
+from kanseg.layers.kernels import conv_operator, gpu, norm_act, slabs
 from kanseg.layers.kernels.rows import channels_last
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -241,8 +241,8 @@ def test_a_gpu_gives_the_numbers_of_float64(
     x = torch.randn(2, 32, *[33] * spatial_dims, device="cuda")
     cotangent = torch.randn_like(x)
     expected = _numbers(exact, x.double(), cotangent.double())
-    for slab in (expansion.LEAST_OF_GPU, 2**20):  # all at once, and a few planes at a time
-        monkeypatch.setattr(expansion, "slab_bytes", lambda device, slab=slab: slab)
+    for slab in (slabs.LEAST_OF_GPU, 2**20):  # all at once, and a few planes at a time
+        monkeypatch.setattr(slabs, "slab_bytes", lambda device, slab=slab: slab)
         for ours, theirs in zip(_numbers(layer, x, cotangent), expected, strict=True):
             assert (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
 

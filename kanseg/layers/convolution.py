@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kanseg.layers.geometry import CONVOLUTIONS, ConvGeometry
 from kanseg.layers.kernels import expanded_conv, gpu
-from kanseg.layers.kernels.expansion import Geometry, zeros_of
+from kanseg.layers.kernels.geometry import Geometry, zeros_of
 from kanseg.layers.kernels.operators import only_plain
 from kanseg.layers.kernels.plain_conv import pointwise_product
 from kanseg.layers.kernels.recipe import Recipe, Written

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.errors import ShapeError, UsageError
-from kanseg.layers.kernels.expansion import Geometry
+from kanseg.layers.kernels.geometry import Geometry
 
 # Dropout of whole channels, which MONAI's table has from two axes on.
 CHANNEL_DROPOUT: dict[int, type[nn.Module]] = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}

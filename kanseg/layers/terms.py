@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kanseg.layers.kernels.expansion import Slab, outputs
 from kanseg.layers.kernels.operators import only_first
+from kanseg.layers.kernels.slabs import Slab, outputs
 
 Term = tuple[Slab, Callable[..., Tensor]]  # and the part of the sum to which it adds
 

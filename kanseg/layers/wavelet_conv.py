@@ -16,9 +16,9 @@ from kanseg.layers.convolution import Convolution, lean
 from kanseg.layers.geometry import CHANNEL_DROPOUT
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
-from kanseg.layers.kernels.expansion import WHOLE, Slab, planes_of, slabs
 from kanseg.layers.kernels.operators import only_plain, plain_eager
 from kanseg.layers.kernels.rows import channels_last, laid_out
+from kanseg.layers.kernels.slabs import WHOLE, Slab, planes_of, slabs
 from kanseg.layers.norms import ActSpec, activation
 from kanseg.layers.recompute import recomputed
 from kanseg.layers.terms import SumOfTerms, Term, summed

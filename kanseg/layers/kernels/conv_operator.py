@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kanseg.layers.kernels import expansion, gpu
-from kanseg.layers.kernels.expansion import Expansion, Geometry
+from kanseg.layers.kernels.expansion import Expansion
+from kanseg.layers.kernels.geometry import Geometry
 from kanseg.layers.kernels.operators import operator, plain_eager, refuse_batched, refuse_second
 from kanseg.layers.kernels.recipe import read
 from kanseg.layers.kernels.rows import channels_last, empty_channels_last, laid_out

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kanseg.layers.kernels import winograd
+from kanseg.layers.kernels.geometry import Geometry
 from kanseg.layers.kernels.operators import only_first, plain_eager
 from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last, product
-
-if TYPE_CHECKING:
-    from kanseg.layers.kernels.expansion import Geometry
 
 
 def plain_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:

@@ -25,18 +25,12 @@ from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.relu import ReLUBumps
 from kanseg.bases.wavelet import WaveletShifts, dog, mexican_hat, morlet
 from kanseg.layers.kernels import gpu
-from kanseg.layers.kernels.expansion import (
-    Expansion,
-    Slab,
-    convolution_gradients,
-    convolve,
-    outputs,
-    planes_of,
-    slabs,
-)
+from kanseg.layers.kernels.expansion import Expansion
 from kanseg.layers.kernels.native import KNOWN
 from kanseg.layers.kernels.recipe import Recipe
 from kanseg.layers.kernels.rows import channels_last, empty_channels_last
+from kanseg.layers.kernels.slab_conv import convolution_gradients, convolve
+from kanseg.layers.kernels.slabs import Slab, outputs, planes_of, slabs
 from kanseg.layers.kernels.triton_functions import Functions
 from kanseg.layers.kernels.triton_kernels import Taps, add_constant, contract, pointwise, prepare, unfold
 

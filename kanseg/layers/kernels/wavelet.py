@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from kanseg.bases.wavelet import dog, mexican_hat, morlet
 from kanseg.layers.kernels import native
-from kanseg.layers.kernels.expansion import COPY_BYTES, TILE, Geometry, outputs, planes_of, slabs
+from kanseg.layers.kernels.geometry import Geometry
 from kanseg.layers.kernels.operators import only_first
 from kanseg.layers.kernels.rows import FORMATS, channels_last, empty_channels_last, laid_out
+from kanseg.layers.kernels.slabs import COPY_BYTES, TILE, outputs, planes_of, slabs
 
 KINDS: dict[Callable[[Tensor], Tensor], int] = {mexican_hat: 0, morlet: 1, dog: 2}
 BORDER = 2  # of zeros around the gradient of the output: the largest padding

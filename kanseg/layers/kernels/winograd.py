@@ -12,16 +12,14 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_int, c_longlong, c_void_p
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kanseg.layers.kernels import native
+from kanseg.layers.kernels.geometry import Geometry
 from kanseg.layers.kernels.native import Expansion, Learned, Part, pointer
-
-if TYPE_CHECKING:
-    from kanseg.layers.kernels.expansion import Geometry
 
 LEAST_VOXELS = 256  # of an output; below, the transforms of the weight cost more than they save
 LEAST_STRIDED = 1024  # of one with strides; below, oneDNN does better
