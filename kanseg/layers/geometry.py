@@ -127,7 +127,7 @@ class ConvGeometry(nn.Module):
             ShapeError: not a batch of `in_channels` channels and `spatial_dims` axes, or smaller than the kernel.
             UsageError: whole or complex numbers, or on another device than the weights.
         """
-        weight = next((p for p in self._parameters.values() if p is not None), x)
+        weight = ([p for p in self._parameters.values() if p is not None] or [x])[0]
         if weight.device != x.device or not x.is_floating_point():
             raise UsageError(
                 f"expected floating point numbers on {weight.device}, where the layer is, got {x.dtype} on {x.device}"
