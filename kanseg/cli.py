@@ -39,7 +39,7 @@ from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
 
 # Of the verbs in the help: the short way first.
-ORDER = "demo doctor run predict evaluate report plan train search compare ensemble export convert download".split()
+ORDER = "demo doctor run predict evaluate report plan train search compare ensemble prune export convert download".split()
 ORDER += ["models", "info"]
 
 # Options of predict that say how windows become label maps.

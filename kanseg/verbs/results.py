@@ -1,18 +1,31 @@
-"""Verbs around results and models: compare, combine, export, report."""
+"""Verbs around results and models: compare, combine, prune, export, report."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kanseg import __version__
-from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.errors import UsageError, UserError, counted, did_you_mean
 from kanseg.progress import say
 from kanseg.verbs.common import Json, Out, OutFile, console, emit, require
 
 app = typer.Typer()
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """What `kanseg.inference.agreement.agreement` found, in a line."""
+    classes = ", ".join(f"{name} {value:.4f}" for name, value in found["dice"].items())
+    images = counted(len(found["cases"]), "image")
+    return (
+        f"Label maps of {images} by both: equal labels {found['equal_labels']:.4%}, Dice {classes}, "
+        f"lowest {found['lowest_dice']:.4f}"
+    )
+
+
 Paths = Annotated[
     list[Path],
     typer.Argument(help="Folders of predictions, or tables of classifiers; with -i: runs or models."),
@@ -115,6 +128,46 @@ def ensemble(
         from kanseg.data.cases import few
 
         raise UserError(f"{len(result['failed'])} cases failed: {few(list(result['failed']))}.")
+
+
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Option("-m", "--model", help="Run, fold, checkpoint or name of weights.")],
+    images: Annotated[Path, typer.Option("-i", "--input", help="Images that say which functions count.")],
+    out: Out,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="Learned functions of each layer to set to 0, the weakest.")
+    ] = 0.0,
+    within: Annotated[
+        float,
+        typer.Option(min=0, help="Fewer functions in layers that change by less: a share of their spread."),
+    ] = 0.0,
+    json_: Json = False,
+) -> None:
+    """Take learned functions away that say little on images: a smaller model, and how far its label maps agree.
+
+    --share sets the weakest functions to 0, which saves neither time nor memory. --within gives layers the fewest
+    functions that keep their outputs (straight lines, polynomials of a low degree), which saves both. The model is one
+    like others, to predict with, to export and to start trainings from (training.weights=MODEL).
+
+    Example: kanseg prune -m runs/mine -i scans/ --within 0.1 -o pruned/
+    """
+    from kanseg.inference.reduce import prune_model
+
+    require("an image, a folder of images, or a folder with a DICOM series", images)
+    talk = console(json_)
+    with talk.status("Looking at the functions"):
+        result = prune_model(model, images, out, share=share, within=within)
+    for number, network in enumerate(result["networks"], start=1):
+        for one in network["simplified"]:
+            say(talk, "{layer}: {before} functions a channel, now {after} (error {error:.3f})".format(**one))
+        fewer = f"{len(network['simplified'])} of {result['layers']} layers have fewer functions"
+        say(talk, f"Network {number}: {fewer}, {network['share']:.1%} of all functions are 0")
+    for what in ("parameters", "seconds_a_window"):
+        both = result[what]
+        say(talk, f"{what.replace('_', ' ')}: {both['before']:,}, now {both['after']:,}")
+    say(talk, in_words(result["agreement"]))
+    emit(result, json_)
 
 
 @app.command()
