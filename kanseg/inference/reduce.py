@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UsageError, UserError
-from kanseg.inference.agreement import agreement
+from kanseg.inference.agreement import agreement, seconds_a_window
 from kanseg.inference.ensemble import Ensemble, Loaded, save_members
 from kanseg.inference.windows import windows_of
 from kanseg.study import merge, prune, pruned_share, simplify
 from kanseg.study.visualize import kan_layers
-
-TURNS = 5
 
 
 def prune_model(
@@ -44,7 +37,9 @@ def prune_model(
         UserError: no model that segments, or one of several plans.
     """
     if not (share or within):
-        raise UsageError("Say what may go: --share of the functions, or --within of a layer's output, or both.")
+        raise UsageError(
+            "Say what may go: --share of the functions, or --within of a layer's output, or both."
+        )
     loaded = Loaded([model])
     if len(loaded.plans) > 1:
         raise UserError(f"{model} has networks of {len(loaded.plans)} plans. Prune each by itself.")
@@ -65,18 +60,6 @@ def prune_model(
         "networks": told,
         "layers": len(kan_layers(network)) // len(told),
         "parameters": {when: sum(p.numel() for p in one.parameters()) for when, one in both.items()},
-        "seconds_a_window": _seconds(both, windows[0]),
+        "seconds_a_window": seconds_a_window(both, windows[0]),
         "agreement": found,
     }
-
-
-@torch.inference_mode()
-def _seconds(networks: dict[str, nn.Module], window: Tensor) -> dict[str, float]:
-    """The median time of a pass through each, taken in turns so that a busy machine meets all of them."""
-    spent: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(TURNS + 1):
-        for name, network in networks.items():
-            begun = time.perf_counter()
-            network(window)
-            spent[name].append(time.perf_counter() - begun)
-    return {name: round(median(some[1:]), 4) for name, some in spent.items()}

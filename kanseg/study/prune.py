@@ -44,7 +44,8 @@ def strengths(network: nn.Module, windows: Sequence[Tensor] | None = None) -> di
     """How much each learned function says: the mean of |f| over the values of its channel, by layer.
 
     f(x) = sum_k W_k phi_k(x) belongs to one output, one channel of the layer's input and one place of its kernel. The
-    base branch, which no basis expands, is no part of it. All layers with a basis count, whatever it is; WavKAN has none.
+    base branch, which no basis expands, is no part of it. All layers with a basis count, whichever it is (WavKAN has
+    none).
 
     Args:
         windows: inputs of the network, (N, C, *S) each; None for values of the normal distribution in each channel.
@@ -54,8 +55,7 @@ def strengths(network: nn.Module, windows: Sequence[Tensor] | None = None) -> di
         no kernel.
     """
     return {
-        name: _strengths(layer, values)
-        for name, (layer, values) in _with_values(network, windows).items()
+        name: _strengths(layer, values) for name, (layer, values) in _with_values(network, windows).items()
     }
 
 
@@ -246,7 +246,9 @@ def _with_values(network: nn.Module, windows: Sequence[Tensor] | None) -> dict[s
     """Layers with a basis, and values that it sees in each channel, (channels, values)."""
     layers = kan_layers(network)
     if not layers:
-        raise UsageError("The network has no layers with learned functions of a basis: its layers are plain, or WavKAN.")
+        raise UsageError(
+            "The network has no layers with learned functions of a basis: its layers are plain, or WavKAN."
+        )
     if windows is None:
         return {name: (layer, quantiles(channels_of(layer))) for name, layer in layers.items()}
     found: dict[str, list[Tensor]] = {name: [] for name in layers}

@@ -177,9 +177,15 @@ def export(
     to: Annotated[
         str, typer.Option(help="onnx, torch (a program of torch.export), or monai (a bundle).")
     ] = "onnx",
-    image: Annotated[
-        Path | None, typer.Option("-i", "--input", help="An image to compare the label maps of both on.")
+    images: Annotated[
+        Path | None, typer.Option("-i", "--input", help="Images to compare the label maps of both on.")
     ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Convolutions in int8, by ranges on the images (ONNX, needs -i).")
+    ] = False,
+    agree: Annotated[
+        float, typer.Option(min=0, max=1, help="With --int8: least Dice of both label maps, of each class.")
+    ] = 0.95,
     json_: Json = False,
 ) -> None:
     """Write a network for software without kanseg: ONNX, torch.export or a MONAI bundle, and model.json about it.
@@ -188,7 +194,12 @@ def export(
     difference is written down; a file that differs is not kept. ONNX needs the extra `onnx`. Classifiers are written
     to ONNX and torch.
 
+    --int8 makes files a quarter as large, and predictions faster where the processor multiplies int8 (VNNI). Label maps
+    change a little: give images like those to predict, some that the training never saw among them.
+
     Example: kanseg export runs/mine -o exported/ -i scan.nii.gz
+
+    Example: kanseg export runs/mine -o exported/ --int8 -i scans/
     """
     from kanseg.export import FORMATS
 
@@ -198,16 +209,23 @@ def export(
 
     talk = console(json_)
     with talk.status("Exporting, a minute or so"):
-        result = export_network(models, out, to, image=image)
+        result = export_network(models, out, to, images=images, int8=int8, agree=agree)
     found = result["parity"]
     say(talk, f"{result['file']} ({result['megabytes']} MB) and model.json")
     talk.print(
-        f"on {found['windows']} random windows: largest difference {found['relative_difference']:.1e} of the largest "
-        f"output, equal classes {found['equal_classes']:.2%}",
+        f"on {found['windows']} {'windows of the images' if int8 else 'random windows'}: largest difference "
+        f"{found['relative_difference']:.1e} of the largest output, equal classes {found['equal_classes']:.2%}",
         highlight=False,
     )
-    if image is not None:
-        say(talk, f"equal labels {found['image']['equal_labels']:.4%} on {found['image']['case']}")
+    if int8:
+        seconds, size = found["seconds_a_window"], found["int8"]["float32_megabytes"]
+        say(
+            talk,
+            f"In float32 it has {size} MB. A window takes {seconds['exported']} s, in float32 {seconds['float32']} s: "
+            f"{seconds['exported'] / seconds['float32']:.2f} times that",
+        )
+    if images is not None:
+        say(talk, in_words(found["images"]))
     if result["postprocessing"]:
         talk.print("The post-processing of kanseg predict is no part of it: model.json says the rules.")
     emit(result, json_)
