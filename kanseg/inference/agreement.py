@@ -32,11 +32,11 @@ def agreement(one: nn.Module, other: nn.Module, cases: Sequence[Case], plan: Pla
     for case in cases:
         item, _ = load_case(case, plan, with_label=False)
         batch = item["image"].as_tensor()[None]
-        maps = [
+        ours, theirs = (
             restored_labels(predict_logits(network, batch, plan)[0], item, plan) for network in (one, other)
-        ]
-        equal, voxels = equal + int((maps[0] == maps[1]).sum()), voxels + maps[0].size
-        scores.append(dice_of_values(*maps, range(1, len(plan.label_names))))
+        )
+        equal, voxels = equal + int((ours == theirs).sum()), voxels + ours.size
+        scores.append(dice_of_values(ours, theirs, range(1, len(plan.label_names))))
     return {
         "cases": [case.id for case in cases],
         "voxels": voxels,

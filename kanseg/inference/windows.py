@@ -23,7 +23,8 @@ def windows_of(cases: Sequence[Case], plan: Plan, count: int = WINDOWS) -> list[
     """
     chosen = cases[:: -(-len(cases) // count)]
     pad = SpatialPad(plan.patch_size)
-    crop = RandSpatialCrop(plan.patch_size, random_size=False).set_random_state(0)
+    crop = RandSpatialCrop(plan.patch_size, random_size=False)
+    crop.set_random_state(0)
     found = []
     for number, case in enumerate(chosen):
         image = load_case(case, plan, with_label=False)[0]["image"].as_tensor()

@@ -75,7 +75,7 @@ def prune(network: nn.Module, share: float, windows: Sequence[Tensor] | None = N
     if not 0 <= share <= 1:
         raise UsageError(f"share is that of the learned functions of a layer, 0 to 1; got {share}")
     for name, strength in strengths(network, windows).items():
-        layer = network.get_submodule(name)
+        layer: Any = network.get_submodule(name)
         weakest = strength.flatten().argsort(stable=True)[: round(share * strength.numel())]
         if len(weakest):
             gone = torch.zeros_like(strength, dtype=torch.bool).flatten().index_fill(0, weakest, True)
@@ -149,7 +149,8 @@ def simplify(network: nn.Module, windows: Sequence[Tensor], within: float) -> li
         raise UsageError(f"within is a share of the spread of a layer's output, 0 or more; got {within}")
     if any(parametrize.is_parametrized(module) for module in network.modules()):
         raise UsageError("The network has masks or changes beside its weights; kanseg.study.merge it first.")
-    seen, found = _with_values(network, windows), {}
+    seen = _with_values(network, windows)
+    found: dict[str, tuple[Simplified, Tensor]] = {}
     ways = {name: _fewer(layer.basis) for name, (layer, _) in seen.items()}
     for number in range(max(map(len, ways.values()), default=0)):
         trials = {
@@ -157,14 +158,14 @@ def simplify(network: nn.Module, windows: Sequence[Tensor], within: float) -> li
             for name, some in ways.items()
             if name not in found and number < len(some)
         }
-        with _watching(network, {name: trial.__call__ for name, trial in trials.items()}):
+        with _watching(network, trials):
             for window in windows:
                 network(window)
         for name, trial in trials.items():
             if trial.error <= within:
-                how = dict(ways[name][number])
-                counts = (convolved(basis) for basis in (seen[name][0].basis, trial.layer.basis))
-                found[name] = Simplified(name, how, *counts, trial.error), trial.layer.basis_weight
+                before, after = (convolved(basis) for basis in (seen[name][0].basis, trial.layer.basis))
+                told = Simplified(name, ways[name][number], before, after, trial.error)
+                found[name] = told, trial.layer.basis_weight
     for name, (told, weight) in found.items():
         set_basis(seen[name][0], told.basis)
         seen[name][0].basis_weight.copy_(weight)
@@ -216,7 +217,7 @@ def _fewer(basis: Basis) -> list[dict[str, Any]]:
     """Bases of fewer functions, the cheapest first."""
     most = convolved(basis) - 1
     polynomials = [{"basis": "legendre", "degree": degree} for degree in range(1, most + 1)]
-    return [LINE, *polynomials] if most else []
+    return [dict(LINE), *polynomials] if most else []
 
 
 def _moved(layer: Any, values: Tensor, how: Mapping[str, Any]) -> Any:
@@ -246,9 +247,7 @@ def _with_values(network: nn.Module, windows: Sequence[Tensor] | None) -> dict[s
     """Layers with a basis, and values that it sees in each channel, (channels, values)."""
     layers = kan_layers(network)
     if not layers:
-        raise UsageError(
-            "The network has no layers with learned functions of a basis: its layers are plain, or WavKAN."
-        )
+        raise UsageError("The network has no layers with functions of a basis: they are plain, or WavKAN.")
     if windows is None:
         return {name: (layer, quantiles(channels_of(layer))) for name, layer in layers.items()}
     found: dict[str, list[Tensor]] = {name: [] for name in layers}

@@ -68,7 +68,8 @@ def ends(nodes: Sequence[Any]) -> list[str]:
 
 
 def _first(nodes: Iterable[tuple[Any, Iterable[str], Iterable[str]]]) -> list[str]:
-    found, behind = [], set()
+    found: list[str] = []
+    behind: set[str] = set()
     for node, given, made in nodes:
         follows = not behind.isdisjoint(given)
         product = node.op_type in PRODUCTS
