@@ -31,5 +31,5 @@ def windows_of(cases: Sequence[Case], plan: Plan, count: int = WINDOWS) -> list[
         batch = as_batch(image[None], plan)
         for _ in range(number, count, len(chosen)):
             place = crop.R.randint(len(batch))
-            found.append(crop(pad(batch[place])).as_tensor()[None])
+            found.append(crop(pad(batch[place])).as_subclass(Tensor)[None])
     return found

@@ -1,9 +1,9 @@
 """What KAN layers can do without: learned functions that say little, and functions of a basis that no data need.
 
 `prune` sets whole learned functions to 0, the weakest of each layer (Liu et al., KAN, arXiv 2404.19756, section 2.5.1:
-by the mean of their absolute values on data). Zeros cost the time and memory that other weights cost. `simplify` saves
-both: a layer whose learned functions are nearly sums of fewer ones (straight lines, or polynomials in tanh of a lower
-degree) gets those as its basis, by least squares on the values that its inputs take.
+by the mean of their absolute values on data). Zeros take as much time and room as other weights. `simplify` saves both:
+a layer whose learned functions are nearly sums of fewer ones (straight lines, or polynomials in tanh of a lower degree)
+gets those as its basis, by least squares on the values that its inputs take.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def prune(
 ) -> None:
     """Take learned functions away that say little on images: a smaller model, and how far its label maps agree.
 
-    --share sets the weakest functions to 0, which saves neither time nor memory. --within gives layers the fewest
+    --share sets the weakest functions to 0, which saves neither time nor room. --within gives layers the fewest
     functions that keep their outputs (straight lines, polynomials of a low degree), which saves both. The model is one
     like others, to predict with, to export and to start trainings from (training.weights=MODEL).
 
