@@ -10,6 +10,7 @@ from typing import Any
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.agreement import agreement, seconds_a_window
+from kanseg.inference.classify import is_classifier
 from kanseg.inference.ensemble import Ensemble, Loaded, save_members
 from kanseg.inference.windows import windows_of
 from kanseg.study import merge, prune, pruned_share, simplify
@@ -33,13 +34,15 @@ def prune_model(
         `kanseg.inference.agreement`}.
 
     Raises:
-        UsageError: nothing asked for, or no layers with learned functions.
+        UsageError: nothing asked for, a classifier, or no layers with learned functions.
         UserError: no model that segments, or one of several plans.
     """
     if not (share or within):
         raise UsageError(
             "Say what may go: --share of the functions, or --within of a layer's output, or both."
         )
+    if is_classifier(model):
+        raise UsageError(f"Pruning goes by label maps, and {model} is a classifier, which makes none.")
     loaded = Loaded([model])
     if len(loaded.plans) > 1:
         raise UserError(f"{model} has networks of {len(loaded.plans)} plans. Prune each by itself.")
