@@ -128,7 +128,7 @@ def test_what_cannot_be_exported_is_said(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is to be a folder"):
         export_network([tmp_path / "a"], tmp_path / "model.onnx")
     with pytest.raises(UserError, match="There is no"):
-        export_network([tmp_path / "a"], tmp_path / "out", image=tmp_path / "no.nii.gz")
+        export_network([tmp_path / "a"], tmp_path / "out", images=tmp_path / "no.nii.gz")
     with pytest.raises(UserError, match="2 different plans"):
         export_network([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

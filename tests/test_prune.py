@@ -121,6 +121,14 @@ def test_a_share_of_nothing_changes_nothing_and_the_weakest_go_first() -> None:
     assert not strengths(net, given)["0.conv"][gone].any()
 
 
+def test_experts_that_no_window_reaches_are_pruned_and_never_simplified() -> None:
+    torch.manual_seed(0)
+    net = conv_layer("kagn", num_experts=4, k=1, noisy=False)(2, 4, 4).eval()
+    given = [windows(1)[0][:1]]  # one sample goes to one expert
+    assert len(simplify(copy.deepcopy(net), given, 10.0)) == 1
+    assert pruned_share(prune(net, 0.25, given)) == 0.25
+
+
 def test_fully_connected_layers_are_pruned_too() -> None:
     net = nn.Sequential(KANLinear(5, 4), KANLinear(4, 3)).eval()
     rows = [torch.randn(30, 5)]

@@ -24,6 +24,7 @@ from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.export import AGREE
 from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
 from kanseg.files import make_folder, write_json
 from kanseg.inference.agreement import agreement, seconds_a_window
@@ -34,7 +35,6 @@ from kanseg.layers import plain_steps
 from kanseg.study.quantize import quantize
 
 TOLERANCE = 1e-3  # of the largest logit
-AGREE = 0.95  # Dice of label maps by an int8 file with those of its original
 WINDOWS = 3
 INPUT, OUTPUT = "image", "logits"
 Run = Callable[[np.ndarray], np.ndarray]  # (N, C, *patch) -> (N, K, *patch), of a classifier (N, K)

@@ -48,11 +48,11 @@ def strengths(network: nn.Module, windows: Sequence[Tensor] | None = None) -> di
     none).
 
     Args:
-        windows: inputs of the network, (N, C, *S) each; None for values of the normal distribution in each channel.
+        windows: inputs of the network, (N, C, *S) each; None for values of the normal distribution in each channel, as
+            layers have that no window reaches (experts of a mixture).
 
     Returns:
-        (out_channels, in_channels / groups, *kernel) of each layer that the windows reach; fully connected ones have
-        no kernel.
+        (out_channels, in_channels / groups, *kernel) of each layer; fully connected ones have no kernel.
     """
     return {
         name: _strengths(layer, values) for name, (layer, values) in _with_values(network, windows).items()
@@ -265,7 +265,10 @@ def _with_values(network: nn.Module, windows: Sequence[Tensor] | None) -> dict[s
     with _watching(network, {f"{name}.basis".lstrip("."): keep(name) for name in layers}):
         for window in windows:
             network(window)
-    return {name: (layers[name], torch.cat(some, 1)) for name, some in found.items() if some}
+    return {
+        name: (layer, torch.cat(found[name], 1) if found[name] else quantiles(channels_of(layer)))
+        for name, layer in layers.items()
+    }
 
 
 @contextmanager

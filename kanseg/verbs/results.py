@@ -10,6 +10,7 @@ import typer
 
 from kanseg import __version__
 from kanseg.errors import UsageError, UserError, counted, did_you_mean
+from kanseg.export import AGREE, FORMATS
 from kanseg.progress import say
 from kanseg.verbs.common import Json, Out, OutFile, console, emit, require
 
@@ -185,7 +186,7 @@ def export(
     ] = False,
     agree: Annotated[
         float, typer.Option(min=0, max=1, help="With --int8: least Dice of both label maps, of each class.")
-    ] = 0.95,
+    ] = AGREE,
     json_: Json = False,
 ) -> None:
     """Write a network for software without kanseg: ONNX, torch.export or a MONAI bundle, and model.json about it.
@@ -201,8 +202,6 @@ def export(
 
     Example: kanseg export runs/mine -o exported/ --int8 -i scans/
     """
-    from kanseg.export import FORMATS
-
     if to not in FORMATS:
         raise UsageError(f"Unknown format '{to}'.{did_you_mean(to, FORMATS)}")
     from kanseg.export.network import export_network
