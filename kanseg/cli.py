@@ -39,8 +39,8 @@ from kanseg.verbs.common import console as _console
 from kanseg.verbs.common import emit as _emit
 
 # Of the verbs in the help: the short way first.
-ORDER = "demo doctor run predict evaluate report plan train search compare ensemble export convert download".split()
-ORDER += ["models", "info"]
+ORDER = "demo doctor run predict evaluate report plan train search compare ensemble".split()
+ORDER += ["prune", "export", "convert", "download", "models", "info"]
 
 # Options of predict that say how windows become label maps.
 MASKS_ALONE = {"format_": "--format", "overlap": "--overlap", "blending": "--blending", "memory": "--memory"}

@@ -29,7 +29,7 @@ from kanseg.config import flat, load_config
 from kanseg.errors import UsageError
 
 VERBS = ("demo", "doctor", "run", "predict", "evaluate", "report", "plan", "train", "search", "compare")
-VERBS += ("ensemble", "export", "convert", "download", "models", "info")
+VERBS += ("ensemble", "prune", "export", "convert", "download", "models", "info")
 QUICK = [
     "training.max_epochs=1",
     "training.steps_per_epoch=2",

@@ -23,7 +23,14 @@ from kanseg.data.formats import read_dataset
 from kanseg.data.plan import Plan, make_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.export import network as exporting
-from kanseg.export.network import FORMATS, TOLERANCE, compare, export_network, program_of
+from kanseg.export.network import (
+    FORMATS,
+    TOLERANCE,
+    compare,
+    export_network,
+    program_of,
+    random_windows,
+)
 from kanseg.inference.ensemble import Loaded
 from kanseg.inference.postprocess import save_rules
 from kanseg.inference.predict import predict_case
@@ -49,7 +56,7 @@ def test_folds_become_one_file_with_the_same_label_maps(
 ) -> None:
     files = [checkpoint(plan, tmp_path / f"fold_{i}", i) for i in range(2)]
     image = blobs / "imagesTr" / "case_0.nii.gz"
-    said = export_network([tmp_path], tmp_path / "out", to, image=image)
+    said = export_network([tmp_path], tmp_path / "out", to, images=image)
     about = json.loads((tmp_path / "out" / "model.json").read_text())
     assert set(about) >= CONTENTS
     assert len(about["checkpoints"]) == len(files)
@@ -57,7 +64,7 @@ def test_folds_become_one_file_with_the_same_label_maps(
     assert [c["name"] for c in about["classes"]] == plan.label_names
     assert about["parity"] == said["parity"]
     assert said["parity"]["relative_difference"] < TOLERANCE
-    assert said["parity"]["image"]["equal_labels"] > 0.999
+    assert said["parity"]["images"]["equal_labels"] > 0.999
     assert (tmp_path / "out" / FORMATS[to].file).is_file()
     assert not list((tmp_path / "out").rglob(".part*"))
 
@@ -83,7 +90,7 @@ def test_every_family_is_written_in_plain_operations(basis: str) -> None:
     operations = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in operations if "kanseg" in name]
     run = program.module()
-    found = compare(network, lambda window: run(torch.from_numpy(window)).numpy(), shape)
+    found = compare(network, lambda window: run(torch.from_numpy(window)).numpy(), random_windows(shape))
     assert found["relative_difference"] < TOLERANCE
 
 
@@ -100,7 +107,7 @@ def test_other_networks_are_exported_too(name: str, options: dict[str, Any], tmp
     network = create_model(name, 2, 1, 2, **options).eval()
     FORMATS["onnx"].write(program_of(network, (1, 32, 32)), tmp_path / "model.onnx")
     run = FORMATS["onnx"].open(tmp_path / "model.onnx")
-    assert compare(network, run, (1, 32, 32))["relative_difference"] < TOLERANCE
+    assert compare(network, run, random_windows((1, 32, 32)))["relative_difference"] < TOLERANCE
 
 
 def test_a_file_that_differs_is_not_kept(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +128,7 @@ def test_what_cannot_be_exported_is_said(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is to be a folder"):
         export_network([tmp_path / "a"], tmp_path / "model.onnx")
     with pytest.raises(UserError, match="There is no"):
-        export_network([tmp_path / "a"], tmp_path / "out", image=tmp_path / "no.nii.gz")
+        export_network([tmp_path / "a"], tmp_path / "out", images=tmp_path / "no.nii.gz")
     with pytest.raises(UserError, match="2 different plans"):
         export_network([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -7,8 +7,7 @@ file needs neither kanseg nor its kernels. Each export is run beside the origina
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
 from importlib.util import find_spec
@@ -20,19 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from kanseg import __version__
-from kanseg.data.cases import Case
 from kanseg.data.class_plan import ClassPlan
 from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
-from kanseg.data.transforms import load_case, restored_labels
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.export import AGREE
 from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
 from kanseg.files import make_folder, write_json
+from kanseg.inference.agreement import agreement, seconds_a_window
 from kanseg.inference.classify import is_classifier
 from kanseg.inference.ensemble import Loaded
-from kanseg.inference.logits import predict_logits
+from kanseg.inference.windows import windows_of
 from kanseg.layers import plain_steps
+from kanseg.study.quantize import quantize
 
 TOLERANCE = 1e-3  # of the largest logit
 WINDOWS = 3
@@ -101,20 +101,31 @@ class Exported(nn.Module):
 
 
 def export_network(
-    models: Sequence[Path], out: Path, to: str = "onnx", *, image: Path | None = None
+    models: Sequence[Path],
+    out: Path,
+    to: str = "onnx",
+    *,
+    images: Path | None = None,
+    int8: bool = False,
+    agree: float = AGREE,
 ) -> dict[str, Any]:
     """Write OUT/model.onnx, OUT/model.pt2 or a bundle, and OUT/model.json: shapes, labels, preprocessing, differences.
 
     Args:
         models: runs, folds, checkpoints or names of weights of one plan; several become one network, their mean.
         to: name in `FORMATS`.
-        image: an image; then the file is also run over it by the sliding window, and the label maps are compared.
+        images: an image or a folder of them; then the file is also run over them by the sliding window, and the label
+            maps are compared.
+        int8: write convolutions and matrix products in int8 (ONNX alone, see `kanseg.study.quantize`), with the ranges
+            that they have on windows of the images.
+        agree: least Dice of each class, the mean over the images, between label maps of both for an int8 file.
 
     Returns:
         What model.json says of the comparison and of post-processing, and the path of the file.
 
     Raises:
-        UserError: models of several plans, or a file that does not give the numbers of the network; it is not kept.
+        UserError: models of several plans, or a file that does not give the numbers of the network, or in int8 not its
+            label maps; it is not kept.
     """
     if to not in FORMATS:
         raise UsageError(f"Unknown format '{to}'.{did_you_mean(to, FORMATS)}")
@@ -126,8 +137,12 @@ def export_network(
     if others := [f.file for f in FORMATS.values() if f.file != kind.file and (out / f.file).exists()]:
         raise UsageError(f"{out} holds {others[0]}, which model.json there tells of. Choose another folder.")
     classifier = is_classifier(models[0])
-    if classifier and image is not None:
-        raise UsageError(f"-i compares label maps, and {models[0]} is a classifier, which makes none.")
+    if classifier and (images is not None or int8):
+        raise UsageError(
+            f"-i and --int8 go by label maps, and {models[0]} is a classifier, which makes none."
+        )
+    if int8 and (to != "onnx" or images is None):
+        raise UsageError("--int8 is for --to onnx, and needs images like those to predict: -i IMAGES.")
     loaded = Loaded(models, kind=ClassPlan if classifier else Plan)
     if len(loaded.plans) > 1:
         raise UserError(
@@ -136,7 +151,8 @@ def export_network(
         )
     plan, network = loaded.plan, loaded.networks[0]
     kind.check(plan)
-    case = None if image is None else _one_image(image, plan.channel_names)
+    names = plan.channel_names
+    cases = [] if images is None else find_images(images, channels=len(names), names=names)
     shape = (plan.in_channels, *plan.patch_size)
     path = out / kind.file
     make_folder(path.parent)
@@ -144,14 +160,21 @@ def export_network(
     try:
         kind.write(program_of(network, shape), part)
         run = kind.open(part)
-        found = compare(network, run, shape)
-        if case is not None:
-            found["image"] = compare_labels(network, run, case, plan)
+        found = compare(network, run, random_windows(shape))
         if not found["relative_difference"] <= TOLERANCE:
             raise UserError(
                 f"The exported network differs from its original by {found['relative_difference']:.1e} of its largest "
                 f"output ({TOLERANCE:g} is allowed), so it was not kept. Report this with the output of `kanseg info`."
             )
+        if int8:
+            run, found = _in_int8(part, kind, network, windows_of(cases, plan))
+        if cases:
+            found["images"] = agreement(network, Exported(run), cases, plan)
+            if int8 and (lowest := min(found["images"]["dice"].values())) < agree:
+                raise UserError(
+                    f"In int8 label maps differ from those of the original, Dice {lowest:.4f} ({agree:g} is asked), so "
+                    "it was not kept. Give more images like those to predict by -i, or take less by --agree."
+                )
         about = {**describe(plan, to, kind, bool(loaded.rules)), "postprocessing": loaded.rules}
         about["parity"] = found
         kind.beside(out, loaded)
@@ -163,6 +186,17 @@ def export_network(
     return {"file": str(path), "megabytes": size, "parity": found, "postprocessing": loaded.rules}
 
 
+def _in_int8(
+    path: Path, kind: Format, network: nn.Module, windows: Sequence[Tensor]
+) -> tuple[Run, dict[str, Any]]:
+    """Put an int8 file in the place of one of float32; what runs it, and how it compares on the windows."""
+    size, whole = path.stat().st_size, Exported(kind.open(path))
+    kept = quantize(path, path, windows)
+    run = kind.open(path)
+    found = compare(network, run, windows, {"float32": whole})
+    return run, {**found, "int8": {"float32_products": kept, "float32_megabytes": round(size / 2**20, 1)}}
+
+
 def program_of(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
     """A network in operations of torch alone, for any number of windows (C, *patch) = `shape`."""
     copied = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
@@ -172,20 +206,22 @@ def program_of(network: nn.Module, shape: Sequence[int]) -> torch.export.Exporte
         return torch.export.export(copied, (window,), dynamic_shapes=dynamic, strict=False)
 
 
-def compare(network: nn.Module, run: Run, shape: Sequence[int]) -> dict[str, Any]:
-    """Outputs of both for random windows of normalised values, one at a time and two together."""
+def random_windows(shape: Sequence[int]) -> list[Tensor]:
+    """Windows (N, C, *patch) of normalised values, one alone and two together in turn."""
     generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1 + number % 2, *shape, generator=generator) for number in range(WINDOWS)]
+
+
+@torch.inference_mode()
+def compare(
+    network: nn.Module, run: Run, windows: Sequence[Tensor], others: Mapping[str, nn.Module] | None = None
+) -> dict[str, Any]:
+    """Outputs of both for some windows (N, C, *patch), and times, those of others as well."""
+    exported = Exported(run)
     largest = worst = 0.0
-    equal, seconds = [], {"kanseg": 0.0, "exported": 0.0}
-    for number in range(WINDOWS):
-        window = torch.randn(1 + number % 2, *shape, generator=generator)
-        with torch.inference_mode():
-            begun = time.perf_counter()
-            expected = network(window)
-            seconds["kanseg"] = time.perf_counter() - begun
-        begun = time.perf_counter()
-        given = torch.from_numpy(run(window.numpy()))
-        seconds["exported"] = time.perf_counter() - begun
+    equal = []
+    for window in windows:
+        expected, given = network(window), exported(window)
         if given.shape != expected.shape:
             raise UserError(
                 f"The exported network gives {tuple(given.shape)}, its original {tuple(expected.shape)}."
@@ -194,30 +230,14 @@ def compare(network: nn.Module, run: Run, shape: Sequence[int]) -> dict[str, Any
         largest = max(largest, float(expected.abs().max()))
         equal.append((given.argmax(1) == expected.argmax(1)).float().mean().item())
     return {
-        "windows": WINDOWS,
+        "windows": len(windows),
         "largest_difference": worst,
         "relative_difference": worst / max(largest, 1e-30),
         "equal_classes": float(np.mean(equal)),
-        "seconds_a_window": {name: round(value, 4) for name, value in seconds.items()},
+        "seconds_a_window": seconds_a_window(
+            {"kanseg": network, "exported": exported, **(others or {})}, windows[0]
+        ),
     }
-
-
-def _one_image(image: Path, names: Sequence[str]) -> Case:
-    cases = find_images(image, channels=len(names), names=names)
-    if len(cases) != 1:
-        raise UsageError(f"-i {image} holds {len(cases)} images, one is compared. Give a file.")
-    return cases[0]
-
-
-def compare_labels(network: nn.Module, run: Run, case: Case, plan: Plan) -> dict[str, Any]:
-    """Label maps of one image by both, on its own grid."""
-    item, _ = load_case(case, plan, with_label=False)
-    batch = item["image"].as_tensor()[None]
-    one, other = (
-        restored_labels(predict_logits(model, batch, plan)[0], item, plan)
-        for model in (network, Exported(run))
-    )
-    return {"case": case.id, "voxels": int(one.size), "equal_labels": float((one == other).mean())}
 
 
 def describe(plan: AnyPlan, to: str, kind: Format, cleaned: bool = False) -> dict[str, Any]:

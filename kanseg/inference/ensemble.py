@@ -31,6 +31,8 @@ from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder
 from kanseg.memory import taken
 from kanseg.progress import progress, say
+from kanseg.study.peft import merged
+from kanseg.study.prune import given_bases
 from kanseg.training.checkpoint import (
     BEST,
     EXPORTED,
@@ -121,6 +123,8 @@ def save_members(
 ) -> Path:
     """Write a network, or each of an `Ensemble`, as the saved model `folder`; given is its first file.
 
+    Changes and masks that lie beside weights are written as weights (`kanseg.study.merge`).
+
     Args:
         infos: JSON of the checkpoint of each.
         rules: post-processing, stored with each.
@@ -129,7 +133,9 @@ def save_members(
     make_folder(folder)
     for number, (member, info) in enumerate(zip(networks, infos, strict=True), start=1):
         kept = {key: value for key, value in info.items() if key not in ("rng", "state")}
-        weights = named("model", member.state_dict())
+        if bases := given_bases(member):
+            kept["model"] = {**info["model"], "bases": bases}
+        weights = named("model", merged(member, member.state_dict()))
         save_checkpoint(folder / member_name(number), weights, {**kept, "postprocessing": list(rules)})
     for file in members(folder / EXPORTED)[len(networks) :]:  # of a larger model that was there
         file.unlink()
@@ -232,6 +238,7 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "networks": len(files),
         "network": each(f"{spec.get('name')} in {spec.get('spatial_dims')}D" for spec in specs),
         "options": each(spec.get("options") for spec in specs),
+        "bases of layers": each(spec.get("bases") for spec in specs),
         "channels": plan.get("channel_names"),
         "classes": infos[0].get("labels"),
         "regions": plan.get("regions"),

@@ -156,7 +156,7 @@ def predict_logits(
     Args:
         how: overlap, blending, tta, watch; see `whole_logits`.
     """
-    batch = _batch(image, plan, device)
+    batch = as_batch(image, plan, device)
     logits = InMemory(_shape(batch, plan), plan.slice_axis, batch.device)
     _slide(model, batch, plan, logits, **how)
     if plan.slice_axis is None:
@@ -186,7 +186,7 @@ def whole_logits(
     Raises:
         UserError: the network gives numbers that are not finite, or the disk is too small.
     """
-    batch = _batch(image, plan, device)
+    batch = as_batch(image, plan, device)
     shape, size = _shape(batch, plan), FLOAT.itemsize * prod(_shape(batch, plan))
     if batch.device.type == "cuda" and size <= FITS * torch.cuda.mem_get_info()[0]:
         logits: Logits = InMemory(shape, plan.slice_axis, batch.device)
@@ -200,7 +200,7 @@ def whole_logits(
     return logits
 
 
-def _batch(image: Tensor, plan: Plan, device: torch.device | str) -> Tensor:
+def as_batch(image: Tensor, plan: Plan, device: torch.device | str = "cpu") -> Tensor:
     """The image as the network takes it, (N, C, *S) on its device; a volume learnt slice by slice is N slices."""
     image = torch.as_tensor(image).to(device)
     return image if plan.slice_axis is None else slices_as_channels(image[0], plan)

@@ -29,29 +29,51 @@ def refit(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     vectors of learned numbers of its bases: the first ones of those that both have are taken over. Base branch, norm
     and activation are no part of it, nor is WavKAN, which has no basis.
     """
-    before, fitted = kan_layers(old), {}
+    before, moved = kan_layers(old), {}
     for name, layer in kan_layers(new).items():
         known = before.get(name)
         if known is None or _shape(known) != _shape(layer):
             continue
         _take_common(known.basis, layer.basis)
-        channels = _shape(layer)[1]
-        given, own = (_values(one, channels) for one in (known, layer))
+        given, own = (expanded(one, quantiles(channels_of(one))) for one in (known, layer))
         if given.shape == own.shape and torch.allclose(given, own, rtol=0, atol=NEGLIGIBLE):
             continue
-        change = torch.linalg.lstsq(own, given, driver="gelsd").solution  # (C, K of new, K of old)
-        weight = known.basis_weight.unflatten(1, (channels, -1)).double()
-        fitted[f"{name}.basis_weight"] = (
-            torch.einsum("ckj,ocj...->ock...", change, weight).flatten(1, 2).float()
-        )
-    return fitted
+        moved[f"{name}.basis_weight"] = fitted(known, given, own)
+    return moved
 
 
-def _values(layer: Any, channels: int) -> Tensor:
-    """(channels, points, K), float64: what a layer weighs, at values of the normal distribution."""
-    quantiles = torch.arange(1, POINTS + 1, dtype=torch.float64) / (POINTS + 1)
-    basis = copy.deepcopy(layer.basis).double().cpu()
-    return layer.basis_act(basis(torch.special.ndtri(quantiles).expand(1, channels, -1)))[0].mT
+def quantiles(channels: int) -> Tensor:
+    """(channels, POINTS), float64: values of the normal distribution."""
+    shares = torch.arange(1, POINTS + 1, dtype=torch.float64) / (POINTS + 1)
+    return torch.special.ndtri(shares).expand(channels, -1)
+
+
+def expanded(layer: Any, values: Tensor) -> Tensor:
+    """What a layer weighs, at values of each channel: (channels, P) -> (channels, P, K), float64 on the CPU."""
+    basis, act = (copy.deepcopy(part).double().cpu() for part in (layer.basis, layer.basis_act))
+    return act(basis(values.double().cpu()[None]))[0].mT
+
+
+def fitted(layer: Any, given: Tensor, own: Tensor) -> Tensor:
+    """The basis weight of a layer for other functions, which come nearest to its own: least squares in each channel.
+
+    Args:
+        given: the layer's functions at some values, (channels, P, K), see `expanded`.
+        own: the others at the same values, (channels, P, K').
+    """
+    change = torch.linalg.lstsq(own, given, driver="gelsd").solution  # (channels, K', K)
+    weight = layer.basis_weight.detach().double().cpu()
+    groups = getattr(layer, "groups", 1)
+    grouped = weight.unflatten(1, (-1, given.shape[2])).unflatten(
+        0, (groups, -1)
+    )  # (G, O / G, C / G, K, ...)
+    moved = torch.einsum("gckj,gocj...->gock...", change.unflatten(0, (groups, -1)), grouped)
+    return moved.flatten(0, 1).flatten(1, 2).float()
+
+
+def channels_of(layer: Any) -> int:
+    """Channels of a layer's input, of all its groups."""
+    return getattr(layer, "groups", 1) * _shape(layer)[1]
 
 
 def _take_common(old: nn.Module, new: nn.Module) -> None:

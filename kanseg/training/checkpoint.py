@@ -30,6 +30,7 @@ from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.files import write_bytes
 from kanseg.models import TABLES, create_model
 from kanseg.study.peft import PLACE, adapt, merge
+from kanseg.study.prune import set_bases
 
 if TYPE_CHECKING:
     from kanseg.data.plans import AnyPlan
@@ -41,7 +42,7 @@ WEIGHTS = Path(__file__).parents[1] / "weights"  # that come with the package, s
 BUNDLE_MODELS = "models"  # folder of the weights in a MONAI bundle
 # What is read in the JSON of a checkpoint, where it is there: of all, of the model's description, and of its plan.
 KINDS: dict[str, type] = {"model": dict, "plan": dict, "labels": dict, "config": dict, "fresh": list}
-SPEC: dict[str, type] = {"name": str, "options": dict, "in_channels": int, "out_channels": int}
+SPEC: dict[str, type] = {"name": str, "options": dict, "in_channels": int, "out_channels": int, "bases": dict}
 ENDS: dict[str, type] = {"channel_names": list, "label_names": list, "slices": int}
 MOST = 2**20  # channels, classes or slices
 SHOWN = 40  # signs of what is wrong
@@ -237,15 +238,19 @@ def _without_start(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_model(spec: Mapping[str, Any]) -> nn.Module:
-    """A model from its description: name, spatial_dims, in_channels, out_channels, options (a dictionary)."""
-    return create_model(**{key: value for key, value in spec.items() if key != "options"}, **spec["options"])
+    """A model from its description: name, spatial_dims, in_channels, out_channels, options (a dictionary), and by their
+    names layers whose `bases` are others than the options say (`kanseg.study.simplify`).
+    """
+    own = {key: value for key, value in spec.items() if key not in ("options", "bases")}
+    return set_bases(create_model(**own, **spec["options"]), spec.get("bases", {}))
 
 
 def model_spec(config: Config, plan: AnyPlan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What `build_model` needs: the plan's network with the config's options over it, all of it JSON.
 
     Args:
-        known: {"name", "options"} of the network whose weights are started from; it goes before the plan's.
+        known: {"name", "options"} of the network whose weights are started from; it goes before the plan's. Its layers
+            keep the bases that they were given, unless the config has options of its own.
     """
     table = TABLES[plan.task]
     if known and known["name"] in table and config.model.name in (None, known["name"]):
@@ -268,6 +273,8 @@ def model_spec(config: Config, plan: AnyPlan, known: Mapping[str, Any] | None = 
         "out_channels": len(plan.label_names),
         "options": chosen,
     }
+    if known and "bases" in known and not config.model.options and name == known["name"]:
+        spec["bases"] = known["bases"]
     return json.loads(json.dumps(spec))
 
 
