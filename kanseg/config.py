@@ -8,7 +8,6 @@ Groups are chosen by `model=plain` or `training=sgd`, single keys are set by `tr
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.files import an_object, parse_json
 
 DEFAULT_EPOCHS = 100
 PLANNED = ("ukanet", "classifier")  # models that plans name
@@ -346,12 +346,7 @@ def config_folder() -> Path:
 
 def read_config(path: Path) -> Config:
     """The config of an earlier run."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a config: {error}. Start a new run folder.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no config (an object was expected). Start a new run folder.")
+    values = parse_json(path, "a config", "Start a new run folder.", an_object)
     try:
         return make_config(values)
     except UserError as error:

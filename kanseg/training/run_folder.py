@@ -15,7 +15,7 @@ from kanseg.data.fingerprint import check_unchanged, load_fingerprint
 from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError
-from kanseg.files import write_json
+from kanseg.files import parse_json, write_json
 from kanseg.training.checkpoint import LAST, read_info
 
 CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
@@ -79,13 +79,12 @@ def read_splits(run: Path) -> Splits:
     path = run / SPLITS
     if not path.exists():
         return []
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        splits = [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in read]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a list of folds with 'train' and 'val' ({error}). Correct or delete it."
-        ) from error
+    splits = parse_json(
+        path,
+        "a list of folds with 'train' and 'val'",
+        "Correct or delete it.",
+        lambda read: [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in read],
+    )
     if not splits:
         raise UserError(f"{path} holds no fold. Correct or delete it.")
     return splits
