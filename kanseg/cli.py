@@ -364,8 +364,8 @@ def evaluate(
     Example: kanseg evaluate predictions.csv pictures/ -o scores/
     """
     from kanseg.data.cases import few
+    from kanseg.evaluation.folders import evaluate_folders, label_options
     from kanseg.evaluation.lesions import lesion_lines
-    from kanseg.evaluation.metrics import evaluate_folders, label_options
     from kanseg.evaluation.report import score_table
     from kanseg.inference.classify import find_tables
 

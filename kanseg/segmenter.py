@@ -174,7 +174,7 @@ class Segmenter:
 
         The classes are those of the plan and its ignore label counts nowhere; without a plan they are all values.
         """
-        from kanseg.evaluation.metrics import evaluate_folders, options_of
+        from kanseg.evaluation.folders import evaluate_folders, options_of
 
         return evaluate_folders(prediction, reference, out, **(options_of(self.plan) if self.plan else {}))
 

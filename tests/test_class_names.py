@@ -20,7 +20,7 @@ from kanseg.data.images import Image, read_image, read_label, write_label
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
-from kanseg.evaluation.metrics import evaluate_folders
+from kanseg.evaluation.folders import evaluate_folders
 
 NAMES = {0: "background", 2: "liver <left> & right", 5: "Tumör"}
 

@@ -28,7 +28,7 @@ from kanseg.data.plan import Plan, make_plan
 from kanseg.data.tables import read_rows
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.compare import load_scores
-from kanseg.evaluation.metrics import label_options
+from kanseg.evaluation.folders import label_options
 from kanseg.inference.ensemble import Loaded
 from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.segmenter import Segmenter

@@ -26,7 +26,8 @@ from kanseg.evaluation.classification import (
     is_predictions,
     read_scored,
 )
-from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
+from kanseg.evaluation.folders import evaluate_folders
+from kanseg.evaluation.metrics import METRICS, RESAMPLES
 from kanseg.evaluation.report import LONGEST, Whole, short, told_apart
 from kanseg.files import SURROGATES, make_folder, parse_json, read_json, write_bytes, write_json, write_text
 
@@ -59,7 +60,7 @@ def compare(
         reference: folder of references; then `one` and `other` hold label maps, or are tables of classifiers and it is
             the data set with the classes.
         groups: patient of each case; default what the runs' fingerprints say.
-        how: labels, unions, segments, ignore, with `reference`; see `kanseg.evaluation.metrics.evaluate_folders`.
+        how: labels, unions, segments, ignore, with `reference`; see `kanseg.evaluation.folders.evaluate_folders`.
 
     Returns:
         {"a", "b", "cases", "patients", "only_in_a", "only_in_b", "rows"}; a row has class, metric, mean_a, mean_b,

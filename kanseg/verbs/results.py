@@ -49,7 +49,7 @@ def compare(
     """
     from kanseg.evaluation.compare import compare as compare_scores
     from kanseg.evaluation.compare import comparison_table
-    from kanseg.evaluation.metrics import label_options
+    from kanseg.evaluation.folders import label_options
 
     if labels is not None and reference is None:
         raise UsageError("--labels is for folders of label maps; give their references by --reference.")
