@@ -22,8 +22,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kanseg.cli import app
+from kanseg.data.digests import file_digest
 from kanseg.data.doctor import Diagnosis, Finding
-from kanseg.data.images import read_label
+from kanseg.data.images import read_label, read_provenance
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.tables import read_rows
 from kanseg.errors import UsageError, UserError
@@ -83,6 +84,25 @@ def test_the_folder_holds_a_model_that_predicts_and_a_report(balls, done, tmp_pa
     report = (folder / "report.md").read_text()
     assert f"{found['dice']:.3f}" in report
     assert "6 unseen cases" in report
+
+
+def test_every_label_map_tells_its_networks_and_its_image(balls, done, tmp_path):
+    """Kept by a validation, or written by Python or the command line, which tell the same."""
+    folder, _ = done
+    case = balls[0].cases[0]
+    kept = next(folder.glob(f"3d/fold_*/validation/{case.id}.nii.gz"))
+    told = read_provenance(kept)
+    assert told["models"] == [file_digest(kept.parents[1] / "best.safetensors")]
+    assert told["images"] == [file_digest(case.images[0])]
+    masks = [tmp_path / name for name in ("python.nii.gz", "command.nii.gz")]
+    Segmenter.load(folder).predict(case.images[0], masks[0])
+    words = ["predict", "-m", str(folder), "-i", str(case.images[0]), "-o", str(masks[1])]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    one, other = map(read_provenance, masks)
+    assert one == other
+    assert one["models"] == [file_digest(file) for file in Loaded([folder]).files]
+    assert one["images"] == told["images"]
+    assert {**one, "models": told["models"], "post-processing": []} == told
 
 
 def test_the_report_is_one_file_that_shows_all(balls, done, tmp_path):

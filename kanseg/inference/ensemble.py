@@ -29,6 +29,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder
+from kanseg.inference.provenance import by_combination, by_networks
 from kanseg.memory import taken
 from kanseg.progress import progress, say
 from kanseg.training.checkpoint import (
@@ -197,14 +198,7 @@ def predict_with(
         again=again,
         console=console,
         description=f"kanseg {version} {loaded.plan.model} {loaded.plan.dataset_name}",
-        provenance={
-            "kanseg": version,
-            "network": loaded.plan.model,
-            "trained on": loaded.plan.dataset_name,
-            "models": loaded.digests,
-            **how,
-            "post-processing": rules,
-        },
+        provenance=by_networks(loaded.plan, loaded.digests, rules, **how),
         device=device,
         memory=memory,
         **how,
@@ -346,7 +340,8 @@ def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | No
             by[name], labels = "probability", decide(_mean_of([m[0] for m in maps if m]), values, regions)
         dtype = np.result_type(np.min_scalar_type(int(labels.max(initial=0))), np.uint8).name
         names, _ = shared_names(paths)
-        write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble", names=names)
+        made: dict[str, Any] = {"names": names, "provenance": by_combination(by[name], paths)}
+        write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble", **made)
     if console is not None:
         say(console, f"{len(by)} cases of {len(folders)} predictions -> {out}")
     return {"cases": len(by), "by": by, "out": str(out)}

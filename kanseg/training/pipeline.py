@@ -21,7 +21,7 @@ from rich.console import Console
 
 from kanseg.config import Config, changes, load_config, with_options
 from kanseg.data.cases import Case, Dataset, few
-from kanseg.data.digests import signature
+from kanseg.data.digests import file_digest, signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import list_dataset, read_dataset
@@ -33,6 +33,7 @@ from kanseg.evaluation.report import score_table
 from kanseg.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case, write_prediction
+from kanseg.inference.provenance import by_networks
 from kanseg.progress import in_words, is_main, progress, say
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.class_pipeline import run_classes
@@ -419,9 +420,10 @@ def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Ca
     loaded = [load_model(folder, device)[:2] for folder in folders]
     networks, plans = [network for network, _ in loaded], [plan for _, plan in loaded]
     how = inference_options(job.config.inference, plan, device)
+    made = by_networks(plan, [file_digest(folder / BEST) for folder in folders], **how)
     for case in progress(missing, "Predicting"):
         labels, source = predict_case(networks, case, plans, **how)
-        write_prediction(paths[case.id], labels, source, plan)
+        write_prediction(paths[case.id], labels, source, plan, provenance=made, images=case.images)
     return True
 
 

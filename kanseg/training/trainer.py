@@ -18,6 +18,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from kanseg.config import Config
+from kanseg.data.digests import file_digest
 from kanseg.data.plans import plan_from_dict
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder, write_json
@@ -123,7 +124,7 @@ class Trainer:
         summary = {"fold": self.description["fold"], "parameters": parameters, **self._standing()}
         if self.task.held_out():
             self.monitor.say("Validating the best weights on all that was held out.")
-            summary |= self.task.summarize(self._final_scores())
+            summary |= self.task.summarize(self._final_scores(file_digest(self.folder / BEST)))
         self.monitor.picture()
         if self.accelerator.is_main_process:
             write_json(self.folder / SUMMARY, summary)
@@ -279,12 +280,13 @@ class Trainer:
         self._tick()
         return dict(means)
 
-    def _final_scores(self) -> list[list[Any]]:
+    def _final_scores(self, digest: str) -> list[list[Any]]:
         folder = make_folder(self.folder / PREDICTIONS)
         scores = []
         items = self.task.held_out()
         for index in self.monitor.walk(self._share(items), "validating"):
-            found = self.task.final_score(self.evaluated, items[index], self.accelerator.device, folder)
+            device = self.accelerator.device
+            found = self.task.final_score(self.evaluated, items[index], device, folder, digest)
             scores.append((index, found))
             if self.stop:
                 self.monitor.say("Stopped. --resume makes the final validation again.")

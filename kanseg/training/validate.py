@@ -18,6 +18,7 @@ from kanseg.data.transforms import highest
 from kanseg.evaluation.metrics import dice, dice_of_values, label_dice
 from kanseg.inference.logits import whole_logits
 from kanseg.inference.predict import predict_case, write_prediction
+from kanseg.inference.provenance import by_networks
 from kanseg.memory import settle
 
 RESAMPLES = 2000
@@ -49,17 +50,21 @@ def validate_case(
     plan: Plan,
     options: InferenceConfig,
     device: torch.device,
-    folder: Path | None = None,
+    folder: Path,
+    digest: str,
 ) -> list[float]:
     """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does.
 
     Args:
         folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
+        digest: of the file of the model, for the header of the label map.
     """
     settle(allowed_memory(plan, device))
-    labels, source = predict_case(model, case, plan, **inference_options(options, plan, device))
-    if folder is not None:
-        write_prediction(kept_prediction(folder, case, plan), labels, source, plan)
+    how = inference_options(options, plan, device)
+    labels, source = predict_case(model, case, plan, **how)
+    made = by_networks(plan, [digest], **how)
+    path = kept_prediction(folder, case, plan)
+    write_prediction(path, labels, source, plan, provenance=made, images=case.images)
     return label_dice(labels, read_label(label_path(case), plan.image_dims), plan)
 
 
