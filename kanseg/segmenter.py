@@ -200,7 +200,8 @@ class Segmenter:
         return cls()._take(Path(path), device)
 
     def _take(self, path: Path, device: str = "cpu") -> Segmenter:
-        from kanseg.inference.ensemble import Loaded, find_members
+        from kanseg.inference.ensemble import Loaded
+        from kanseg.inference.members import find_members
         from kanseg.training.checkpoint import read_info
 
         plan = read_info(find_members(path)[0]).get("plan") or {}

@@ -31,10 +31,9 @@ from kanseg.inference.ensemble import (
     Ensemble,
     Loaded,
     combine_folders,
-    facts_of_model,
-    find_members,
     predict_with,
 )
+from kanseg.inference.members import facts_of_model, find_members
 from kanseg.inference.postprocess import POSTPROCESSING, save_rules
 from kanseg.inference.predict import predict, predict_case, predict_folder
 from kanseg.training.checkpoint import BEST, build_model, load_checkpoint, named, save_checkpoint

@@ -22,14 +22,14 @@ from kanseg import files
 from kanseg.config import load_config
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.metrics import dice_of_values
+from kanseg.evaluation.metrics import bootstrap_interval, dice_of_values
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
 from kanseg.training.monitor import Monitor, draw_progress, read_log
 from kanseg.training.optimizers import lr_factor, update_average
 from kanseg.training.segmentation import Segmentation
 from kanseg.training.state import State
-from kanseg.training.validate import affordable_cases, bootstrap_interval, spread
+from kanseg.training.validate import affordable_cases, spread
 
 SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
 

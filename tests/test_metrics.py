@@ -330,15 +330,17 @@ def test_a_label_map_is_opened_once_and_a_distance_measured_once(
     folders: tuple[Path, Path], labels: dict[str, Label] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HD95 and NSD go by the same distances, from each surface to the other; classes need no reading beforehand."""
-    calls: dict[str, list[Any]] = {"read_image": [], "get_surface_distance": []}
+    calls: dict[str, list[Any]] = {"read_image": [], "KDTree": []}
     for module, (name, made) in zip((pairs, metrics), calls.items(), strict=True):
         done = getattr(module, name)
         monkeypatch.setattr(
-            module, name, lambda *what, made=made, done=done: made.append(what[0]) or done(*what)
+            module,
+            name,
+            lambda *what, made=made, done=done, **how: made.append(what[0]) or done(*what, **how),
         )
     evaluate_folders(*folders, labels=labels)
     assert sorted(calls["read_image"]) == sorted(path for folder in folders for path in folder.iterdir())
-    assert len(calls["get_surface_distance"]) == 3 * 2 * 2  # cases, classes, ways
+    assert len(calls["KDTree"]) == 3 * 2 * 2  # cases, classes, ways
 
 
 def test_classes_of_some_cases_count_in_all(folders: tuple[Path, Path]) -> None:

@@ -1,8 +1,9 @@
-"""Dice, IoU, HD95, ASSD, NSD and volumes, a case and a class at a time, by MONAI's metrics on the images' own spacing.
+"""Dice, IoU, HD95, ASSD, NSD and volumes, a case and a class at a time, on the images' own spacing.
 
-What is undefined in MONAI is decided here, and never dropped: a structure that is absent from both label maps scores
-perfectly; one that only one of them has gets Dice, IoU and NSD 0 and the image's diagonal as its distance; a missing
-or unreadable prediction counts as an empty one and as a failure.
+They are those of MONAI's metrics, without its import, which takes longer than the scores of a small folder. What is
+undefined there is decided here, and never dropped: a structure that is absent from both label maps scores perfectly;
+one that only one of them has gets Dice, IoU and NSD 0 and the image's diagonal as its distance; a missing or
+unreadable prediction counts as an empty one and as a failure.
 """
 
 from __future__ import annotations
@@ -10,16 +11,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from monai.metrics import compute_dice, compute_iou
-from monai.metrics.utils import get_surface_distance
 from scipy import ndimage
+from scipy.spatial import KDTree
 
 from kanseg.data.labels import COUNTED, Labels, class_values
 from kanseg.errors import UserError
@@ -154,28 +152,34 @@ def _score(
     if not prediction.any() or not reference.any():
         diagonal = math.hypot(*(n * s for n, s in zip(shape, spacing, strict=True)))
         return {"dice": 0.0, "iou": 0.0, "hd95": diagonal, "nsd": 0.0, "assd": diagonal, **scores}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI's distances call a deprecated option of MONAI
-        return {**_overlap_and_distance(prediction, reference, spacing, tolerance), **scores}
+    return {**_overlap_and_distance(prediction, reference, spacing, tolerance), **scores}
 
 
 def _overlap_and_distance(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> dict[str, float]:
     """Scores of two masks that both hold something."""
-    y_pred, y = (torch.from_numpy(mask)[None, None].float() for mask in (prediction, reference))
     surfaces = [mask ^ ndimage.binary_erosion(mask) for mask in (prediction, reference)]
-    apart = [  # measured once for both scores
-        torch.from_numpy(get_surface_distance(one, other, "euclidean", list(spacing)))
-        for one, other in (surfaces, surfaces[::-1])
-    ]
+    apart = [
+        _distances(*pair, spacing) for pair in (surfaces, surfaces[::-1])
+    ]  # measured once for all scores
+    together = np.concatenate(apart)
     return {
-        "dice": float(compute_dice(y_pred, y, ignore_empty=False)),
-        "iou": float(compute_iou(y_pred, y, ignore_empty=False)),
-        "hd95": max(float(torch.quantile(distances, 0.95)) for distances in apart),
-        "nsd": float((torch.cat(apart) <= tolerance).sum() / sum(map(len, apart))),
-        "assd": float(torch.cat(apart).mean()),
+        "dice": dice(prediction, reference),
+        "iou": int((prediction & reference).sum()) / int((prediction | reference).sum()),
+        "hd95": max(float(np.percentile(distances, 95)) for distances in apart),
+        "nsd": float((together <= tolerance).mean()),
+        "assd": float(together.mean(dtype=np.float64)),
     }
+
+
+def _distances(surface: np.ndarray, other: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """From each voxel of a surface (*S) to the nearest of another, in mm.
+
+    In float32, which has ten voxels of 0.1 mm within a tolerance of 1 mm.
+    """
+    tree = KDTree(np.argwhere(other) * spacing, leafsize=32)
+    return tree.query(np.argwhere(surface) * spacing)[0].astype(np.float32)
 
 
 def summarize_rows(
@@ -217,6 +221,15 @@ def summarize_rows(
             for i, metric in enumerate(metrics)
         }
     return summary
+
+
+def bootstrap_interval(values: np.ndarray, groups: Iterable[str], seed: int) -> list[float]:
+    """95 % percentile interval of the mean of `values`; whole groups (patients) are drawn."""
+    _, index = np.unique(list(groups), return_inverse=True)
+    sums, sizes = np.bincount(index, values), np.bincount(index)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    return np.percentile(means, (2.5, 97.5)).tolist()
 
 
 def summarize_unions(
