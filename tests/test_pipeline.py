@@ -201,6 +201,18 @@ def test_called_again_it_does_nothing_anew_and_says_the_same(balls, done):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")} == before
 
 
+def test_a_fold_whose_weights_are_damaged_is_named_and_trained_again_when_it_is_gone(balls, done, tmp_path):
+    folder = Path(shutil.copytree(done[0], tmp_path / "run"))
+    best = folder / "3d/fold_1/best.safetensors"
+    best.write_bytes(best.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"fold_1/best.safetensors is damaged"):
+        run(balls, folder)
+    shutil.rmtree(best.parent)
+    assert run(balls, folder)["dice"] == done[1]["dice"]
+    kept = [load_checkpoint(file / "3d/fold_1/best.safetensors")[0] for file in (folder, done[0])]
+    assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
+
+
 def test_other_options_are_named_and_taken_by_override(balls, done, tmp_path):
     folder = shutil.copytree(done[0], tmp_path / "run")
     with pytest.raises(UsageError, match=r"training\.max_epochs=.*--override"):

@@ -160,9 +160,8 @@ def _overlap_and_distance(
 ) -> dict[str, float]:
     """Scores of two masks that both hold something."""
     surfaces = [mask ^ ndimage.binary_erosion(mask) for mask in (prediction, reference)]
-    apart = [
-        _distances(*pair, spacing) for pair in (surfaces, surfaces[::-1])
-    ]  # measured once for all scores
+    both_ways = (surfaces, surfaces[::-1])
+    apart = [_distances(one, other, spacing) for one, other in both_ways]  # measured once for all scores
     together = np.concatenate(apart)
     return {
         "dice": dice(prediction, reference),

@@ -41,7 +41,17 @@ from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
 from kanseg.training.planning import follow_data, measuring, tell_findings
-from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, WHOLE, Splits, run_splits
+from kanseg.training.run_folder import (
+    FINAL,
+    PLAN,
+    PREDICTIONS,
+    SPLITS,
+    SUMMARY,
+    WHOLE,
+    Splits,
+    check_weights,
+    run_splits,
+)
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.validate import inference_options, kept_prediction
 
@@ -353,8 +363,12 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     splits = once(lambda: _same_splits(job))
     for name in job.names:
         folder, plan = job.run / name, Plan.load(job.run / name / PLAN)
-        done = read_json(folder / RESULT)
+        folds = [folder / f"fold_{number}" for number in range(len(splits))]
+        finished = [fold for fold in folds if (fold / SUMMARY).exists()]
+        done = read_json(folder / RESULT) if finished == folds else None
         if done is not None and not done["failed"] and not job.override:
+            for fold in folds:
+                check_weights(fold)
             found[name] = done
             continue
         try:
