@@ -26,6 +26,7 @@ from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
+from kanseg.inference.logits import bytes_of_window
 from kanseg.inference.members import find_members, stored_rules
 from kanseg.inference.postprocess import Rule, check_rule
 from kanseg.inference.predict import decide, predict_folder
@@ -168,10 +169,11 @@ def predict_with(
             say(console, f"Not among them: the training on every case. For it, -m {whole}")
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
         console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
-    if memory is not None and memory <= taken():
+    window = max(map(bytes_of_window, loaded.plans)) if device == "cpu" else 0
+    if memory is not None and memory <= taken() + window:
         raise UsageError(
-            f"--memory {memory / 2**20:.0f}M is less than the program and the model take before the first image, "
-            f"{taken() / 2**20:.0f}M. Give more."
+            f"--memory {memory / 2**20:.0f}M is less than the program, the model and one window of "
+            f"{len(loaded.plan.label_names)} classes take, {(taken() + window) / 2**20:.0f}M. Give more."
         )
     cases = find_images(images, channels=len(loaded.plan.channel_names), names=loaded.plan.channel_names)
     if images.is_dir():
