@@ -162,7 +162,6 @@ assert not set(sys.argv[1].split()) & set(sys.modules), [*sys.modules]
     [
         ("torch monai", "info --keys"),
         ("torch monai", "doctor DATA"),
-        ("torch monai", "evaluate DATA/labelsTr DATA/labelsTr"),
         ("torch monai", "info DATA/labelsTr/case_0.nii.gz"),
         ("monai", "info"),
         ("monai", "info hippocampus"),

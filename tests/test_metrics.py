@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
+from monai.metrics import utils as monai_distances
 from monai.networks import one_hot
 from PIL import Image as Picture
 from scipy import ndimage
@@ -23,7 +24,7 @@ from kanseg.data.formats import read_dataset
 from kanseg.data.images import Image, write_label
 from kanseg.data.plan import make_plan
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation import metrics, pairs
+from kanseg.evaluation import pairs
 from kanseg.evaluation.folders import evaluate_folders, label_options
 from kanseg.evaluation.metrics import COLUMNS, METRICS, Label, evaluate_case, summarize_rows
 
@@ -330,17 +331,17 @@ def test_a_label_map_is_opened_once_and_a_distance_measured_once(
     folders: tuple[Path, Path], labels: dict[str, Label] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HD95 and NSD go by the same distances, from each surface to the other; classes need no reading beforehand."""
-    calls: dict[str, list[Any]] = {"read_image": [], "KDTree": []}
-    for module, (name, made) in zip((pairs, metrics), calls.items(), strict=True):
+    calls: dict[str, list[Any]] = {"read_image": [], "get_surface_distance": []}
+    for module, (name, made) in zip((pairs, monai_distances), calls.items(), strict=True):
         done = getattr(module, name)
         monkeypatch.setattr(
             module,
             name,
-            lambda *what, made=made, done=done, **how: made.append(what[0]) or done(*what, **how),
+            lambda *what, made=made, done=done: made.append(what[0]) or done(*what),
         )
     evaluate_folders(*folders, labels=labels)
     assert sorted(calls["read_image"]) == sorted(path for folder in folders for path in folder.iterdir())
-    assert len(calls["KDTree"]) == 3 * 2 * 2  # cases, classes, ways
+    assert len(calls["get_surface_distance"]) == 3 * 2 * 2  # cases, classes, ways
 
 
 def test_classes_of_some_cases_count_in_all(folders: tuple[Path, Path]) -> None:
