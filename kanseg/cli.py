@@ -364,10 +364,10 @@ def evaluate(
     Example: kanseg evaluate predictions.csv pictures/ -o scores/
     """
     from kanseg.data.cases import few
+    from kanseg.evaluation.classification import find_tables
+    from kanseg.evaluation.folders import evaluate_folders, label_options
     from kanseg.evaluation.lesions import lesion_lines
-    from kanseg.evaluation.metrics import evaluate_folders, label_options
     from kanseg.evaluation.report import score_table
-    from kanseg.inference.classify import find_tables
 
     require("predictions, and references with the same names", prediction, reference)
     if prediction.suffix == ".csv" or (tables := find_tables([prediction])):
@@ -523,7 +523,7 @@ def info(
         if suffix_of(model) in (*SUFFIXES_3D, *SUFFIXES_2D):
             from kanseg.data.facts import facts_of_label_map as facts_of
         else:
-            from kanseg.inference.ensemble import facts_of_model as facts_of
+            from kanseg.inference.members import facts_of_model as facts_of
         _tell(facts_of(model), json_)
         return
     import platform
@@ -554,11 +554,11 @@ def _tell_keys(model: Path | None, json_: bool) -> None:
     """Options of a training with their defaults, one a line."""
     import json
 
-    from kanseg.config import flat, load_config, meanings
+    from kanseg.config import default_config, flat, meanings
 
     if model is not None:
         raise UsageError(f"Give {model} or --keys, not both. The options of a run are in its config.json.")
-    default, told, console = flat(load_config()), meanings(), _console(json_)
+    default, told, console = flat(default_config()), meanings(), _console(json_)
     for key, meaning in told.items():
         text = f"{key}={json.dumps(default[key])}"
         say(console, f"{text:48} {meaning}".rstrip())

@@ -8,7 +8,6 @@ Groups are chosen by `model=plain` or `training=sgd`, single keys are set by `tr
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.files import an_object, parse_json
 
 DEFAULT_EPOCHS = 100
 PLANNED = ("ukanet", "classifier")  # models that plans name
@@ -242,24 +242,33 @@ def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
     Raises:
         UsageError: unknown config, key, model, basis, loss or optimizer (the nearest is named); a bad value.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     folder = config_folder()
     runs = [path.stem for path in folder.glob("*.yaml")]
     if name not in runs:
         raise UsageError(f"Unknown config '{name}'.{did_you_mean(name, runs)}")
     overrides = [_as_hydra_override(override, folder) for override in _with_rates(overrides, folder)]
-    try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            composed = OmegaConf.to_container(compose(name, overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(f"The options {overrides} cannot be read: {str(error).splitlines()[0]}") from error
-    config = make_config(cast("dict[str, Any]", composed))
+    config = make_config(_composed(name, overrides))
     config._named = tuple(override.partition("=")[0].lstrip("+~") for override in overrides)
     return config
+
+
+def default_config() -> Config:
+    """What holds where nothing is said. Its names are known, so no network is imported to look them up."""
+    return _with_values(_composed("default", []))
+
+
+def _composed(name: str, overrides: list[str]) -> dict[str, Any]:
+    """The values of `configs/NAME.yaml` and of overrides as Hydra takes them."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return cast("dict[str, Any]", OmegaConf.to_container(compose(name, overrides), resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(f"The options {overrides} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _with_rates(overrides: Sequence[str], folder: Path) -> list[str]:
@@ -276,13 +285,7 @@ def _with_rates(overrides: Sequence[str], folder: Path) -> list[str]:
 
 def make_config(values: Mapping[str, Any]) -> Config:
     """A checked `Config` from nested dictionaries; raises `UsageError` as `load_config` does."""
-    _check_keys(values, Config)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"Option {key}={first['input']!r} does not fit: {first['msg']}.") from error
+    config = _with_values(values)
     check_names(config)
     recorded = config.training.compile or config.training.cuda_graph
     if recorded and (config.training.penalty.activation_l1 or config.training.penalty.activation_l2):
@@ -290,6 +293,17 @@ def make_config(values: Mapping[str, Any]) -> Config:
             "Penalties of activations need training.compile=false and training.cuda_graph=false."
         )
     return config
+
+
+def _with_values(values: Mapping[str, Any]) -> Config:
+    """A `Config` whose keys and kinds of values are checked, and its names not yet."""
+    _check_keys(values, Config)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"Option {key}={first['input']!r} does not fit: {first['msg']}.") from error
 
 
 def check_names(config: Config) -> None:
@@ -346,12 +360,7 @@ def config_folder() -> Path:
 
 def read_config(path: Path) -> Config:
     """The config of an earlier run."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a config: {error}. Start a new run folder.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no config (an object was expected). Start a new run folder.")
+    values = parse_json(path, "a config", "Start a new run folder.", an_object)
     try:
         return make_config(values)
     except UserError as error:
@@ -404,7 +413,7 @@ def changes(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, st
 
 def changed_options(stored: Config, given: Config) -> list[str]:
     """Keys of the options that are given (named, or not at their default) and differ from the stored ones."""
-    old, new, default = flat(stored), flat(given), flat(load_config())
+    old, new, default = flat(stored), flat(given), flat(default_config())
     named = {key for key in new if any(f"{word}.".startswith(f"{key}.") for word in given._named)}
     return [key for key in new if new[key] != old[key] and (key in named or new[key] != default[key])]
 

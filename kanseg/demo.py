@@ -15,7 +15,7 @@ from kanseg.data.images import read_image, read_label
 from kanseg.data.plan import make_plan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
-from kanseg.evaluation.metrics import evaluate_folders
+from kanseg.evaluation.folders import evaluate_folders
 from kanseg.evaluation.report import picture, score_table
 from kanseg.files import make_folder, write_json
 from kanseg.progress import say

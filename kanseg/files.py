@@ -8,10 +8,10 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -24,6 +24,7 @@ STALE, LONG_STALE = (
 PART = ".part"
 MOST_OF_A_NAME = 100  # bytes, for a file system takes 255
 SURROGATES = "surrogateescape"  # how Python keeps bytes of a name that are no UTF-8
+T = TypeVar("T")
 _swept: set[Path] = set()
 
 
@@ -96,6 +97,30 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def parse_json(
+    path: Path | str, what: str, remedy: str, made: Callable[[Any], T] = lambda values: values
+) -> T:
+    """What `made` makes of the JSON, of any encoding that JSON may have, in a file that has to be there.
+
+    Args:
+        what: it is to be, and `remedy` what to do where it is none, for the error.
+
+    Raises:
+        UserError: no such file, no JSON, or values of another kind than `made` takes.
+    """
+    try:
+        return made(json.loads(Path(path).read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as {what} ({error}). {remedy}") from error
+
+
+def an_object(values: Any) -> dict[str, Any]:
+    """The values of a JSON object; others raise `TypeError`, for `parse_json`."""
+    if not isinstance(values, dict):
+        raise TypeError(f"an object was expected, not {str(values)[:40]}")
+    return values
 
 
 def make_folder(path: Path) -> Path:

@@ -64,6 +64,7 @@ class Segmenter:
         self.network: nn.Module | None = None
         self.rules: list[dict[str, Any]] = []
         self._infos: list[dict[str, Any]] = []  # of each network
+        self._digests: list[str] = []  # of their files
         self._others: list[tuple[nn.Module, Plan]] = []  # networks of other plans that predict along
 
     def __repr__(self) -> str:
@@ -152,6 +153,7 @@ class Segmenter:
         """
         from kanseg.inference.postprocess import apply_postprocessing
         from kanseg.inference.predict import predict_case, write_prediction
+        from kanseg.inference.provenance import by_networks
 
         _refuse_unknown("Segmenter.predict", options, ("out", "spacing", "postprocess", *PREDICT))
         network, plan = self._trained()
@@ -161,10 +163,13 @@ class Segmenter:
         with tempfile.TemporaryDirectory() as folder:
             case = _as_case(image, plan, Path(folder), spacing)
             labels, source = predict_case(networks, case, plans, **options)
-            if postprocess and self.rules:
-                labels = apply_postprocessing(labels, self.rules, source.spacing)
+            rules = self.rules if postprocess else []
+            if rules:
+                labels = apply_postprocessing(labels, rules, source.spacing)
             if out is not None:
-                write_prediction(Path(out), labels, source, plan)
+                files = () if isinstance(image, np.ndarray) else case.images
+                made = by_networks(plan, self._digests, rules, **options)
+                write_prediction(Path(out), labels, source, plan, provenance=made, images=files)
         return labels
 
     def evaluate(
@@ -174,7 +179,7 @@ class Segmenter:
 
         The classes are those of the plan and its ignore label counts nowhere; without a plan they are all values.
         """
-        from kanseg.evaluation.metrics import evaluate_folders, options_of
+        from kanseg.evaluation.folders import evaluate_folders, options_of
 
         return evaluate_folders(prediction, reference, out, **(options_of(self.plan) if self.plan else {}))
 
@@ -195,7 +200,8 @@ class Segmenter:
         return cls()._take(Path(path), device)
 
     def _take(self, path: Path, device: str = "cpu") -> Segmenter:
-        from kanseg.inference.ensemble import Loaded, find_members
+        from kanseg.inference.ensemble import Loaded
+        from kanseg.inference.members import find_members
         from kanseg.training.checkpoint import read_info
 
         plan = read_info(find_members(path)[0]).get("plan") or {}
@@ -204,7 +210,7 @@ class Segmenter:
         loaded = Loaded([path], device)
         self.source = path
         (self.network, self.plan), *self._others = zip(loaded.networks, loaded.plans, strict=True)
-        self.rules, self._infos = loaded.rules, loaded.infos
+        self.rules, self._infos, self._digests = loaded.rules, loaded.infos, loaded.digests
         spec = loaded.infos[0]["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
         return self

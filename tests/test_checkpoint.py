@@ -20,10 +20,11 @@ from kanseg import files
 from kanseg.data.plans import load_plan
 from kanseg.errors import UserError
 from kanseg.files import locked, read_json
-from kanseg.inference.ensemble import facts_of_model
+from kanseg.inference.members import facts_of_model
 from kanseg.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
+    load_description,
     load_model,
     load_weights,
     named,
@@ -88,6 +89,7 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_read_whole(tmp_path)
                 assert len(tensors) == info["k"]
                 assert all((tensor == info["k"]).all() for tensor in tensors.values())
                 assert read_info(path)["k"] in (1, 40)
+                assert load_description(path)["k"] in (1, 40)
         finally:
             training.kill()
 
@@ -95,8 +97,22 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_read_whole(tmp_path)
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_a_checkpoint_that_is_cut_short_is_refused(saved, kept):
     saved.write_bytes(saved.read_bytes()[:kept])
-    with pytest.raises(UserError, match="cut short"):
-        load_checkpoint(saved)
+    for read in (load_checkpoint, load_description):
+        with pytest.raises(UserError, match="cut short"):
+            read(saved)
+
+
+def test_a_description_is_read_without_the_tensors(tmp_path):
+    """Of a file of eight gigabytes of which the disk holds the header alone."""
+    size, path = 2**33, tmp_path / "large.safetensors"
+    tensor = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": {"kanseg": json.dumps(INFO)}, "model.weight": tensor}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+    assert load_description(path) == INFO
+    os.truncate(path, 8 + len(header) + size - 1)
+    with pytest.raises(UserError, match=f"{path.stat().st_size} bytes, not {path.stat().st_size + 1}"):
+        load_description(path)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

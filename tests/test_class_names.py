@@ -20,7 +20,7 @@ from kanseg.data.images import Image, read_image, read_label, write_label
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
-from kanseg.evaluation.metrics import evaluate_folders
+from kanseg.evaluation.folders import evaluate_folders
 
 NAMES = {0: "background", 2: "liver <left> & right", 5: "Tumör"}
 
@@ -265,3 +265,13 @@ def test_other_headers_tell_of_no_provenance(tmp_path: Path, scan: Image, labels
     facts = facts_of_label_map(tmp_path / "other.nii.gz")
     assert "made by" not in facts
     assert [*facts["classes"]] == ["label 2", "label 5"]
+
+
+def test_segments_of_one_name_are_told_each_for_itself(tmp_path: Path, scan: Image) -> None:
+    """As a user of 3D Slicer leaves them where several lesions are drawn one by one."""
+    labels = np.zeros((9, 8, 7), np.int32)
+    labels[:2], labels[3, :3], labels[5, 0, 0] = 2, 5, 7
+    names = {2: "lesion", 5: "liver", 7: "lesion"}
+    path = write_label(tmp_path / "mask.seg.nrrd", labels, scan, names=names)
+    voxels = {name: one["voxels"] for name, one in facts_of_label_map(path)["classes"].items()}
+    assert voxels == {"lesion (segment 0)": 2 * 8 * 7, "liver": 3 * 7, "lesion (segment 2)": 1}

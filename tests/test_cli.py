@@ -147,6 +147,35 @@ def test_importing_kanseg_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+UNUSED = """
+import sys
+from typer.testing import CliRunner
+from kanseg.cli import app
+done = CliRunner().invoke(app, sys.argv[2:])
+assert done.exit_code == 0, done.output
+assert not set(sys.argv[1].split()) & set(sys.modules), [*sys.modules]
+"""
+
+
+@pytest.mark.parametrize(
+    ("unused", "words"),
+    [
+        ("torch monai", "info --keys"),
+        ("torch monai", "doctor DATA"),
+        ("torch monai", "info DATA/labelsTr/case_0.nii.gz"),
+        ("monai", "info"),
+        ("monai", "info hippocampus"),
+    ],
+)
+def test_verbs_without_networks_do_not_wait_for_libraries_of_networks(
+    unused: str, words: str, blobs: Path
+) -> None:
+    """MONAI takes four seconds of a processor, torch more than one."""
+    given = [sys.executable, "-c", UNUSED, unused, *words.replace("DATA", str(blobs)).split()]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_plan_train_predict_evaluate(run: Path, blobs: Path, tmp_path: Path) -> None:
     predicted = kanseg("predict", "-m", run, "-i", blobs / "imagesTr", "-o", tmp_path / "masks", "--json")
     assert predicted.returncode == 0, predicted.stderr

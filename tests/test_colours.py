@@ -14,7 +14,7 @@ from kanseg.data.doctor import diagnose
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image, read_label
 from kanseg.errors import UserError
-from kanseg.evaluation.metrics import evaluate_folders, options_of
+from kanseg.evaluation.folders import evaluate_folders, options_of
 
 COLOURS = np.array(
     [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 128]], np.uint8

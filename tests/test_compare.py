@@ -21,7 +21,8 @@ from kanseg.data.formats import read_dataset
 from kanseg.data.plan import make_plan
 from kanseg.errors import UserError
 from kanseg.evaluation.compare import compare, comparison_table, load_scores
-from kanseg.evaluation.metrics import COLUMNS, METRICS, evaluate_folders, label_options
+from kanseg.evaluation.folders import evaluate_folders, label_options
+from kanseg.evaluation.metrics import COLUMNS, METRICS
 
 
 def table(folder: Path, dice: np.ndarray, cases: list[str] | None = None) -> Path:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from kanseg.data.beside import find_probabilities, is_beside, probability_path
 from kanseg.data.class_names import names_in
+from kanseg.data.digests import file_digest
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import read_dataset
-from kanseg.data.images import read_image
+from kanseg.data.images import read_image, read_provenance
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
@@ -30,10 +31,9 @@ from kanseg.inference.ensemble import (
     Ensemble,
     Loaded,
     combine_folders,
-    facts_of_model,
-    find_members,
     predict_with,
 )
+from kanseg.inference.members import facts_of_model, find_members
 from kanseg.inference.postprocess import POSTPROCESSING, save_rules
 from kanseg.inference.predict import predict, predict_case, predict_folder
 from kanseg.training.checkpoint import BEST, build_model, load_checkpoint, named, save_checkpoint
@@ -239,6 +239,11 @@ def test_folders_with_probabilities_are_averaged_others_vote(plan: Plan, blobs: 
     told = names_in(tmp_path / "vote" / "case_0.nii.gz")
     assert [*told] == mapped.label_values
     assert told == names_in(folders[0] / "case_0.nii.gz")
+    for name, kind in (("mean", "probability"), ("vote", "vote")):
+        told = read_provenance(tmp_path / name / "case_0.nii.gz")
+        assert told["combined by"] == kind
+        parts = [file_digest(folder / "case_0.nii.gz") for folder in folders]
+        assert [part["sha256"] for part in told["label maps"]] == parts
 
 
 def test_a_tie_of_votes_goes_to_the_earliest_folder(tmp_path: Path) -> None:

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 
 from kanseg import files
+from kanseg.config import read_config
+from kanseg.data.fingerprint import load_fingerprint
+from kanseg.data.formats import read_dataset
 from kanseg.data.images import Image, write_label
+from kanseg.data.plan import Plan
 from kanseg.errors import UserError
+from kanseg.evaluation.compare import load_scores
 from kanseg.files import (
     STALE,
     _drop,
@@ -25,6 +30,8 @@ from kanseg.files import (
     write_bytes,
     write_json,
 )
+from kanseg.inference.postprocess import load_rules
+from kanseg.training.run_folder import read_splits
 
 
 def write_often(path: Path, number: int, failed: multiprocessing.Queue) -> None:
@@ -100,3 +107,30 @@ def test_what_a_killed_prediction_left_is_removed_by_the_next(tmp_path: Path, su
     files._swept.clear()  # as in another process
     write_label(tmp_path / f"b{suffix}", np.zeros([4] * dims, np.int32), like)
     assert [path.name for path in tmp_path.iterdir()] == [f"b{suffix}"]
+
+
+READERS = {  # of files that hands may have written or changed, by the name of the file
+    "plan.json": Plan.load,
+    "config.json": read_config,
+    "fingerprint.json": lambda file: load_fingerprint(file.parent),
+    "splits.json": lambda file: read_splits(file.parent),
+    "postprocessing.json": lambda file: load_rules(file.parent),
+    "summary.json": lambda file: load_scores(file.parent),
+    "dataset.json": lambda file: read_dataset(file.parent),
+}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[" * 100_000], ids=["empty", "cut", "bytes", "deep"]
+)
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_is_no_json_is_named_with_what_to_do(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} cannot be read as .+ \(.+\)\. [A-Z].+\.$"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_written_by_another_editor_is_read(encoding, tmp_path):
+    (tmp_path / "splits.json").write_text('[{"train": ["Müller"], "val": []}]', encoding=encoding)
+    assert read_splits(tmp_path) == [{"train": ["Müller"], "val": []}]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image as Picture
@@ -22,14 +25,15 @@ from kanseg import files
 from kanseg.config import load_config
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.metrics import dice_of_values
+from kanseg.evaluation.metrics import bootstrap_interval, dice_of_values
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.fit import Trainer, fit
 from kanseg.training.monitor import Monitor, draw_progress, read_log
 from kanseg.training.optimizers import lr_factor, update_average
 from kanseg.training.segmentation import Segmentation
 from kanseg.training.state import State
-from kanseg.training.validate import affordable_cases, bootstrap_interval, spread
+from kanseg.training.stop import LAUNCHED
+from kanseg.training.validate import affordable_cases, spread
 
 SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
 
@@ -232,6 +236,31 @@ def test_sigterm_saves_within_the_epoch_and_exits_with_143(balls, tmp_path, proc
     assert not (last.parent / ".lock").exists()
 
 
+def launch_and_wait(*arguments):
+    """Body of a process that starts a training, as torchrun does, and waits for it."""
+    os.environ[LAUNCHED] = "none"
+    process = multiprocessing.get_context("fork").Process(target=train_in_process, args=arguments)
+    process.start()
+    process.join()
+
+
+def test_a_training_whose_launcher_is_killed_saves_and_ends(balls, tmp_path, processes):
+    last = tmp_path / "run" / "fold_0" / "last.safetensors"
+    overrides = [*SHORT, "training.max_epochs=1000", "training.steps_per_epoch=50"]
+    launcher = processes.Process(target=launch_and_wait, args=(*balls, tmp_path / "run", overrides, 0.02))
+    launcher.start()
+    wait_for(lambda: (last.parent / "log.jsonl").exists())
+    (worker,) = psutil.Process(launcher.pid).children()
+    time.sleep(0.5)
+    launcher.kill()
+    try:
+        wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        worker.kill()
+    assert 0 < load_checkpoint(last)[1]["state"]["step"] < 50
+    assert not (last.parent / ".lock").exists()
+
+
 def test_a_signal_that_ends_the_workers_during_a_validation_is_a_stop_and_no_failure(
     balls, tmp_path, monkeypatch
 ):
@@ -271,6 +300,25 @@ def test_a_summary_that_was_damaged_is_made_again(balls, tmp_path):
     summary = train(balls, run, "training.max_epochs=1")
     (run / "fold_0" / "summary.json").write_text('{"a":')
     assert train(balls, run, "training.max_epochs=1", resume=True) == summary
+
+
+def test_damaged_weights_of_a_finished_training_are_noticed_and_trained_again(balls, tmp_path):
+    run = tmp_path / "run"
+    best = run / "fold_0" / "best.safetensors"
+    summary = train(balls, run, "training.max_epochs=1")
+    whole = best.read_bytes()
+    for damaged in (whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], b""):
+        best.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"best.safetensors is damaged.*delete .*fold_0"):
+            train(balls, run, "training.max_epochs=1", resume=True)
+    best.write_bytes(whole)
+    assert train(balls, run, "training.max_epochs=1", resume=True) == summary
+    shutil.rmtree(best.parent)
+    again = train(balls, run, "training.max_epochs=1", resume=True)
+    assert again["best_epoch_dice"] == summary["best_epoch_dice"]
+    state = {**json.loads((best.parent / "summary.json").read_text()), "updates": 1}  # of an earlier end
+    (best.parent / "summary.json").write_text(json.dumps(state))
+    assert train(balls, run, "training.max_epochs=1", resume=True) == again
 
 
 def test_a_finished_training_goes_on_when_it_gets_more_time(balls, tmp_path):

@@ -710,7 +710,7 @@ def test_broken_lists_are_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs the columns image and label"):
         read_dataset(tmp_path / "list.csv")
     (tmp_path / "dataset.json").write_text("{")
-    with pytest.raises(UserError, match="not readable JSON"):
+    with pytest.raises(UserError, match="dataset.json cannot be read as JSON .* Repair it"):
         read_dataset(tmp_path)
 
 

@@ -30,7 +30,8 @@ from kanseg.data.labels import (
 from kanseg.data.plan import Plan, make_plan, planned_dataset
 from kanseg.data.transforms import AnnotatedPlaces
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.metrics import evaluate_folders, label_dice, label_options
+from kanseg.evaluation.folders import evaluate_folders, label_options
+from kanseg.evaluation.metrics import label_dice
 from kanseg.inference.predict import decide, predict_case
 from kanseg.training.cross_validation import pool
 from kanseg.training.losses import LOSSES, create_loss

@@ -13,8 +13,9 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from kanseg.cli import app
+from kanseg.evaluation.folders import evaluate_folders
 from kanseg.evaluation.lesions import lesion_counts, summarize_lesions
-from kanseg.evaluation.metrics import evaluate_case, evaluate_folders
+from kanseg.evaluation.metrics import evaluate_case
 
 
 def save(path: Path, labels: np.ndarray) -> None:

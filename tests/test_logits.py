@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,35 @@ def test_what_does_not_fit_goes_to_no_file_system_in_memory(
     assert spill_folder() == str(tmp_path)
 
 
+WINDOW = """
+import sys, torch
+from kanseg.data.plan import Plan
+from kanseg.inference.logits import bytes_of_window, whole_logits
+from kanseg.memory import taken
+from kanseg.models import create_model
+
+plan = Plan.load(sys.argv[1])
+sizes = {"features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [3, 3]}
+model, image = create_model("ukanet", 3, 1, len(plan.label_names), **sizes).eval(), torch.randn(1, 1, 64, 64, 64)
+whole_logits(model, image[..., :16, :16, :16], plan)
+base = taken("VmRSS")
+whole_logits(model, image, plan, overlap=0.0, memory=base + 16 * 2**20)
+print((taken("VmHWM") - base) / bytes_of_window(plan))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory")
+def test_hundreds_of_classes_take_what_is_said_of_a_window(plan: Plan, tmp_path: Path) -> None:
+    """Beyond it some MiB that do not grow with the classes; of the 200 classes of the image 210 MB lie on the disk."""
+    names = [f"label {k}" for k in range(200)]
+    replace(plan, label_names=names, label_values=list(range(200)), patch_size=[32] * 3).save(
+        tmp_path / "plan.json"
+    )
+    command = [sys.executable, "-c", WINDOW, tmp_path / "plan.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.5
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory")
 def test_predicting_many_classes_stays_within_the_memory(plan: Plan, tmp_path: Path) -> None:
     """100 classes of 72^3 voxels are 142 MiB of logits; 110 MiB are allowed beside the program."""
@@ -192,6 +222,11 @@ def test_predicting_many_classes_stays_within_the_memory(plan: Plan, tmp_path: P
     peak = int(done.stdout.split()[-2])
     print(f"peak {peak / MEGA:.0f} MiB beside the program")
     assert peak < room < classes * scan.nbytes
+    little = subprocess.run([*map(str, command[:-1]), str(MEGA)], capture_output=True, text=True, check=False)
+    wanted = re.search(r"one window of 100 classes take, (\d+)M", little.stderr)
+    assert wanted is not None, little.stderr
+    window = 2 * classes * 24**3 * 4  # as the network makes it, and as it is added up
+    assert int(wanted[1]) * MEGA > window
     model, _, _ = load_model(tmp_path / BEST)
     (case,) = find_images(tmp_path / "scan.nii.gz")
     labels, _ = predict_case(model, case, many, overlap=0)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
+from monai.metrics import utils as monai_distances
 from monai.networks import one_hot
 from PIL import Image as Picture
 from scipy import ndimage
@@ -23,16 +24,9 @@ from kanseg.data.formats import read_dataset
 from kanseg.data.images import Image, write_label
 from kanseg.data.plan import make_plan
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation import metrics
-from kanseg.evaluation.metrics import (
-    COLUMNS,
-    METRICS,
-    Label,
-    evaluate_case,
-    evaluate_folders,
-    label_options,
-    summarize_rows,
-)
+from kanseg.evaluation import pairs
+from kanseg.evaluation.folders import evaluate_folders, label_options
+from kanseg.evaluation.metrics import COLUMNS, METRICS, Label, evaluate_case, summarize_rows
 
 SPACING = (1.0, 0.8, 2.5)
 
@@ -338,10 +332,12 @@ def test_a_label_map_is_opened_once_and_a_distance_measured_once(
 ) -> None:
     """HD95 and NSD go by the same distances, from each surface to the other; classes need no reading beforehand."""
     calls: dict[str, list[Any]] = {"read_image": [], "get_surface_distance": []}
-    for name, made in calls.items():
-        done = getattr(metrics, name)
+    for module, (name, made) in zip((pairs, monai_distances), calls.items(), strict=True):
+        done = getattr(module, name)
         monkeypatch.setattr(
-            metrics, name, lambda *what, made=made, done=done: made.append(what[0]) or done(*what)
+            module,
+            name,
+            lambda *what, made=made, done=done: made.append(what[0]) or done(*what),
         )
     evaluate_folders(*folders, labels=labels)
     assert sorted(calls["read_image"]) == sorted(path for folder in folders for path in folder.iterdir())

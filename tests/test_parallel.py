@@ -7,9 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -32,6 +35,13 @@ OPTIONS = [
 
 def launch(processes: int, *arguments: object, sharded: bool = False) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` of the command line; where there is no GPU its processes compute on the CPU."""
+    with started(processes, *arguments, sharded=sharded) as launcher:
+        out, err = launcher.communicate(timeout=300)
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, out, err)
+
+
+def started(processes: int, *arguments: object, sharded: bool = False) -> subprocess.Popen[str]:
+    """The launcher, at work."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,14 +54,8 @@ def launch(processes: int, *arguments: object, sharded: bool = False) -> subproc
         "PYTHONPATH": os.pathsep.join([str(Path(kanseg.__file__).parents[1]), *sys.path]),
     }
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=300,
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(word) for word in command], env=environment, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,28 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_whole_batch(
     resumed = launch(2, *words, "--resume", sharded=sharded)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert [record["epoch"] for record in read_log(run / "fold_0/log.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end(blobs, tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    options = ["training.max_epochs=1000", "training.batch_size=1", *OPTIONS[1:]]
+    last = tmp_path / "run/fold_0/last.safetensors"
+    with started(2, "train", blobs, *options, "-o", tmp_path / "run") as launcher:
+        while not last.exists():
+            assert launcher.poll() is None
+            time.sleep(0.1)
+        workers = psutil.Process(launcher.pid).children()
+        launcher.kill()
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, 60)
+    alive = [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+    for worker in alive:
+        worker.kill()
+    assert not alive
+    assert load_checkpoint(last)[1]["state"]["updates"] > 0
+    assert not (last.parent / ".lock").exists()
 
 
 @pytest.mark.slow

@@ -22,14 +22,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kanseg.cli import app
+from kanseg.data.digests import file_digest
 from kanseg.data.doctor import Diagnosis
 from kanseg.data.findings import Finding
-from kanseg.data.images import read_label
+from kanseg.data.images import read_label, read_provenance
 from kanseg.data.plan import Plan, make_plan
 from kanseg.data.tables import read_rows
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.compare import load_scores
-from kanseg.evaluation.metrics import label_options
+from kanseg.evaluation.folders import label_options
 from kanseg.inference.ensemble import Loaded
 from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.segmenter import Segmenter
@@ -84,6 +85,25 @@ def test_the_folder_holds_a_model_that_predicts_and_a_report(balls, done, tmp_pa
     report = (folder / "report.md").read_text()
     assert f"{found['dice']:.3f}" in report
     assert "6 unseen cases" in report
+
+
+def test_every_label_map_tells_its_networks_and_its_image(balls, done, tmp_path):
+    """Kept by a validation, or written by Python or the command line, which tell the same."""
+    folder, _ = done
+    case = balls[0].cases[0]
+    kept = next(folder.glob(f"3d/fold_*/validation/{case.id}.nii.gz"))
+    told = read_provenance(kept)
+    assert told["models"] == [file_digest(kept.parents[1] / "best.safetensors")]
+    assert told["images"] == [file_digest(case.images[0])]
+    masks = [tmp_path / name for name in ("python.nii.gz", "command.nii.gz")]
+    Segmenter.load(folder).predict(case.images[0], masks[0])
+    words = ["predict", "-m", str(folder), "-i", str(case.images[0]), "-o", str(masks[1])]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    one, other = map(read_provenance, masks)
+    assert one == other
+    assert one["models"] == [file_digest(file) for file in Loaded([folder]).files]
+    assert one["images"] == told["images"]
+    assert {**one, "models": told["models"], "post-processing": []} == told
 
 
 def test_the_report_is_one_file_that_shows_all(balls, done, tmp_path):
@@ -180,6 +200,18 @@ def test_called_again_it_does_nothing_anew_and_says_the_same(balls, done):
     assert run(balls, folder) == found
     assert time.monotonic() - began < 5
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")} == before
+
+
+def test_a_fold_whose_weights_are_damaged_is_named_and_trained_again_when_it_is_gone(balls, done, tmp_path):
+    folder = Path(shutil.copytree(done[0], tmp_path / "run"))
+    best = folder / "3d/fold_1/best.safetensors"
+    best.write_bytes(best.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"fold_1/best.safetensors is damaged"):
+        run(balls, folder)
+    shutil.rmtree(best.parent)
+    assert run(balls, folder)["dice"] == done[1]["dice"]
+    kept = [load_checkpoint(file / "3d/fold_1/best.safetensors")[0] for file in (folder, done[0])]
+    assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
 
 
 def test_other_options_are_named_and_taken_by_override(balls, done, tmp_path):

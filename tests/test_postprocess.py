@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from kanseg.errors import UserError
 from kanseg.evaluation.metrics import dice_of_values
 from kanseg.inference.postprocess import (
     LEAST_GAIN,
-    _candidates,
+    SHARES,
+    Rule,
+    Triple,
     apply_postprocessing,
     choose_postprocessing,
 )
@@ -121,17 +124,27 @@ def test_rules_are_those_that_scores_of_whole_volumes_choose(seed: int) -> None:
             low = random.integers(0, 12, 3)
             truth[tuple(slice(start, start + 8) for start in low)] = value
         guess = np.where(random.random(truth.shape) < 0.02, random.choice([0, 1, 2, 300], truth.shape), truth)
+        guess[random.integers(12, 20) :] = 0  # so that no box is the whole
         pairs.append((guess, truth, (1.0, 2.0, 0.5)))
-    values, rules = [1, 2, 300], []
+    values, chosen = [1, 2, 300], choose_postprocessing(pairs, [1, 2, 300])
+    before: list[Rule] = []
     for group in (values, *([value] for value in values)):
-        volumes = [float(np.isin(truth, group).sum() * np.prod(spacing)) for _, truth, spacing in pairs]
-        candidates = _candidates(list(group), volumes)
-        means = []
-        for candidate in candidates:
-            done = [apply_postprocessing(guess, [*rules, candidate], spacing) for guess, _, spacing in pairs]
-            by_case = zip(done, (truth for _, truth, _ in pairs), strict=True)
-            means.append(np.mean([np.mean(dice_of_values(one, other, group)) for one, other in by_case]))
-        if max(means) >= means[0] + LEAST_GAIN:
-            rules.append(candidates[int(np.argmax(means))])
-    assert rules
-    assert choose_postprocessing(pairs, values) == rules
+        score = partial(mean_dice, pairs, group)
+        median = np.median([np.isin(truth, group).sum() * np.prod(spacing) for _, truth, spacing in pairs])
+        sizes = [{"largest": True}, *({"min_mm3": share * median} for share in SHARES)]
+        holes = [{"fill_holes": True}] if len(group) == 1 else []
+        tried = [{"labels": group, **size, **hole} for size in ({}, *sizes) for hole in ({}, *holes)]
+        best = max(score([*before, rule]) for rule in tried)
+        if rule := next((rule for rule in chosen if rule["labels"] == group), None):
+            assert score([*before, rule]) == best >= score(before) + LEAST_GAIN
+            before.append(rule)
+        else:
+            assert best < score(before) + LEAST_GAIN
+    assert chosen == before
+    assert chosen
+
+
+def mean_dice(pairs: list[Triple], group: list[int], rules: list[Rule]) -> float:
+    """Of all cases after the rules, over the labels of a group."""
+    done = [(apply_postprocessing(guess, rules, spacing), truth) for guess, truth, spacing in pairs]
+    return float(np.mean([np.mean(dice_of_values(one, other, group)) for one, other in done]))

@@ -23,7 +23,7 @@ from kanseg.data.plan import make_plan
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
-from kanseg.evaluation.metrics import evaluate_folders
+from kanseg.evaluation.folders import evaluate_folders
 from kanseg.export.rt_struct import outlines, write_structures
 from kanseg.inference.predict import predict_case, predict_folder
 

@@ -18,7 +18,7 @@ from kanseg.data.images import read_image, read_label, write_label
 from kanseg.data.plan import make_plan
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.errors import UserError
-from kanseg.evaluation.metrics import evaluate_folders
+from kanseg.evaluation.folders import evaluate_folders
 from kanseg.export.dicom_seg import write_segmentation
 
 pytest.importorskip("highdicom", reason="the extra kanseg[dicom] is not installed")

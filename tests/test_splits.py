@@ -105,5 +105,5 @@ def test_folds_that_are_none_are_refused_by_their_file(tmp_path: Path, content: 
     """By training, prediction and report alike."""
     assert read_splits(tmp_path) == []
     (tmp_path / "splits.json").write_text(content)
-    with pytest.raises(UserError, match=r"splits.json (is not a list of folds|holds no fold)"):
+    with pytest.raises(UserError, match=r"splits.json (cannot be read as a list of folds|holds no fold)"):
         read_splits(tmp_path)

@@ -15,7 +15,7 @@ from kanseg import Segmenter, weights
 from kanseg.cli import app
 from kanseg.errors import UserError
 from kanseg.evaluation.metrics import dice
-from kanseg.inference.ensemble import find_members
+from kanseg.inference.members import find_members
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import (
     EXPORTED,

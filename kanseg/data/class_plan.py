@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kanseg.data.cases import few
 from kanseg.data.image_classes import ImageClasses
@@ -18,6 +16,9 @@ from kanseg.data.splits import check_leaks
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UserError
 from kanseg.progress import progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 SAMPLES = 512  # images that are looked at
@@ -82,6 +83,8 @@ class ClassPlan(StoredPlan):
 
     def target(self, values: Sequence[int]) -> Tensor:
         """What is learned of an image of these classes: their number, (), or with `multilabel` 0 and 1, (K,)."""
+        import torch
+
         if not self.multilabel:
             return torch.tensor(values[0])
         return torch.zeros(len(self.label_names)).index_fill(0, torch.tensor(values, dtype=torch.long), 1.0)

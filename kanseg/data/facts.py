@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ def facts_of_label_map(path: Path) -> dict[str, Any]:
     """Size, spacing, classes and provenance of a label map, by words for a table.
 
     Returns:
-        "classes": by name value (of segments none), voxels and, of volumes, ml. "made by": what the header tells of the
-        model, see `kanseg.data.images.read_provenance`.
+        "classes": by name (of segments that share one, with the segment's number) value (of segments none), voxels
+        and, of volumes, ml. "made by": what the header tells of the model, see
+        `kanseg.data.images.read_provenance`.
 
     Raises:
         UserError: there is no such file, or it is no label map.
@@ -27,7 +29,9 @@ def facts_of_label_map(path: Path) -> dict[str, Any]:
     if suffix_of(path) == SEG_NRRD:
         drawn = Layers(path)
         image = drawn.image
-        counts = [(name, None, len(drawn.voxels(n, path, image)[0])) for n, name in drawn.names.items()]
+        told = Counter(drawn.names.values())
+        names = {n: f"{name} (segment {n})" if told[name] > 1 else name for n, name in drawn.names.items()}
+        counts = [(name, None, len(drawn.voxels(n, path, image)[0])) for n, name in names.items()]
     else:
         image = read_image(path)
         found = {value: count for value, count in value_counts(label_from(image)).items() if value}

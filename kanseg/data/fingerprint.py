@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from kanseg.data.labels import known_values, value_counts
 from kanseg.data.suffixes import SUFFIXES_2D, SUFFIXES_NIFTI, suffix_of
 from kanseg.data.values import ValuesSeen
 from kanseg.errors import UserError
-from kanseg.files import write_json
+from kanseg.files import parse_json, write_json
 from kanseg.progress import progress
 
 FINGERPRINT = "fingerprint.json"
@@ -94,11 +93,12 @@ def load_fingerprint(run: Path) -> dict[str, Any] | None:
     path = run / FINGERPRINT
     if not path.exists():
         return None
-    try:
-        seen = json.loads(path.read_text(encoding="utf-8"))
-        return {"cases": dict(seen["cases"]), "same": list(seen["same"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Run `kanseg plan` again.") from error
+    return parse_json(
+        path,
+        "what the plan saw of the data",
+        "Run `kanseg plan` again.",
+        lambda seen: {"cases": dict(seen["cases"]), "same": list(seen["same"])},
+    )
 
 
 def values_seen(run: Path) -> ValuesSeen:

@@ -15,11 +15,14 @@ from kanseg.data.cases import LAYOUTS, Dataset, Problem, by_pattern, noted, pati
 from kanseg.data.described import read_described
 from kanseg.data.fingerprint import values_seen
 from kanseg.data.layouts import read_folders
-from kanseg.data.lists import LISTS, load_json, read_csv, read_datalist
+from kanseg.data.lists import LISTS, read_csv, read_datalist
 from kanseg.data.patients import with_patients
 from kanseg.data.tables import TABLES
 from kanseg.data.values import with_values
 from kanseg.errors import UserError
+from kanseg.files import parse_json
+
+JSON = ("JSON", "Repair it.")  # what a list or a description of cases is, and what to do where it is not
 
 
 def read_dataset(
@@ -56,9 +59,11 @@ def list_dataset(path: Path | str, *, id_pattern: str | None = None, problem: Pr
     if path.is_file() and path.suffix.lower() not in LISTS:
         raise UserError(f"{path} is one file, not a data set. Expected: {LAYOUTS}.")
     if path.is_file():
-        dataset = read_csv(path) if path.suffix.lower() in TABLES else read_datalist(path, load_json(path))
+        dataset = (
+            read_csv(path) if path.suffix.lower() in TABLES else read_datalist(path, parse_json(path, *JSON))
+        )
     elif (path / "dataset.json").is_file():
-        dataset = read_described(path, load_json(path / "dataset.json"), problem)
+        dataset = read_described(path, parse_json(path / "dataset.json", *JSON), problem)
     else:
         dataset = read_folders(path, problem)
     if not dataset.cases:

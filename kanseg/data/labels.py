@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kanseg.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = "ignore"
 # Parts of a glioma, and what stands beside it, as the years of BraTS and the Decathlon name them.
@@ -224,6 +225,8 @@ def value_counts(label: np.ndarray) -> dict[int, int]:
 
 def targets(numbers: Tensor, labels: Labels) -> Tensor:
     """What the loss compares with: class numbers (1, *S) as they are, for regions memberships (K, *S); -1 unknown."""
+    import torch  # here, for it takes longer than all that looking at data needs
+
     if not labels.regions:
         return numbers
     known = known_values(labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -35,13 +34,6 @@ COLUMNS = {  # of a list, and what else they may be called
 }
 LISTED = ("training", "validation", "test", "testing")  # lists of a datalist
 LISTS = (*TABLES, ".json")  # suffixes of a data set that is a file
-
-
-def load_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())  # of any encoding that JSON may have
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}). Repair it.") from error
 
 
 def _entries(file: Path, content: dict[str, Any], key: str) -> list[Any]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kanseg.memory import spill_folder
 
@@ -73,6 +71,8 @@ def _plain(value: Any) -> Any:
     """Arrays without what MONAI knows of them; places of voxels as 32-bit numbers, where they fit."""
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
+    from torch import Tensor
+
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     small = array.dtype == np.int64 and array.max(initial=0) < 2**31
     return array.astype(np.int32) if small else array
@@ -80,6 +80,8 @@ def _plain(value: Any) -> Any:
 
 def _tensor(value: Any) -> Any:
     """Images as tensors, places of voxels as arrays."""
+    import torch
+
     return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.ndim > 1 else value
 
 

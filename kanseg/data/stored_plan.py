@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from kanseg.errors import UserError, did_you_mean
+from kanseg.files import an_object, parse_json, write_json
 
 T = TypeVar("T")
 
@@ -61,8 +61,6 @@ class StoredPlan:
 
     def save(self, path: Path | str) -> Path:
         """Write plan.json, atomically."""
-        from kanseg.files import write_json
-
         return write_json(Path(path), self.to_dict())
 
     @classmethod
@@ -82,10 +80,4 @@ def named_errors(path: Path | str, make: Callable[[dict[str, Any]], T]) -> T:
 
 def read_values(path: Path | str) -> dict[str, Any]:
     """The values of a plan.json, whatever it plans."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a plan ({error}). Run `kanseg plan` again.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no plan. Run `kanseg plan` again.")
-    return values
+    return parse_json(path, "a plan", "Run `kanseg plan` again.", an_object)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Norm, Pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
 from kanseg.encoders.layers import Layer, LayerFactory, stage_layers
 from kanseg.errors import UsageError
+from kanseg.layers.geometry import of_dims
 from kanseg.layers.pointwise import pointwise_conv
 
 POOLING = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -107,7 +107,7 @@ class DenseKANet(Encoder):
         head: dict[str, nn.Module] = {"stem": stem}
         if max_pool:
             self.stages.append(nn.Sequential(stem))
-            head = {"pool": Pool[Pool.MAX, spatial_dims](3, 2, 1)}
+            head = {"pool": of_dims("MaxPool", spatial_dims)(3, 2, 1)}
         channels = features
         for count in blocks:
             number = len(self.stages)
@@ -144,7 +144,7 @@ class AveragePool(nn.Module):
 
 def _transition(spatial_dims: int, channels: int) -> nn.Sequential:
     return nn.Sequential(
-        Norm[Norm.BATCH, spatial_dims](channels),
+        of_dims("BatchNorm", spatial_dims)(channels),
         nn.SELU(),
         pointwise_conv(spatial_dims, channels, channels // 2, bias=False),
         AveragePool(),

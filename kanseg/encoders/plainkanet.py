@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from monai.networks.layers.factories import Pool
 from torch import nn
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
 from kanseg.encoders.layers import Layer, LayerFactory, check_kernels, stage_layers
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers import KANAttention, conv_layer
-from kanseg.layers.geometry import per_axis
+from kanseg.layers.geometry import of_dims, per_axis
 
 DOWNSAMPLING = ("stride", "max_pool")
 
@@ -83,7 +82,7 @@ class PlainKANet(Encoder):
             stage = nn.Sequential()
             stride = self.strides[number]
             if downsampling == "max_pool" and set(stride) != {1}:
-                stage.add_module("pool", Pool[Pool.MAX, spatial_dims](stride, stride, ceil_mode=True))
+                stage.add_module("pool", of_dims("MaxPool", spatial_dims)(stride, stride, ceil_mode=True))
                 stride = per_axis(1, spatial_dims, "stride")
             for position, width in enumerate(plan):
                 if width is None:

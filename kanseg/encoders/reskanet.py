@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from kanseg.encoders.encoder import ENCODERS, Encoder
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, check_kernels, network_layer, stage_layers
 from kanseg.errors import UsageError, did_you_mean, unknown_option
-from kanseg.layers.geometry import per_axis
+from kanseg.layers.geometry import of_dims, per_axis
 
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 DEPTHS[152] = (3, 8, 36, 3)
@@ -161,7 +160,7 @@ class ResKANet(Encoder):
             head["stem"] = layers[0](spatial_dims, in_channels, width, kernel, stride=first, groups=1)
         if pooled:
             self.stages.append(nn.Sequential(head.pop("stem")))
-            head["pool"] = Pool[Pool.MAX, spatial_dims](3, 2, 1)
+            head["pool"] = of_dims("MaxPool", spatial_dims)(3, 2, 1)
         widths = pairwise((width if stem else in_channels, *features_per_stage))
         for number, (inputs, outputs) in enumerate(widths):
             stage = nn.Sequential()

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from monai.metrics import compute_roc_auc
 from scipy.special import entr
 
 from kanseg.data.image_classes import CLASSES, SEPARATOR
 from kanseg.data.tables import read_rows
 from kanseg.errors import UserError
+from kanseg.evaluation.metrics import bootstrap_interval
 from kanseg.files import SURROGATES, write_text
-from kanseg.training.validate import bootstrap_interval
 
 TOP = 5
 AREAS = 500  # resamples of an AUC
@@ -219,6 +217,9 @@ def _interval(right: np.ndarray, groups: Sequence[str] | None, seed: int) -> Any
 
 def class_aucs(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of each class against the rest, (K,); NaN where all images or none have it."""
+    import torch
+    from monai.metrics import compute_roc_auc
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI's, on classes that are not there
         areas = compute_roc_auc(
@@ -311,6 +312,12 @@ def is_predictions(path: Path) -> bool:
 def find_table(path: Path) -> Path | None:
     """The table of a classifier that is given, or lies in a folder."""
     return next((file for file in (path, path / PREDICTIONS) if is_predictions(file)), None)
+
+
+def find_tables(paths: Sequence[Path]) -> list[Path]:
+    """The tables of classifiers, of given ones or folders with one; none where a path is neither."""
+    places = [find_table(path) for path in paths]
+    return [] if None in places else [place for place in places if place is not None]
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +26,10 @@ from kanseg.evaluation.classification import (
     is_predictions,
     read_scored,
 )
-from kanseg.evaluation.metrics import METRICS, RESAMPLES, evaluate_folders
+from kanseg.evaluation.folders import evaluate_folders
+from kanseg.evaluation.metrics import METRICS, RESAMPLES
 from kanseg.evaluation.report import LONGEST, Whole, short, told_apart
-from kanseg.files import SURROGATES, make_folder, read_json, write_bytes, write_json, write_text
+from kanseg.files import SURROGATES, make_folder, parse_json, read_json, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +60,7 @@ def compare(
         reference: folder of references; then `one` and `other` hold label maps, or are tables of classifiers and it is
             the data set with the classes.
         groups: patient of each case; default what the runs' fingerprints say.
-        how: labels, unions, segments, ignore, with `reference`; see `kanseg.evaluation.metrics.evaluate_folders`.
+        how: labels, unions, segments, ignore, with `reference`; see `kanseg.evaluation.folders.evaluate_folders`.
 
     Returns:
         {"a", "b", "cases", "patients", "only_in_a", "only_in_b", "rows"}; a row has class, metric, mean_a, mean_b,
@@ -151,7 +151,7 @@ def load_scores(path: Path | str, reference: Path | str | None = None, **how: An
     summaries = sorted(path.glob("fold_*/summary.json")) or sorted(path.glob("summary.json"))
     scores: Scores = {}
     for file in summaries:
-        for case, by_class in (_json(file).get("cases") or {}).items() if _has_cases(file) else ():
+        for case, by_class in parse_json(file, "scores", "Train or evaluate again.", _dice_of_cases).items():
             for label, dice in by_class.items():
                 scores.setdefault("dice", {}).setdefault(label, {})[case] = float(dice)
     if not scores:
@@ -162,16 +162,10 @@ def load_scores(path: Path | str, reference: Path | str | None = None, **how: An
     return _with_mean(scores)
 
 
-def _has_cases(file: Path) -> bool:
-    return isinstance(_json(file).get("cases"), dict)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({error}).") from error
-    return values if isinstance(values, dict) else {}
+def _dice_of_cases(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """case -> class -> Dice of a training's summary; that of an evaluation only counts its cases."""
+    cases = summary.get("cases")
+    return cases if isinstance(cases, dict) else {}
 
 
 def _of_classes(file: Path) -> Scores:

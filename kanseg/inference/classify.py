@@ -30,13 +30,12 @@ from kanseg.evaluation.classification import (
     DIGEST,
     PREDICTIONS,
     entropy,
-    find_table,
     read_made,
     read_predictions,
     write_predictions,
 )
 from kanseg.files import make_folder
-from kanseg.inference.ensemble import find_members
+from kanseg.inference.members import find_members
 from kanseg.progress import progress, say
 from kanseg.training.checkpoint import load_model, read_info
 from kanseg.training.run_folder import on_training_images, training_images
@@ -174,12 +173,6 @@ def predict_classes(
     keep()
     say(console, f"{len(rows)} images -> {path}")
     return {"predicted": len(rows), "failed": failed, "out": str(path)}
-
-
-def find_tables(paths: Sequence[Path]) -> list[Path]:
-    """The tables of classifiers, of given ones or folders with one; none where a path is neither."""
-    places = [find_table(path) for path in paths]
-    return [] if None in places else [place for place in places if place is not None]
 
 
 def combine_tables(tables: Sequence[Path], out: Path, *, console: Console | None = None) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -27,27 +26,25 @@ from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
-from kanseg.inference.postprocess import Rule, check_rule, load_rules
+from kanseg.inference.logits import bytes_of_window
+from kanseg.inference.members import find_members, stored_rules
+from kanseg.inference.postprocess import Rule, check_rule
 from kanseg.inference.predict import decide, predict_folder
+from kanseg.inference.provenance import by_combination, by_networks
 from kanseg.memory import taken
 from kanseg.progress import progress, say
 from kanseg.study.peft import merged
 from kanseg.study.prune import given_bases
 from kanseg.training.checkpoint import (
-    BEST,
     EXPORTED,
-    LAST,
-    find_checkpoint,
-    load_checkpoint,
     load_model,
     member_name,
     members,
     named,
-    plan_in,
     save_checkpoint,
 )
 from kanseg.training.devices import keep_freed_memory
-from kanseg.training.run_folder import FINAL_MODEL, WHOLE, on_training_images, training_images
+from kanseg.training.run_folder import WHOLE, on_training_images, training_images
 
 TASK = ("channel_names", "label_names", "label_values", "regions", "image_dims")
 
@@ -88,7 +85,7 @@ class Loaded:
         found = [find_members(path) for path in paths]
         self.files = [file for files in found for file in files]
         self.digests = [file_digest(file) for file in self.files]
-        stored = _rules(Path(paths[0]))
+        stored = stored_rules(Path(paths[0]))
         alike: dict[str, list[tuple[nn.Module, Any]]] = {}
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
@@ -178,10 +175,11 @@ def predict_with(
             say(console, f"Not among them: the training on every case. For it, -m {whole}")
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
         console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
-    if memory is not None and memory <= taken():
+    window = max(map(bytes_of_window, loaded.plans)) if device == "cpu" else 0
+    if memory is not None and memory <= taken() + window:
         raise UsageError(
-            f"--memory {memory / 2**20:.0f}M is less than the program and the model take before the first image, "
-            f"{taken() / 2**20:.0f}M. Give more."
+            f"--memory {memory / 2**20:.0f}M is less than the program, the model and one window of "
+            f"{len(loaded.plan.label_names)} classes take, {(taken() + window) / 2**20:.0f}M. Give more."
         )
     cases = find_images(images, channels=len(loaded.plan.channel_names), names=loaded.plan.channel_names)
     if images.is_dir():
@@ -203,81 +201,12 @@ def predict_with(
         again=again,
         console=console,
         description=f"kanseg {version} {loaded.plan.model} {loaded.plan.dataset_name}",
-        provenance={
-            "kanseg": version,
-            "network": loaded.plan.model,
-            "trained on": loaded.plan.dataset_name,
-            "models": loaded.digests,
-            **how,
-            "post-processing": rules,
-        },
+        provenance=by_networks(loaded.plan, loaded.digests, rules, **how),
         device=device,
         memory=memory,
         **how,
     )
     return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
-
-
-def facts_of_model(path: Path | str) -> dict[str, Any]:
-    """What a run, a model or a checkpoint takes, gives and was trained on, by words for a table."""
-    files = find_members(path)
-    infos = [load_checkpoint(file)[1] for file in files]
-    specs, plans = ([info.get(key, {}) for info in infos] for key in ("model", "plan"))
-    for file, info in zip(files, infos, strict=True):
-        if info.get("plan"):
-            plan_in(info, file)  # or what it says is not to be told
-    plan, stored = plans[0], _rules(Path(path))
-
-    def each(values: Iterable[Any]) -> Any:
-        """What all networks have in common, else that of each kind of them."""
-        found = [value for value, _ in itertools.groupby(values)]
-        return found[0] if len(found) == 1 else found
-
-    rules = infos[0].get("postprocessing", []) if stored is None else stored
-    known = {
-        "networks": len(files),
-        "network": each(f"{spec.get('name')} in {spec.get('spatial_dims')}D" for spec in specs),
-        "options": each(spec.get("options") for spec in specs),
-        "bases of layers": each(spec.get("bases") for spec in specs),
-        "channels": plan.get("channel_names"),
-        "classes": infos[0].get("labels"),
-        "regions": plan.get("regions"),
-        "spacing": each(plan.get("spacing") for plan in plans),
-        "patch size": each(plan.get("patch_size") for plan in plans),
-        "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
-        "mirror axes": each(plan.get("mirror_axes") for plan in plans),
-        "post-processing": rules,
-        "trained on": plan.get("dataset_name"),
-        "folds": [info["fold"] for info in infos if info.get("fold") is not None],
-        "versions": infos[0].get("versions"),
-        "digests": {str(file): file_digest(file) for file in files},
-    }
-    return {key: value for key, value in known.items() if value not in (None, [], {})}
-
-
-def find_members(path: Path | str) -> list[Path]:
-    """Checkpoints that a file, model, fold, run folder or name stands for: of a run all folds, or its final one."""
-    path = Path(path)
-    if (path / FINAL_MODEL).is_dir():
-        path = path / FINAL_MODEL
-    if path.is_file():
-        return [path]
-    if not path.is_dir() or any((path / name).is_file() for name in (EXPORTED, BEST, LAST)):
-        return members(find_checkpoint(path))
-    folds = sorted(
-        f for f in path.glob("fold_*") if any((f / name).is_file() for name in (EXPORTED, BEST, LAST))
-    )
-    numbered = [fold for fold in folds if fold.name[5:].isdigit()]
-    return [find_checkpoint(fold) for fold in numbered] or members(find_checkpoint(path))
-
-
-def _rules(path: Path) -> list[Rule] | None:
-    """The rules of a run or a saved model, None where none are stored; what has a name alone has no folder."""
-    if not path.exists():
-        return None
-    folder = path if path.is_dir() else path.parent
-    found = (load_rules(place) for place in (folder, folder.parent))
-    return next((rules for rules in found if rules is not None), None)
 
 
 def _by_itself(plan: AnyPlan) -> bool:
@@ -353,7 +282,8 @@ def combine_folders(folders: Sequence[Path], out: Path, *, console: Console | No
             by[name], labels = "probability", decide(_mean_of([m[0] for m in maps if m]), values, regions)
         dtype = np.result_type(np.min_scalar_type(int(labels.max(initial=0))), np.uint8).name
         names, _ = shared_names(paths)
-        write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble", names=names)
+        made: dict[str, Any] = {"names": names, "provenance": by_combination(by[name], paths)}
+        write_label(out / first.images[0].name, labels, images[0], dtype, "kanseg ensemble", **made)
     if console is not None:
         say(console, f"{len(by)} cases of {len(folders)} predictions -> {out}")
     return {"cases": len(by), "by": by, "out": str(out)}

@@ -190,14 +190,22 @@ def whole_logits(
     shape, size = _shape(batch, plan), FLOAT.itemsize * prod(_shape(batch, plan))
     if batch.device.type == "cuda" and size <= FITS * torch.cuda.mem_get_info()[0]:
         logits: Logits = InMemory(shape, plan.slice_axis, batch.device)
-    elif fits(size, memory):
+    elif fits(size, memory) and fits(
+        WINDOWS_AT_ONCE * bytes_of_window(plan), memory
+    ):  # each in half of the room
         logits = InMemory(shape, plan.slice_axis, torch.device("cpu"))
     else:
         deep = plan.patch_size[0] / batch.shape[2] if len(batch) == 1 else 1 / len(batch)
         held = 2 * min(deep, 1) * size  # beside them what is read and written of them
-        logits = OnDisk(shape, plan.slice_axis, hold=fits(round(held), memory))
+        hold = fits(round(held), memory) and fits(bytes_of_window(plan), memory)
+        logits = OnDisk(shape, plan.slice_axis, hold=hold)
     _slide(model, batch, plan, logits, **how)
     return logits
+
+
+def bytes_of_window(plan: Plan) -> int:
+    """What the logits of one window take at most, as the network makes them and as they lie in memory afterwards."""
+    return 2 * FLOAT.itemsize * len(plan.label_names) * prod(plan.patch_size)
 
 
 def as_batch(image: Tensor, plan: Plan, device: torch.device | str = "cpu") -> Tensor:
@@ -245,7 +253,7 @@ def _slide(
     def answer(flip: Sequence[int], window: Tensor, where: Sequence[Sequence[slice]]) -> Tensor:
         nonlocal done
         said = model(window)
-        if not said.isfinite().all():
+        if not torch.stack(said.aminmax()).isfinite().all():  # without a map of its own for all classes
             raise UserError("The network gives values that are not finite. Train it again.")
         for values, (one, _, *place) in zip(said, where, strict=True):
             inside, at = _within(place, margin, size, flip)

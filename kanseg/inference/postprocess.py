@@ -7,7 +7,6 @@ Dice of cases that the network has not seen in training, as nnU-Net does (Isense
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import product
@@ -20,7 +19,7 @@ from scipy import ndimage
 from kanseg.data.shelf import Shelf
 from kanseg.errors import UserError, did_you_mean
 from kanseg.evaluation.metrics import box_around, dice_of_values
-from kanseg.files import write_json
+from kanseg.files import parse_json, write_json
 from kanseg.progress import progress
 
 Rule = dict[str, Any]
@@ -65,15 +64,13 @@ def load_rules(folder: Path) -> list[Rule] | None:
     file = folder / POSTPROCESSING
     if not file.is_file():
         return None
-    try:
-        rules = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as post-processing rules ({error}).") from error
-    rules = rules["rules"] if isinstance(rules, dict) and "rules" in rules else rules
+    return parse_json(file, "post-processing rules", "Correct or delete it.", _rules_in)
+
+
+def _rules_in(values: Any) -> list[Rule]:
+    rules = values["rules"] if isinstance(values, dict) and "rules" in values else values
     if not isinstance(rules, list):
-        raise UserError(
-            f"{file} holds no list of post-processing rules, but {str(rules)[:40]}. Correct or delete it."
-        )
+        raise TypeError(f"a list was expected, not {str(rules)[:40]}")
     return rules
 
 

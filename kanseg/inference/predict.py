@@ -361,7 +361,7 @@ def write_prediction(
         write(path, labels, source, values, names, model=plan.dataset_name, description=remark)
     else:
         classes = dict(zip(plan.label_values, plan.label_names, strict=True))
-        if provenance:
+        if provenance and images:
             provenance = {**provenance, "images": [file_digest(image) for image in images]}
         write_label(path, labels, source, plan.label_dtype, remark, names=classes, provenance=provenance)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks
 
 from kanseg.errors import UsageError
-from kanseg.layers.geometry import CHANNEL_DROPOUT, ConvGeometry
+from kanseg.layers.geometry import ConvGeometry, of_dims
 from kanseg.layers.kan_conv import KANConv
 from kanseg.layers.kernels import batch_norm_act, instance_norm_act
 from kanseg.layers.kernels.operators import plain_eager
@@ -95,7 +95,7 @@ class ConvLayer(nn.Module):
         self.conv = conv(spatial_dims, in_channels, out_channels, kernel_size, recompute=recompute, **options)
         self.norm = norm_layer(norm, spatial_dims, out_channels) if norm else nn.Identity()
         self.act = GroupPReLU(self.conv.groups) if act == "prelu" else activation(act)
-        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout and at_output else nn.Identity()
+        self.dropout = of_dims("Dropout", spatial_dims)(dropout) if dropout and at_output else nn.Identity()
         pointwise = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
         self.recompute = recompute and not pointwise
         self.kept = _kept_positions(self.conv)

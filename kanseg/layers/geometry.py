@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from kanseg.errors import ShapeError, UsageError
 from kanseg.layers.kernels.geometry import Geometry
 
-# Dropout of whole channels, which MONAI's table has from two axes on.
-CHANNEL_DROPOUT: dict[int, type[nn.Module]] = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 # Options of torch's convolutions, and what to do without them.
@@ -39,6 +37,16 @@ def check_dims(spatial_dims: int) -> None:
     """Raise `UsageError` for a number of axes that there are no layers for."""
     if spatial_dims not in CONVOLUTIONS:
         raise UsageError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+
+
+def of_dims(kind: str, spatial_dims: int) -> Callable[..., nn.Module]:
+    """torch's class of that kind for so many axes; MONAI's factories would do, but take seconds to import.
+
+    >>> of_dims("MaxPool", 3)(2)
+    MaxPool3d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+    """
+    check_dims(spatial_dims)
+    return getattr(nn, f"{kind}{spatial_dims}d")
 
 
 def per_axis(value: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
@@ -127,7 +135,7 @@ class ConvGeometry(nn.Module):
             ShapeError: not a batch of `in_channels` channels and `spatial_dims` axes, or smaller than the kernel.
             UsageError: whole or complex numbers, or on another device than the weights.
         """
-        weight = ([p for p in self._parameters.values() if p is not None] or [x])[0]
+        weight = [*(p for p in self._parameters.values() if p is not None), x][0]
         if weight.device != x.device or not x.is_floating_point():
             raise UsageError(
                 f"expected floating point numbers on {weight.device}, where the layer is, got {x.dtype} on {x.device}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kanseg.bases import Basis, check_left_aside, create_basis
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.convolution import Convolution, lean
-from kanseg.layers.geometry import CHANNEL_DROPOUT, refuse_options_of_torch
+from kanseg.layers.geometry import of_dims, refuse_options_of_torch
 from kanseg.layers.kernels import instance_norm_act
 from kanseg.layers.kernels.plain_conv import plain_conv
 from kanseg.layers.kernels.recipe import Recipe, names_of_tensors
@@ -112,7 +112,7 @@ class KANConv(Convolution):
             else self.new_weight(out_channels, channels * self.basis.num_functions, self.kernel_size)
         )
         self.input_norm = norm_layer(input_norm, spatial_dims, in_channels) if input_norm else None
-        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout else None
+        self.dropout = of_dims("Dropout", spatial_dims)(dropout) if dropout else None
         self.dropout_at = dropout_at if self.basis is not None else "input"
         self.recompute = recompute
         self.operands = None if operands is None else OPERANDS[operands]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -28,6 +27,8 @@ def activation(act: ActSpec) -> nn.Module:
     """An activation by MONAI's name ("silu" is "swish" there), identity for None; one that is given is taken."""
     if act is None:
         return nn.Identity()
+    from monai.networks.layers.utils import get_act_layer
+
     try:
         made = act if isinstance(act, nn.Module) else nn.SiLU() if act == "silu" else get_act_layer(act)
     except (ValueError, TypeError) as error:
@@ -40,6 +41,8 @@ def activation(act: ActSpec) -> nn.Module:
 
 def norm_layer(norm: str | Sequence, spatial_dims: int, channels: int) -> nn.Module:
     """A norm of MONAI's by its spec; `UsageError` with the nearest name for one that is not known."""
+    from monai.networks.layers.utils import get_norm_layer
+
     check_dims(spatial_dims)
     try:
         return get_norm_layer(norm if isinstance(norm, str) else tuple(norm), spatial_dims, channels)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kanseg.bases.wavelet import get_wavelet
 from kanseg.errors import unknown_option
 from kanseg.layers.convolution import Convolution, lean
-from kanseg.layers.geometry import CHANNEL_DROPOUT
+from kanseg.layers.geometry import of_dims
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.operators import only_plain, plain_eager
@@ -68,7 +68,7 @@ class WaveletConv(Convolution):
         self.base_weight = self.new_weight(out_channels, inputs, self.kernel_size)
         self.base_act = activation(base_act)
         _ = self.base_recipe  # now, not where a compiler follows
-        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout) if dropout else None
+        self.dropout = of_dims("Dropout", spatial_dims)(dropout) if dropout else None
         self.recompute = recompute
         self.step = max(1, EDGES_AT_ONCE // in_channels)
 

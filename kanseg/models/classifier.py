@@ -8,19 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from kanseg.encoders import Encoder, create_encoder
 from kanseg.encoders.layers import Layer
 from kanseg.errors import UsageError, did_you_mean
-from kanseg.layers.geometry import per_axis
+from kanseg.layers.geometry import of_dims, per_axis
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.mlp import KANMLP, own_options
 from kanseg.models.model import CLASSIFIERS
 from kanseg.models.u_shape import at_least_float32, check_input
 
-POOLING = {"average": Pool.ADAPTIVEAVG, "max": Pool.ADAPTIVEMAX}
+POOLING = {"average": "AdaptiveAvgPool", "max": "AdaptiveMaxPool"}
 HIDDEN, HIDDEN_KAN = 1024, 512  # features inside the heads
 MLP = Callable[..., nn.Module]  # of fully connected KAN layers, (features, dropout=) -> module
 
@@ -135,7 +134,7 @@ class Classifier(nn.Module):
         size = per_axis(pool_size, spatial_dims, "pool_size")
         if min(size) < 1:
             raise UsageError(f"pool_size must be positive, got {pool_size}")
-        self.pool = Pool[POOLING[pool], spatial_dims](size)
+        self.pool = of_dims(POOLING[pool], spatial_dims)(size)
         features = self.encoder.out_channels[-1] * math.prod(size)
         last: Any = basis[-1] if isinstance(basis, list | tuple) else basis
         kan = partial(KANMLP, basis=last, **own_options(last, layer_options or {}))

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.networks import nets
-from monai.utils import OptionalImportError
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -111,6 +109,8 @@ class MonaiNetwork(AnySize):
         arguments: dict[str, Any] | None = None,
         divisible: int | Sequence[int] | None = None,
     ) -> None:
+        from monai.networks import nets
+
         known = [name for name in dir(nets) if isinstance(getattr(nets, name), type)]
         if network not in known:
             raise UsageError(f"MONAI has no network '{network}'.{did_you_mean(network, known)}")
@@ -185,6 +185,8 @@ class SmpNetwork(AnySize):
 @contextmanager
 def _packages_of(network: str) -> Iterator[None]:
     """Say which package is not installed that MONAI has only some of its networks ask for."""
+    from monai.utils import OptionalImportError
+
     try:
         yield
     except OptionalImportError as error:
@@ -196,6 +198,8 @@ def _packages_of(network: str) -> Iterator[None]:
 
 def _require_packages(network: nn.Module) -> None:
     """Raise the error that a forward of the network would: it names functions of a package that is not there."""
+    from monai.utils import OptionalImportError
+
     for kind in {type(part) for part in network.modules()}:
         for called, method in inspect.getmembers(kind, inspect.isfunction):
             for name in method.__code__.co_names if called != "__init__" else ():

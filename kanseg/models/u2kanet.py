@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Conv, Pool
 from torch import Tensor, nn
 
 from kanseg.encoders.layers import INSTANCE, Layer, LayerFactory, check_kernels, network_layer
 from kanseg.errors import UsageError
-from kanseg.layers.geometry import CONVOLUTIONS
+from kanseg.layers.geometry import CONVOLUTIONS, of_dims
 from kanseg.layers.pointwise import pointwise_conv
 from kanseg.models.model import MODELS
 from kanseg.models.u_shape import check_input, logits, resize
@@ -65,7 +64,7 @@ class NestedU(nn.Module):
             for number, dilation in enumerate(up)
         )
         self.pools = max(0, height - 2)
-        self.pool = Pool[Pool.MAX, spatial_dims](2, ceil_mode=True)
+        self.pool = of_dims("MaxPool", spatial_dims)(2, ceil_mode=True)
 
     def forward(self, x: Tensor) -> Tensor:
         h = entered = self.enter(x)
@@ -140,7 +139,7 @@ class U2KANet(nn.Module):
                 spatial_dims, inputs, int(middle * width), int(outputs * width), height, layer, enter
             )
 
-        self.pool = Pool[Pool.MAX, spatial_dims](2, ceil_mode=True)
+        self.pool = of_dims("MaxPool", spatial_dims)(2, ceil_mode=True)
         channels = [int(plan[-1] * width) for plan in down]
         self.encoder = nn.ModuleList(
             nested(plan, channels[number - 1] if number else in_channels, layer if number else first)
@@ -150,7 +149,7 @@ class U2KANet(nn.Module):
         self.decoder = nn.ModuleList(
             nested(plan, risen[number + 1] + channels[number], layer) for number, plan in enumerate(up)
         )
-        conv = Conv[Conv.CONV, spatial_dims]
+        conv = of_dims("Conv", spatial_dims)
         self.heads = nn.ModuleList(conv(inputs, out_channels, 3, padding=1) for inputs in risen)
         self.together = pointwise_conv(spatial_dims, len(risen) * out_channels, out_channels)
 

@@ -13,13 +13,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from kanseg.encoders import Encoder
 from kanseg.encoders.layers import Layer, LayerFactory, network_layer
 from kanseg.errors import UsageError
 from kanseg.layers import ConvLayer, conv_layer
+from kanseg.layers.geometry import of_dims
 from kanseg.models.model import MODELS
 from kanseg.models.u_shape import DecoderStage, UShape
 
@@ -58,7 +58,7 @@ class UKANEncoder(Encoder):
         self.stages = nn.ModuleList()
         for number, (inputs, outputs) in enumerate(pairwise((in_channels, *features))):
             if number < convolutional:
-                pool = Pool[Pool.MAX, spatial_dims](2, ceil_mode=True)
+                pool = of_dims("MaxPool", spatial_dims)(2, ceil_mode=True)
                 both = [plain(spatial_dims, inputs, outputs, 3), plain(spatial_dims, outputs, outputs, 3)]
                 self.stages.append(nn.Sequential(*both, pool))
             else:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from io import BytesIO
@@ -68,34 +70,61 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
         UserError: no such file, cut short, not written by kanseg, or with tensors that kanseg never writes.
     """
     path = Path(path)
+    with _complete(path):
+        data = path.read_bytes()  # at once: a training may replace the file at any moment
+        (metadata, _), made = _header(BytesIO(data)), load(data)
+        del data
+        # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
+        tensors = {name: made.pop(name).clone() for name in list(made)}
+        tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
+    return tensors, _described(metadata, tensors, path)
+
+
+def load_description(path: Path | str) -> dict[str, Any]:
+    """The JSON of a checkpoint; its tensors stay on the disk, where the header says that they are.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    path = Path(path)
+    with _complete(path), path.open("rb") as file:
+        metadata, tensors = _header(file)
+        end = file.tell() + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        if (size := os.fstat(file.fileno()).st_size) != end:
+            raise ValueError(f"{size} bytes, not {end}")
+    return _described(metadata, tensors, path)
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[None]:
+    """Say of a file that the body cannot read what is wrong with it."""
     if not path.is_file():
         raise UserError(
             f"There is no checkpoint {path}. Give one that `kanseg train` wrote, or its run folder."
         )
     try:
-        data = path.read_bytes()  # at once: a training may replace the file at any moment
-        metadata, made = _header(BytesIO(data)), load(data)
-        del data
-        # A copy each: it is aligned in memory, as the last bit of MKL's sums asks for.
-        tensors = {name: made.pop(name).clone() for name in list(made)}
-        tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is no complete checkpoint ({error}): cut short, damaged, or no safetensors file. "
             "Copy it again, or use another checkpoint of the run (best or last)."
         ) from error
+
+
+def _described(metadata: Mapping[str, str], names: Iterable[str], path: Path) -> dict[str, Any]:
+    """The JSON in the metadata of a file with tensors of such names; `UserError` where it cannot be kanseg's."""
     try:
         info = json.loads(metadata[KEY])
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} was not written by kanseg: its metadata has no '{KEY}'.") from error
-    foreign = [name for name in sorted(tensors) if name.partition(".")[0] not in PARTS]
+    foreign = [name for name in sorted(names) if name.partition(".")[0] not in PARTS]
     if foreign:
         raise UserError(f"{path} does not fit kanseg: it has foreign keys {_few(foreign)}.")
     if wrong := _wrong(info):
         raise UserError(
             f"{path} does not describe its model and plan ({wrong}). Copy it again, or train again."
         )
-    return tensors, info
+    return info
 
 
 def read_info(path: Path | str) -> dict[str, Any]:
@@ -116,7 +145,7 @@ def _metadata(path: Path | str) -> dict[str, str]:
     """That of a safetensors file; empty where there is none, or no such file."""
     try:
         with Path(path).open("rb") as file:
-            return _header(file)
+            return _header(file)[0]
     except (OSError, ValueError, RecursionError):
         return {}
 
@@ -135,8 +164,8 @@ def _wrong(info: Any) -> str:
     return ""
 
 
-def _header(file: BinaryIO) -> dict[str, str]:
-    """Metadata of a safetensors file: eight bytes of length, then JSON (format of safetensors).
+def _header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and table of tensors of a safetensors file: eight bytes of length, then JSON (format of safetensors).
 
     Raises:
         ValueError: another file.
@@ -145,8 +174,10 @@ def _header(file: BinaryIO) -> dict[str, str]:
     if length > LONGEST_HEADER:
         raise ValueError("no header of safetensors")
     header = json.loads(file.read(length))
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    return metadata if isinstance(metadata, dict) else {}
+    if not isinstance(header, dict):
+        raise ValueError("no header of safetensors")
+    metadata = header.pop("__metadata__", None)
+    return metadata if isinstance(metadata, dict) else {}, header
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:

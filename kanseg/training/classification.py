@@ -201,7 +201,7 @@ class Classification:
         return self._in_batches(self.tested) if self.options.final_validation else []
 
     def final_score(
-        self, model: nn.Module, item: Sequence[Case], device: torch.device, folder: Path
+        self, model: nn.Module, item: Sequence[Case], device: torch.device, folder: Path, digest: str
     ) -> list[list[float]]:
         """Probabilities of each image."""
         self.folder = folder

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from kanseg.config import Config, changes, load_config, with_options
 from kanseg.data.cases import Case, Dataset, few
-from kanseg.data.digests import signature
+from kanseg.data.digests import file_digest, signature
 from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import list_dataset, read_dataset
@@ -33,6 +33,7 @@ from kanseg.evaluation.report import score_table
 from kanseg.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case, write_prediction
+from kanseg.inference.provenance import by_networks
 from kanseg.progress import in_words, is_main, progress, say
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.class_pipeline import run_classes
@@ -40,7 +41,17 @@ from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
 from kanseg.training.planning import follow_data, measuring, tell_findings
-from kanseg.training.run_folder import FINAL, PLAN, PREDICTIONS, SPLITS, SUMMARY, WHOLE, Splits, run_splits
+from kanseg.training.run_folder import (
+    FINAL,
+    PLAN,
+    PREDICTIONS,
+    SPLITS,
+    SUMMARY,
+    WHOLE,
+    Splits,
+    check_weights,
+    run_splits,
+)
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.validate import inference_options, kept_prediction
 
@@ -352,8 +363,12 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     splits = once(lambda: _same_splits(job))
     for name in job.names:
         folder, plan = job.run / name, Plan.load(job.run / name / PLAN)
-        done = read_json(folder / RESULT)
+        folds = [folder / f"fold_{number}" for number in range(len(splits))]
+        finished = [fold for fold in folds if (fold / SUMMARY).exists()]
+        done = read_json(folder / RESULT) if finished == folds else None
         if done is not None and not done["failed"] and not job.override:
+            for fold in folds:
+                check_weights(fold)
             found[name] = done
             continue
         try:
@@ -419,9 +434,10 @@ def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Ca
     loaded = [load_model(folder, device)[:2] for folder in folders]
     networks, plans = [network for network, _ in loaded], [plan for _, plan in loaded]
     how = inference_options(job.config.inference, plan, device)
+    made = by_networks(plan, [file_digest(folder / BEST) for folder in folders], **how)
     for case in progress(missing, "Predicting"):
         labels, source = predict_case(networks, case, plans, **how)
-        write_prediction(paths[case.id], labels, source, plan)
+        write_prediction(paths[case.id], labels, source, plan, provenance=made, images=case.images)
     return True
 
 

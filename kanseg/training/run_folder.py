@@ -15,13 +15,14 @@ from kanseg.data.fingerprint import check_unchanged, load_fingerprint
 from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
 from kanseg.errors import UsageError, UserError
-from kanseg.files import write_json
-from kanseg.training.checkpoint import LAST, read_info
+from kanseg.files import parse_json, read_json, write_json
+from kanseg.training.checkpoint import BEST, LAST, load_description, read_info
 
 CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
 PREDICTIONS = "validation"  # label maps of a fold's validation cases, by a network that never saw them
 ALL, FINAL = "all", "final"  # every fold in turn; a training on every case
 WHOLE = f"fold_{FINAL}"  # folder of the latter
+WEIGHTS = "weights"  # in a summary, the digest of the best weights
 FINAL_MODEL = "model"  # in the folder of `kanseg run`, what it chose
 Splits = list[dict[str, list[str]]]
 
@@ -79,13 +80,12 @@ def read_splits(run: Path) -> Splits:
     path = run / SPLITS
     if not path.exists():
         return []
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        splits = [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in read]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a list of folds with 'train' and 'val' ({error}). Correct or delete it."
-        ) from error
+    splits = parse_json(
+        path,
+        "a list of folds with 'train' and 'val'",
+        "Correct or delete it.",
+        lambda read: [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in read],
+    )
     if not splits:
         raise UserError(f"{path} holds no fold. Correct or delete it.")
     return splits
@@ -122,6 +122,21 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: int | str) -> tuple[list[
         )
     training, validation = ([cases[name] for name in splits[fold][key]] for key in ("train", "val"))
     return training, validation
+
+
+def check_weights(fold: Path) -> None:
+    """Raise `UserError` unless the best weights of a finished fold are those that its summary tells of, and whole."""
+    file, digest = fold / BEST, (read_json(fold / SUMMARY) or {}).get(WEIGHTS)
+    try:
+        load_description(file)
+        whole = digest in (None, file_digest(file))  # runs that began before tell no digest
+    except UserError:
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{file} is damaged: it is not the file that the training ended with. Put it back from a copy, or delete "
+            f"{fold} and go on as before, to train that fold again."
+        )
 
 
 def prepare_run(config: Config, plan: AnyPlan, splits: Splits, run: Path) -> None:

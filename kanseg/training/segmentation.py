@@ -107,9 +107,11 @@ class Segmentation:
         """All validation cases, where they are asked for at the end."""
         return self.validation if self.options.final_validation else []
 
-    def final_score(self, model: nn.Module, item: Case, device: torch.device, folder: Path) -> list[float]:
+    def final_score(
+        self, model: nn.Module, item: Case, device: torch.device, folder: Path, digest: str
+    ) -> list[float]:
         """Dice a class on the image's own grid; the label map is written to `folder`."""
-        return validate_case(model, item, self.plan, self.config.inference, device, folder)
+        return validate_case(model, item, self.plan, self.config.inference, device, folder, digest)
 
     def summarize(self, scores: Sequence[list[float]]) -> Mapping[str, Any]:
         """Dice by case and class with intervals."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,7 +11,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+import psutil
+
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes
+LAUNCHED = (
+    "TORCHELASTIC_RUN_ID"  # a variable that torchrun, also that of accelerate launch, gives its workers
+)
 
 
 @contextmanager
@@ -32,8 +39,24 @@ def orderly_end() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(TERMINATED)
 
+    orphaned()  # its first call notes the launcher
     with sigterm_by(leave):
         yield
+
+
+@functools.cache
+def _first_parent(own: int) -> int:
+    """The parent of the process `own`, this one, when it was first asked for."""
+    return os.getppid()
+
+
+def orphaned() -> bool:
+    """Whether this is a worker of torchrun or accelerate launch, which is gone: a SIGKILL tells its workers nothing.
+
+    A process whose parent is gone gets another; on Windows it keeps the number of one that is no more.
+    """
+    launcher = _first_parent(os.getpid())
+    return LAUNCHED in os.environ and (os.getppid() != launcher or not psutil.pid_exists(launcher))
 
 
 class StopRequest:
@@ -45,6 +68,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        orphaned()
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -59,6 +83,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal != 0
+
+    def look(self) -> None:
+        """Take the end of the launcher for a SIGTERM; when it is looked for, all processes can agree on it."""
+        if orphaned():
+            self.signal = signal.SIGTERM
 
     def leave(self) -> NoReturn:
         """Exit as the signal would have done: 143 for SIGTERM, `KeyboardInterrupt` for Ctrl-C."""

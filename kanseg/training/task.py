@@ -43,8 +43,14 @@ class Task(Protocol):
     def held_out(self) -> Sequence[Any]:
         """What is validated at the end."""
 
-    def final_score(self, model: nn.Module, item: Any, device: torch.device, folder: Path) -> list[Any]:
-        """Scores of one held-out item, as a user would get them; predictions are kept in `folder`."""
+    def final_score(
+        self, model: nn.Module, item: Any, device: torch.device, folder: Path, digest: str
+    ) -> list[Any]:
+        """Scores of one held-out item, as a user would get them; predictions are kept in `folder`.
+
+        Args:
+            digest: of the file of the weights, for what tells of their origin.
+        """
 
     def summarize(self, scores: Sequence[list[Any]]) -> Mapping[str, Any]:
         """Summary of the final scores, in the order of `held_out`."""

@@ -18,6 +18,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from kanseg.config import Config
+from kanseg.data.digests import file_digest
 from kanseg.data.plans import plan_from_dict
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder, write_json
@@ -31,7 +32,7 @@ from kanseg.training.optimizers import create_optimizer, lr_factor, update_avera
 from kanseg.training.parallel import full, gathered, like, shard, whole_batch
 from kanseg.training.parameters import freeze, rest_frozen
 from kanseg.training.regularization import Penalties
-from kanseg.training.run_folder import PREDICTIONS, SUMMARY
+from kanseg.training.run_folder import PREDICTIONS, SUMMARY, WEIGHTS, check_weights
 from kanseg.training.state import State, mean_score
 from kanseg.training.stop import StopRequest
 from kanseg.training.task import Batch, Task
@@ -120,19 +121,30 @@ class Trainer:
         tensors, _ = checkpoint.load_checkpoint(self.folder / BEST)
         load_weights(self.evaluated, part(tensors, "model"), self.folder / BEST)
         parameters = sum(parameter.numel() for parameter in self.evaluated.parameters())
-        summary = {"fold": self.description["fold"], "parameters": parameters, **self._standing()}
+        digest = file_digest(self.folder / BEST)
+        known = {"fold": self.description["fold"], "parameters": parameters, WEIGHTS: digest}
+        summary = {**known, **self._standing()}
         if self.task.held_out():
             self.monitor.say("Validating the best weights on all that was held out.")
-            summary |= self.task.summarize(self._final_scores())
+            summary |= self.task.summarize(self._final_scores(digest))
         self.monitor.picture()
         if self.accelerator.is_main_process:
             write_json(self.folder / SUMMARY, summary)
         return summary
 
     def finished(self, summary: dict[str, Any] | None) -> dict[str, Any] | None:
-        """A summary, unless it lacks the final validation that is wanted now (an earlier call did without)."""
-        plain = {"fold", "parameters", *self._standing()}
-        return None if summary is None or (self.task.held_out() and summary.keys() <= plain) else summary
+        """A summary, unless it is of an earlier end, or lacks the final validation that is wanted now.
+
+        Raises:
+            UserError: the weights that it tells of are damaged.
+        """
+        if summary is None or summary.get("updates") != self.state.updates:
+            return None
+        plain = {"fold", "parameters", WEIGHTS, *self._standing()}
+        if self.task.held_out() and summary.keys() <= plain:
+            return None
+        check_weights(self.folder)
+        return summary
 
     def load(self) -> None:
         """Take up the last checkpoint of the folder, if there is one."""
@@ -279,13 +291,15 @@ class Trainer:
         self._tick()
         return dict(means)
 
-    def _final_scores(self) -> list[list[Any]]:
+    def _final_scores(self, digest: str) -> list[list[Any]]:
         folder = make_folder(self.folder / PREDICTIONS)
         scores = []
         items = self.task.held_out()
         for index in self.monitor.walk(self._share(items), "validating"):
-            found = self.task.final_score(self.evaluated, items[index], self.accelerator.device, folder)
+            device = self.accelerator.device
+            found = self.task.final_score(self.evaluated, items[index], device, folder, digest)
             scores.append((index, found))
+            self.stop.look()
             if self.stop:
                 self.monitor.say("Stopped. --resume makes the final validation again.")
                 self.stop.leave()
@@ -309,6 +323,7 @@ class Trainer:
     def _tick(self) -> None:
         """Advance the clock; all processes take the main one's time and signal, to keep one learning rate."""
         self.state.seconds = time.monotonic() - self._start
+        self.stop.look()
         if self.accelerator.num_processes > 1:
             told = [self.state.seconds, self.stop.signal]
             own = torch.tensor(told, dtype=torch.float64, device=self.accelerator.device)

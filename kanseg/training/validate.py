@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from kanseg.data.cases import Case, label_path
 from kanseg.data.images import read_label
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import highest
-from kanseg.evaluation.metrics import dice, dice_of_values, label_dice
+from kanseg.evaluation.metrics import bootstrap_interval, dice, dice_of_values, label_dice
 from kanseg.inference.logits import whole_logits
 from kanseg.inference.predict import predict_case, write_prediction
+from kanseg.inference.provenance import by_networks
 from kanseg.memory import settle
 
-RESAMPLES = 2000
 OVERLAP, FEWEST = 0.25, 2  # of windows, and cases that are watched at least, while training goes on
 
 
@@ -49,17 +49,21 @@ def validate_case(
     plan: Plan,
     options: InferenceConfig,
     device: torch.device,
-    folder: Path | None = None,
+    folder: Path,
+    digest: str,
 ) -> list[float]:
     """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does.
 
     Args:
         folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
+        digest: of the file of the model, for the header of the label map.
     """
     settle(allowed_memory(plan, device))
-    labels, source = predict_case(model, case, plan, **inference_options(options, plan, device))
-    if folder is not None:
-        write_prediction(kept_prediction(folder, case, plan), labels, source, plan)
+    how = inference_options(options, plan, device)
+    labels, source = predict_case(model, case, plan, **how)
+    made = by_networks(plan, [digest], **how)
+    path = kept_prediction(folder, case, plan)
+    write_prediction(path, labels, source, plan, provenance=made, images=case.images)
     return label_dice(labels, read_label(label_path(case), plan.image_dims), plan)
 
 
@@ -120,12 +124,3 @@ def affordable_cases(plan: Plan, patches: int) -> int | None:
     steps = np.ceil((size * spacing / plan.spacing - patch) / np.maximum(1, patch * (1 - OVERLAP))) + 1
     windows = images * np.prod(np.maximum(1, steps))
     return max(FEWEST, int(3 * patches / windows))
-
-
-def bootstrap_interval(values: np.ndarray, groups: Iterable[str], seed: int) -> list[float]:
-    """95 % percentile interval of the mean of `values`; whole groups (patients) are drawn."""
-    _, index = np.unique(list(groups), return_inverse=True)
-    sums, sizes = np.bincount(index, values), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
-    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    return np.percentile(means, (2.5, 97.5)).tolist()

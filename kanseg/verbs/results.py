@@ -63,7 +63,7 @@ def compare(
     """
     from kanseg.evaluation.compare import compare as compare_scores
     from kanseg.evaluation.compare import comparison_table
-    from kanseg.evaluation.metrics import label_options
+    from kanseg.evaluation.folders import label_options
 
     if labels is not None and reference is None:
         raise UsageError("--labels is for folders of label maps; give their references by --reference.")
@@ -103,7 +103,8 @@ def ensemble(
     if images is None:
         if tta:
             raise UsageError("--tta needs models and images; give -i.")
-        from kanseg.inference.classify import combine_tables, find_tables
+        from kanseg.evaluation.classification import find_tables
+        from kanseg.inference.classify import combine_tables
         from kanseg.inference.ensemble import combine_folders
         from kanseg.training.checkpoint import holds_model
 

@@ -422,8 +422,8 @@ class Bench:
     def row(self, name: str) -> dict[str, Any]:
         """Numbers of a row over its finished folds, and as text under the table's headings."""
         from kanseg.evaluation.compare import compare
+        from kanseg.evaluation.metrics import bootstrap_interval
         from kanseg.models.table import count_flops
-        from kanseg.training.validate import bootstrap_interval
 
         folds = [
             json.loads(path.read_text()) for path in sorted((self.results / name).glob("fold_*/summary.json"))
