@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
+from kanseg.inference.calibration import stored as stored_calibration
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder
 from kanseg.memory import taken
@@ -75,6 +78,10 @@ class Loaded:
         networks, plans: as `kanseg.inference.predict.predict_folder` takes them.
         files: the checkpoints, `digests` of them, and `infos`, their JSON.
         rules: post-processing that was stored with the first model.
+        temperatures: of each network, see `kanseg.inference.calibration`; of an `Ensemble` it goes into the logits of
+            the mean, so that no label changes. It was fitted on single networks, for nobody has not been seen by all
+            but one of a run's folds.
+        quality: what `kanseg.inference.quality.judge` needs, as stored with the first model; empty where nothing is.
 
     Args:
         kind: of their plans, `Plan` (networks that segment) or `ClassPlan` (classifiers).
@@ -88,17 +95,26 @@ class Loaded:
         self.digests = [file_digest(file) for file in self.files]
         stored = _rules(Path(paths[0]))
         alike: dict[str, list[tuple[nn.Module, Any]]] = {}
+        heat: dict[str, list[float]] = {}
+        self.quality: dict[str, Any] = {}
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
             network, plan, info = load_model(file, device)
             if not isinstance(plan, kind):
                 what = "segments" if isinstance(plan, Plan) else "tells the class of an image"
                 raise UserError(f"{file} {what}, and the networks of an ensemble do one of both.")
-            self.infos.append(info)
+            near = file.absolute().parent
+            known = stored_calibration(info, (near, near.parent))
+            if not self.infos:
+                self.quality = stored_calibration(info, (near.parent, near)).get("quality", {})
+            self.infos.append({**info, "calibration": known} if known else info)
             if stored is None and len(self.infos) <= len(found[0]):
                 stored = info.get("postprocessing")
-            alike.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
+            kind_of = json.dumps(_sameness(plan))
+            alike.setdefault(kind_of, []).append((network, plan))
+            heat.setdefault(kind_of, []).append(known.get("temperature", 1.0))
         self.rules: list[Rule] = stored or []
+        self.temperatures = [statistics.geometric_mean(group) for group in heat.values()]
         self.plans = [group[0][1] for group in alike.values()]
         self.networks: list[nn.Module] = [
             group[0][0]
@@ -159,7 +175,8 @@ def predict_with(
         memory: bytes that this process may take; default what is free.
 
     Returns:
-        {"predicted", "failed": message by case, "out"}.
+        {"predicted", "failed": message by case, "out"}; of a model that can tell, also "quality": what
+        `kanseg.inference.quality.Verdict` says of each case that was predicted now.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -184,6 +201,10 @@ def predict_with(
         say(console, on_training_images(seen, len(cases)))
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
+    settings = {**how, "models": loaded.digests, "rules": rules}
+    if (probabilities or uncertainty) and any(value != 1 for value in loaded.temperatures):
+        settings["temperatures"] = loaded.temperatures
+    told: dict[str, Any] = {}
     failures = predict_folder(
         loaded.networks,
         loaded.plans,
@@ -193,8 +214,11 @@ def predict_with(
         probabilities=probabilities,
         uncertainty=uncertainty,
         rules=rules,
-        settings={**how, "models": loaded.digests, "rules": rules},
+        settings=settings,
         again=again,
+        temperatures=loaded.temperatures,
+        quality=loaded.quality,
+        judged=lambda case, verdict: told.update({case: asdict(verdict)}),
         console=console,
         description=f"kanseg {version} {loaded.plan.model} {loaded.plan.dataset_name}",
         provenance={
@@ -209,7 +233,8 @@ def predict_with(
         memory=memory,
         **how,
     )
-    return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
+    result = {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
+    return {**result, "quality": told} if told else result
 
 
 def facts_of_model(path: Path | str) -> dict[str, Any]:
@@ -221,6 +246,9 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         if info.get("plan"):
             plan_in(info, file)  # or what it says is not to be told
     plan, stored = plans[0], _rules(Path(path))
+    near = [file.absolute().parent for file in files]
+    learned = [stored_calibration(i, (p, p.parent)) for i, p in zip(infos, near, strict=True)]
+    judged = stored_calibration(infos[0], (near[0].parent, near[0])).get("quality") or {}
 
     def each(values: Iterable[Any]) -> Any:
         """What all networks have in common, else that of each kind of them."""
@@ -240,6 +268,8 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
         "mirror axes": each(plan.get("mirror_axes") for plan in plans),
         "post-processing": rules,
+        "temperature": each(one.get("temperature") for one in learned),
+        "expected Dice by": f"{judged['cases']} unseen cases" if judged else None,
         "trained on": plan.get("dataset_name"),
         "folds": [info["fold"] for info in infos if info.get("fold") is not None],
         "versions": infos[0].get("versions"),

@@ -17,8 +17,9 @@ from kanseg.data.plan import Plan
 from kanseg.data.transforms import highest
 from kanseg.evaluation.metrics import dice, dice_of_values, label_dice
 from kanseg.inference.logits import whole_logits
-from kanseg.inference.predict import predict_case, write_prediction
+from kanseg.inference.predict import predict, write_prediction
 from kanseg.memory import settle
+from kanseg.training.calibrate import CASES, observe
 
 RESAMPLES = 2000
 OVERLAP, FEWEST = 0.25, 2  # of windows, and cases that are watched at least, while training goes on
@@ -54,13 +55,15 @@ def validate_case(
     """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does.
 
     Args:
-        folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
+        folder: where to keep the label map, as <id>.nii.gz (.png in 2D); what calibration needs goes beside it.
     """
     settle(allowed_memory(plan, device))
-    labels, source = predict_case(model, case, plan, **inference_options(options, plan, device))
+    predicted = predict(model, case, plan, **inference_options(options, plan, device))
+    labels, reference = predicted.labels(), read_label(label_path(case), plan.image_dims)
     if folder is not None:
-        write_prediction(kept_prediction(folder, case, plan), labels, source, plan)
-    return label_dice(labels, read_label(label_path(case), plan.image_dims), plan)
+        observe(predicted, labels, reference, case.id, folder.parent / CASES)
+        write_prediction(kept_prediction(folder, case, plan), labels, predicted.source, plan)
+    return label_dice(labels, reference, plan)
 
 
 def inference_options(options: InferenceConfig, plan: Plan, device: torch.device) -> dict[str, Any]:
