@@ -153,6 +153,8 @@ def export_network(
                 f"output ({TOLERANCE:g} is allowed), so it was not kept. Report this with the output of `kanseg info`."
             )
         about = {**describe(plan, to, kind, bool(loaded.rules)), "postprocessing": loaded.rules}
+        if (heat := loaded.temperatures[0]) != 1:
+            about |= {"temperature": heat, "steps": [*about["steps"], CALIBRATED]}
         about["parity"] = found
         kind.beside(out, loaded)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
@@ -303,6 +305,10 @@ def steps(plan: Plan) -> list[str]:
     return found
 
 
+CALIBRATED = (
+    "For probabilities, divide the outputs by `temperature` before the softmax (of regions: the sigmoid), which the "
+    "file does not do; no label changes by it."
+)
 CLEANED = "Then clean the label map by the rules of `postprocessing`, which `kanseg predict` does as well."
 NORMALISED = {
     "zscore": "subtract the mean of the image and divide by its standard deviation",

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 PERCENTILES = (1, 50, 99)  # of the intensities of a channel, as the network sees them
 SAMPLED = 100_000  # intensities of a channel
-BEYOND = 0.5  # of the range of the training cases, from where on a percentile is unlike them
+BEYOND, LEAST = (
+    0.5,
+    0.1,
+)  # of the range of the training cases, and of a channel's: how far out a percentile is unlike
 COVERED = 0.9  # of unseen cases lie in the interval
 DOUBTFUL = 0.05  # of unseen cases had a lower estimate than one that is doubtful
 FEWEST = 10  # cases of a class that a line is fitted to
@@ -220,7 +223,8 @@ def _unlike(found: np.ndarray, seen: Sequence[Any], names: Sequence[str]) -> lis
     low, high = np.array(seen)
     if low.shape != found.shape:
         return []
-    beyond = np.maximum(low - found, found - high) - BEYOND * np.maximum(high - low, 1e-6)
+    beyond = np.maximum(low - found, found - high)
+    beyond -= np.maximum(BEYOND * (high - low), LEAST * (high[:, -1:] - low[:, :1]))
     notes = []
     for channel, name in enumerate(names):
         at = int(beyond[channel].argmax())
