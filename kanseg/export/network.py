@@ -152,9 +152,11 @@ def export_network(
                 f"The exported network differs from its original by {found['relative_difference']:.1e} of its largest "
                 f"output ({TOLERANCE:g} is allowed), so it was not kept. Report this with the output of `kanseg info`."
             )
-        about = {**describe(plan, to, kind, bool(loaded.rules)), "postprocessing": loaded.rules}
-        if (heat := loaded.temperatures[0]) != 1:
-            about |= {"temperature": heat, "steps": [*about["steps"], CALIBRATED]}
+        further = [
+            said for said, true in ((CALIBRATED, loaded.temperatures != [1]), (CLEANED, loaded.rules)) if true
+        ]
+        about = {**describe(plan, to, kind, further), "postprocessing": loaded.rules}
+        about["temperature"] = loaded.temperatures[0]
         about["parity"] = found
         kind.beside(out, loaded)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
@@ -222,11 +224,11 @@ def compare_labels(network: nn.Module, run: Run, case: Case, plan: Plan) -> dict
     return {"case": case.id, "voxels": int(one.size), "equal_labels": float((one == other).mean())}
 
 
-def describe(plan: AnyPlan, to: str, kind: Format, cleaned: bool = False) -> dict[str, Any]:
+def describe(plan: AnyPlan, to: str, kind: Format, further: Sequence[str] = ()) -> dict[str, Any]:
     """What whoever runs the file has to do around it, in words and numbers.
 
     Args:
-        cleaned: whether label maps are post-processed in the end.
+        further: steps after those of the plan.
     """
     window = ["windows", plan.in_channels, *plan.patch_size]
     classes = [
@@ -241,7 +243,7 @@ def describe(plan: AnyPlan, to: str, kind: Format, cleaned: bool = False) -> dic
         "input": {"name": INPUT, "type": "float32", "shape": window},
         "output": {"name": OUTPUT, "type": "float32", "shape": [window[0], len(classes), *places]},
         "classes": classes,
-        "steps": [*told, *([CLEANED] if cleaned else [])],
+        "steps": [*told, *further],
     }
 
 
