@@ -475,7 +475,7 @@ class _Report(Told):
                 f"({', '.join(f'{t:.3f}' for t in known['temperatures'])}). Negative log-likelihood a voxel: "
                 f"{known['nll'][0]:.5f} before, {known['nll'][1]:.5f} after."
             )
-            yield table(["class", "near structures", "after", "whole images", "after"], rows)
+            yield table(["class", "error near structures", "after", "of whole images", "after"], rows)
             file = f"./{PICTURES}/reliability_{part.name}.png"
             draw_reliability({n: c["curve"] for n, c in known["classes"].items()}, self.run / file)
             yield f"![Reliability of probabilities near structures: {part.name}](./{quote(file[2:])})"
@@ -489,7 +489,8 @@ class _Report(Told):
         yield f"### Dice without a reference ({one.name})"
         yield (
             "`kanseg predict` tells the Dice that is to be expected of each class, with an interval for 90 % of cases, "
-            "and names doubtful ones. Here each case was estimated by the other folds:"
+            "and names doubtful ones. Here each case was estimated by the other folds. Where the rank correlation is about "
+            "0, the estimate is no better than the mean Dice."
         )
         rows = []
         for name, line in list(fitted.items())[:CLASSES]:
