@@ -100,6 +100,15 @@ def test_what_is_told_of_a_fold_does_not_hang_on_its_own_temperature() -> None:
     assert all(after < before for before, after in (one["ece_near"] for one in found["classes"].values()))
 
 
+def test_where_folds_contradict_each_other_nothing_is_calibrated() -> None:
+    """The temperature of one fold makes the other less likely than none."""
+    random = np.random.default_rng(0)
+    found = calibrate([[drawn(random, False, heat=heat)] for heat in (0.5, 2.0)], ["one", "two"], False)
+    assert found["temperatures"] == pytest.approx([2.0, 0.5], rel=0.1)
+    assert found["nll"][1] > found["nll"][0]
+    assert found["temperature"] == 1
+
+
 @pytest.fixture
 def case(plan: Plan, tmp_path: Path):
     """An image on an oblique grid whose voxels all differ, its prediction (the image as logits), and a reference."""

@@ -178,9 +178,9 @@ def calibrate(folds: Sequence[Sequence[Sample]], names: Sequence[str], regions: 
         names: of the classes, without the background.
 
     Returns:
-        "temperature", that of all; "temperatures", of all folds but each; "nll" [before, after]; "classes": of each
-        "ece" (of whole images), "ece_near" (near structures), and "curve" (there), each [before, after]. What is after
-        is by the temperature of the other folds.
+        "temperature", that of all, or 1 where unseen cases are no likelier by it; "temperatures", of all folds but each;
+        "nll" [before, after]; "classes": of each "ece" (of whole images), "ece_near" (near structures), and "curve"
+        (there), each [before, after]. What is after is by the temperature of the other folds.
     """
     apart = [
         fit_temperature(Sample.joined([s for other in folds if other is not fold for s in other]), regions)
@@ -208,7 +208,7 @@ def calibrate(folds: Sequence[Sequence[Sample]], names: Sequence[str], regions: 
         ]
         found[name] = {"ece": everywhere, "ece_near": [n[0] for n in near], "curve": [n[1] for n in near]}
     return {
-        "temperature": fit_temperature(whole, regions),
+        "temperature": fit_temperature(whole, regions) if nll[1] < nll[0] else 1.0,
         "temperatures": apart,
         "cases": sum(cases),
         "voxels": len(whole.weight),
