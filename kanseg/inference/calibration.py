@@ -178,7 +178,7 @@ def calibrate(folds: Sequence[Sequence[Sample]], names: Sequence[str], regions: 
         names: of the classes, without the background.
 
     Returns:
-        "temperature", that of all, or 1 where unseen cases are no likelier by it; "temperatures", of all folds but each;
+        "temperature", that of all, or 1 where unseen cases are no likelier by it; "temperatures", of all but each fold;
         "nll" [before, after]; "classes": of each "ece" (of whole images), "ece_near" (near structures), and "curve"
         (there), each [before, after]. What is after is by the temperature of the other folds.
     """
