@@ -248,8 +248,7 @@ def predict(
         bool,
         typer.Option(
             "--uncertainty",
-            help="Also write a map of entropy, and quality.csv: the Dice that the probabilities expect, which is not "
-            "calibrated.",
+            help="Also write a map of entropy, and quality.csv: its mean in each class, and the Dice to expect.",
         ),
     ] = False,
     postprocess: Annotated[bool, typer.Option(help="Apply the rules stored with the model.")] = True,
@@ -268,6 +267,8 @@ def predict(
 
     A run with several trained folds, and several -m, predict as one by their mean probability. A folder that was not
     finished is gone on with. A case that fails is reported and the others go on; the exit code is then 1.
+
+    A model of a cross-validation also tells the Dice to expect, in quality.csv of a folder, and names cases to check.
 
     A classifier writes OUT/predictions.csv (or -o TABLE.csv): the class of each image, always with the probability of
     every class. --uncertainty adds their entropy, --tta averages over the mirrored images that its training drew, and

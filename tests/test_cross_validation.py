@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -14,6 +15,7 @@ from kanseg.data import loaders
 from kanseg.data.images import read_label
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import dice, summarize_rows
+from kanseg.inference.calibration import CALIBRATION
 from kanseg.inference.ensemble import Loaded
 from kanseg.segmenter import Segmenter
 from kanseg.training import cross_validation
@@ -80,6 +82,32 @@ def test_post_processing_is_stored_with_the_model_and_never_hurts(done):
     assert Loaded([run]).rules == found["postprocessing"]
     assert found["metrics"]["mean"]["dice"]["mean"] >= found["dice_without_postprocessing"]
     assert len(Loaded([run]).files) == 3
+
+
+def test_calibration_is_stored_with_the_model_and_saved_with_it(balls, done, tmp_path):
+    """Six cases are too few to tell a Dice by, not for a temperature, and their volumes are those of the references."""
+    run, _ = done
+    kept = json.loads((run / CALIBRATION).read_text())
+    assert kept["cases"] == kept["quality"]["cases"] == 6
+    assert len(kept["temperatures"]) == 3
+    sizes = [float((read_label(case.label) == 7).sum() / 1000) for case in balls[0].cases]
+    assert kept["quality"]["classes"] == {"label 7": {"volume_ml": pytest.approx([min(sizes), max(sizes)])}}
+    loaded = Loaded([run])
+    assert loaded.temperatures == pytest.approx([kept["temperature"]])
+    assert loaded.quality == kept["quality"]
+    Segmenter.load(run).save(tmp_path / "saved")
+    saved = Loaded([tmp_path / "saved"])
+    assert (saved.temperatures, saved.quality) == (loaded.temperatures, loaded.quality)
+    assert Loaded([run / "fold_1"]).temperatures == pytest.approx(loaded.temperatures)
+
+
+def test_without_a_sample_of_every_case_nothing_is_calibrated(balls, done, tmp_path):
+    """As of folds that an earlier version validated."""
+    run = shutil.copytree(done[0], tmp_path / "run")
+    next(run.glob("fold_1/calibration/*")).unlink()
+    assert validate(balls, run, resume=True)["metrics"] == done[1]["metrics"]
+    assert not (run / CALIBRATION).exists()
+    assert Loaded([run]).temperatures == [1]
 
 
 def test_finished_folds_are_left_alone_and_the_others_made(balls, done):

@@ -27,6 +27,7 @@ from kanseg.data.plan import Plan, make_plan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.files import write_json
+from kanseg.inference.calibration import CALIBRATION
 from kanseg.inference.ensemble import (
     Ensemble,
     Loaded,
@@ -331,6 +332,28 @@ def test_constant_blending_weighs_windows_alike(plan: Plan) -> None:
     line = predict_logits(Ramp(), image, plan, overlap=0.5, blending="constant")[0, 0, :, 0, 0]
     wanted = [*range(8), *((i + i - 8) / 2 for i in range(8, 16)), *range(8, 16)]
     torch.testing.assert_close(line, torch.tensor(wanted))
+
+
+def test_networks_have_the_temperatures_of_their_own_runs(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    """Of one plan their geometric mean; a folder of a network goes before that of its model, which has the Dice's."""
+    flat = make_plan(read_dataset(blobs), memory=2**31, dim=2)
+    for number, (own, heat) in enumerate(((plan, 2.0), (plan, 0.5), (plan, 8.0), (flat, 3.0), (flat, None))):
+        checkpoint(own, tmp_path / f"fold_{number}", number)
+        if heat:
+            known = {"temperature": heat, "quality": {"cases": number}}
+            (tmp_path / f"fold_{number}" / CALIBRATION).write_text(json.dumps(known))
+    (tmp_path / CALIBRATION).write_text('{"temperature": 12, "quality": {"cases": 30}}')
+    loaded = Loaded([tmp_path])
+    assert loaded.temperatures == pytest.approx([2.0, 6.0])
+    assert loaded.quality == {"cases": 30}
+    found = facts_of_model(tmp_path)
+    assert found["temperature"] == [2, 0.5, 8, 3, 12]
+    assert found["expected Dice by"] == "30 unseen cases"
+    for file in tmp_path.rglob(CALIBRATION):
+        file.unlink()
+    assert Loaded([tmp_path]).temperatures == [1, 1]
+    assert not Loaded([tmp_path]).quality
+    assert not {"temperature", "expected Dice by"} & facts_of_model(tmp_path).keys()
 
 
 def test_facts_of_a_model_of_two_plans_tell_both(plan: Plan, blobs: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from kanseg.export.network import (
     program_of,
     random_windows,
 )
+from kanseg.inference.calibration import CALIBRATION
 from kanseg.inference.ensemble import Loaded
 from kanseg.inference.postprocess import save_rules
 from kanseg.inference.predict import predict_case
@@ -181,6 +182,7 @@ def test_a_bundle_says_how_it_is_run_and_is_a_model_to_start_from(plan: Plan, tm
     checkpoint(plan, tmp_path / "fold_0", 0)
     rules = [{"labels": [1], "largest": True}]
     save_rules(tmp_path / "fold_0", rules)
+    (tmp_path / CALIBRATION).write_text('{"temperature": 1.5}')
     said = export_network([tmp_path / "fold_0"], tmp_path / "bundle", "monai")
     text = (tmp_path / "bundle/docs/README.md").read_text()
     assert 'pip install "monai[fire]"' in text
@@ -189,6 +191,8 @@ def test_a_bundle_says_how_it_is_run_and_is_a_model_to_start_from(plan: Plan, tm
     about = json.loads((tmp_path / "bundle/model.json").read_text())
     assert about["postprocessing"] == said["postprocessing"] == rules
     assert "rules of `postprocessing`" in about["steps"][-1]
+    assert "divide the outputs by `temperature`" in about["steps"][-2]
+    assert about["temperature"] == Loaded([tmp_path / "bundle"]).temperatures[0] == 1.5
     old, new = read_start(tmp_path / "fold_0"), read_start(tmp_path / "bundle")
     assert (old.spec, old.ends) == (new.spec, new.ends)
     assert old.weights.keys() == new.weights.keys()

@@ -74,6 +74,9 @@ def test_the_folder_holds_a_model_that_predicts_and_a_report(balls, done, tmp_pa
     moved = Loaded([tmp_path / "moved"])
     rules = json.loads((folder / "postprocessing.json").read_text())["rules"]
     assert moved.rules == rules == Loaded([folder]).rules
+    calibration = json.loads((folder / "3d/calibration.json").read_text())
+    assert moved.temperatures == pytest.approx([calibration["temperature"]])
+    assert moved.quality == calibration["quality"]
     image = dataset.cases[0].images[0]
     told = CliRunner().invoke(
         app, ["predict", "-m", str(folder), "-i", str(image), "-o", str(tmp_path / "mask.nii.gz")]
@@ -113,7 +116,7 @@ def test_the_report_is_one_file_that_shows_all(balls, done, tmp_path):
     assert found["report"] == str(folder / "report.html")
     page = Path(shutil.copy(found["report"], tmp_path)).read_text()
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 7  # Dice by case, volumes, four cases, curves
+    assert len(sources) == 8  # Dice by case, volumes, four cases, reliability, curves
     for source in sources:
         picture = Picture.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
         assert min(picture.size) > 200
@@ -132,7 +135,7 @@ def test_the_report_is_one_file_that_shows_all(balls, done, tmp_path):
     splits = json.loads((folder / "3d/splits.json").read_text())
     assert all(", ".join(fold["val"]) in page for fold in splits)
     links = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text())
-    assert len(links) == 7
+    assert len(links) == 8
     assert all((folder / link).is_file() for link in links)
 
 
@@ -178,7 +181,7 @@ def test_a_report_is_made_anew_from_what_is_there(balls, done, tmp_path):
     assert one == Path(done[1]["report"]).read_text().replace(str(done[0]), str(folder))
     single = write_report(folder / "3d").read_text()  # as of `kanseg train -f all`
     assert "6 unseen cases" in single
-    assert single.count("<img") == 7
+    assert single.count("<img") == 8
     with pytest.raises(UserError, match=r"holds no plan.json"):
         write_report(folder / "model")
 
@@ -187,7 +190,7 @@ def test_a_report_says_when_folds_were_scored_after_the_pooling(balls, done, tmp
     folder = Path(shutil.copytree(done[0] / "3d", tmp_path / "a run"))
     before = write_report(folder).read_text()
     assert "cases have scores now" not in before
-    assert before.count("<img") == 7  # a blank in the name breaks no picture
+    assert before.count("<img") == 8  # a blank in the name breaks no picture
     file = folder / "cross_validation.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "cases": 4}))
     assert "6 cases have scores now" in write_report(folder).read_text()
@@ -324,7 +327,16 @@ def test_both_dimensions_and_their_ensemble_compete_on_volumes(blobs, tmp_path):
     splits = [json.loads((tmp_path / name / "splits.json").read_text()) for name in ("3d", "2d")]
     assert splits[0] == splits[1]
     assert len(list((tmp_path / "ensemble/validation").iterdir())) == 6
-    assert len(Loaded([tmp_path]).files) == (4 if found["choice"] == "ensemble" else 2)
+    loaded = Loaded([tmp_path])
+    assert len(loaded.files) == (4 if found["choice"] == "ensemble" else 2)
+    known = {
+        name: json.loads((tmp_path / name / "calibration.json").read_text())
+        for name in found["configurations"]
+    }
+    assert "temperature" not in known["ensemble"]
+    names = ("3d", "2d") if found["choice"] == "ensemble" else (found["choice"],)
+    assert loaded.temperatures == pytest.approx([known[name]["temperature"] for name in names])
+    assert loaded.quality == known[found["choice"]]["quality"]
 
 
 def test_a_repaired_copy_does_not_hide_that_the_data_changed(blobs, tmp_path):

@@ -27,6 +27,7 @@ ENDS = (("A", "P"), ("R", "L"), ("R", "L"))  # of the patient, at the left and r
 MOST_NAMES, LONGEST = 40, 30  # names of a legend; letters of one that shares a line
 LETTERS = 22  # of a name that is shown beside much else
 PANELS = 3  # in a row
+MOST_LINES = 12  # classes of a diagram
 MOST_CLASSES, FEW_NAMES, FEW_LETTERS, FEW_POINTS = 40, 6, 12, 30
 WIDE = 110  # letters in a line of a terminal that has room for intervals beside means
 PLANES = ("sagittal", "coronal", "axial")
@@ -248,6 +249,28 @@ def draw_agreement(
     figure.supylabel(f"prediction - reference ({unit})", fontsize="medium")
     lines = cells[0].get_legend_handles_labels()[0][:2]
     figure.legend(handles=lines, loc="outside upper right", ncols=2, frameon=False)
+    return saved(figure, path)
+
+
+def draw_reliability(curves: Mapping[str, Sequence[Sequence[Sequence[float]]]], path: Path | str) -> Path:
+    """Save a PNG of reliability diagrams, before and after calibration: what was said, and how often it was so.
+
+    Args:
+        curves: of each class, before and after, [mean probability, share that was, weight] of each bin.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 3.8), dpi=110, layout="constrained")
+    cells = figure.subplots(1, 2, sharey=True)
+    for side, (cell, title) in enumerate(zip(cells, ("before", "after calibration"), strict=True)):
+        told_apart(cell)
+        cell.plot([0, 1], [0, 1], color="grey", linestyle=":", label="as said")
+        for name, both in list(curves.items())[:MOST_LINES]:
+            said, was, _ = zip(*both[side], strict=True)
+            cell.plot(said, was, marker=".", label=short(name))
+        cell.set(xlabel="probability", title=title, xlim=(0, 1), ylim=(0, 1))
+    cells[0].set_ylabel("share of voxels that were so")
+    figure.legend(handles=cells[0].lines, loc="outside right upper", frameon=False)
     return saved(figure, path)
 
 

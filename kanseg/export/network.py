@@ -175,7 +175,11 @@ def export_network(
                     f"In int8 label maps differ from those of the original, Dice {lowest:.4f} ({agree:g} is asked), so "
                     "it was not kept. Give more images like those to predict by -i, or take less by --agree."
                 )
-        about = {**describe(plan, to, kind, bool(loaded.rules)), "postprocessing": loaded.rules}
+        further = [
+            said for said, true in ((CALIBRATED, loaded.temperatures != [1]), (CLEANED, loaded.rules)) if true
+        ]
+        about = {**describe(plan, to, kind, further), "postprocessing": loaded.rules}
+        about["temperature"] = loaded.temperatures[0]
         about["parity"] = found
         kind.beside(out, loaded)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
@@ -240,11 +244,11 @@ def compare(
     }
 
 
-def describe(plan: AnyPlan, to: str, kind: Format, cleaned: bool = False) -> dict[str, Any]:
+def describe(plan: AnyPlan, to: str, kind: Format, further: Sequence[str] = ()) -> dict[str, Any]:
     """What whoever runs the file has to do around it, in words and numbers.
 
     Args:
-        cleaned: whether label maps are post-processed in the end.
+        further: steps after those of the plan.
     """
     window = ["windows", plan.in_channels, *plan.patch_size]
     classes = [
@@ -259,7 +263,7 @@ def describe(plan: AnyPlan, to: str, kind: Format, cleaned: bool = False) -> dic
         "input": {"name": INPUT, "type": "float32", "shape": window},
         "output": {"name": OUTPUT, "type": "float32", "shape": [window[0], len(classes), *places]},
         "classes": classes,
-        "steps": [*told, *([CLEANED] if cleaned else [])],
+        "steps": [*told, *further],
     }
 
 
@@ -323,6 +327,10 @@ def steps(plan: Plan) -> list[str]:
     return found
 
 
+CALIBRATED = (
+    "For probabilities, divide the outputs by `temperature` before the softmax (of regions: the sigmoid), which the "
+    "file does not do; no label changes by it."
+)
 CLEANED = "Then clean the label map by the rules of `postprocessing`, which `kanseg predict` does as well."
 NORMALISED = {
     "zscore": "subtract the mean of the image and divide by its standard deviation",

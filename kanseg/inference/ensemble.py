@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
+from kanseg.inference.calibration import stored as stored_calibration
 from kanseg.inference.logits import bytes_of_window
 from kanseg.inference.members import find_members, stored_rules
 from kanseg.inference.postprocess import Rule, check_rule
@@ -74,6 +77,10 @@ class Loaded:
         networks, plans: as `kanseg.inference.predict.predict_folder` takes them.
         files: the checkpoints, `digests` of them, and `infos`, their JSON.
         rules: post-processing that was stored with the first model.
+        temperatures: of each network, see `kanseg.inference.calibration`; of an `Ensemble` it goes into the logits of
+            the mean, so that no label changes. It was fitted on single networks, for nobody has not been seen by all
+            but one of a run's folds.
+        quality: what `kanseg.inference.quality.judge` needs, as stored with the first model; empty where nothing is.
 
     Args:
         kind: of their plans, `Plan` (networks that segment) or `ClassPlan` (classifiers).
@@ -87,17 +94,26 @@ class Loaded:
         self.digests = [file_digest(file) for file in self.files]
         stored = stored_rules(Path(paths[0]))
         alike: dict[str, list[tuple[nn.Module, Any]]] = {}
+        heat: dict[str, list[float]] = {}
+        self.quality: dict[str, Any] = {}
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
             network, plan, info = load_model(file, device)
             if not isinstance(plan, kind):
                 what = "segments" if isinstance(plan, Plan) else "tells the class of an image"
                 raise UserError(f"{file} {what}, and the networks of an ensemble do one of both.")
-            self.infos.append(info)
+            near = file.absolute().parent
+            known = stored_calibration(info, (near, near.parent))
+            if not self.infos:
+                self.quality = stored_calibration(info, (near.parent, near)).get("quality", {})
+            self.infos.append({**info, "calibration": known} if known else info)
             if stored is None and len(self.infos) <= len(found[0]):
                 stored = info.get("postprocessing")
-            alike.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
+            kind_of = json.dumps(_sameness(plan))
+            alike.setdefault(kind_of, []).append((network, plan))
+            heat.setdefault(kind_of, []).append(known.get("temperature", 1.0))
         self.rules: list[Rule] = stored or []
+        self.temperatures = [statistics.geometric_mean(group) for group in heat.values()]
         self.plans = [group[0][1] for group in alike.values()]
         self.networks: list[nn.Module] = [
             group[0][0]
@@ -162,7 +178,8 @@ def predict_with(
         memory: bytes that this process may take; default what is free.
 
     Returns:
-        {"predicted", "failed": message by case, "out"}.
+        {"predicted", "failed": message by case, "out"}; of a model that can tell, also "quality": what
+        `kanseg.inference.quality.Verdict` says of each case that was predicted now.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -188,6 +205,10 @@ def predict_with(
         say(console, on_training_images(seen, len(cases)))
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
+    settings = {**how, "models": loaded.digests, "rules": rules}
+    if (probabilities or uncertainty) and any(value != 1 for value in loaded.temperatures):
+        settings["temperatures"] = loaded.temperatures
+    told: dict[str, Any] = {}
     failures = predict_folder(
         loaded.networks,
         loaded.plans,
@@ -197,8 +218,11 @@ def predict_with(
         probabilities=probabilities,
         uncertainty=uncertainty,
         rules=rules,
-        settings={**how, "models": loaded.digests, "rules": rules},
+        settings=settings,
         again=again,
+        temperatures=loaded.temperatures,
+        quality=loaded.quality,
+        judged=lambda case, verdict: told.update({case: asdict(verdict)}),
         console=console,
         description=f"kanseg {version} {loaded.plan.model} {loaded.plan.dataset_name}",
         provenance=by_networks(loaded.plan, loaded.digests, rules, **how),
@@ -206,7 +230,8 @@ def predict_with(
         memory=memory,
         **how,
     )
-    return {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
+    result = {"predicted": len(cases) - len(failures), "failed": failures, "out": str(out)}
+    return {**result, "quality": told} if told else result
 
 
 def _by_itself(plan: AnyPlan) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kanseg.data.digests import file_digest
+from kanseg.inference.calibration import stored as stored_calibration
 from kanseg.inference.postprocess import Rule, load_rules
 from kanseg.training.checkpoint import (
     BEST,
@@ -55,6 +56,9 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         if info.get("plan"):
             plan_in(info, file)  # or what it says is not to be told
     plan, stored = plans[0], stored_rules(Path(path))
+    near = [file.absolute().parent for file in files]
+    learned = [stored_calibration(i, (p, p.parent)) for i, p in zip(infos, near, strict=True)]
+    judged = stored_calibration(infos[0], (near[0].parent, near[0])).get("quality") or {}
 
     def each(values: Iterable[Any]) -> Any:
         """What all networks have in common, else that of each kind of them."""
@@ -75,6 +79,8 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
         "mirror axes": each(plan.get("mirror_axes") for plan in plans),
         "post-processing": rules,
+        "temperature": each(one.get("temperature") for one in learned),
+        "expected Dice by": f"{judged['cases']} unseen cases" if judged else None,
         "trained on": plan.get("dataset_name"),
         "folds": [info["fold"] for info in infos if info.get("fold") is not None],
         "versions": infos[0].get("versions"),

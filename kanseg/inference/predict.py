@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ from kanseg.export.rt_struct import write_structures
 from kanseg.files import make_folder
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
+from kanseg.inference.quality import Verdict, judge
 from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
 from kanseg.memory import settle, taken
 from kanseg.progress import say, telling
@@ -56,26 +57,37 @@ T = TypeVar("T")
 
 @dataclass
 class Part:
-    """Logits of one case by one network, and the way back to the image's own grid."""
+    """Logits of one case by one network, and the way back to the image's own grid.
+
+    Attributes:
+        temperature: that logits are divided by before they become probabilities.
+    """
 
     logits: Sequence[Tensor]
     item: Item
     plan: Plan
+    temperature: float = 1.0
+
+    def _scaled(self, number: int) -> Tensor:
+        values = self.logits[number]
+        return values if self.temperature == 1 else values / self.temperature
 
     @cached_property
     def _rest(self) -> Tensor:
         """What turns logits into probabilities, (*S): their logarithmic sum, or the likeliest of the regions."""
         if self.plan.regions:
-            return reduce(torch.maximum, (self.logits[k] for k in range(1, len(self.logits))))
-        return reduce(torch.logaddexp, self.logits)
+            return reduce(torch.maximum, (self._scaled(k) for k in range(1, len(self.logits))))
+        return reduce(torch.logaddexp, map(self._scaled, range(len(self.logits))))
+
+    def chance(self, number: int) -> Tensor:
+        """Probability of a class on the network's grid, (*S): softmax over the classes, of regions each for itself."""
+        if self.plan.regions:
+            return self._scaled(number).sigmoid() if number else 1 - self._rest.sigmoid()
+        return (self._scaled(number) - self._rest).exp()
 
     def probability(self, number: int) -> np.ndarray:
-        """Of one class, (*original): softmax over the classes, of regions each for itself."""
-        if self.plan.regions:
-            chance = self.logits[number].sigmoid() if number else 1 - self._rest.sigmoid()
-        else:
-            chance = (self.logits[number] - self._rest).exp()
-        return np.asarray(restore(chance[None], self.item, self.plan)[0])
+        """The same on the image's own grid, (*original)."""
+        return np.asarray(restore(self.chance(number)[None], self.item, self.plan)[0])
 
 
 @dataclass
@@ -88,6 +100,8 @@ class Prediction:
     def labels(self, watch: Watch | None = None) -> np.ndarray:
         """Label map (*original) in the values of the training labels; of several networks by their mean probability.
 
+        Temperatures change none: of several networks the mean is that of their probabilities without.
+
         Args:
             watch: told how many classes are back on the image's own grid.
         """
@@ -95,7 +109,8 @@ class Prediction:
         if len(self.parts) == 1:
             numbers = restored_labels(_counted(first.logits, watch), first.item, first.plan)
             return np.asarray(first.plan.label_values, np.int32)[numbers]
-        chances = (self.probability(number) for number in _counted(range(len(first.logits)), watch))
+        plain = Prediction(self.source, [replace(part, temperature=1.0) for part in self.parts])
+        chances = (plain.probability(number) for number in _counted(range(len(first.logits)), watch))
         return decide(chances, first.plan.label_values, bool(first.plan.regions))
 
     def probability(self, number: int) -> np.ndarray:
@@ -122,6 +137,7 @@ def predict(
     case: Case,
     plan: Plans,
     *,
+    temperatures: Sequence[float] | None = None,
     watch: Watch | None = None,
     look: Callable[[Image], None] | None = None,
     **how: Any,
@@ -129,13 +145,15 @@ def predict(
     """Logits of one case, by one network or by several, each with its plan.
 
     Args:
+        temperatures: of each network, see `kanseg.inference.calibration`; default 1.
         look: is shown the image before anything is predicted.
         how: overlap, blending, tta, device, memory; see `kanseg.inference.logits.whole_logits`.
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
     plans = [plan] if isinstance(plan, Plan) else list(plan)
+    heat = temperatures or [1.0] * len(models)
     parts = []
-    for number, (network, own) in enumerate(zip(models, plans, strict=True)):
+    for number, (network, own, temperature) in enumerate(zip(models, plans, heat, strict=True)):
         item, source = load_case(case, own, with_label=False, look=None if number else look)
         settle(how.get("memory"))  # what reading left
         seen = None if watch is None else _shifted(watch, number, len(models))
@@ -146,7 +164,7 @@ def predict(
         finally:
             network.train(was_training)
         settle(how.get("memory"))
-        parts.append(Part(logits, item, own))
+        parts.append(Part(logits, item, own, temperature))
     return Prediction(source, parts)
 
 
@@ -170,6 +188,8 @@ def predict_folder(
     probabilities: bool = False,
     uncertainty: bool = False,
     rules: Sequence[Rule] = (),
+    quality: Mapping[str, Any] | None = None,
+    judged: Callable[[str, Verdict], object] | None = None,
     settings: Mapping[str, Any] | None = None,
     again: bool = False,
     console: Console | None = None,
@@ -189,10 +209,14 @@ def predict_folder(
         uncertainty: also write <id>_uncertainty<suffix>, and a row a case and class to quality.csv beside the label
             maps; see `kanseg.inference.uncertainty`.
         rules: post-processing, see `kanseg.inference.postprocess`.
+        quality: what `kanseg.inference.quality.judge` needs; with it doubtful cases are told, and a folder of label
+            maps has quality.csv without `uncertainty`, too.
+        judged: told of each case what was judged.
         settings: what the outputs depend on (model digests, options); where given, cases of unchanged images that
             an earlier call finished with the same settings are passed over, unless `again`.
         provenance: of the model, for the headers of label maps, which also tell digests of the images.
-        how: overlap, blending, tta, device, memory; see `kanseg.inference.logits.whole_logits`.
+        how: temperatures, see `predict`; overlap, blending, tta, device, memory; see
+            `kanseg.inference.logits.whole_logits`.
 
     Returns:
         Message of each case that failed, by its id.
@@ -207,8 +231,8 @@ def predict_folder(
         raise UsageError(
             f"{flat[0]} cannot hold probabilities, which are fractions. Add --format nii.gz, or end -o so."
         )
-    known = set()
-    if uncertainty:  # no other table is replaced
+    known, table = set(), uncertainty or (bool(quality) and paths != [out])
+    if table:  # no other one is replaced
         known = {row["case"] for row in read_quality(paths[0].parent / QUALITY)}
     console = console or Console(stderr=True)
     first = plan if isinstance(plan, Plan) else plan[0]
@@ -229,7 +253,8 @@ def predict_folder(
                     continue
 
                 told = partial(_watch, progress, within, case.id)
-                look = partial(_remark_on, console, case.id, first, how.get("memory"))
+                notes: list[str] = []
+                look = partial(_remark_on, console, case.id, first, how.get("memory"), notes)
                 make_folder(path.parent)  # or there is no use in predicting
                 predicted = predict(model, case, plan, watch=told("windows"), look=look, **how)
                 remove_beside(path)  # of another prediction
@@ -237,12 +262,15 @@ def predict_folder(
                 labels = predicted.labels(told("classes on the image's own grid"))
                 if rules:
                     labels = apply_postprocessing(labels, rules, predicted.source.spacing)
+                verdict = judge(predicted, labels, quality) if quality else Verdict([])
+                verdict.notes[:0] = notes
                 chances = _probabilities(path, predicted, first, keep=probabilities)
-                unsure = (
-                    _write_uncertainty(path, predicted.source, chances, labels, first) if uncertainty else []
-                )
+                if uncertainty:
+                    verdict.unsure(_write_uncertainty(path, predicted.source, chances, labels, first))
                 if probabilities:  # those that are not made yet
                     deque(chances, maxlen=0)
+                if table:
+                    keep_quality(path.parent / QUALITY, stem_of(path), verdict.table())
                 write_prediction(
                     path, labels, predicted.source, first, remark, provenance=provenance, images=case.images
                 )
@@ -257,19 +285,26 @@ def predict_folder(
                 console.print(said, highlight=False, soft_wrap=True)
             else:
                 say(console, f"{case.id} -> {path}")
-                if unsure:
-                    say(console, f"  {in_words(unsure)}")
+                if uncertainty:
+                    say(console, f"  {in_words(verdict.rows)}")
+                for why in filter(None, (verdict.doubtful, *verdict.notes[len(notes) :])):
+                    say(console, f"  check it: {why}")
+                if judged is not None and quality:
+                    judged(case.id, verdict)
                 if (labels == first.label_values[0]).all():
                     console.print("  note: nothing was found in it", highlight=False)
             progress.advance(task)
     return failures
 
 
-def _remark_on(console: Console, case: str, plan: Plan, memory: int | None, image: Image) -> None:
-    """Say before the work begins what looks unlike the images of the training, or is too large for the memory."""
+def _remark_on(
+    console: Console, case: str, plan: Plan, memory: int | None, notes: list[str], image: Image
+) -> None:
+    """Say before the work begins, and note, what looks unlike the images of the training; say what is too large."""
     size = unlike_training(image.array.shape[1:], image.affine, plan.fingerprint)
     exchanged = exchanged_channels(image.array, plan.fingerprint, plan.channel_names)
     for said in filter(None, (size, exchanged)):
+        notes.append(said)
         say(console, f"{case}: note: {said}")
     settle(memory)
     needed = taken() + VOXEL * image.array[0].size
@@ -383,11 +418,10 @@ def _probabilities(path: Path, predicted: Prediction, plan: Plan, *, keep: bool)
 def _write_uncertainty(
     path: Path, source: Image, chances: Iterable[np.ndarray], labels: np.ndarray, plan: Plan
 ) -> list[dict[str, Any]]:
-    """Entropy beside the label map, and the rows of the case in the table of its folder."""
+    """Entropy beside the label map; what the table tells of each class."""
     how: dict[str, Any] = {"regions": bool(plan.regions), "spacing": source.spacing}
     found = doubt(chances, labels, plan.label_values, plan.label_names, **how)
     write_array(uncertainty_path(path), found.entropy, source, np.dtype("float32"), UNCERTAINTY)
-    keep_quality(path.parent / QUALITY, stem_of(path), found.rows)
     return found.rows
 
 

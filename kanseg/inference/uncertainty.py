@@ -21,7 +21,7 @@ import numpy as np
 from kanseg.errors import UserError
 from kanseg.files import SURROGATES, in_turn, write_text
 
-COLUMNS = ("case", "class", "volume_ml", "expected_dice", "uncertainty")
+COLUMNS = ("case", "class", "volume_ml", "expected_dice", "low", "high", "uncertainty", "notes")
 QUALITY = "quality.csv"
 
 
@@ -84,12 +84,15 @@ def doubt(
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line for a screen."""
+    """One line for a screen; what has no interval is the network's own word."""
     told = (
-        f"{row['class']} " + ("not found" if row["expected_dice"] is None else f"{row['expected_dice']:.3f}")
+        f"{row['class']} "
+        + ("not found" if row["expected_dice"] is None else f"{row['expected_dice']:.3f}")
+        + (f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else "")
         for row in rows
     )
-    return f"expected Dice (not calibrated): {', '.join(told)}"
+    known = any(row.get("low") is not None for row in rows)
+    return f"expected Dice{'' if known else ' (not calibrated)'}: {', '.join(told)}"
 
 
 def read_quality(path: Path) -> list[dict[str, Any]]:
@@ -102,8 +105,8 @@ def read_quality(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(newline="", encoding="utf-8", errors=SURROGATES) as stream:
         reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path} is another table than that of --uncertainty. Choose another folder.")
+        if not {"case", "class", "expected_dice"} <= {*(reader.fieldnames or ())} <= {*COLUMNS}:
+            raise UserError(f"{path} is another table than that of predictions. Choose another folder.")
         rows = list(reader)
     if any(None in row or None in row.values() for row in rows):
         raise UserError(f"{path} is damaged: a line has other columns than the first. Correct or remove it.")

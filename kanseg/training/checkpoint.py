@@ -44,6 +44,7 @@ WEIGHTS = Path(__file__).parents[1] / "weights"  # that come with the package, s
 BUNDLE_MODELS = "models"  # folder of the weights in a MONAI bundle
 # What is read in the JSON of a checkpoint, where it is there: of all, of the model's description, and of its plan.
 KINDS: dict[str, type] = {"model": dict, "plan": dict, "labels": dict, "config": dict, "fresh": list}
+KINDS |= {"calibration": dict}
 SPEC: dict[str, type] = {"name": str, "options": dict, "in_channels": int, "out_channels": int, "bases": dict}
 ENDS: dict[str, type] = {"channel_names": list, "label_names": list, "slices": int}
 MOST = 2**20  # channels, classes or slices

@@ -35,6 +35,7 @@ from kanseg.files import locked, write_json
 from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
 from kanseg.memory import for_data, give_back
 from kanseg.progress import is_main, progress, say
+from kanseg.training.calibrate import conclude_calibration
 from kanseg.training.checkpoint import LAST
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
@@ -101,7 +102,7 @@ def cross_validate(
         if not isinstance(plan, Plan):
             return once(lambda: _conclude_classes(run, dataset, config.data.seed, **facts))
         unseen = held_out(run, splits, plan, dataset)
-        return once(lambda: conclude(run, plan, dataset, unseen, **facts))
+        return once(lambda: conclude(run, plan, dataset, unseen, splits, [run], **facts))
 
 
 def _conclude_classes(run: Path, dataset: Dataset, seed: int, **facts: Any) -> dict[str, Any]:
@@ -166,9 +167,18 @@ def held_out(run: Path, splits: Splits, plan: Plan, dataset: Dataset) -> dict[st
     }
 
 
-def conclude(folder: Path, plan: Plan, dataset: Dataset, predictions: Where, **facts: Any) -> dict[str, Any]:
-    """What `pool` finds, with further facts, written to a folder."""
+def conclude(
+    folder: Path,
+    plan: Plan,
+    dataset: Dataset,
+    predictions: Where,
+    splits: Splits,
+    runs: Sequence[Path],
+    **facts: Any,
+) -> dict[str, Any]:
+    """What `pool` finds, with further facts, and what calibrates predictions of the runs, written to a folder."""
     found = pool(plan, dataset, predictions)
+    conclude_calibration(folder, plan, found["rows"], splits, runs)
     write_tables(folder, TABLE, found.pop("rows"), found.pop("union_rows"))
     save_rules(folder, found["postprocessing"])
     write_json(folder / RESULT, {**facts, **found})

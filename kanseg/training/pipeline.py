@@ -31,6 +31,7 @@ from kanseg.data.suffixes import suffix_of
 from kanseg.errors import UsageError, UserError, counted, did_you_mean
 from kanseg.evaluation.report import score_table
 from kanseg.files import locked, make_folder, read_json, write_bytes, write_json
+from kanseg.inference.calibration import CALIBRATION
 from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case, write_prediction
 from kanseg.inference.provenance import by_networks
@@ -176,7 +177,7 @@ def run_pipeline(
         found = _validated(job) if folds else {}
         choice = once(lambda: _choose(job, found)) if folds else names[0]
         trained = _final_folds(job, choice)
-        model = once(lambda: _build(job, trained))
+        model = once(lambda: _build(job, choice, trained))
         report = once(lambda: _report(job))
     dice = {name: result["metrics"]["mean"]["dice"]["mean"] for name, result in found.items()}
     told = f"{dice[choice]:.4f}" if dice else "unknown: one patient leaves nobody to validate on"
@@ -418,7 +419,7 @@ def _ensemble(job: Pipeline, names: Sequence[str], splits: Splits) -> dict[str, 
     done = read_json(folder / RESULT)
     if done is not None and not new and done["cases"] == len(predictions):
         return done
-    return conclude(folder, plan, job.dataset, predictions)
+    return conclude(folder, plan, job.dataset, predictions, splits, [job.run / name for name in names])
 
 
 def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Case], kept: Path) -> bool:
@@ -470,16 +471,24 @@ def _final_folds(job: Pipeline, choice: str) -> list[Path]:
     return [fold for fold in folds if (fold / SUMMARY).exists()]
 
 
-def _build(job: Pipeline, folds: Sequence[Path]) -> Path:
-    """RUN/model: checkpoints of the networks as fold_0, fold_1 ..., and their post-processing."""
+def _build(job: Pipeline, choice: str, folds: Sequence[Path]) -> Path:
+    """RUN/model: checkpoints of the networks as fold_0, fold_1 ..., their post-processing and calibration."""
     model, part = job.run / MODEL, job.run / f".{MODEL}.part"
     shutil.rmtree(part, ignore_errors=True)
     for number, fold in enumerate(folds):
         write_bytes(make_folder(part / f"fold_{number}") / EXPORTED, (fold / BEST).read_bytes())
+        if choice == ENSEMBLE:  # whose networks have temperatures of their own
+            _copy_calibration(fold.parent, part / f"fold_{number}")
     save_rules(part, load_rules(job.run) or [])
+    _copy_calibration(job.run / choice, part)
     shutil.rmtree(model, ignore_errors=True)
     part.rename(model)
     return model
+
+
+def _copy_calibration(source: Path, target: Path) -> None:
+    if (source / CALIBRATION).exists():
+        write_bytes(target / CALIBRATION, (source / CALIBRATION).read_bytes())
 
 
 def _report(job: Pipeline) -> Path:

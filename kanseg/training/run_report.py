@@ -27,6 +27,7 @@ from kanseg.evaluation.document import as_html, table
 from kanseg.evaluation.report import (
     draw_agreement,
     draw_curves,
+    draw_reliability,
     draw_scores,
     interval,
     limits_of_agreement,
@@ -34,6 +35,7 @@ from kanseg.evaluation.report import (
     score_rows,
 )
 from kanseg.files import SURROGATES, read_json, write_text
+from kanseg.inference.calibration import CALIBRATION
 from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.training.cross_validation import RESULT, TABLE
 from kanseg.training.manifest import MANIFEST
@@ -84,6 +86,11 @@ class Configuration:
                 both = [float(row["volume_ml"]), float(row["reference_volume_ml"])]
                 found.setdefault(row["label"], []).append(both)
         return {name: np.array(rows).T for name, rows in found.items()}
+
+    @cached_property
+    def calibration(self) -> dict[str, Any]:
+        """What is told without a reference, and how well; empty where nothing was learnt of it."""
+        return read_json(self.folder / CALIBRATION) or {}
 
     @property
     def folds(self) -> list[Path]:
@@ -333,6 +340,7 @@ class _Report(Told):
         yield from self.scored()
         if self.chosen:
             yield from self.cases(self.chosen)
+            yield from self.trust(self.chosen)
 
     def summary(self) -> Iterator[str]:
         """What came out, in a few lines."""
@@ -446,6 +454,49 @@ class _Report(Told):
         shown = dict(list(volumes.items())[:MOST_COLUMNS])
         draw_agreement(shown, self.run / PICTURES / f"{what}s.png", what=what, unit=unit)
         yield f"![Difference of {what}s over their mean, a point a case](./{PICTURES}/{what}s.png)"
+
+    def trust(self, one: Configuration) -> Iterator[str]:
+        """How well probabilities hold, and how well the Dice is told without a reference."""
+        parts = [one] if one.calibration.get("classes") else [part for part in self.found if part is not one]
+        for part in parts:
+            known = part.calibration
+            if not known.get("classes"):
+                continue
+            yield f"### Calibration of probabilities ({part.name})"
+            rows = []
+            for name, errors in list(known["classes"].items())[:CLASSES]:
+                cells = (f"{error:.4f}" for key in ("ece_near", "ece") for error in errors[key])
+                rows.append([name, *cells])
+            yield (
+                f"Logits are divided by {known['temperature']:.3f}, the temperature with the least negative "
+                f"log-likelihood of {known['voxels']} voxels of {known['cases']} unseen cases, before they become the "
+                "probabilities of `--probabilities` and `--uncertainty`; label maps stay as they are. Expected "
+                "calibration errors after it are by temperatures of the other folds "
+                f"({', '.join(f'{t:.3f}' for t in known['temperatures'])}). Negative log-likelihood a voxel: "
+                f"{known['nll'][0]:.5f} before, {known['nll'][1]:.5f} after."
+            )
+            yield table(["class", "error near structures", "after", "of whole images", "after"], rows)
+            file = f"./{PICTURES}/reliability_{part.name}.png"
+            draw_reliability({n: c["curve"] for n, c in known["classes"].items()}, self.run / file)
+            yield f"![Reliability of probabilities near structures: {part.name}](./{quote(file[2:])})"
+        fitted = {
+            name: one_class
+            for name, one_class in one.calibration.get("quality", {}).get("classes", {}).items()
+            if "slope" in one_class
+        }
+        if not fitted:
+            return
+        yield f"### Dice without a reference ({one.name})"
+        yield (
+            "`kanseg predict` tells the Dice that is to be expected of each class, with an interval for 90 % of cases, "
+            "and names doubtful ones. Here each case was estimated by the other folds. Where the rank correlation is "
+            "about 0, the estimate is no better than the mean Dice."
+        )
+        rows = []
+        for name, line in list(fitted.items())[:CLASSES]:
+            rank = "" if line["spearman"] is None else f"{line['spearman']:.2f}"
+            rows.append([name, line["n"], f"{line['mae']:.3f}", rank, f"{line['covered']:.0%}"])
+        yield table(["class", "cases", "mean error", "rank correlation", "within their interval"], rows)
 
     def _worst(self, one: Configuration, cases: Sequence[str]) -> str:
         where = {

@@ -17,9 +17,10 @@ from kanseg.data.plan import Plan
 from kanseg.data.transforms import highest
 from kanseg.evaluation.metrics import bootstrap_interval, dice, dice_of_values, label_dice
 from kanseg.inference.logits import whole_logits
-from kanseg.inference.predict import predict_case, write_prediction
+from kanseg.inference.predict import predict, write_prediction
 from kanseg.inference.provenance import by_networks
 from kanseg.memory import settle
+from kanseg.training.calibrate import CASES, observe
 
 OVERLAP, FEWEST = 0.25, 2  # of windows, and cases that are watched at least, while training goes on
 
@@ -55,16 +56,17 @@ def validate_case(
     """Dice a class of one case on the image's own grid, predicted as `kanseg predict` does.
 
     Args:
-        folder: where to keep the label map, as <id>.nii.gz (.png in 2D).
+        folder: where to keep the label map, as <id>.nii.gz (.png in 2D); what calibration needs goes beside it.
         digest: of the file of the model, for the header of the label map.
     """
     settle(allowed_memory(plan, device))
     how = inference_options(options, plan, device)
-    labels, source = predict_case(model, case, plan, **how)
-    made = by_networks(plan, [digest], **how)
-    path = kept_prediction(folder, case, plan)
-    write_prediction(path, labels, source, plan, provenance=made, images=case.images)
-    return label_dice(labels, read_label(label_path(case), plan.image_dims), plan)
+    predicted = predict(model, case, plan, **how)
+    labels, reference = predicted.labels(), read_label(label_path(case), plan.image_dims)
+    observe(predicted, labels, reference, case.id, folder.parent / CASES)
+    path, made = kept_prediction(folder, case, plan), by_networks(plan, [digest], **how)
+    write_prediction(path, labels, predicted.source, plan, provenance=made, images=case.images)
+    return label_dice(labels, reference, plan)
 
 
 def inference_options(options: InferenceConfig, plan: Plan, device: torch.device) -> dict[str, Any]:
