@@ -135,6 +135,11 @@ def export_network(
             "network. Export each by itself."
         )
     plan, network = loaded.plan, loaded.networks[0]
+    if getattr(plan, "previous_stage", None):
+        raise UserError(
+            f"{models[0]} is a cascade, whose second network takes the label map of the first; a file holds one "
+            "network for an image alone. Export a model of one stage."
+        )
     kind.check(plan)
     case = None if image is None else _one_image(image, plan.channel_names)
     shape = (plan.in_channels, *plan.patch_size)

@@ -25,8 +25,9 @@ from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
 from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images, passed_over
-from kanseg.errors import UsageError, UserError
+from kanseg.errors import UsageError, UserError, counted
 from kanseg.files import make_folder
+from kanseg.inference.cascade import Cascade, first_stage_of
 from kanseg.inference.postprocess import Rule, check_rule, load_rules
 from kanseg.inference.predict import decide, predict_folder
 from kanseg.memory import taken
@@ -73,7 +74,8 @@ class Loaded:
 
     Attributes:
         networks, plans: as `kanseg.inference.predict.predict_folder` takes them.
-        files: the checkpoints, `digests` of them, and `infos`, their JSON.
+        files: the checkpoints, and `infos`, their JSON. `digests` of them and of `before`, the checkpoints of the first
+            stages of cascades.
         rules: post-processing that was stored with the first model.
 
     Args:
@@ -87,7 +89,7 @@ class Loaded:
         self.files = [file for files in found for file in files]
         self.digests = [file_digest(file) for file in self.files]
         stored = _rules(Path(paths[0]))
-        alike: dict[str, list[tuple[nn.Module, Any]]] = {}
+        alike: dict[tuple[str, Path | None], list[tuple[nn.Module, Any]]] = {}
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
             network, plan, info = load_model(file, device)
@@ -97,7 +99,9 @@ class Loaded:
             self.infos.append(info)
             if stored is None and len(self.infos) <= len(found[0]):
                 stored = info.get("postprocessing")
-            alike.setdefault(json.dumps(_sameness(plan)), []).append((network, plan))
+            name = getattr(plan, "previous_stage", None)
+            first = first_stage_of(file, name) if name else None
+            alike.setdefault((json.dumps(_sameness(plan)), first), []).append((network, plan))
         self.rules: list[Rule] = stored or []
         self.plans = [group[0][1] for group in alike.values()]
         self.networks: list[nn.Module] = [
@@ -106,6 +110,14 @@ class Loaded:
             else Ensemble([n for n, _ in group], _by_itself(group[0][1])).eval()
             for group in alike.values()
         ]
+        self.before: list[Path] = []
+        for number, (_, place) in enumerate(alike):
+            if place is not None:
+                first_stage = Loaded([place], device)
+                known = first_stage.networks, first_stage.plans, first_stage.infos
+                self.networks[number] = Cascade(self.networks[number], place.name, *known).eval()
+                self.before += [*first_stage.files, *first_stage.before]
+                self.digests += first_stage.digests
         for rule in self.rules:
             check_rule(rule)
         _require_one_task(self.files, self.plans)
@@ -121,10 +133,16 @@ def save_members(
 ) -> Path:
     """Write a network, or each of an `Ensemble`, as the saved model `folder`; given is its first file.
 
+    Of a `Cascade` the first stage goes into a folder there.
+
     Args:
         infos: JSON of the checkpoint of each.
         rules: post-processing, stored with each.
     """
+    if isinstance(network, Cascade):
+        (first,) = network.first
+        save_members(folder / network.name, first, network.infos, [])
+        network = network.network
     networks = network.members if isinstance(network, Ensemble) else [network]
     make_folder(folder)
     for number, (member, info) in enumerate(zip(networks, infos, strict=True), start=1):
@@ -167,6 +185,9 @@ def predict_with(
     loaded = Loaded(models, device)
     if len(loaded.files) > 1:
         console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
+    if loaded.before:
+        count = counted(len(loaded.before), "network")
+        console.print(f"A cascade: its first stage has {count}", highlight=False)
     for whole in (Path(model) / WHOLE for model in models):
         if whole.is_dir() and not any(whole in file.parents for file in loaded.files):
             say(console, f"Not among them: the training on every case. For it, -m {whole}")
@@ -180,7 +201,7 @@ def predict_with(
     cases = find_images(images, channels=len(loaded.plan.channel_names), names=loaded.plan.channel_names)
     if images.is_dir():
         cases = _images_among(cases, images, console)
-    if seen := training_images(loaded.files, cases):
+    if seen := training_images([*loaded.files, *loaded.before], cases):
         say(console, on_training_images(seen, len(cases)))
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
@@ -236,6 +257,7 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "classes": infos[0].get("labels"),
         "regions": plan.get("regions"),
         "spacing": each(plan.get("spacing") for plan in plans),
+        "first stage": each(_first_stage(file, plan) for file, plan in zip(files, plans, strict=True)),
         "patch size": each(plan.get("patch_size") for plan in plans),
         "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
         "mirror axes": each(plan.get("mirror_axes") for plan in plans),
@@ -246,6 +268,14 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "digests": {str(file): file_digest(file) for file in files},
     }
     return {key: value for key, value in known.items() if value not in (None, [], {})}
+
+
+def _first_stage(file: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `facts_of_model` tells of the stage before a network, where there is one."""
+    if not (name := plan.get("previous_stage")):
+        return None
+    facts = facts_of_model(first_stage_of(file, name))
+    return {key: facts[key] for key in ("networks", "network", "spacing", "patch size", "digests")}
 
 
 def find_members(path: Path | str) -> list[Path]:
@@ -281,7 +311,8 @@ def _by_itself(plan: AnyPlan) -> bool:
 def _sameness(plan: AnyPlan) -> dict[str, Any]:
     """What networks must have in common to see the same windows."""
     keys = ("spatial_dims", "spacing", "patch_size", "normalization", "orientation", "slice_axis", "slices")
-    return {key: getattr(plan, key, None) for key in (*keys, "mirror_axes", "multilabel", *TASK)}
+    others = ("mirror_axes", "previous_stage", "multilabel")
+    return {key: getattr(plan, key, None) for key in (*keys, *others, *TASK)}
 
 
 def _require_one_task(files: Sequence[Path], plans: Sequence[AnyPlan]) -> None:

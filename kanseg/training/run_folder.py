@@ -14,6 +14,7 @@ from kanseg.data.digests import file_digest, signature
 from kanseg.data.fingerprint import check_unchanged, load_fingerprint
 from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
+from kanseg.data.stored_plan import read_values
 from kanseg.errors import UsageError, UserError
 from kanseg.files import write_json
 from kanseg.training.checkpoint import LAST, read_info
@@ -36,6 +37,12 @@ def require_plan(run: Path, otherwise: str) -> None:
         raise UsageError(f"{run} has no {PLAN}. {hint}")
 
 
+def stages(run: Path) -> list[Path]:
+    """A planned run folder, and where it is the second stage of a cascade, that of the first."""
+    previous = read_values(run / PLAN).get("previous_stage")
+    return [run, run / previous] if isinstance(previous, str) else [run]
+
+
 def run_config(config: Config, run: Path, fold: int | str, resume: bool, override: bool = False) -> Config:
     """The options to train with: the given ones, or the stored ones where a training is resumed.
 
@@ -47,7 +54,8 @@ def run_config(config: Config, run: Path, fold: int | str, resume: bool, overrid
         raise UsageError(
             f"{run / f'fold_{fold}'} holds a training already. Go on with --resume, or choose another folder."
         )
-    others = [path.parent.name for path in sorted(run.glob(f"fold_*/{LAST}"))]
+    folds = [*run.glob(f"fold_*/{LAST}"), *(run.glob(f"*/fold_*/{LAST}") if (run / CONFIG).exists() else ())]
+    others = [str(path.parent.relative_to(run)) for path in sorted(folds)]  # those of a first stage, too
     if trained or (others and resume):
         return resumed_config(run / CONFIG, config, override)
     if others and not override and (changed := unlike(read_config(run / CONFIG), config)):
