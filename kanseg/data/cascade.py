@@ -87,7 +87,9 @@ class DamagedLabels(RandomizableTransform):
 
     def _moved(self, mask: np.ndarray) -> np.ndarray:
         change = MORPHOLOGY[self.R.randint(len(MORPHOLOGY))]
-        return change(mask, iterations=int(self.R.randint(1, FARTHEST + 1)))
+        grown = np.pad(mask, FARTHEST, mode="edge")  # or the ends of a patch would count as borders
+        inside = (slice(FARTHEST, -FARTHEST),) * mask.ndim
+        return change(grown, iterations=int(self.R.randint(1, FARTHEST + 1)))[inside]
 
     def _without_piece(self, mask: np.ndarray) -> np.ndarray:
         pieces, _ = ndimage.label(mask)

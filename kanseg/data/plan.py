@@ -553,7 +553,8 @@ def loader_bytes(plan: Plan, batch_size: int | None = None) -> int:
 
 
 def _loader_bytes_a_voxel(plan: Plan) -> int:
-    return LOADER_BYTES_A_VOXEL + LOADER_BYTES_A_CHANNEL * plan.in_channels
+    channels = len(plan.channel_names) * plan.slices + bool(plan.previous_stage)
+    return LOADER_BYTES_A_VOXEL + LOADER_BYTES_A_CHANNEL * channels
 
 
 def _voxels(plan: Plan) -> int:

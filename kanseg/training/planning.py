@@ -105,13 +105,13 @@ def follow_data(data: Path, run: Path) -> None:
     Raises:
         UserError: they are others.
     """
-    for first in stages(run)[1:]:
-        follow_data(data, first)
     plan = load_plan(run / PLAN)
     if data.resolve() == run.resolve() or not data.exists() or Path(plan.data).exists():
         return
     moved = replace(plan, data=str(data.resolve()))
     check_unchanged(dataset_of(moved, run), run)
+    for first in stages(run)[1:]:
+        follow_data(data, first)
     moved.save(run / PLAN)
 
 

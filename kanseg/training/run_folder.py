@@ -14,9 +14,8 @@ from kanseg.data.digests import file_digest, signature
 from kanseg.data.fingerprint import check_unchanged, load_fingerprint
 from kanseg.data.plans import AnyPlan
 from kanseg.data.splits import check_leaks, split
-from kanseg.data.stored_plan import read_values
 from kanseg.errors import UsageError, UserError
-from kanseg.files import write_json
+from kanseg.files import read_json, write_json
 from kanseg.training.checkpoint import LAST, read_info
 
 CONFIG, PLAN, SPLITS, SUMMARY = "config.json", "plan.json", "splits.json", "summary.json"
@@ -39,7 +38,7 @@ def require_plan(run: Path, otherwise: str) -> None:
 
 def stages(run: Path) -> list[Path]:
     """A planned run folder, and where it is the second stage of a cascade, that of the first."""
-    previous = read_values(run / PLAN).get("previous_stage")
+    previous = (read_json(run / PLAN) or {}).get("previous_stage")
     return [run, run / previous] if isinstance(previous, str) else [run]
 
 
@@ -54,8 +53,9 @@ def run_config(config: Config, run: Path, fold: int | str, resume: bool, overrid
         raise UsageError(
             f"{run / f'fold_{fold}'} holds a training already. Go on with --resume, or choose another folder."
         )
-    folds = [*run.glob(f"fold_*/{LAST}"), *(run.glob(f"*/fold_*/{LAST}") if (run / CONFIG).exists() else ())]
-    others = [str(path.parent.relative_to(run)) for path in sorted(folds)]  # those of a first stage, too
+    begun = stages(run) if (run / CONFIG).exists() else [run]  # a first stage may have been trained by itself
+    folds = [path.parent for stage in begun for path in sorted(stage.glob(f"fold_*/{LAST}"))]
+    others = [str(fold.relative_to(run)) for fold in folds]
     if trained or (others and resume):
         return resumed_config(run / CONFIG, config, override)
     if others and not override and (changed := unlike(read_config(run / CONFIG), config)):
