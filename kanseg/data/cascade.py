@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import RandomizableTransform
-from monai.utils import convert_to_tensor
 from scipy import ndimage
 from torch import Tensor
 
@@ -33,9 +32,7 @@ MORPHOLOGY: tuple[Callable[..., np.ndarray], ...] = (
 
 def with_previous(sample: Mapping[str, Any]) -> Tensor:
     """The image of a sample or batch with the label map of the stage before, if any, as last channel (C + 1, *S)."""
-    image, *numbers = (
-        convert_to_tensor(sample[key], track_meta=False) for key in ("image", PREVIOUS) if key in sample
-    )
+    image, *numbers = (sample[key].as_subclass(Tensor) for key in ("image", PREVIOUS) if key in sample)
     return torch.cat([image, numbers[0].to(image)], dim=-4) if numbers else image  # all are volumes
 
 

@@ -48,7 +48,7 @@ from kanseg.data.resample import ResampleAlongAxes
 from kanseg.errors import UserError
 
 KEYS = ("image", "label")
-MODES = ("bilinear", "nearest", "nearest")  # of `keys_of`
+MODES = {"image": "bilinear", "label": "nearest", PREVIOUS: "nearest"}  # of interpolation
 Item = dict[str, Any]
 LINEAR = {2: "bilinear", 3: "trilinear"}
 BLUR = (0.5, 1.0)  # sigma in voxels
@@ -111,7 +111,8 @@ def preprocessing(plan: Plan) -> Compose:
     """
     if plan.image_dims == 2:
         return Compose([])
-    keys, modes = keys_of(plan), MODES[: len(keys_of(plan))]
+    keys = keys_of(plan)
+    modes = [MODES[key] for key in keys]
     spacing = list(plan.spacing)
     if plan.slice_axis is not None:
         spacing.insert(plan.slice_axis, -1.0)  # MONAI: not positive is as it is
@@ -307,7 +308,8 @@ def coloured(plan: Plan) -> bool:
 
 def _spatial(plan: Plan, amount: Strength) -> list[Transform]:
     """Changes of place of volumes."""
-    keys, modes = keys_of(plan), MODES[: len(keys_of(plan))]
+    keys = keys_of(plan)
+    modes = [MODES[key] for key in keys]
     turns: dict[str, Any] = {"rotate_range": rotation(plan, amount), "scale_range": (amount.scale[1],) * 3}
     transforms: list[Transform] = [
         RandAffined(keys, prob=amount.affine[1], mode=modes, padding_mode="border", **turns)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kanseg.data.plan import Plan
-from kanseg.data.transforms import BLUR, FIELD, LINEAR, STRENGTHS, coloured, rotation
+from kanseg.data.transforms import BLUR, FIELD, LINEAR, MODES, STRENGTHS, coloured, rotation
 from kanseg.training.task import Batch
 
 
@@ -44,8 +44,7 @@ class BatchAugmentation:
         if self._of_dims(self.amount.deform):
             grid = grid + torch.stack([self._bent(draw, image.shape[2:]) for draw in draws]).to(image)
         how: dict[str, Any] = {"padding_mode": "border", "align_corners": False}
-        modes = {key: "bilinear" if key == "image" else "nearest" for key in batch}
-        return {key: F.grid_sample(x, grid, mode=modes[key], **how) for key, x in batch.items()}
+        return {key: F.grid_sample(x, grid, mode=MODES[key], **how) for key, x in batch.items()}
 
     def _matrix(self, draw: torch.Generator, size: torch.Size) -> Tensor:
         """From places in the new patch to places in the old, in `grid_sample`'s units and order (last axis first)."""

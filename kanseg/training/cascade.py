@@ -27,7 +27,15 @@ from kanseg.training.validate import kept_prediction
 
 
 def train_first_stage(
-    config: Config, plan: Plan, dataset: Dataset, run: Path, splits: Splits, **how: Any
+    config: Config,
+    plan: Plan,
+    dataset: Dataset,
+    run: Path,
+    splits: Splits,
+    *,
+    resume: bool,
+    override: bool,
+    console: Console | None,
 ) -> None:
     """Train all folds of the stage before a plan, unless they are trained already.
 
@@ -35,7 +43,7 @@ def train_first_stage(
         config: of both stages.
         run: folder of the second stage.
         splits: of the second stage.
-        how: resume, override, console; see `cross_validate`.
+        resume, override, console: see `cross_validate`.
 
     Raises:
         UserError: a case that validates in no fold, other folds in the first stage, or a fold that failed.
@@ -44,12 +52,11 @@ def train_first_stage(
     first = run / plan.previous_stage
     _require_splits(splits, dataset, run, first)
     done = read_json(first / RESULT)
-    if done is None or done["failed"] or how.get("override"):
-        fitting_model(
-            config, plan, run / "fold_0"
-        )  # before a stage is trained for what the other would not take
+    if done is None or done["failed"] or override:
+        fitting_model(config, plan, run / "fold_0")  # or a stage would be trained for one that cannot be
         once(lambda: _prepare(config, plan, splits, run, first))
-        console = how["console"] = how.get("console") or Console()
+        console = console or Console()
+        how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
         say(console, f"First stage of the cascade: {first}")
         done = cross_validate(config, Plan.load(first / PLAN), dataset, first, **how)
         if done["failed"]:
