@@ -47,9 +47,8 @@ TRIALS = 4
 BOUNDLESS = 1e15  # voxels
 FIRST_STAGE = "lowres"  # of a cascade: its folder in that of the second stage
 GLANCE = 1 / 4  # of a median image that a patch of the first stage sees
-LEAST_SAVED = (
-    2  # times fewer voxels that it has at least; else its view is hardly wider than that of the second
-)
+ENOUGH = 1.2  # times that share; more is paid for by voxels coarser than need be
+LEAST_SAVED = 2  # times fewer voxels that it has; else it sees hardly more than the second
 LEAST_STEPS = 250  # that a training of a given time should have; a smaller patch is better than fewer
 THICK = 3  # times the other spacings: slices from there on count as thick
 # Lists of a plan that have one entry for each entry of another.
@@ -362,9 +361,14 @@ def first_stage(
             f"of a median image of {_numbers(image.round())}, and it begins below {GLANCE / LEAST_SAVED:.1%}. Plan "
             "without."
         )
-    coarse = _coarser(plan, image, GLANCE, math.prod(plan.patch_size))
-    first = replace(plan, previous_stage=None, spacing=[float(s) for s in coarse], reasons=[])
-    first, why = _within_memory(first, extent / coarse, _cache_bytes(seen, first), measure, seconds)
+    voxels, most = math.prod(plan.patch_size), int(GLANCE * np.prod(image) / LEAST_SAVED)
+    for _ in range(2):  # small prepared cases leave more memory to a patch, which may allow finer voxels
+        coarse = _coarser(plan, image, GLANCE, voxels)
+        first = replace(plan, previous_stage=None, spacing=[float(s) for s in coarse], reasons=[])
+        first, why = _within_memory(first, extent / coarse, _cache_bytes(seen, first), measure, seconds)
+        if _seen(first, extent / coarse) < ENOUGH * GLANCE:
+            break
+        voxels = min(math.prod(first.patch_size), most)
     view = f"first stage of a cascade, spacing {_numbers(coarse)} mm: a patch sees {_seen(first, extent / coarse):.0%}"
     return replace(first, reasons=[f"{view} of a median image", *why])
 
