@@ -340,7 +340,7 @@ def first_stage(
     measure: Callable[[Plan], Need] | None = None,
     seconds: float | None = None,
 ) -> Plan:
-    """The plan of the first stage of a cascade: voxels so coarse that a patch sees a quarter of a median image.
+    """The plan of the first stage of a cascade: voxels so coarse that a patch sees about a quarter of a median image.
 
     Where a patch sees much of an image at its own spacing there is none, as in nnU-Net.
 
