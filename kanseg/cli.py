@@ -113,6 +113,13 @@ def plan(
     size: Size = "standard",
     regions: Regions = None,
     mirror: Mirror = None,
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade",
+            help="Two stages: one network sees the image in coarse voxels, a second its label map and the image.",
+        ),
+    ] = False,
     trial: Annotated[bool, typer.Option(help="Measure the memory of a step.")] = True,
     id_pattern: Pattern = None,
     json_: Json = False,
@@ -120,7 +127,8 @@ def plan(
     """Look at the data and decide spacing, patches, normalisation and network; writes RUN/plan.json.
 
     Images with classes (a folder a class, of volumes below train/; a CSV with image,class; MNIST, CIFAR, MedMNIST) are
-    planned for a classifier; --dim, --slices, --size, --memory, --mirror and --regions are for segmentation alone.
+    planned for a classifier; --dim, --slices, --size, --memory, --mirror, --regions and --cascade are for segmentation
+    alone.
 
     Example: kanseg plan Task04_Hippocampus -o runs/hippocampus --memory 8G
 
@@ -128,7 +136,7 @@ def plan(
     """
     if dim not in ("auto", "2", "3"):
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
-    if (out / "plan.json").exists() and any(out.glob("fold_*")):
+    if (out / "plan.json").exists() and any((*out.glob("fold_*"), *out.glob("*/fold_*"))):
         raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
     from kanseg.data.plan import check_memory
     from kanseg.memory import size_in_bytes
@@ -138,6 +146,7 @@ def plan(
         check_memory(size_in_bytes(memory))
     how: dict[str, Any] = {"dim": None if dim == "auto" else int(dim), "slices": slices, "size": size}
     how |= {"memory": memory, "mirror": mirror, "regions": regions, "id_pattern": id_pattern, "trial": trial}
+    how["cascade"] = cascade
     console = _console(json_)
     made = plan_data(data, out, console=console, **how)
     say(console, f"Plan: {out / 'plan.json'}. Next: kanseg train {out}")

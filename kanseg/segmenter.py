@@ -105,7 +105,8 @@ class Segmenter:
             resume, override: see `kanseg.training.fit`.
             overrides: config keys, e.g. ["training.max_minutes=10"] or {"training.max_minutes": 10}.
             config: name in `configs/`.
-            planned: memory, size, slices, mirror, regions, id_pattern, trial; see `kanseg.training.planning.plan_data`.
+            planned: memory, size, slices, mirror, regions, cascade, id_pattern, trial; see
+                `kanseg.training.planning.plan_data`.
 
         Raises:
             UsageError: names or options that do not exist, or that a plan which is there would not follow.
@@ -281,6 +282,8 @@ def _other_wishes(plan: Plan, asked: Mapping[str, Any]) -> list[str]:
         if name == "regions":
             named = parse_regions(value) if isinstance(value, str) else value
             return not named or list(named) == list(plan.label_names[1:])
+        if name == "cascade":
+            return bool(value) == bool(plan.previous_stage)
         return name == "trial" or value == getattr(plan, name)
 
     return sorted(name for name, value in asked.items() if not same(name, value))

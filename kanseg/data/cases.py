@@ -29,7 +29,8 @@ PATIENTS_TESTED = "have images to train on and test images"
 class Case:
     """One image: a file with all channels or one a channel; its label, and the patient it belongs to.
 
-    `values` are those that stand in its label file, once `read_dataset` has looked.
+    `values` are those that stand in its label file, once `read_dataset` has looked. `previous` is the label map that
+    the first stage of a cascade made of it.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Case:
     label: Path | None
     group: str
     values: tuple[int, ...] = ()
+    previous: Path | None = None
 
 
 @dataclass(frozen=True)

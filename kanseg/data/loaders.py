@@ -18,11 +18,12 @@ from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kanseg.data.cascade import with_previous
 from kanseg.data.cases import Case
 from kanseg.data.labels import known_values, targets
 from kanseg.data.plan import CACHE_SHARE, Plan, loader_bytes
 from kanseg.data.shelf import Shelf
-from kanseg.data.transforms import KEYS, Item, augmentation, load_case, preparation
+from kanseg.data.transforms import Item, augmentation, keys_of, load_case, preparation
 from kanseg.errors import UserError
 from kanseg.memory import for_data, free_memory, settle
 from kanseg.progress import note, progress
@@ -37,7 +38,8 @@ AHEAD, IN_USE = 2, 2  # batches: of a worker (torch's prefetch_factor), and at t
 class Patches(Dataset):
     """Random patches of random cases: {"image": (C, *patch), "label": (1 or K, *patch), "seed": ()}.
 
-    A patch is asked for by (epoch, index); its `seed` is what further random changes of it may start from.
+    In a cascade "previous" (1, *patch) has the class numbers of the stage before. A patch is asked for by (epoch,
+    index); its `seed` is what further random changes of it may start from.
 
     Args:
         pools: places in `items`; a pool is chosen first, then a case of it: one pool of all, or one a class for
@@ -61,9 +63,9 @@ class Patches(Dataset):
         seed = int(random.randint(2**31))
         self.augment.set_random_state(seed=seed)
         (sample,) = self.augment(item)
-        image, label = (torch.as_tensor(np.asarray(sample[key])) for key in KEYS)
-        label = targets(label, self.plan).contiguous()
-        return {"image": image.contiguous(), "label": label, "seed": torch.tensor(seed)}
+        found = {key: torch.as_tensor(np.asarray(sample[key])) for key in keys_of(self.plan)}
+        found["label"] = targets(found["label"], self.plan)
+        return {**{key: x.contiguous() for key, x in found.items()}, "seed": torch.tensor(seed)}
 
 
 class EndlessLoader:
@@ -142,8 +144,8 @@ class Prepared:
         """Where the cases lie in `items`; see `kanseg.data.transforms.preparation`."""
         prepare = preparation(self.plan, balanced)
         for case in progress([c for c in cases if (c.id, balanced) not in self._places], "Loading cases"):
-            item = prepare(load_case(case, self.plan)[0])
-            self.items.append({key: item[key] for key in item if key in KEYS or key.endswith("_indices")})
+            item, keys = prepare(load_case(case, self.plan)[0]), keys_of(self.plan)
+            self.items.append({key: item[key] for key in item if key in keys or key.endswith("_indices")})
             self._places[case.id, balanced] = len(self.items) - 1  # only now: a full disk may end a fold
             del item
             settle(for_data(self.plan.memory_bytes))
@@ -219,13 +221,16 @@ def _one_thread(worker: int) -> None:
 
 
 class ValidationCases(Sequence[Batch]):
-    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1 or K, *S)}, kept as training cases are."""
+    """Whole preprocessed cases, {"image": (1, C, *S), "label": (1, 1 or K, *S)}, kept as training cases are.
+
+    In a cascade the last channel of the image is what the stage before said; see `kanseg.data.cascade`.
+    """
 
     def __init__(self, plan: Plan, cases: Sequence[Case]) -> None:
         self.plan, self.items = plan, Shelf(_share(plan, 1 - TRAINING_SHARE))
         for case in cases:
             item = load_case(case, plan)[0]
-            self.items.append({key: item[key] for key in KEYS})
+            self.items.append({key: item[key] for key in keys_of(plan)})
             del item
             settle(for_data(plan.memory_bytes))
 
@@ -234,7 +239,7 @@ class ValidationCases(Sequence[Batch]):
 
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
         item = self.items[index]
-        return {"image": item["image"][None], "label": targets(item["label"], self.plan)[None]}
+        return {"image": with_previous(item)[None], "label": targets(item["label"], self.plan)[None]}
 
 
 def val_loader(plan: Plan, cases: Sequence[Case]) -> Sequence[Batch]:

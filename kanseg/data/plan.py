@@ -45,6 +45,10 @@ LEAST_FEATURES = 8
 LEAST_SHARE = 1 / 64  # of a volume that such a patch should see; coarser voxels are better than less
 TRIALS = 4
 BOUNDLESS = 1e15  # voxels
+FIRST_STAGE = "lowres"  # of a cascade: its folder in that of the second stage
+GLANCE = 1 / 4  # of a median image that a patch of the first stage sees
+ENOUGH = 1.2  # times that share; more is paid for by voxels coarser than need be
+LEAST_SAVED = 2  # times fewer voxels that it has; else it sees hardly more than the second
 LEAST_STEPS = 250  # that a training of a given time should have; a smaller patch is better than fewer
 THICK = 3  # times the other spacings: slices from there on count as thick
 # Lists of a plan that have one entry for each entry of another.
@@ -100,6 +104,8 @@ class Plan(StoredPlan):
     (of what is not 0, and 0 stays 0: images whose surroundings were cut away), {"scheme": "ct", "lower", "upper",
     "mean", "std"} (clipped to the foreground's percentiles 0.5 and 99.5, then by its mean and spread), {"scheme":
     "minmax"} (of each image, to 0 ... 1) or {"scheme": "fixed", "mean", "std"} (of all images alike).
+    `previous_stage` makes it the second stage of a cascade: it names the folder of the first, beside this plan or in a
+    model's folder, whose label map the network takes beside the image.
     """
 
     task: ClassVar[str] = "segmentation"
@@ -127,6 +133,7 @@ class Plan(StoredPlan):
     ignore_value: int | None = None
     slice_axis: int | None = None
     slices: int = 1
+    previous_stage: str | None = None
     orientation: str = "RAS"
     model: str = "ukanet"
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -149,8 +156,11 @@ class Plan(StoredPlan):
 
     @property
     def in_channels(self) -> int:
-        """Channels that the network takes: those of the image for each slice that it sees at once."""
-        return len(self.channel_names) * self.slices
+        """Channels that the network takes: those of the image for each slice that it sees at once, and in a cascade one
+        for each class of the stage before but the background.
+        """
+        classes = len(self.label_names) - 1 if self.previous_stage else 0
+        return len(self.channel_names) * self.slices + classes
 
     def misfit(self) -> str | None:
         """What a plan edited by hand has wrong, or None."""
@@ -177,6 +187,11 @@ def _misfit(plan: Plan) -> str | None:
         return f"slice_axis {plan.slice_axis} needs spatial_dims 2 and one of the axes 0, 1, 2"
     if plan.slices < 1 or plan.slices % 2 == 0 or (plan.slices > 1 and plan.slice_axis is None):
         return f"slices must be odd, and 1 where there is no slice_axis, but is {plan.slices}"
+    if plan.previous_stage is not None:
+        if plan.spatial_dims != 3:
+            return "previous_stage is for networks in 3D"
+        if plan.previous_stage in ("", "..") or Path(plan.previous_stage).name != plan.previous_stage:
+            return f"previous_stage is the name of a folder, not '{plan.previous_stage}'"
     if not set(plan.mirror_axes) <= set(range(plan.spatial_dims)):
         return (
             f"mirror_axes are axes of the network, 0 to {plan.spatial_dims - 1}, but are {plan.mirror_axes}"
@@ -191,20 +206,29 @@ def _misfit(plan: Plan) -> str | None:
     return None if plan.batch_size > 0 else f"batch_size is {plan.batch_size}"
 
 
-def plan_run(dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None, **how: Any) -> Plan:
+def plan_run(
+    dataset: Dataset, run: Path, *, seen: dict[str, Any] | None = None, cascade: bool = False, **how: Any
+) -> Plan:
     """Plan, and write what later steps need to the run folder: plan.json and fingerprint.json.
 
     Args:
         seen: what `fingerprint` gave, if it is there already.
+        cascade: two stages; the second is planned in `run`, the first in a folder there, see `first_stage`.
         how: see `make_plan`.
     """
     from kanseg.files import make_folder
 
-    check_wishes(dataset, **how)
+    check_wishes(dataset, cascade=cascade, **how)
     seen = seen or fingerprint(dataset)
-    plan = make_plan(dataset, seen=seen, **how)
-    save_fingerprint(seen, make_folder(run))
-    plan.save(run / "plan.json")
+    plan = make_plan(dataset, seen=seen, cascade=cascade, **how)
+    plans = {run: plan}
+    if cascade:
+        assert plan.previous_stage is not None
+        asked = {key: how[key] for key in ("measure", "seconds") if key in how}
+        plans[run / plan.previous_stage] = first_stage(plan, seen, **asked)
+    for folder, one in plans.items():
+        save_fingerprint(seen, make_folder(folder))
+        one.save(folder / "plan.json")
     return plan
 
 
@@ -222,6 +246,7 @@ def make_plan(
     slices: int = 1,
     mirror: Sequence[int] | None = None,
     regions: dict[str, list[int]] | None = None,
+    cascade: bool = False,
     seen: dict[str, Any] | None = None,
     measure: Callable[[Plan], Need] | None = None,
     seconds: float | None = None,
@@ -236,11 +261,12 @@ def make_plan(
         mirror: axes of the image whose ends may be exchanged; default both of pictures and none of volumes, see
             `kanseg.data.mirror`.
         regions: as `read_dataset` was given them.
+        cascade: the plan is that of a second stage; that of the first is made from it by `first_stage`.
         seen: what `fingerprint` gave, if it is there already.
         measure: memory and time of one training step of a plan, e.g. `kanseg.training.trial.measure_step`.
         seconds: that a training will last; where steps were measured, `LEAST_STEPS` of them fit into it.
     """
-    dims, mirrored = check_wishes(dataset, dim=dim, size=size, slices=slices, mirror=mirror)
+    dims, mirrored = check_wishes(dataset, dim=dim, size=size, slices=slices, mirror=mirror, cascade=cascade)
     seen = seen or fingerprint(dataset)
     spacings = np.array([case["spacing"] for case in seen["cases"].values()])
     sizes = np.array([case["size"] for case in seen["cases"].values()])
@@ -278,6 +304,7 @@ def make_plan(
         mirror_axes=axes_of_network(mirrored, axis),
         slice_axis=axis,
         slices=slices,
+        previous_stage=FIRST_STAGE if cascade else None,
         orientation="RAS" if dataset.spatial_dims == 3 else "",
         model_options={**MODEL_OPTIONS, "encoder": SIZES[size].encoder},
         size=size,
@@ -286,7 +313,7 @@ def make_plan(
     )
     plan, why = _within_memory(plan, resampled, _cache_bytes(seen, plan), measure, seconds)
     why_spacing = _why_spacing(plan, len(sizes))
-    coarse = _coarser(plan, resampled)
+    coarse = _enough_seen(plan, resampled)
     if coarse is not None:
         wish = "a longer training or more memory allow" if seconds else "more memory allows"
         why_spacing += (
@@ -302,8 +329,73 @@ def make_plan(
         *_further_reasons(plan, seen),
         why_mirror(dataset.spatial_dims, dataset.label_names, mirrored),
     ]
-    plan.reasons += dataset.notes
+    plan.reasons += [*_about_cascade(plan, resampled), *dataset.notes]
     return plan
+
+
+def first_stage(
+    plan: Plan,
+    seen: dict[str, Any],
+    *,
+    measure: Callable[[Plan], Need] | None = None,
+    seconds: float | None = None,
+) -> Plan:
+    """The plan of the first stage of a cascade: voxels so coarse that a patch sees about a quarter of a median image.
+
+    Where a patch sees much of an image at its own spacing there is none, as in nnU-Net.
+
+    Args:
+        plan: of the second stage.
+        seen, measure, seconds: see `make_plan`.
+
+    Raises:
+        UsageError: the second stage sees so much of an image that the first would have hardly fewer voxels.
+    """
+    extent = np.median(
+        [np.multiply(case["size"], case["spacing"]) for case in seen["cases"].values()], axis=0
+    )
+    image = extent / plan.spacing
+    if _saved(plan, image) < LEAST_SAVED:
+        raise UsageError(
+            f"A cascade has nothing to add here: a patch of {_numbers(plan.patch_size)} sees {_seen(plan, image):.0%} "
+            f"of a median image of {_numbers(image.round())}, and it begins below {GLANCE / LEAST_SAVED:.1%}. Plan "
+            "without."
+        )
+    voxels, most = math.prod(plan.patch_size), int(GLANCE * np.prod(image) / LEAST_SAVED)
+    for _ in range(2):  # small prepared cases leave more memory to a patch, which may allow finer voxels
+        coarse = _coarser(plan, image, GLANCE, voxels)
+        first = replace(plan, previous_stage=None, spacing=[float(s) for s in coarse], reasons=[])
+        first, why = _within_memory(first, extent / coarse, _cache_bytes(seen, first), measure, seconds)
+        if _seen(first, extent / coarse) < ENOUGH * GLANCE:
+            break
+        voxels = min(math.prod(first.patch_size), most)
+    view = f"first stage of a cascade, spacing {_numbers(coarse)} mm: a patch sees {_seen(first, extent / coarse):.0%}"
+    return replace(first, reasons=[f"{view} of a median image", *why])
+
+
+def _seen(plan: Plan, image: np.ndarray) -> float:
+    """Share of an image of so many voxels that lies in a patch."""
+    return min(1.0, math.prod(plan.patch_size) / float(np.prod(image)))
+
+
+def _saved(plan: Plan, image: np.ndarray) -> float:
+    """How many times fewer voxels a first stage would have."""
+    return GLANCE / _seen(plan, image)
+
+
+def _about_cascade(plan: Plan, image: np.ndarray) -> list[str]:
+    """That a plan has a stage before it, or might have one as nnU-Net's plans would."""
+    if plan.previous_stage:
+        return [
+            f"second stage of a cascade: the label map of {plan.previous_stage}, a channel of 0 and 1 for each class, "
+            "is taken beside the image"
+        ]
+    if plan.spatial_dims < 3 or _saved(plan, image) < LEAST_SAVED:
+        return []
+    return [
+        f"a patch sees {_seen(plan, image):.1%} of a median image: where the rest of it tells classes apart, a cascade "
+        "of two resolutions may help (kanseg plan --cascade, kanseg run --configurations 3d,2d,cascade)"
+    ]
 
 
 def check_size(size: str) -> None:
@@ -333,6 +425,7 @@ def check_wishes(
     size: str = "standard",
     slices: int = 1,
     mirror: Sequence[int] | None = None,
+    cascade: bool = False,
     **_others: Any,
 ) -> tuple[int, list[int]]:
     """Dimension of the network and axes of the image to mirror along; see `make_plan`. No image is read.
@@ -352,6 +445,8 @@ def check_wishes(
             f"slices={slices} does not fit: an odd number is expected, and more than 1 only for volumes learnt slice "
             "by slice (--dim 2)."
         )
+    if cascade and dims < 3:
+        raise UsageError("A cascade is for volumes that are learnt in 3D. Plan without --cascade.")
     check_leaks(dataset.splits, dataset)
     return dims, mirror_axes(dataset.spatial_dims, dataset.label_names, mirror)
 
@@ -462,7 +557,8 @@ def loader_bytes(plan: Plan, batch_size: int | None = None) -> int:
 
 
 def _loader_bytes_a_voxel(plan: Plan) -> int:
-    return LOADER_BYTES_A_VOXEL + LOADER_BYTES_A_CHANNEL * plan.in_channels
+    channels = len(plan.channel_names) * plan.slices + bool(plan.previous_stage)
+    return LOADER_BYTES_A_VOXEL + LOADER_BYTES_A_CHANNEL * channels
 
 
 def _voxels(plan: Plan) -> int:
@@ -494,7 +590,8 @@ def _sized(plan: Plan, image: np.ndarray, features: int, voxels: float) -> Plan:
 
 def _cache_bytes(seen: dict[str, Any], plan: Plan) -> int:
     """What prepared cases take in memory, at most the share that the loader keeps there."""
-    bytes_a_voxel = 4 * len(plan.channel_names) + BYTES_A_CASE_VOXEL
+    maps = len(plan.channel_names) + bool(plan.previous_stage)
+    bytes_a_voxel = 4 * maps + BYTES_A_CASE_VOXEL
     total = sum(_resampled_voxels(case, plan) for case in seen["cases"].values()) * bytes_a_voxel
     return int(min(total, CACHE_SHARE * plan.memory_bytes))
 
@@ -571,8 +668,8 @@ def _target_spacing(spacings: np.ndarray) -> np.ndarray:
     return np.round(spacing, 4)
 
 
-def _coarser(plan: Plan, image: np.ndarray) -> np.ndarray | None:
-    """The spacing at which a small patch sees `LEAST_SHARE` of a volume, the finest axes first; None if it does now.
+def _enough_seen(plan: Plan, image: np.ndarray) -> np.ndarray | None:
+    """The spacing at which a small patch sees `LEAST_SHARE` of a volume; None if it does now.
 
     A tiny patch counts as one of an eighth of `LEAST_VOXELS`: voxels must not get larger than what is to be seen.
 
@@ -580,9 +677,17 @@ def _coarser(plan: Plan, image: np.ndarray) -> np.ndarray | None:
         image: median size of an image at the plan's spacing.
     """
     seen = max(math.prod(plan.patch_size), LEAST_VOXELS[plan.spatial_dims] // 8)
-    excess = float(np.prod(image)) * LEAST_SHARE / seen
-    if plan.image_dims == 2 or seen >= LEAST_VOXELS[plan.spatial_dims] or excess <= 1:
-        return None
+    enough = seen >= min(LEAST_VOXELS[plan.spatial_dims], float(np.prod(image)) * LEAST_SHARE)
+    return None if plan.image_dims == 2 or enough else _coarser(plan, image, LEAST_SHARE, seen)
+
+
+def _coarser(plan: Plan, image: np.ndarray, share: float, seen: int) -> np.ndarray:
+    """The spacing at which so many voxels are that share of an image, the finest axes first.
+
+    Args:
+        image: median size of an image at the plan's spacing.
+    """
+    excess = float(np.prod(image)) * share / seen
     fine = np.array(plan.spacing)
     low, high = fine.min(), fine.max() * excess
     for _ in range(40):

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from monai.transforms import (
 )
 from torch import Tensor
 
+from kanseg.data.cascade import PREVIOUS, DamagedLabels
 from kanseg.data.cases import COLOURS, Case, few, label_path
 from kanseg.data.images import Image, check_pair, label_from, read_image
 from kanseg.data.labels import class_numbers, known_values
@@ -46,6 +48,7 @@ from kanseg.data.resample import ResampleAlongAxes
 from kanseg.errors import UserError
 
 KEYS = ("image", "label")
+MODES = {"image": "bilinear", "label": "nearest", PREVIOUS: "nearest"}  # of interpolation
 Item = dict[str, Any]
 LINEAR = {2: "bilinear", 3: "trilinear"}
 BLUR = (0.5, 1.0)  # sigma in voxels
@@ -61,6 +64,7 @@ class Strength:
         deform, reach: probability and voxels of a smooth deformation.
         noise, blur, brightness, coarse, gamma, colour: probabilities; `coarse` is a lower resolution, `colour` another
             factor and offset for each channel of a colour picture (stains, white balance).
+        border, missing: probabilities, see `kanseg.data.cascade.DamagedLabels`; nnU-Net's.
         noise_std, brightness_range, gamma_range, colour_range: what they are drawn from.
     """
 
@@ -75,6 +79,8 @@ class Strength:
     coarse: float = 0.1
     gamma: float = 0.15
     colour: float = 0.0
+    border: float = 0.4
+    missing: float = 0.2
     noise_std: float = 0.1
     brightness_range: float = 0.25
     gamma_range: tuple[float, float] = (0.7, 1.5)
@@ -83,7 +89,7 @@ class Strength:
 
 # "strong" is for few cases or long trainings, which else learn them by heart.
 STRENGTHS = {
-    "none": Strength((0, 0), 0, (0, 0), (0, 0), 0, 0, 0, 0, 0, 0, 0),
+    "none": Strength((0, 0), 0, (0, 0), (0, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0),
     "standard": Strength(),
     "strong": Strength(
         affine=(0.8, 0.8), rotation=0.4, scale=(0.3, 0.25), deform=(0.3, 0.4), reach=2.0, noise=0.25, blur=0.2,
@@ -93,6 +99,11 @@ STRENGTHS = {
 }  # fmt: skip
 
 
+def keys_of(plan: Plan) -> tuple[str, ...]:
+    """What of a case lies on the grid of its image: in a cascade also what the stage before said."""
+    return (*KEYS, PREVIOUS) if plan.previous_stage else KEYS
+
+
 def preprocessing(plan: Plan) -> Compose:
     """The spatial part: axes in RAS order and the plan's spacing; pictures stay as they are. Invertible.
 
@@ -100,26 +111,34 @@ def preprocessing(plan: Plan) -> Compose:
     """
     if plan.image_dims == 2:
         return Compose([])
-    modes = ["bilinear", "nearest"]
+    keys = keys_of(plan)
+    modes = [MODES[key] for key in keys]
     spacing = list(plan.spacing)
     if plan.slice_axis is not None:
         spacing.insert(plan.slice_axis, -1.0)  # MONAI: not positive is as it is
-    spaced = Spacingd(KEYS, spacing, mode=modes, padding_mode="border", allow_missing_keys=True)
+    spaced = Spacingd(keys, spacing, mode=modes, padding_mode="border", allow_missing_keys=True)
     spaced.spacing_transform.sp_resample = ResampleAlongAxes(dtype=np.float64)
     return Compose(
-        [Orientationd(KEYS, axcodes=plan.orientation, labels=None, allow_missing_keys=True), spaced]
+        [Orientationd(keys, axcodes=plan.orientation, labels=None, allow_missing_keys=True), spaced]
     )
 
 
 def load_case(
-    case: Case, plan: Plan, *, with_label: bool = True, look: Callable[[Image], None] | None = None
+    case: Case,
+    plan: Plan,
+    *,
+    with_label: bool = True,
+    look: Callable[[Image], None] | None = None,
+    previous: np.ndarray | None = None,
 ) -> tuple[Item, Image]:
     """Read and preprocess: {"image": (C, *S) float32, "label": (1, *S) numbers of `kanseg.data.labels.class_numbers`}.
 
-    Also given is the image that was read, for its grid: its numbers may be normalised already.
+    In a cascade "previous" has the label map of the stage before, in numbers as "label". Also given is the image that
+    was read, for its grid: its numbers may be normalised already.
 
     Args:
         look: is shown the image as it was read.
+        previous: label map of the stage before on the image's own grid; default the one that the case names.
 
     Raises:
         UserError: files that cannot be read or do not fit the plan or each other.
@@ -151,14 +170,30 @@ def load_case(
     affine = torch.from_numpy(source.affine)
     item: Item = {"image": MetaTensor(torch.from_numpy(source.array), affine=affine)}
     if with_label:
-        label = read_image(label_path(case), plan.image_dims)
-        check_pair(source, label)
-        numbers = class_numbers(label_from(label), plan, label.path)
-        item["label"] = MetaTensor(torch.from_numpy(numbers[None]), affine=affine)
+        item["label"] = _numbers(label_path(case), source, plan)
+    if plan.previous_stage:
+        found = case.previous if previous is None else previous
+        if found is None:
+            raise UserError(
+                f"{source.path}: the network is the second of a cascade, and the label map of its first stage, "
+                f"{plan.previous_stage}, is missing. Predict with the whole run or model."
+            )
+        item[PREVIOUS] = _numbers(found, source, plan)
     spatial = preprocessing(plan)
     item = {**spatial(item), "preprocessing": spatial}  # MONAI inverts with the instance that was applied
     item["image"] = normalize(item["image"], plan.normalization)
     return item, source
+
+
+def _numbers(labels: Path | np.ndarray, source: Image, plan: Plan) -> MetaTensor:
+    """Class numbers (1, *S) of a label map on the grid of its image."""
+    path = source.path
+    if isinstance(labels, Path):
+        image = read_image(labels, plan.image_dims)
+        check_pair(source, image)
+        labels, path = label_from(image), image.path
+    numbers = class_numbers(labels, plan, path)
+    return MetaTensor(torch.from_numpy(numbers[None]), affine=torch.from_numpy(source.affine))
 
 
 def normalize(image: Tensor, schemes: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -241,10 +276,12 @@ def augmentation(
         strength: key of `STRENGTHS`.
     """
     sliced = [] if plan.slice_axis is None else [SlicesAsChannels(plan.slice_axis)]
+    amount = STRENGTHS[strength]
     crop = [_balanced_crop(plan, foreground) if balanced else _crop(plan, foreground), *sliced]
+    if plan.previous_stage:
+        crop.append(DamagedLabels(len(known_values(plan)), amount.border, amount.missing))
     if not changes:
         return Compose(crop)
-    amount = STRENGTHS[strength]
     spatial = [AlbumentationsSpatial(plan, amount)] if plan.spatial_dims == 2 else _spatial(plan, amount)
     intensity = [
         RandGaussianNoised("image", prob=amount.noise, std=amount.noise_std),
@@ -271,16 +308,17 @@ def coloured(plan: Plan) -> bool:
 
 def _spatial(plan: Plan, amount: Strength) -> list[Transform]:
     """Changes of place of volumes."""
-    modes = ("bilinear", "nearest")
+    keys = keys_of(plan)
+    modes = [MODES[key] for key in keys]
     turns: dict[str, Any] = {"rotate_range": rotation(plan, amount), "scale_range": (amount.scale[1],) * 3}
     transforms: list[Transform] = [
-        RandAffined(KEYS, prob=amount.affine[1], mode=modes, padding_mode="border", **turns)
+        RandAffined(keys, prob=amount.affine[1], mode=modes, padding_mode="border", **turns)
     ]
     if amount.deform[1]:
         points = [max(2, round(size / FIELD)) for size in plan.patch_size]
         transforms.append(
             RandSmoothDeformd(
-                KEYS,
+                keys,
                 plan.patch_size,
                 points,
                 field_mode="trilinear",
@@ -289,12 +327,12 @@ def _spatial(plan: Plan, amount: Strength) -> list[Transform]:
                 grid_mode=modes,
             )
         )
-    return [*transforms, *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes)]
+    return [*transforms, *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in plan.mirror_axes)]
 
 
 def _crop(plan: Plan, foreground: float) -> Transform:
     return RandCropByPosNegLabeld(
-        KEYS,
+        keys_of(plan),
         "label",
         _patch(plan),
         pos=foreground,
@@ -307,7 +345,7 @@ def _crop(plan: Plan, foreground: float) -> Transform:
 def _balanced_crop(plan: Plan, foreground: float) -> Transform:
     classes = len(known_values(plan))
     return RandCropByLabelClassesd(
-        KEYS,
+        keys_of(plan),
         "label",
         _patch(plan),
         ratios=[1 - foreground, *[foreground / (classes - 1)] * (classes - 1)],
@@ -322,7 +360,7 @@ def preparation(plan: Plan, balanced: bool = False) -> Compose:
     classes = len(known_values(plan))
     indices = ClassesToIndicesd("label", num_classes=classes) if balanced else AnnotatedPlaces()
     beyond = [] if plan.slice_axis is None else [NeighboursBeyond(plan)]
-    return Compose([*beyond, SpatialPadd(KEYS, _patch(plan)), indices])
+    return Compose([*beyond, SpatialPadd(keys_of(plan), _patch(plan)), indices])
 
 
 class AnnotatedPlaces(Transform):

@@ -150,6 +150,11 @@ def export_network(
             "network. Export each by itself."
         )
     plan, network = loaded.plan, loaded.networks[0]
+    if getattr(plan, "previous_stage", None):
+        raise UserError(
+            f"{models[0]} is a cascade, whose second network takes the label map of the first; a file holds one "
+            "network for an image alone. Export a model of one stage."
+        )
     kind.check(plan)
     names = plan.channel_names
     cases = [] if images is None else find_images(images, channels=len(names), names=names)

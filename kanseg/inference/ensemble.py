@@ -26,9 +26,10 @@ from kanseg.data.plan import Plan
 from kanseg.data.plans import AnyPlan
 from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images, passed_over
-from kanseg.errors import UsageError, UserError
+from kanseg.errors import UsageError, UserError, counted
 from kanseg.files import make_folder
 from kanseg.inference.calibration import stored as stored_calibration
+from kanseg.inference.cascade import Cascade, first_stage_of
 from kanseg.inference.logits import bytes_of_window
 from kanseg.inference.members import find_members, stored_rules
 from kanseg.inference.postprocess import Rule, check_rule
@@ -75,7 +76,8 @@ class Loaded:
 
     Attributes:
         networks, plans: as `kanseg.inference.predict.predict_folder` takes them.
-        files: the checkpoints, `digests` of them, and `infos`, their JSON.
+        files: the checkpoints, and `infos`, their JSON. `digests` of them and of `before`, the checkpoints of the first
+            stages of cascades.
         rules: post-processing that was stored with the first model.
         temperatures: of each network, see `kanseg.inference.calibration`; of an `Ensemble` it goes into the logits of
             the mean, so that no label changes. It was fitted on single networks, for nobody has not been seen by all
@@ -93,8 +95,8 @@ class Loaded:
         self.files = [file for files in found for file in files]
         self.digests = [file_digest(file) for file in self.files]
         stored = stored_rules(Path(paths[0]))
-        alike: dict[str, list[tuple[nn.Module, Any]]] = {}
-        heat: dict[str, list[float]] = {}
+        alike: dict[tuple[str, Path | None], list[tuple[nn.Module, Any]]] = {}
+        heat: dict[tuple[str, Path | None], list[float]] = {}
         self.quality: dict[str, Any] = {}
         self.infos: list[dict[str, Any]] = []
         for file in self.files:
@@ -109,7 +111,8 @@ class Loaded:
             self.infos.append({**info, "calibration": known} if known else info)
             if stored is None and len(self.infos) <= len(found[0]):
                 stored = info.get("postprocessing")
-            kind_of = json.dumps(_sameness(plan))
+            name = getattr(plan, "previous_stage", None)
+            kind_of = json.dumps(_sameness(plan)), first_stage_of(file, name) if name else None
             alike.setdefault(kind_of, []).append((network, plan))
             heat.setdefault(kind_of, []).append(known.get("temperature", 1.0))
         self.rules: list[Rule] = stored or []
@@ -121,6 +124,14 @@ class Loaded:
             else Ensemble([n for n, _ in group], _by_itself(group[0][1])).eval()
             for group in alike.values()
         ]
+        self.before: list[Path] = []
+        for number, (_, place) in enumerate(alike):
+            if place is not None:
+                first_stage = Loaded([place], device)
+                of_first = first_stage.networks, first_stage.plans, first_stage.infos
+                self.networks[number] = Cascade(self.networks[number], place.name, *of_first).eval()
+                self.before += [*first_stage.files, *first_stage.before]
+                self.digests += first_stage.digests
         for rule in self.rules:
             check_rule(rule)
         _require_one_task(self.files, self.plans)
@@ -136,12 +147,17 @@ def save_members(
 ) -> Path:
     """Write a network, or each of an `Ensemble`, as the saved model `folder`; given is its first file.
 
-    Changes and masks that lie beside weights are written as weights (`kanseg.study.merge`).
+    Changes and masks that lie beside weights are written as weights (`kanseg.study.merge`). Of a `Cascade` the
+    first stage goes into a folder there.
 
     Args:
         infos: JSON of the checkpoint of each.
         rules: post-processing, stored with each.
     """
+    if isinstance(network, Cascade):
+        (first,) = network.first
+        save_members(folder / network.name, first, network.infos, [])
+        network = network.network
     networks = network.members if isinstance(network, Ensemble) else [network]
     make_folder(folder)
     for number, (member, info) in enumerate(zip(networks, infos, strict=True), start=1):
@@ -187,6 +203,9 @@ def predict_with(
     loaded = Loaded(models, device)
     if len(loaded.files) > 1:
         console.print(f"An ensemble of {len(loaded.files)} networks", highlight=False)
+    if loaded.before:
+        count = counted(len(loaded.before), "network")
+        console.print(f"A cascade: its first stage has {count}", highlight=False)
     for whole in (Path(model) / WHOLE for model in models):
         if whole.is_dir() and not any(whole in file.parents for file in loaded.files):
             say(console, f"Not among them: the training on every case. For it, -m {whole}")
@@ -201,7 +220,7 @@ def predict_with(
     cases = find_images(images, channels=len(loaded.plan.channel_names), names=loaded.plan.channel_names)
     if images.is_dir():
         cases = _images_among(cases, images, console)
-    if seen := training_images(loaded.files, cases):
+    if seen := training_images([*loaded.files, *loaded.before], cases):
         say(console, on_training_images(seen, len(cases)))
     how: dict[str, Any] = {"overlap": overlap, "blending": blending, "tta": tta}
     rules = loaded.rules if postprocess else []
@@ -242,7 +261,8 @@ def _by_itself(plan: AnyPlan) -> bool:
 def _sameness(plan: AnyPlan) -> dict[str, Any]:
     """What networks must have in common to see the same windows."""
     keys = ("spatial_dims", "spacing", "patch_size", "normalization", "orientation", "slice_axis", "slices")
-    return {key: getattr(plan, key, None) for key in (*keys, "mirror_axes", "multilabel", *TASK)}
+    others = ("mirror_axes", "previous_stage", "multilabel")
+    return {key: getattr(plan, key, None) for key in (*keys, *others, *TASK)}
 
 
 def _require_one_task(files: Sequence[Path], plans: Sequence[AnyPlan]) -> None:

@@ -21,6 +21,7 @@ from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
+from kanseg.data.cascade import network_input
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import slices_as_channels
 from kanseg.errors import UserError
@@ -252,7 +253,7 @@ def _slide(
 
     def answer(flip: Sequence[int], window: Tensor, where: Sequence[Sequence[slice]]) -> Tensor:
         nonlocal done
-        said = model(window)
+        said = model(network_input(window, plan))
         if not torch.stack(said.aminmax()).isfinite().all():  # without a map of its own for all classes
             raise UserError("The network gives values that are not finite. Train it again.")
         for values, (one, _, *place) in zip(said, where, strict=True):

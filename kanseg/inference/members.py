@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kanseg.data.digests import file_digest
 from kanseg.inference.calibration import stored as stored_calibration
+from kanseg.inference.cascade import first_stage_of
 from kanseg.inference.postprocess import Rule, load_rules
 from kanseg.training.checkpoint import (
     BEST,
@@ -75,6 +76,7 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "classes": infos[0].get("labels"),
         "regions": plan.get("regions"),
         "spacing": each(plan.get("spacing") for plan in plans),
+        "first stage": each(_first_stage(file, plan) for file, plan in zip(files, plans, strict=True)),
         "patch size": each(plan.get("patch_size") for plan in plans),
         "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
         "mirror axes": each(plan.get("mirror_axes") for plan in plans),
@@ -87,3 +89,11 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "digests": {str(file): file_digest(file) for file in files},
     }
     return {key: value for key, value in known.items() if value not in (None, [], {})}
+
+
+def _first_stage(file: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `facts_of_model` tells of the stage before a network, where there is one."""
+    if not (name := plan.get("previous_stage")):
+        return None
+    facts = facts_of_model(first_stage_of(file, name))
+    return {key: facts[key] for key in ("networks", "network", "spacing", "patch size", "digests")}

@@ -18,6 +18,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from kanseg.data.beside import NIFTI, UNCERTAINTY, probability_path, remove_beside, uncertainty_path
+from kanseg.data.cascade import with_previous
 from kanseg.data.cases import Case
 from kanseg.data.digests import file_digest, made_from
 from kanseg.data.fingerprint import exchanged_channels, unlike_training
@@ -38,6 +39,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.export.dicom_seg import check_series, write_segmentation
 from kanseg.export.rt_struct import write_structures
 from kanseg.files import make_folder
+from kanseg.inference.cascade import Cascade
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.quality import Verdict, judge
@@ -144,6 +146,8 @@ def predict(
 ) -> Prediction:
     """Logits of one case, by one network or by several, each with its plan.
 
+    A `Cascade` predicts its first stage before, unless the case has that label map.
+
     Args:
         temperatures: of each network, see `kanseg.inference.calibration`; default 1.
         look: is shown the image before anything is predicted.
@@ -154,13 +158,19 @@ def predict(
     heat = temperatures or [1.0] * len(models)
     parts = []
     for number, (network, own, temperature) in enumerate(zip(models, plans, heat, strict=True)):
-        item, source = load_case(case, own, with_label=False, look=None if number else look)
+        previous = None
+        if isinstance(network, Cascade) and case.previous is None:
+            first = predict(list(network.first), case, network.plans, watch=watch, look=look, **how)
+            previous, look = first.labels(), None
+            del first
+        item, source = load_case(case, own, with_label=False, look=look, previous=previous)
+        look = None
         settle(how.get("memory"))  # what reading left
         seen = None if watch is None else _shifted(watch, number, len(models))
         was_training = network.training
         network.eval()
         try:
-            logits = whole_logits(network, item["image"].as_tensor()[None], own, watch=seen, **how)
+            logits = whole_logits(network, with_previous(item)[None], own, watch=seen, **how)
         finally:
             network.train(was_training)
         settle(how.get("memory"))

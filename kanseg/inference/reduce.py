@@ -46,6 +46,8 @@ def prune_model(
     loaded = Loaded([model])
     if len(loaded.plans) > 1:
         raise UserError(f"{model} has networks of {len(loaded.plans)} plans. Prune each by itself.")
+    if loaded.before:
+        raise UserError(f"{model} is a cascade of two networks. Prune a model of one stage.")
     if out.is_file() or out.resolve() in {file.parent.resolve() for file in loaded.files}:
         raise UsageError(f"-o {out} is to be a folder of its own for the pruned model.")
     plan, network = loaded.plan, loaded.networks[0]

@@ -6,20 +6,22 @@ A patch's changes depend on its `seed` alone, not on its batch, so processes and
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kanseg.data.plan import Plan
-from kanseg.data.transforms import BLUR, FIELD, LINEAR, STRENGTHS, coloured, rotation
+from kanseg.data.transforms import BLUR, FIELD, LINEAR, MODES, STRENGTHS, coloured, rotation
 from kanseg.training.task import Batch
 
 
 class BatchAugmentation:
     """Rotation and scale, flips, noise, blur, brightness, low resolution and gamma of a batch.
 
-    Called with {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)}; gives the same keys.
+    Called with {"image": (B, C, *patch), "label": (B, 1, *patch), "seed": (B,)}; gives the same keys. What else lies on
+    the grid of the patches is moved as labels are.
     """
 
     def __init__(self, plan: Plan, strength: str = "standard") -> None:
@@ -28,24 +30,21 @@ class BatchAugmentation:
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch changed; the one that was given stays."""
-        image, label = batch["image"].float(), batch["label"].float()
         draws = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
-        image, label = self._moved(image, label, draws)
-        image = torch.stack([self._shaded(one, draw) for one, draw in zip(image, draws, strict=True)])
-        return {**batch, "image": image, "label": label}
+        moved = self._moved({key: x.float() for key, x in batch.items() if key != "seed"}, draws)
+        shaded = [self._shaded(one, draw) for one, draw in zip(moved["image"], draws, strict=True)]
+        return {**batch, **moved, "image": torch.stack(shaded)}
 
-    def _moved(self, image: Tensor, label: Tensor, draws: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def _moved(self, batch: Batch, draws: list[torch.Generator]) -> Batch:
         """One resampling of the whole batch; a patch that is not turned keeps its values to rounding."""
+        image = batch["image"]
         matrices = torch.stack([self._matrix(draw, image.shape[2:]) for draw in draws]).to(image)
         theta = torch.cat([matrices, torch.zeros_like(matrices[..., :1])], dim=-1)
         grid = F.affine_grid(theta, list(image.shape), align_corners=False)
         if self._of_dims(self.amount.deform):
             grid = grid + torch.stack([self._bent(draw, image.shape[2:]) for draw in draws]).to(image)
-        moved = (
-            F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
-            for x, mode in ((image, "bilinear"), (label, "nearest"))
-        )
-        return next(moved), next(moved)
+        how: dict[str, Any] = {"padding_mode": "border", "align_corners": False}
+        return {key: F.grid_sample(x, grid, mode=MODES[key], **how) for key, x in batch.items()}
 
     def _matrix(self, draw: torch.Generator, size: torch.Size) -> Tensor:
         """From places in the new patch to places in the old, in `grid_sample`'s units and order (last axis first)."""

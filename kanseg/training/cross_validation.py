@@ -39,7 +39,7 @@ from kanseg.training.calibrate import conclude_calibration
 from kanseg.training.checkpoint import LAST
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
-from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_splits
+from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_config, run_splits
 from kanseg.training.validate import kept_prediction
 
 RESULT, TABLE = "cross_validation.json", "cross_validation.csv"
@@ -57,6 +57,8 @@ def cross_validate(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train every fold, pool the predictions of their validation cases, and choose post-processing by them.
+
+    Of a cascade its first stage is cross-validated before.
 
     A fold that fails is reported, the others go on. Finished folds are left alone when resuming.
 
@@ -83,6 +85,12 @@ def cross_validate(
     folds: dict[int, dict[str, Any]] = {}
     prepared = Prepared(plan) if isinstance(plan, Plan) else None
     with locked(run, is_main()):
+        if isinstance(plan, Plan) and plan.previous_stage:
+            from kanseg.training.cascade import train_first_stage  # which cross-validates
+
+            again: dict[str, Any] = {"resume": resume, "override": override}
+            stored = run_config(config, run, 0, **again)
+            train_first_stage(stored, plan, dataset, run, splits, console=console, **again)
         for fold in range(len(splits)):
             console.print(f"Fold {fold} of {len(splits)}", highlight=False)
             try:

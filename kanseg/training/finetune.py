@@ -65,10 +65,14 @@ class Ends:
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Ends:
-        """Those of a plan's network; the neighbours of a slice are channels with their distance in the name."""
+        """Those of a plan's network; the neighbours of a slice are channels with their distance in the name, and what a
+        stage before says are channels named by its classes.
+        """
         slices = range(plan.get("slices", 1))
         distances = [place - len(slices) // 2 for place in slices]
         channels = [f"{name}{d:+d}" if d else name for d in distances for name in plan["channel_names"]]
+        if plan.get("previous_stage"):
+            channels += [f"{name} of the stage before" for name in plan["label_names"][1:]]
         return cls(channels, plan["label_names"], bool(plan.get("regions") or plan.get("multilabel")))
 
 

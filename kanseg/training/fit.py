@@ -24,7 +24,7 @@ from kanseg.config import Config, check_names
 from kanseg.data.cases import Dataset
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.loaders import Prepared
-from kanseg.data.plans import AnyPlan
+from kanseg.data.plans import AnyPlan, Plan
 from kanseg.errors import UsageError
 from kanseg.files import locked, make_folder, read_json
 from kanseg.models import check_patch
@@ -63,7 +63,7 @@ def fit(
     watch: Callable[[dict[str, Any]], None] | None = None,
     prepared: Prepared | None = None,
 ) -> dict[str, Any]:
-    """Train one fold and return its summary (also in RUN/fold_0/summary.json).
+    """Train one fold and return its summary (also in RUN/fold_0/summary.json); of a cascade its first stage before.
 
     Args:
         fold: number of the fold whose cases validate; "final" trains on every case, without validation. For all
@@ -85,8 +85,17 @@ def fit(
     folder = run / f"fold_{fold}"
     config = run_config(config, run, fold, resume, override)
     check_data(plan, dataset)
-    splits = run_splits(dataset, config, run, fold)
+    staged = getattr(plan, "previous_stage", None) is not None
+    splits = run_splits(dataset, config, run, 0 if staged else fold)  # a first stage has folds in any case
     training, validation = fold_cases(splits, dataset, fold)
+    if staged and isinstance(plan, Plan):
+        from kanseg.training.cascade import seen_before, train_first_stage  # which trains by `fit`
+
+        how: dict[str, Any] = {"resume": resume, "override": override, "console": console}
+        train_first_stage(config, plan, dataset, run, splits, **how)
+        training, validation = (
+            seen_before(cases, plan, run, splits, fold) for cases in (training, validation)
+        )
     accelerator = make_accelerator(config.training)
     set_seed(config.seed)
     spec, model, started, fresh = fitting_model(config, plan, folder)  # before anything is written

@@ -36,12 +36,13 @@ from kanseg.inference.postprocess import load_rules, save_rules
 from kanseg.inference.predict import predict_case, write_prediction
 from kanseg.inference.provenance import by_networks
 from kanseg.progress import in_words, is_main, progress, say
+from kanseg.training.cascade import seen_before
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.class_pipeline import run_classes
 from kanseg.training.cross_validation import RESULT, conclude, cross_validate
 from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
-from kanseg.training.planning import follow_data, measuring, tell_findings
+from kanseg.training.planning import follow_data, measuring, reasons, tell_findings
 from kanseg.training.run_folder import (
     FINAL,
     PLAN,
@@ -52,11 +53,13 @@ from kanseg.training.run_folder import (
     Splits,
     check_weights,
     run_splits,
+    stages,
 )
 from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
 from kanseg.training.validate import inference_options, kept_prediction
 
-CONFIGURATIONS = {"3d": 3, "2d": 2}  # and the dimension of their networks
+CASCADE = "cascade"  # of two stages in 3D, which is made where it is asked for: it doubles the trainings
+CONFIGURATIONS = {"3d": 3, "2d": 2, CASCADE: 3}  # and the dimension of their networks
 ENSEMBLE, MODEL, REPAIRED = "ensemble", "model", "data"
 PLANNED = ("memory", "size", "mirror", "regions")  # options that only a new plan could follow
 FINALS = ("folds", "all")
@@ -101,7 +104,7 @@ def run_pipeline(
 
     Args:
         minutes: of training in all, shared out evenly; default as long as the config says.
-        configurations: "auto" (3d and 2d for volumes, 2d for pictures), or names with commas.
+        configurations: "auto" (3d and 2d for volumes, 2d for pictures), or names with commas, cascade among them.
         final: "folds" (the model is all networks of the chosen folds) or "all" (one more training on every case).
         regions: see `read_dataset`.
         memory, size, mirror: see `make_plan`.
@@ -161,8 +164,12 @@ def run_pipeline(
         else:
             folds = _folds(checked, dataset, console)
         if not folds:  # nobody is left to choose by
-            names, final = names[:1], "all"
-        count = len(names) * folds + (final == "all")
+            names, final = [name for name in names if name != CASCADE][:1], "all"
+            if not names:
+                raise UserError(
+                    "A cascade needs two patients at least: it learns from cases its first stage did not see."
+                )
+        count = sum(1 + (name == CASCADE) for name in names) * folds + (final == "all")
         share = None if minutes is None else minutes / count
         if share is not None:
             told = f"{count} trainings of {in_words(60 * share)}; planning, validation and scores take time"
@@ -206,7 +213,7 @@ def _fitting(wanted: Sequence[str], dataset: Dataset) -> list[str]:
     fitting = [name for name, dims in CONFIGURATIONS.items() if dims <= dataset.spatial_dims]
     if beyond := [name for name in wanted if name not in fitting]:
         raise UsageError(f"Configuration '{beyond[0]}' does not fit {dataset.spatial_dims}D data.")
-    return list(wanted) or fitting
+    return list(wanted) or [name for name in fitting if name != CASCADE]
 
 
 def _follow(data: Path, run: Path) -> None:
@@ -323,12 +330,12 @@ def _plan(job: Pipeline, **how: Any) -> None:
     check_wishes(job.dataset, **how)  # before every image is read
     seen = fingerprint(job.dataset) if missing else {}
     for name in missing:
-        dim = CONFIGURATIONS[name]
+        own: dict[str, Any] = {"dim": CONFIGURATIONS[name], "cascade": name == CASCADE}
         with _refused_for(name, job):
             plan = plan_run(
-                job.dataset, job.run / name, seen=seen, dim=dim, measure=measuring(job.config), **how
+                job.dataset, job.run / name, seen=seen, measure=measuring(job.config), **own, **how
             )
-        for reason in plan.reasons:
+        for reason in reasons(plan, job.run / name):
             job.say(f"- {reason}")
 
 
@@ -339,7 +346,8 @@ def _check_options(job: Pipeline) -> None:
         if (folder / RESULT).exists():
             continue
         with _refused_for(name, job):
-            fitting_model(job.config, Plan.load(folder / PLAN), folder / "fold_0")
+            for stage in stages(folder):
+                fitting_model(job.config, Plan.load(stage / PLAN), stage / "fold_0")
 
 
 @contextmanager
@@ -414,6 +422,9 @@ def _ensemble(job: Pipeline, names: Sequence[str], splits: Splits) -> dict[str, 
         folders = [job.run / name / f"fold_{fold}" for name in names]
         if all((path / SUMMARY).exists() for path in folders):
             own = [cases[name] for name in entry["val"]]
+            for name in names:
+                if (member := Plan.load(job.run / name / PLAN)).previous_stage:
+                    own = seen_before(own, member, job.run / name, splits, fold)
             predictions |= {case.id: kept_prediction(kept, case, plan) for case in own}
             new |= _predict_together(job, folders, own, kept)
     done = read_json(folder / RESULT)
@@ -472,13 +483,26 @@ def _final_folds(job: Pipeline, choice: str) -> list[Path]:
 
 
 def _build(job: Pipeline, choice: str, folds: Sequence[Path]) -> Path:
-    """RUN/model: checkpoints of the networks as fold_0, fold_1 ..., their post-processing and calibration."""
+    """RUN/model: checkpoints of the networks as fold_0, fold_1 ..., their post-processing and calibration.
+
+    Of a cascade also all folds of its first stage, whose label map of an image that none of them saw is their mean's.
+    """
     model, part = job.run / MODEL, job.run / f".{MODEL}.part"
     shutil.rmtree(part, ignore_errors=True)
-    for number, fold in enumerate(folds):
-        write_bytes(make_folder(part / f"fold_{number}") / EXPORTED, (fold / BEST).read_bytes())
-        if choice == ENSEMBLE:  # whose networks have temperatures of their own
-            _copy_calibration(fold.parent, part / f"fold_{number}")
+    files = {part / f"fold_{number}" / EXPORTED: fold / BEST for number, fold in enumerate(folds)}
+    for run in dict.fromkeys(fold.parent for fold in folds):
+        for first in stages(run)[1:]:
+            files |= {
+                part / first.name / best.parent.name / EXPORTED: best
+                for best in sorted(first.glob(f"fold_[0-9]*/{BEST}"))
+            }
+    for copy, best in files.items():
+        make_folder(copy.parent)
+        write_bytes(copy, best.read_bytes())
+    for number, fold in enumerate(
+        folds if choice == ENSEMBLE else ()
+    ):  # whose networks have temperatures of their own
+        _copy_calibration(fold.parent, part / f"fold_{number}")
     save_rules(part, load_rules(job.run) or [])
     _copy_calibration(job.run / choice, part)
     shutil.rmtree(model, ignore_errors=True)

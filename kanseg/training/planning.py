@@ -26,7 +26,7 @@ from kanseg.data.plans import AnyPlan, dataset_of, load_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.memory import size_in_bytes
 from kanseg.progress import say
-from kanseg.training.run_folder import PLAN, check_fold
+from kanseg.training.run_folder import PLAN, check_fold, stages
 from kanseg.training.trial import measure_step
 
 SHOWN = 20  # findings of the doctor; all of them are in doctor.json
@@ -43,6 +43,7 @@ def plan_data(
     slices: int = 1,
     mirror: Sequence[int] | str | None = None,
     regions: Mapping[str, Sequence[int]] | str | None = None,
+    cascade: bool = False,
     id_pattern: str | None = None,
     trial: bool = True,
     same: Sequence[tuple[str, str]] | None = None,
@@ -52,7 +53,7 @@ def plan_data(
 
     Args:
         dim, size, slices: see `kanseg.data.plan.make_plan`; mirror, regions and memory (bytes) too, or as words of the
-            command line, e.g. "8G".
+            command line, e.g. "8G". cascade: see `kanseg.data.plan.plan_run`.
         id_pattern: see `kanseg.data.formats.read_dataset`.
         trial: measure the memory of a step.
         same: see `kanseg.data.class_plan.plan_classes`.
@@ -63,10 +64,11 @@ def plan_data(
     mirror = parse_mirror(mirror) if isinstance(mirror, str) else mirror
     regions = parse_regions(regions) if isinstance(regions, str) else regions
     if is_classes(data):
-        if dim or size != "standard" or slices != 1 or mirror is not None or regions or memory:
+        if dim or size != "standard" or slices != 1 or mirror is not None or regions or memory or cascade:
             raise UsageError(
-                f"{data} has a class for each image; --dim, --slices, --size, --memory, --mirror and --regions are for "
-                "segmentation. The network is chosen by model.options, the batch by training.batch_size."
+                f"{data} has a class for each image; --dim, --slices, --size, --memory, --mirror, --regions and "
+                "--cascade are for segmentation. The network is chosen by model.options, the batch by "
+                "training.batch_size."
             )
         classes = read_classes(data, id_pattern=id_pattern)
         counts = Counter(number for case in classes.cases for number in case.values)
@@ -81,14 +83,20 @@ def plan_data(
         found = f"{len(dataset.cases)} labelled images of {patients} patients"
         _tell(console, dataset, f"{found}; {few(dataset.label_names)}")
         how: dict[str, Any] = {"dim": dim, "memory": memory, "size": size, "slices": slices, "mirror": mirror}
+        how["cascade"] = cascade
         how |= {"regions": named, "measure": measuring(config) if trial else None}
         check_wishes(dataset, **how)
         with told_by_doctor(data):
             seen = fingerprint(dataset)
         plan = plan_run(dataset, run, seen=seen, **how)
-    for reason in plan.reasons:
+    for reason in reasons(plan, run):
         say(console, f"- {reason}")
     return plan
+
+
+def reasons(plan: AnyPlan, run: Path) -> list[str]:
+    """Why a run is planned as it is; of a cascade its first stage before."""
+    return [reason for first in stages(run)[1:] for reason in load_plan(first / PLAN).reasons] + plan.reasons
 
 
 def follow_data(data: Path, run: Path) -> None:
@@ -102,6 +110,8 @@ def follow_data(data: Path, run: Path) -> None:
         return
     moved = replace(plan, data=str(data.resolve()))
     check_unchanged(dataset_of(moved, run), run)
+    for first in stages(run)[1:]:
+        follow_data(data, first)
     moved.save(run / PLAN)
 
 

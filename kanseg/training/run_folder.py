@@ -37,6 +37,12 @@ def require_plan(run: Path, otherwise: str) -> None:
         raise UsageError(f"{run} has no {PLAN}. {hint}")
 
 
+def stages(run: Path) -> list[Path]:
+    """A planned run folder, and where it is the second stage of a cascade, that of the first."""
+    previous = (read_json(run / PLAN) or {}).get("previous_stage")
+    return [run, run / previous] if isinstance(previous, str) else [run]
+
+
 def run_config(config: Config, run: Path, fold: int | str, resume: bool, override: bool = False) -> Config:
     """The options to train with: the given ones, or the stored ones where a training is resumed.
 
@@ -48,7 +54,9 @@ def run_config(config: Config, run: Path, fold: int | str, resume: bool, overrid
         raise UsageError(
             f"{run / f'fold_{fold}'} holds a training already. Go on with --resume, or choose another folder."
         )
-    others = [path.parent.name for path in sorted(run.glob(f"fold_*/{LAST}"))]
+    begun = stages(run) if (run / CONFIG).exists() else [run]  # a first stage may have been trained by itself
+    folds = [path.parent for stage in begun for path in sorted(stage.glob(f"fold_*/{LAST}"))]
+    others = [str(fold.relative_to(run)) for fold in folds]
     if trained or (others and resume):
         return resumed_config(run / CONFIG, config, override)
     if others and not override and (changed := unlike(read_config(run / CONFIG), config)):

@@ -40,7 +40,7 @@ from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.training.cross_validation import RESULT, TABLE
 from kanseg.training.manifest import MANIFEST
 from kanseg.training.monitor import LOG, read_log
-from kanseg.training.run_folder import PLAN, PREDICTIONS, SUMMARY, read_splits
+from kanseg.training.run_folder import PLAN, PREDICTIONS, SUMMARY, read_splits, stages
 from kanseg.training.validate import kept_prediction
 
 MARKDOWN, HTML, PICTURES = "report.md", "report.html", "report"
@@ -125,11 +125,17 @@ def write_report(run: Path | str, dataset: Dataset | None = None) -> Path:
     planned = [path for path in places if (path / PLAN).exists()]
     if not planned:
         raise UserError(f"{run} holds no plan.json, so there is nothing to report. Give the folder of a run.")
+    firsts = [first for path in planned for first in stages(path)[1:]]  # of cascades, which are no choice
+    planned = list(dict.fromkeys([*planned, *firsts]))
     plan = load_plan(planned[0] / PLAN)
     dataset = dataset or dataset_of(plan, planned[0])
     told: Told
     if isinstance(plan, Plan):
-        found = [Configuration(path.name, path) for path in places if (path / RESULT).exists()]
+        found = [
+            Configuration(path.name, path)
+            for path in places
+            if path not in firsts and (path / RESULT).exists()
+        ]
         told = _Report(run, planned, plan, dataset, found)
     else:
         from kanseg.training.class_report import ClassReport
@@ -145,7 +151,7 @@ class Told(ABC):
     """What reports of all tasks tell: the plans, the course and the cost of trainings, the splits.
 
     Attributes:
-        planned: folders with a plan, each of one configuration.
+        planned: folders with a plan, each of one configuration or of the first stage of a cascade.
     """
 
     run: Path

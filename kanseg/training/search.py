@@ -98,6 +98,11 @@ def search(
     )
     require_plan(run, f"Make one: kanseg plan DATA -o {run}.")
     plan = load_plan(run / "plan.json")
+    if getattr(plan, "previous_stage", None):
+        raise UsageError(
+            f"{run} is a cascade, and options are searched for one network. Search in a folder planned without "
+            "--cascade, and give what is found to both stages."
+        )
     folder = make_folder(run / "search")
     asked = {"words": list(words), "fold": fold, "config": config, "trials": trials, "prune": prune}
     _check_asked(folder, asked, resume)

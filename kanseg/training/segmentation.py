@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kanseg.config import Config
+from kanseg.data.cascade import PREVIOUS, network_input, with_previous
 from kanseg.data.cases import Case
 from kanseg.data.loaders import Prepared, TrainLoader, val_loader
 from kanseg.data.plan import Plan
@@ -71,8 +72,10 @@ class Segmentation:
         return loader.batches(epoch, step)
 
     def augmented(self, batch: Batch) -> Batch:
-        """The patches changed in space and intensity, where the loader has not done it."""
-        return self.changes(batch) if self.changes else batch
+        """The patches as the network takes them, changed in space and intensity where the loader has not done it."""
+        batch = self.changes(batch) if self.changes else batch
+        image = network_input(with_previous(batch), self.plan)
+        return {**{key: value for key, value in batch.items() if key != PREVIOUS}, "image": image}
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Loss of logits, or of the list of a deeply supervised network."""

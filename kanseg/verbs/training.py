@@ -28,7 +28,9 @@ def run(
             min=0.01,
         ),
     ] = None,
-    configurations: Annotated[str, typer.Option(help="auto, 3d, 2d, or several: 3d,2d.")] = "auto",
+    configurations: Annotated[
+        str, typer.Option(help="auto (3d,2d), 3d, 2d, cascade, or several: 3d,cascade.")
+    ] = "auto",
     final: Annotated[
         str, typer.Option(help="Final model: folds (all of them) or all (trained on all).")
     ] = "folds",
