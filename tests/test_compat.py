@@ -352,7 +352,7 @@ UNSUITED = {
     "norm_layer 'LocalResponseNorm' is not supported": {"norm_layer": partial(nn.LocalResponseNorm, 2)},
     "LayerNorm2d is 2D only": {"norm_layer": "LayerNorm2d"},
     "base_activation 'Softmax2d' is not supported": {"base_activation": nn.Softmax2d},
-    "padding 'same' keeps the size": {"kernel_size": 4, "padding": "same"},
+    "padding 'same' keeps the size": {"stride": 2, "padding": "same"},
     "padding must be a number": {"padding": "reflect"},
     "must be divisible by groups": {"groups": 3},
     "grid_size >= 1": {"grid_size": 0},

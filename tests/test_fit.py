@@ -92,7 +92,7 @@ def test_it_learns_and_leaves_a_complete_run_folder(balls, tmp_path):
     fold = run / "fold_0"
     written = {path.name for path in fold.iterdir()}
     files = {"log.jsonl", "last.safetensors", "best.safetensors", "summary.json", "progress.png"}
-    assert written == files | {"manifest.json", "validation"}
+    assert written == files | {"manifest.json", "validation", "calibration"}
     assert {path.name for path in run.iterdir()} == {"config.json", "plan.json", "splits.json", "fold_0"}
     assert summary == json.loads((fold / "summary.json").read_text())
     assert summary["dice"]["mean"] > 0.7
