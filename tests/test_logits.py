@@ -192,6 +192,7 @@ print((taken("VmHWM") - base) / bytes_of_window(plan))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory")
+@pytest.mark.slow
 def test_hundreds_of_classes_take_what_is_said_of_a_window(plan: Plan, tmp_path: Path) -> None:
     """Beyond it some MiB that do not grow with the classes; of the 200 classes of the image 210 MB lie on the disk."""
     names = [f"label {k}" for k in range(200)]
