@@ -17,9 +17,9 @@ from kanseg.config import Config
 from kanseg.data.cases import Case, Dataset, few
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
-from kanseg.files import make_folder, read_json, write_json
+from kanseg.files import make_folder, write_json
 from kanseg.progress import say
-from kanseg.training.cross_validation import RESULT, cross_validate
+from kanseg.training.cross_validation import cross_validate, finished
 from kanseg.training.fit import fitting_model
 from kanseg.training.parallel import once
 from kanseg.training.run_folder import PLAN, PREDICTIONS, SPLITS, Splits, prepare_run, read_splits
@@ -46,13 +46,13 @@ def train_first_stage(
         resume, override, console: see `cross_validate`.
 
     Raises:
-        UserError: a case that validates in no fold, other folds in the first stage, or a fold that failed.
+        UserError: a case that validates in no fold, other folds in the first stage, a fold that failed, or damaged
+            weights of one.
     """
     assert plan.previous_stage is not None
     first = run / plan.previous_stage
     _require_splits(splits, dataset, run, first)
-    done = read_json(first / RESULT)
-    if done is None or done["failed"] or override:
+    if override or finished(first, splits) is None:
         fitting_model(config, plan, run / "fold_0")  # or a stage would be trained for one that cannot be
         once(lambda: _prepare(config, plan, splits, run, first))
         console = console or Console()
