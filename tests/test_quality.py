@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,17 @@ def test_one_file_has_no_table_beside_it_unless_it_is_asked_for(
     rows = read_quality(tmp_path / QUALITY)
     assert {(row["expected_dice"], row["low"]) for row in rows} == {("0.7", "0.5")}
     assert all(row["uncertainty"] for row in rows)
+
+
+def test_a_case_that_the_table_lacks_is_predicted_again(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    images, made = find_images(blobs / "imagesTr"), Console(record=True, width=200, quiet=True)
+    predict_folder(Brightness(), plan, images[:2], tmp_path, settings={}, console=made)  # by a model that told none
+    for again in (0, 2):
+        console = Console(record=True, width=200, file=io.StringIO())
+        how: dict[str, Any] = {"settings": {}, "quality": learnt(plan, images), "console": console}
+        predict_folder(Brightness(), plan, images[:2], tmp_path, **how)
+        assert console.export_text().count("is there already") == again
+        assert {row["case"] for row in read_quality(tmp_path / QUALITY)} == {"case_0", "case_1"}
 
 
 def test_a_table_of_fewer_columns_is_gone_on_with(plan: Plan, blobs: Path, tmp_path: Path) -> None:
