@@ -47,9 +47,8 @@ from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality,
 from kanseg.memory import settle, taken
 from kanseg.progress import say, telling
 
-WRITTEN_AS = TWO_FILES | dict.fromkeys(
-    LOSSY, ".png"
-)  # where label maps cannot have the format of their image
+# Where label maps cannot have the format of their image.
+WRITTEN_AS = TWO_FILES | dict.fromkeys(LOSSY, ".png")
 NO_FOLDERS = tuple(".dicom .img .hdr .mgz .mgh .npy .npz .gz .zip .seg .h5 .csv".split())
 VOXEL = 36  # bytes a voxel of the own grid takes at most on its way to a label, of any number of classes
 Network = nn.Module | Sequence[nn.Module]

@@ -494,9 +494,8 @@ def _build(job: Pipeline, choice: str, folds: Sequence[Path]) -> Path:
     for copy, best in files.items():
         make_folder(copy.parent)
         write_bytes(copy, best.read_bytes())
-    for number, fold in enumerate(
-        folds if choice == ENSEMBLE else ()
-    ):  # whose networks have temperatures of their own
+    own = folds if choice == ENSEMBLE else ()  # whose networks have temperatures of their own
+    for number, fold in enumerate(own):
         _copy_calibration(fold.parent, part / f"fold_{number}")
     save_rules(part, load_rules(job.run) or [])
     _copy_calibration(job.run / choice, part)
