@@ -263,7 +263,7 @@ def test_a_second_stage_learns_to_use_a_first_one_that_is_right(noise, quick_lea
     """In noise it finds both structures by the label maps alone, which need not lie on its grid."""
     dataset, plan = noise
     plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr(cascade, "train_first_stage", lambda *stages, **how: None)  # its label maps are the labels
+    monkeypatch.setattr(cascade, "train_first_stage", lambda *stages, **how: None)  # it said what is true
     for fold in range(2):
         shutil.copytree(dataset.source / "labels", tmp_path / f"lowres/fold_{fold}/validation")
     options = [*quick_learner, "data.folds=2", "training.steps_per_epoch=60", "training.augmentation=none"]
