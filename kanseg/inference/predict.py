@@ -285,6 +285,7 @@ def predict_folder(
                 write_prediction(
                     path, labels, predicted.source, first, remark, provenance=provenance, images=case.images
                 )
+                del predicted, chances  # their logits are not to lie beside those of the next case
             except (
                 UserError,
                 OSError,
