@@ -26,6 +26,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
 from kanseg.inference import predict as prediction
 from kanseg.inference.ensemble import Loaded
+from kanseg.inference.members import facts_of_model
 from kanseg.inference.predict import predict_case
 from kanseg.segmenter import Segmenter
 from kanseg.training import cascade
@@ -125,6 +126,12 @@ def test_a_model_of_a_cascade_is_complete_in_itself(balls, done, tmp_path):
     shutil.copy(tmp_path / "moved/fold_0/model.safetensors", tmp_path / "alone.safetensors")
     with pytest.raises(UserError, match="its first stage is missing: a folder lowres"):
         Segmenter.load(tmp_path / "alone.safetensors")
+
+
+def test_a_first_stage_is_told_where_only_some_networks_have_one(done, tmp_path):
+    run = shutil.copytree(done[0] / "cascade", tmp_path / "run")
+    shutil.copy(run / "lowres/fold_0/best.safetensors", run / "fold_0/best.safetensors")
+    assert facts_of_model(run)["first stage"]["networks"] == 2
 
 
 def test_predict_goes_on_with_a_cohort_unless_a_network_of_the_first_stage_is_another(balls, done, tmp_path):

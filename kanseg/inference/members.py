@@ -59,7 +59,7 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
     plan, stored = plans[0], stored_rules(Path(path))
     near = [file.absolute().parent for file in files]
     before = [_stage_before(file, plan) for file, plan in zip(files, plans, strict=True)]
-    firsts = {place: _facts_of_stage(place) if place else None for place in {*before}}
+    firsts = {place: _facts_of_stage(place) for place in {*before} if place}
     learned = [stored_calibration(i, (p, p.parent)) for i, p in zip(infos, near, strict=True)]
     judged = stored_calibration(infos[0], (near[0].parent, near[0])).get("quality") or {}
 
@@ -78,7 +78,7 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "classes": infos[0].get("labels"),
         "regions": plan.get("regions"),
         "spacing": each(plan.get("spacing") for plan in plans),
-        "first stage": each(firsts[place] for place in before),
+        "first stage": each(firsts[place] for place in before if place),
         "patch size": each(plan.get("patch_size") for plan in plans),
         "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
         "mirror axes": each(plan.get("mirror_axes") for plan in plans),
