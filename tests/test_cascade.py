@@ -160,6 +160,21 @@ def test_predict_goes_on_with_a_cohort_unless_a_network_of_the_first_stage_is_an
     assert "is there already" not in CliRunner().invoke(app, [*map(str, command)]).output
 
 
+def test_other_options_go_through_the_first_stage_once(balls, done, tmp_path, monkeypatch):
+    run, calls = shutil.copytree(done[0] / "cascade", tmp_path / "run"), []
+
+    def counted(*given, **how):
+        calls.append(given[3])
+        return cross_validate(*given, **how)
+
+    monkeypatch.setattr(cascade, "cross_validate", counted)
+    for lr in ("0.02", "0.02", "0.03"):
+        config = load_config(overrides=[*QUICK, f"training.lr={lr}"])
+        how = {"resume": True, "override": True, "console": QUIET}
+        cross_validate(config, Plan.load(run / "plan.json"), balls[0], run, **how)
+    assert calls == [run / "lowres"] * 2
+
+
 def test_a_fold_of_the_first_stage_that_is_damaged_is_named_and_trained_again_when_it_is_gone(
     balls, done, tmp_path
 ):

@@ -73,7 +73,7 @@ def cross_validate(
         UserError: every fold failed, or the run folder is in use.
     """
     run, console = Path(run), console or Console()
-    config = with_options(config, "training", named=True, final_validation=True)
+    config = for_folds(config)
     splits = run_splits(dataset, config, run)
     trained = [path.parent.name for path in sorted(run.glob(f"fold_*/{LAST}"))]
     if trained and not resume:
@@ -111,6 +111,11 @@ def cross_validate(
             return once(lambda: _conclude_classes(run, dataset, config.data.seed, **facts))
         unseen = held_out(run, splits, plan, dataset)
         return once(lambda: conclude(run, plan, dataset, unseen, splits, [run], **facts))
+
+
+def for_folds(config: Config) -> Config:
+    """The options that folds of a cross-validation are trained with."""
+    return with_options(config, "training", named=True, final_validation=True)
 
 
 def finished(run: Path, splits: Splits) -> dict[str, Any] | None:
