@@ -17,10 +17,8 @@ import psutil
 
 from kanseg.errors import UserError
 
-STALE, LONG_STALE = (
-    60,
-    2 * 86400,
-)  # seconds after which a temporary file of a dead, or an unknown, writer is nobody's
+# Seconds after which a temporary file of a dead, or an unknown, writer is nobody's.
+STALE, LONG_STALE = 60, 2 * 86400
 PART = ".part"
 MOST_OF_A_NAME = 100  # bytes, for a file system takes 255
 SURROGATES = "surrogateescape"  # how Python keeps bytes of a name that are no UTF-8

@@ -32,6 +32,7 @@ from kanseg.inference.calibration import (
     surprise,
 )
 from kanseg.inference.predict import predict, predict_folder
+from kanseg.training.calibrate import CASES, conclude_calibration, observe
 
 TRUE = 1.8
 
@@ -226,6 +227,22 @@ def test_maps_of_probability_and_doubt_are_calibrated(plan: Plan, blobs: Path, t
     assert doubt[1].mean() > doubt[0].mean()
     labels = [read_image(tmp_path / f / "case_0.nii.gz").array for f in ("plain", "warm")]
     np.testing.assert_array_equal(*labels)
+
+
+def test_a_case_that_validates_in_two_folds_counts_once(case, tmp_path: Path) -> None:
+    """Folds that come with data may share cases; the last one's label map is scored."""
+    predicted, _, reference = case
+    plan, names = predicted.parts[0].plan, [f"case{number}" for number in range(6)]
+    splits = [{"train": [], "val": names[:4]}, {"train": [], "val": names[3:]}]
+    for fold, entry in enumerate(splits):
+        for name in entry["val"]:
+            observe(predicted, reference, reference, name, tmp_path / f"fold_{fold}" / CASES)
+    row = {"dice": 0.8, "reference_volume_ml": 1.0}
+    rows = [{"case": name, "label": label, **row} for name in names for label in plan.label_names[1:]]
+    conclude_calibration(tmp_path, plan, rows, splits, [tmp_path])
+    found = json.loads((tmp_path / CALIBRATION).read_text())
+    assert (found["cases"], found["quality"]["cases"]) == (6, 6)
+    assert found["voxels"] == 6 * VOXELS
 
 
 def test_a_temperature_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
 from kanseg.inference import predict as prediction
 from kanseg.inference.ensemble import Loaded
+from kanseg.inference.members import facts_of_model
 from kanseg.inference.predict import predict_case
 from kanseg.segmenter import Segmenter
 from kanseg.training import cascade
@@ -127,6 +128,12 @@ def test_a_model_of_a_cascade_is_complete_in_itself(balls, done, tmp_path):
         Segmenter.load(tmp_path / "alone.safetensors")
 
 
+def test_a_first_stage_is_told_where_only_some_networks_have_one(done, tmp_path):
+    run = shutil.copytree(done[0] / "cascade", tmp_path / "run")
+    shutil.copy(run / "lowres/fold_0/best.safetensors", run / "fold_0/best.safetensors")
+    assert facts_of_model(run)["first stage"]["networks"] == 2
+
+
 def test_predict_goes_on_with_a_cohort_unless_a_network_of_the_first_stage_is_another(balls, done, tmp_path):
     dataset, _ = balls
     model, mask = shutil.copytree(done[0] / "model", tmp_path / "model"), tmp_path / "mask.nii.gz"
@@ -151,6 +158,36 @@ def test_predict_goes_on_with_a_cohort_unless_a_network_of_the_first_stage_is_an
     assert all(digest[:20] in "".join(told.split()) for digest in digests)
     shutil.copy(model / "lowres/fold_0/model.safetensors", model / "lowres/fold_1/model.safetensors")
     assert "is there already" not in CliRunner().invoke(app, [*map(str, command)]).output
+
+
+def test_other_options_go_through_the_first_stage_once(balls, done, tmp_path, monkeypatch):
+    run, calls = shutil.copytree(done[0] / "cascade", tmp_path / "run"), []
+
+    def counted(*given, **how):
+        calls.append(given[3])
+        return cross_validate(*given, **how)
+
+    monkeypatch.setattr(cascade, "cross_validate", counted)
+    for lr in ("0.02", "0.02", "0.03"):
+        config = load_config(overrides=[*QUICK, f"training.lr={lr}"])
+        how = {"resume": True, "override": True, "console": QUIET}
+        cross_validate(config, Plan.load(run / "plan.json"), balls[0], run, **how)
+    assert calls == [run / "lowres"] * 2
+
+
+def test_a_fold_of_the_first_stage_that_is_damaged_is_named_and_trained_again_when_it_is_gone(
+    balls, done, tmp_path
+):
+    run, how = shutil.copytree(done[0], tmp_path / "run"), {"configurations": "cascade", "console": QUIET}
+    best = stage(run, "lowres", 1) / "best.safetensors"
+    whole = best.read_bytes()
+    best.write_bytes(whole[:-1] + b"?")
+    with pytest.raises(UserError, match=r"lowres/fold_1/best.safetensors is damaged"):
+        run_pipeline(balls[0].source, run, QUICK, **how)
+    shutil.rmtree(best.parent)
+    run_pipeline(balls[0].source, run, QUICK, **how)
+    kept, expected = (load_checkpoint(stage(r, "lowres", 1) / best.name)[0] for r in (run, done[0]))
+    assert all(torch.equal(value, expected[name]) for name, value in kept.items())
 
 
 def test_the_ensemble_with_3d_keeps_to_networks_that_did_not_see_the_case(balls, done, tmp_path):
@@ -244,12 +281,11 @@ def test_a_label_map_moves_with_the_label_wherever_patches_go(noise, monkeypatch
             assert torch.equal(taken[:, number], (batch["label"][:, 0] == number).float())
 
 
-def test_a_second_stage_learns_to_use_a_first_one_that_is_right(noise, quick_learner, tmp_path):
+def test_a_second_stage_learns_to_use_a_first_one_that_is_right(noise, quick_learner, tmp_path, monkeypatch):
     """In noise it finds both structures by the label maps alone, which need not lie on its grid."""
     dataset, plan = noise
     plan.save(tmp_path / "plan.json")
-    replace(plan, previous_stage=None).save(make_folder(tmp_path / "lowres") / "plan.json")
-    (tmp_path / "lowres/cross_validation.json").write_text('{"failed": {}}')
+    monkeypatch.setattr(cascade, "train_first_stage", lambda *stages, **how: None)  # it said what is true
     for fold in range(2):
         shutil.copytree(dataset.source / "labels", tmp_path / f"lowres/fold_{fold}/validation")
     options = [*quick_learner, "data.folds=2", "training.steps_per_epoch=60", "training.augmentation=none"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from test_predict import Brightness
 
 from kanseg.data.plan import Plan
 from kanseg.data.unlabelled import find_images
-from kanseg.inference.predict import predict, predict_folder
+from kanseg.inference import predict as prediction
+from kanseg.inference.predict import Prediction, predict, predict_folder
 from kanseg.inference.quality import (
     COVERED,
     DOUBTFUL,
@@ -197,6 +200,34 @@ def test_one_file_has_no_table_beside_it_unless_it_is_asked_for(
     rows = read_quality(tmp_path / QUALITY)
     assert {(row["expected_dice"], row["low"]) for row in rows} == {("0.7", "0.5")}
     assert all(row["uncertainty"] for row in rows)
+
+
+def test_logits_of_a_case_are_gone_when_the_next_is_predicted(
+    plan: Plan, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, made, kept = find_images(blobs / "imagesTr"), prediction.predict, list[weakref.ref]()
+
+    def watched(*given: Any, **how: Any) -> Prediction:
+        assert [ref() for ref in kept] == [None] * len(kept)
+        found = made(*given, **how)
+        kept.append(weakref.ref(found.parts[0].logits))
+        return found
+
+    monkeypatch.setattr(prediction, "predict", watched)
+    how: dict[str, Any] = {"quality": learnt(plan, images), "uncertainty": True, "probabilities": True}
+    assert not predict_folder(Brightness(), plan, images[:3], tmp_path, **how)
+    assert len(kept) == 3
+
+
+def test_a_case_that_the_table_lacks_is_predicted_again(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    images = find_images(blobs / "imagesTr")
+    predict_folder(Brightness(), plan, images[:2], tmp_path, settings={})  # by a model that told none
+    for again in (0, 2):
+        console = Console(record=True, width=200, file=io.StringIO())
+        how: dict[str, Any] = {"settings": {}, "quality": learnt(plan, images), "console": console}
+        predict_folder(Brightness(), plan, images[:2], tmp_path, **how)
+        assert console.export_text().count("is there already") == again
+        assert {row["case"] for row in read_quality(tmp_path / QUALITY)} == {"case_0", "case_1"}
 
 
 def test_a_table_of_fewer_columns_is_gone_on_with(plan: Plan, blobs: Path, tmp_path: Path) -> None:

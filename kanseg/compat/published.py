@@ -18,6 +18,7 @@ from kanseg.compat.legacy import multiplied_gram
 from kanseg.compat.torch_conv_kan import from_torch_conv_kan
 from kanseg.encoders.transfer import read_weights
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.files import make_folder
 from kanseg.layers import BottleneckKANConv, ConvLayer, KANAttention
 from kanseg.models import Classifier
 
@@ -68,7 +69,6 @@ def convert_published(path: Path | str, architecture: str | None = None) -> tupl
 
 def write_published(path: Path | str, out: Path | str, architecture: str | None = None) -> dict[str, Any]:
     """Convert and write OUT/model.safetensors: weights, and how to make the network; returns the latter."""
-    from kanseg.files import make_folder
     from kanseg.training.checkpoint import EXPORTED, named, save_checkpoint
 
     model, options = convert_published(path, architecture)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kanseg.data.cases import Case, Dataset
+from kanseg.data.cases import Case
 from kanseg.data.convert import Sample
 from kanseg.data.digests import content_digest, near_duplicates, thumbnail
 from kanseg.data.findings import Finding
@@ -45,7 +45,7 @@ class Seen:
         return tuple(value_counts(sample.label))
 
 
-def compare(cases: Sequence[Case], seen: Seen, dataset: Dataset, findings: list[Finding]) -> None:
+def compare(cases: Sequence[Case], seen: Seen, findings: list[Finding]) -> None:
     """Compare the cases with each other."""
     same: set[tuple[str, str]] = set()
     for first, *others in seen.images.values():

@@ -15,6 +15,7 @@ from kanseg.data.image_classes import ImageClasses
 from kanseg.data.splits import check_leaks
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UserError
+from kanseg.files import make_folder
 from kanseg.progress import progress
 
 if TYPE_CHECKING:
@@ -126,7 +127,6 @@ def plan_classes(
     """
     from kanseg.data.class_copies import across_parts, class_fingerprint, patients_across
     from kanseg.data.fingerprint import save_fingerprint
-    from kanseg.files import make_folder
 
     if shared := patients_across(dataset):
         raise UserError(f"{dataset.source}: {shared}. The scores would be too good. Move them to one part.")

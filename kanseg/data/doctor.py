@@ -174,7 +174,7 @@ def diagnose(path: Path | str, *, id_pattern: str | None = None) -> Diagnosis:
             sample = examine(case, dataset, own, findings, found.colours, found.classes)
         if sample is not None:
             kept.append(replace(case, values=samples.add(case, sample)))
-    compare(kept, samples, dataset, findings)
+    compare(kept, samples, findings)
     out = {f.case for f in findings if f.repair == LEFT_OUT} | samples.contradicting
     groups = joined({case.id: case.group for case in kept}, samples.pairs)
     cases = tuple(replace(case, group=groups[case.id]) for case in kept if case.id not in out)

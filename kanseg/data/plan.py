@@ -22,6 +22,7 @@ from kanseg.data.mirror import axes_of_network, mirror_axes, why_mirror
 from kanseg.data.splits import check_leaks
 from kanseg.data.stored_plan import StoredPlan
 from kanseg.errors import UsageError, UserError, did_you_mean
+from kanseg.files import make_folder
 from kanseg.memory import FITS, for_data, memory_at_hand, on_gpu, taken
 from kanseg.progress import in_words
 
@@ -216,8 +217,6 @@ def plan_run(
         cascade: two stages; the second is planned in `run`, the first in a folder there, see `first_stage`.
         how: see `make_plan`.
     """
-    from kanseg.files import make_folder
-
     check_wishes(dataset, cascade=cascade, **how)
     seen = seen or fingerprint(dataset)
     plan = make_plan(dataset, seen=seen, cascade=cascade, **how)

@@ -17,7 +17,7 @@ from kanseg.data.image_classes import CLASSES, SEPARATOR
 from kanseg.data.tables import read_rows
 from kanseg.errors import UserError
 from kanseg.evaluation.metrics import bootstrap_interval
-from kanseg.files import SURROGATES, write_text
+from kanseg.files import SURROGATES, make_folder, write_json, write_text
 
 TOP = 5
 AREAS = 500  # resamples of an AUC
@@ -410,7 +410,6 @@ def evaluate_classes(
             and any number in the other.
     """
     from kanseg.data.image_classes import read_classes
-    from kanseg.files import make_folder, write_json
 
     table = read_predictions(prediction)
     ids, probabilities, names, _ = table

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from kanseg.data.labels import Labels, class_values
@@ -149,6 +148,8 @@ def surprise(sample: Sample, temperature: float, regions: bool) -> float:
 
 def fit_temperature(sample: Sample, regions: bool) -> float:
     """The temperature, within `BOUNDS`, that makes the truth likeliest."""
+    from scipy.optimize import minimize_scalar  # what only reads temperatures starts without
+
     low, high = BOUNDS
     found = minimize_scalar(
         lambda inverse: surprise(sample, 1 / inverse, regions), bounds=(1 / high, 1 / low), method="bounded"

@@ -58,6 +58,8 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
             plan_in(info, file)  # or what it says is not to be told
     plan, stored = plans[0], stored_rules(Path(path))
     near = [file.absolute().parent for file in files]
+    before = [_stage_before(file, plan) for file, plan in zip(files, plans, strict=True)]
+    firsts = {place: _facts_of_stage(place) for place in {*before} if place}
     learned = [stored_calibration(i, (p, p.parent)) for i, p in zip(infos, near, strict=True)]
     judged = stored_calibration(infos[0], (near[0].parent, near[0])).get("quality") or {}
 
@@ -76,7 +78,7 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         "classes": infos[0].get("labels"),
         "regions": plan.get("regions"),
         "spacing": each(plan.get("spacing") for plan in plans),
-        "first stage": each(_first_stage(file, plan) for file, plan in zip(files, plans, strict=True)),
+        "first stage": each(firsts[place] for place in before if place),
         "patch size": each(plan.get("patch_size") for plan in plans),
         "normalization": [how["scheme"] for how in plan.get("normalization") or [] if "scheme" in how],
         "mirror axes": each(plan.get("mirror_axes") for plan in plans),
@@ -91,9 +93,11 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value not in (None, [], {})}
 
 
-def _first_stage(file: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `facts_of_model` tells of the stage before a network, where there is one."""
-    if not (name := plan.get("previous_stage")):
-        return None
-    facts = facts_of_model(first_stage_of(file, name))
+def _stage_before(file: Path, plan: Mapping[str, Any]) -> Path | None:
+    return first_stage_of(file, name) if (name := plan.get("previous_stage")) else None
+
+
+def _facts_of_stage(place: Path) -> dict[str, Any]:
+    """What `facts_of_model` tells of a stage before networks."""
+    facts = facts_of_model(place)
     return {key: facts[key] for key in ("networks", "network", "spacing", "patch size", "digests")}

@@ -47,9 +47,8 @@ from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality,
 from kanseg.memory import settle, taken
 from kanseg.progress import say, telling
 
-WRITTEN_AS = TWO_FILES | dict.fromkeys(
-    LOSSY, ".png"
-)  # where label maps cannot have the format of their image
+# Where label maps cannot have the format of their image.
+WRITTEN_AS = TWO_FILES | dict.fromkeys(LOSSY, ".png")
 NO_FOLDERS = tuple(".dicom .img .hdr .mgz .mgh .npy .npz .gz .zip .seg .h5 .csv".split())
 VOXEL = 36  # bytes a voxel of the own grid takes at most on its way to a label, of any number of classes
 Network = nn.Module | Sequence[nn.Module]
@@ -223,7 +222,7 @@ def predict_folder(
             maps has quality.csv without `uncertainty`, too.
         judged: told of each case what was judged.
         settings: what the outputs depend on (model digests, options); where given, cases of unchanged images that
-            an earlier call finished with the same settings are passed over, unless `again`.
+            an earlier call finished with the same settings are passed over, unless `again` or quality.csv lacks them.
         provenance: of the model, for the headers of label maps, which also tell digests of the images.
         how: temperatures, see `predict`; overlap, blending, tta, device, memory; see
             `kanseg.inference.logits.whole_logits`.
@@ -256,7 +255,9 @@ def predict_folder(
             progress.update(within, description=escape(case.id), completed=0, total=None)
             try:
                 remark = _remark(description, settings, case)
-                complete = not uncertainty or (stem_of(path) in known and uncertainty_path(path).is_file())
+                complete = (not table or stem_of(path) in known) and (
+                    not uncertainty or uncertainty_path(path).is_file()
+                )
                 if settings is not None and not again and complete and read_description(path) == remark:
                     say(console, f"{case.id} is there already")
                     progress.advance(task)
@@ -284,6 +285,7 @@ def predict_folder(
                 write_prediction(
                     path, labels, predicted.source, first, remark, provenance=provenance, images=case.images
                 )
+                del predicted, chances  # their logits are not to lie beside those of the next case
             except (
                 UserError,
                 OSError,

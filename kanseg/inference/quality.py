@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 
 PERCENTILES = (1, 50, 99)  # of the intensities of a channel, as the network sees them
 SAMPLED = 100_000  # intensities of a channel
-BEYOND, LEAST = (
-    0.5,
-    0.1,
-)  # of the range of the training cases, and of a channel's: how far out a percentile is unlike
+# Of the range of the training cases, and of a channel's: how far out a percentile is unlike.
+BEYOND, LEAST = 0.5, 0.1
 COVERED = 0.9  # of unseen cases lie in the interval
 DOUBTFUL = 0.05  # of unseen cases had a lower estimate than one that is doubtful
 FEWEST = 10  # cases of a class that a line is fitted to
@@ -240,10 +238,8 @@ def _doubt(rows: Sequence[Mapping[str, Any]], least: float | None) -> str:
     told = [row for row in rows if row["expected_dice"] is not None]
     if least is None or not told:
         return ""
-    mean, lowest = (
-        np.mean([row["expected_dice"] for row in told]),
-        min(told, key=lambda r: r["expected_dice"]),
-    )
+    mean = np.mean([row["expected_dice"] for row in told])
+    lowest = min(told, key=lambda row: row["expected_dice"])
     if mean >= least:
         return ""
     which = f" ({lowest['class']} {lowest['expected_dice']:.2f})" if len(told) > 1 else ""

@@ -64,9 +64,7 @@ def fitted(layer: Any, given: Tensor, own: Tensor) -> Tensor:
     change = torch.linalg.lstsq(own, given, driver="gelsd").solution  # (channels, K', K)
     weight = layer.basis_weight.detach().double().cpu()
     groups = getattr(layer, "groups", 1)
-    grouped = weight.unflatten(1, (-1, given.shape[2])).unflatten(
-        0, (groups, -1)
-    )  # (G, O / G, C / G, K, ...)
+    grouped = weight.unflatten(1, (-1, given.shape[2])).unflatten(0, (groups, -1))  # (G, O/G, C/G, K, ...)
     moved = torch.einsum("gckj,gocj...->gock...", change.unflatten(0, (groups, -1)), grouped)
     return moved.flatten(0, 1).flatten(1, 2).float()
 

@@ -62,26 +62,26 @@ def conclude_calibration(
     """
     names = plan.label_names[1:]
     scores = {(row["case"], row["label"]): row for row in rows}
-    folds = [[case for case in fold["val"] if (case, names[0]) in scores] for fold in splits]
-    seen = {
-        case: [_observed(_file(run / f"fold_{fold}" / CASES, case)) for run in runs]
-        for fold, cases in enumerate(folds)
-        for case in cases
-    }
-    found = {case: [one for one in several if one is not None] for case, several in seen.items()}
-    if any(len(several) < len(runs) for several in found.values()) or sum(map(bool, folds)) < 2:
+    # Where folds share cases, the last one's label map is scored, see `held_out`.
+    fold_of = {case: n for n, fold in enumerate(splits) for case in fold["val"] if (case, names[0]) in scores}
+    files = {case: [_file(run / f"fold_{n}" / CASES, case) for run in runs] for case, n in fold_of.items()}
+    found = {case: [one for file in own if (one := _observed(file))] for case, own in files.items()}
+    if any(len(several) < len(runs) for several in found.values()) or len({*fold_of.values()}) < 2:
         (folder / CALIBRATION).unlink(missing_ok=True)
         return
     told: dict[str, Any] = {}
-    samples = [[found[case][0][0] for case in fold if len(found[case][0][0].weight)] for fold in folds]
-    if len(runs) == 1 and sum(map(bool, samples)) > 1:
-        told = calibrate([fold for fold in samples if fold], names, bool(plan.regions))
+    samples: dict[int, list[Sample]] = {}
+    for case, several in found.items():
+        if len(several[0][0].weight):
+            samples.setdefault(fold_of[case], []).append(several[0][0])
+    if len(runs) == 1 and len(samples) > 1:
+        told = calibrate(list(samples.values()), names, bool(plan.regions))
     columns = {key: [[scores[case, name][key] for name in names] for case in found] for key in COLUMNS}
     cases = Unseen(
         expected=np.array([mean_known([one[1] for one in several]) for several in found.values()]),
         dice=np.array(columns["dice"]),
         volumes=np.array(columns["reference_volume_ml"]),
         intensities=np.array([several[0][2] for several in found.values()]),
-        fold=np.array([fold for fold, cases in enumerate(folds) for _ in cases]),
+        fold=np.array(list(fold_of.values())),
     )
     write_json(folder / CALIBRATION, {**told, "quality": fit_quality(cases, names)})

@@ -13,16 +13,16 @@ from typing import Any
 
 from rich.console import Console
 
-from kanseg.config import Config
+from kanseg.config import Config, read_config
 from kanseg.data.cases import Case, Dataset, few
 from kanseg.data.plan import Plan
 from kanseg.errors import UserError
-from kanseg.files import make_folder, read_json, write_json
+from kanseg.files import make_folder, write_json
 from kanseg.progress import say
-from kanseg.training.cross_validation import RESULT, cross_validate
+from kanseg.training.cross_validation import cross_validate, finished, for_folds
 from kanseg.training.fit import fitting_model
 from kanseg.training.parallel import once
-from kanseg.training.run_folder import PLAN, PREDICTIONS, SPLITS, Splits, prepare_run, read_splits
+from kanseg.training.run_folder import CONFIG, PLAN, PREDICTIONS, SPLITS, Splits, prepare_run, read_splits
 from kanseg.training.validate import kept_prediction
 
 
@@ -46,13 +46,13 @@ def train_first_stage(
         resume, override, console: see `cross_validate`.
 
     Raises:
-        UserError: a case that validates in no fold, other folds in the first stage, or a fold that failed.
+        UserError: a case that validates in no fold, other folds in the first stage, a fold that failed, or damaged
+            weights of one.
     """
     assert plan.previous_stage is not None
     first = run / plan.previous_stage
     _require_splits(splits, dataset, run, first)
-    done = read_json(first / RESULT)
-    if done is None or done["failed"] or override:
+    if once(lambda: finished(first, splits) is None or (override and _other_options(config, first))):
         fitting_model(config, plan, run / "fold_0")  # or a stage would be trained for one that cannot be
         once(lambda: _prepare(config, plan, splits, run, first))
         console = console or Console()
@@ -81,6 +81,11 @@ def seen_before(cases: Sequence[Case], plan: Plan, run: Path, splits: Splits, fo
     first = run / plan.previous_stage
     kept = {case.id: first / f"fold_{folds[case.id]}" / PREDICTIONS for case in cases}
     return [replace(case, previous=kept_prediction(kept[case.id], case, plan)) for case in cases]
+
+
+def _other_options(config: Config, first: Path) -> bool:
+    """Whether a first stage was cross-validated by others; the folds of the second ask one after the other."""
+    return read_config(first / CONFIG).model_dump() != for_folds(config).model_dump()
 
 
 def _require_splits(splits: Splits, dataset: Dataset, run: Path, first: Path) -> None:

@@ -31,7 +31,7 @@ from kanseg.evaluation.metrics import (
     summarize_unions,
     write_tables,
 )
-from kanseg.files import locked, write_json
+from kanseg.files import locked, read_json, write_json
 from kanseg.inference.postprocess import apply_postprocessing, choose_postprocessing, save_rules
 from kanseg.memory import for_data, give_back
 from kanseg.progress import is_main, progress, say
@@ -39,7 +39,7 @@ from kanseg.training.calibrate import conclude_calibration
 from kanseg.training.checkpoint import LAST
 from kanseg.training.fit import fit
 from kanseg.training.parallel import once
-from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, run_config, run_splits
+from kanseg.training.run_folder import PREDICTIONS, SUMMARY, Splits, check_weights, run_config, run_splits
 from kanseg.training.validate import kept_prediction
 
 RESULT, TABLE = "cross_validation.json", "cross_validation.csv"
@@ -73,7 +73,7 @@ def cross_validate(
         UserError: every fold failed, or the run folder is in use.
     """
     run, console = Path(run), console or Console()
-    config = with_options(config, "training", named=True, final_validation=True)
+    config = for_folds(config)
     splits = run_splits(dataset, config, run)
     trained = [path.parent.name for path in sorted(run.glob(f"fold_*/{LAST}"))]
     if trained and not resume:
@@ -111,6 +111,26 @@ def cross_validate(
             return once(lambda: _conclude_classes(run, dataset, config.data.seed, **facts))
         unseen = held_out(run, splits, plan, dataset)
         return once(lambda: conclude(run, plan, dataset, unseen, splits, [run], **facts))
+
+
+def for_folds(config: Config) -> Config:
+    """The options that folds of a cross-validation are trained with."""
+    return with_options(config, "training", named=True, final_validation=True)
+
+
+def finished(run: Path, splits: Splits) -> dict[str, Any] | None:
+    """The result of a cross-validation whose folds are all trained; None where one is missing or failed.
+
+    Raises:
+        UserError: best weights of a fold are damaged.
+    """
+    folds = [run / f"fold_{fold}" for fold in range(len(splits))]
+    done = read_json(run / RESULT) if all((fold / SUMMARY).exists() for fold in folds) else None
+    if done is None or done["failed"]:
+        return None
+    for fold in folds:
+        check_weights(fold)
+    return done
 
 
 def _conclude_classes(run: Path, dataset: Dataset, seed: int, **facts: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from kanseg.progress import in_words, is_main, progress, say
 from kanseg.training.cascade import seen_before
 from kanseg.training.checkpoint import BEST, EXPORTED, load_model
 from kanseg.training.class_pipeline import run_classes
-from kanseg.training.cross_validation import RESULT, conclude, cross_validate
+from kanseg.training.cross_validation import RESULT, conclude, cross_validate, finished
 from kanseg.training.fit import fit, fitting_model
 from kanseg.training.parallel import once
 from kanseg.training.planning import follow_data, measuring, reasons, tell_findings
@@ -51,7 +51,6 @@ from kanseg.training.run_folder import (
     SUMMARY,
     WHOLE,
     Splits,
-    check_weights,
     run_splits,
     stages,
 )
@@ -372,12 +371,8 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     splits = once(lambda: _same_splits(job))
     for name in job.names:
         folder, plan = job.run / name, Plan.load(job.run / name / PLAN)
-        folds = [folder / f"fold_{number}" for number in range(len(splits))]
-        finished = [fold for fold in folds if (fold / SUMMARY).exists()]
-        done = read_json(folder / RESULT) if finished == folds else None
-        if done is not None and not done["failed"] and not job.override:
-            for fold in folds:
-                check_weights(fold)
+        done, *before = (finished(stage, splits) for stage in stages(folder))
+        if done is not None and None not in before and not job.override:
             found[name] = done
             continue
         try:
@@ -499,9 +494,8 @@ def _build(job: Pipeline, choice: str, folds: Sequence[Path]) -> Path:
     for copy, best in files.items():
         make_folder(copy.parent)
         write_bytes(copy, best.read_bytes())
-    for number, fold in enumerate(
-        folds if choice == ENSEMBLE else ()
-    ):  # whose networks have temperatures of their own
+    own = folds if choice == ENSEMBLE else ()  # whose networks have temperatures of their own
+    for number, fold in enumerate(own):
         _copy_calibration(fold.parent, part / f"fold_{number}")
     save_rules(part, load_rules(job.run) or [])
     _copy_calibration(job.run / choice, part)

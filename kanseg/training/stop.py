@@ -14,9 +14,7 @@ from typing import Any, NoReturn
 import psutil
 
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes
-LAUNCHED = (
-    "TORCHELASTIC_RUN_ID"  # a variable that torchrun, also that of accelerate launch, gives its workers
-)
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # a variable that torchrun, also by accelerate launch, gives its workers
 
 
 @contextmanager
