@@ -73,7 +73,19 @@ def test_probabilities_that_tell_nothing_give_the_mean() -> None:
     found = fit_quality(cases, NAMES)["classes"]
     assert found["near"]["slope"] == 0
     assert found["near"]["intercept"] == pytest.approx(cases.dice[:, 0].mean())
-    assert abs(found["far"]["spearman"]) < 0.2
+    assert abs(found["far"]["spearman"] or 0) < 0.2
+
+
+def test_a_line_that_does_not_hold_in_other_folds_is_none() -> None:
+    """Fitted to all, it would slope upwards: the folds differ, and within each more is said where less is true."""
+    cases = unseen()
+    within = np.random.default_rng(2).uniform(-0.2, 0.2, (400, 2))
+    step = cases.fold[:, None] * 0.02
+    cases = replace(cases, expected=0.5 + step + within, dice=0.5 + 4 * step - 0.2 * within)
+    found = fit_quality(cases, NAMES)
+    assert all((one["slope"], one["spearman"]) == (0, None) for one in found["classes"].values())
+    assert found["classes"]["near"]["intercept"] == pytest.approx(cases.dice[:, 0].mean())
+    assert found["doubtful"] is None
 
 
 def test_few_cases_give_no_line() -> None:

@@ -1,14 +1,16 @@
 """Whether a label map can be trusted, told without a reference: its likely Dice, and what is unlike the training.
 
 The Dice that a network's own probabilities expect is put into a line that was fitted on cases which it had not seen,
-where the true Dice is known; how far those were from it gives the interval. Intensities and volumes are compared with
-the ranges of the training cases. A network that is surely wrong about an image like all others is not found out.
+where the true Dice is known; how far those were from it gives the interval. Where no line tells the Dice of cases of
+other folds better than the mean does, the estimate is the mean, and no case is doubtful. Intensities and volumes are
+compared with the ranges of the training cases. A network that is surely wrong about an image like all others is not
+found out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ BEYOND, LEAST = 0.5, 0.1
 COVERED = 0.9  # of unseen cases lie in the interval
 DOUBTFUL = 0.05  # of unseen cases had a lower estimate than one that is doubtful
 FEWEST = 10  # cases of a class that a line is fitted to
+Fit = Callable[[np.ndarray, np.ndarray], tuple[float, float]]  # (said, true) -> slope, intercept
 
 
 @dataclass
@@ -137,20 +140,15 @@ def fit_quality(cases: Unseen, names: Sequence[str]) -> dict[str, Any]:
         classes[name] = {"volume_ml": [float(sizes.min()), float(sizes.max())]}
         known = ~np.isnan(cases.expected[:, number])
         said, true, fold = cases.expected[known, number], cases.dice[known, number], cases.fold[known]
-        others = [fold != one for one in np.unique(fold)]
-        if known.sum() < FEWEST or min(other.sum() for other in others) < FEWEST // 2 or len(others) < 2:
+        others = [int((fold != one).sum()) for one in np.unique(fold)]
+        if known.sum() < FEWEST or min(others) < FEWEST // 2 or len(others) < 2:
             continue
-        apart, within = np.empty(len(said)), np.empty(len(said), bool)
-        for other in others:
-            line = _line(said[other], true[other])
-            below, above = _reach(true[other] - _along(line, said[other]))
-            apart[~other] = _along(line, said[~other])
-            miss = true[~other] - apart[~other]
-            within[~other] = (below <= miss) & (miss <= above)
-        told[known, number] = apart
-        slope, intercept = _line(said, true)
+        tried = [(*_crossed(said, true, fold, fit), fit) for fit in (_level, _line)]
+        apart, within, fit = min(tried, key=lambda one: float(np.square(true - one[0]).sum()))
+        slope, intercept = fit(said, true)
+        told[known, number] = apart if slope else intercept
         below, above = _reach(true - apart)
-        varied = np.ptp(apart) > 0 and np.ptp(true) > 0
+        varied = slope > 0 and np.ptp(apart) > 0 and np.ptp(true) > 0
         classes[name] |= {
             "slope": slope,
             "intercept": intercept,
@@ -161,13 +159,31 @@ def fit_quality(cases: Unseen, names: Sequence[str]) -> dict[str, Any]:
             "spearman": float(spearmanr(apart, true).statistic) if varied else None,
             "covered": float(within.mean()),
         }
+    lines = any(one.get("slope") for one in classes.values())
     means = [float(np.nanmean(row)) for row in told if not np.isnan(row).all()]
     return {
         "cases": len(cases.dice),
         "intensities": [cases.intensities.min(0).tolist(), cases.intensities.max(0).tolist()],
-        "doubtful": float(np.quantile(means, DOUBTFUL)) if means else None,
+        "doubtful": float(np.quantile(means, DOUBTFUL)) if means and lines else None,
         "classes": classes,
     }
+
+
+def _crossed(said: np.ndarray, true: np.ndarray, fold: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """Estimates (N,) by lines of the other folds, and whether the true Dice lies within their intervals."""
+    apart, within = np.empty(len(said)), np.empty(len(said), bool)
+    for one in np.unique(fold):
+        own = fold == one
+        line = fit(said[~own], true[~own])
+        below, above = _reach(true[~own] - _along(line, said[~own]))
+        apart[own] = _along(line, said[own])
+        within[own] = (below <= true[own] - apart[own]) & (true[own] - apart[own] <= above)
+    return apart, within
+
+
+def _level(said: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+    """The mean, whatever was said."""
+    return 0.0, float(true.mean())
 
 
 def _line(said: np.ndarray, true: np.ndarray) -> tuple[float, float]:

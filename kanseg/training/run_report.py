@@ -495,8 +495,8 @@ class _Report(Told):
         yield f"### Dice without a reference ({one.name})"
         yield (
             "`kanseg predict` tells the Dice that is to be expected of each class, with an interval for 90 % of cases, "
-            "and names doubtful ones. Here each case was estimated by the other folds. Where the rank correlation is "
-            "about 0, the estimate is no better than the mean Dice."
+            "and names doubtful ones. Here each case was estimated by the other folds. Where no rank correlation "
+            "stands, probabilities told no more than the mean Dice does: the estimate is that mean."
         )
         rows = []
         for name, line in list(fitted.items())[:CLASSES]:
