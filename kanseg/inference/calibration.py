@@ -218,6 +218,26 @@ def calibrate(folds: Sequence[Sequence[Sample]], names: Sequence[str], regions: 
     }
 
 
+def known_of(info: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What is known of the calibration of a network: in the JSON of its checkpoint, its folder or that of its model.
+
+    Raises:
+        UserError: it is something else.
+    """
+    own = file.absolute().parent
+    return stored(info, (own, own.parent))
+
+
+def quality_of(info: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What `kanseg.inference.quality.judge` needs: of the model of a network, else its own; {} without.
+
+    Raises:
+        UserError: it is something else.
+    """
+    own = file.absolute().parent
+    return stored(info, (own.parent, own)).get("quality") or {}
+
+
 def stored(info: Mapping[str, Any], places: Iterable[Path]) -> dict[str, Any]:
     """What the JSON of a checkpoint, or else the first of the folders with any, knows of calibration; {} without.
 

@@ -28,7 +28,7 @@ from kanseg.data.suffixes import SEGMENTS
 from kanseg.data.unlabelled import find_images, passed_over
 from kanseg.errors import UsageError, UserError, counted
 from kanseg.files import make_folder
-from kanseg.inference.calibration import stored as stored_calibration
+from kanseg.inference.calibration import known_of, quality_of
 from kanseg.inference.cascade import Cascade, first_stage_of
 from kanseg.inference.logits import bytes_of_window
 from kanseg.inference.members import find_members, stored_rules
@@ -104,10 +104,9 @@ class Loaded:
             if not isinstance(plan, kind):
                 what = "segments" if isinstance(plan, Plan) else "tells the class of an image"
                 raise UserError(f"{file} {what}, and the networks of an ensemble do one of both.")
-            near = file.absolute().parent
-            known = stored_calibration(info, (near, near.parent))
+            known = known_of(info, file)
             if not self.infos:
-                self.quality = stored_calibration(info, (near.parent, near)).get("quality", {})
+                self.quality = quality_of(info, file)
             self.infos.append({**info, "calibration": known} if known else info)
             if stored is None and len(self.infos) <= len(found[0]):
                 stored = info.get("postprocessing")

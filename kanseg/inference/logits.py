@@ -188,17 +188,16 @@ def whole_logits(
         UserError: the network gives numbers that are not finite, or the disk is too small.
     """
     batch = as_batch(image, plan, device)
-    shape, size = _shape(batch, plan), FLOAT.itemsize * prod(_shape(batch, plan))
+    shape, window = _shape(batch, plan), bytes_of_window(plan)
+    size = FLOAT.itemsize * prod(shape)
     if batch.device.type == "cuda" and size <= FITS * torch.cuda.mem_get_info()[0]:
         logits: Logits = InMemory(shape, plan.slice_axis, batch.device)
-    elif fits(size, memory) and fits(
-        WINDOWS_AT_ONCE * bytes_of_window(plan), memory
-    ):  # each in half of the room
+    elif fits(size, memory) and fits(WINDOWS_AT_ONCE * window, memory):  # each in half of the room
         logits = InMemory(shape, plan.slice_axis, torch.device("cpu"))
     else:
         deep = plan.patch_size[0] / batch.shape[2] if len(batch) == 1 else 1 / len(batch)
         held = 2 * min(deep, 1) * size  # beside them what is read and written of them
-        hold = fits(round(held), memory) and fits(bytes_of_window(plan), memory)
+        hold = fits(round(held), memory) and fits(window, memory)
         logits = OnDisk(shape, plan.slice_axis, hold=hold)
     _slide(model, batch, plan, logits, **how)
     return logits

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kanseg.data.digests import file_digest
-from kanseg.inference.calibration import stored as stored_calibration
+from kanseg.inference.calibration import known_of, quality_of
 from kanseg.inference.cascade import first_stage_of
 from kanseg.inference.postprocess import Rule, load_rules
 from kanseg.training.checkpoint import (
@@ -57,11 +57,10 @@ def facts_of_model(path: Path | str) -> dict[str, Any]:
         if info.get("plan"):
             plan_in(info, file)  # or what it says is not to be told
     plan, stored = plans[0], stored_rules(Path(path))
-    near = [file.absolute().parent for file in files]
     before = [_stage_before(file, plan) for file, plan in zip(files, plans, strict=True)]
     firsts = {place: _facts_of_stage(place) for place in {*before} if place}
-    learned = [stored_calibration(i, (p, p.parent)) for i, p in zip(infos, near, strict=True)]
-    judged = stored_calibration(infos[0], (near[0].parent, near[0])).get("quality") or {}
+    learned = [known_of(info, file) for info, file in zip(infos, files, strict=True)]
+    judged = quality_of(infos[0], files[0])
 
     def each(values: Iterable[Any]) -> Any:
         """What all networks have in common, else that of each kind of them."""
