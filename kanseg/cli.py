@@ -138,7 +138,7 @@ def plan(
         raise UsageError(f"--dim is auto, 2 or 3, got '{dim}'.")
     if (out / "plan.json").exists() and any((*out.glob("fold_*"), *out.glob("*/fold_*"))):
         raise UsageError(f"{out} holds a training by the plan it has. Choose another folder.")
-    from kanseg.data.plan import check_memory
+    from kanseg.data.sizing import check_memory
     from kanseg.memory import size_in_bytes
     from kanseg.training.planning import plan_data
 

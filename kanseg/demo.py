@@ -12,7 +12,7 @@ from rich.console import Console
 from kanseg.data.embedded import CASES, LABELS, write_demo_data, write_hippocampus
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image, read_label
-from kanseg.data.plan import make_plan
+from kanseg.data.planner import make_plan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.evaluation.folders import evaluate_folders

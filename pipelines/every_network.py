@@ -22,7 +22,7 @@ from rich.table import Table
 from kanseg import Segmenter
 from kanseg.data.cases import Case
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import make_plan
+from kanseg.data.planner import make_plan
 from kanseg.errors import UserError
 from kanseg.files import make_folder
 from kanseg.inference.predict import predict_case

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kanseg import Segmenter
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import plan_run
+from kanseg.data.planner import plan_run
 
 MINUTES, MEMORY = 64, 8 * 2**30
 CARD = {

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.layers.kernels import native
 from kanseg.training.fit import fit
 

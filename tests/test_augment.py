@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 
 from kanseg.data.cases import COLOURS
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import make_plan
+from kanseg.data.planner import make_plan
 from kanseg.data.transforms import STRENGTHS, augmentation, preparation
 from kanseg.training import augment
 from kanseg.training.augment import BatchAugmentation

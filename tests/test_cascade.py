@@ -21,7 +21,8 @@ from kanseg.data.cascade import PREVIOUS, SMALL, DamagedLabels, network_input, w
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_label, write_label
 from kanseg.data.loaders import TrainLoader
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
 from kanseg.inference import predict as prediction

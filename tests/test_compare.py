@@ -18,7 +18,7 @@ from rich.console import Console
 from scipy.stats import ttest_rel, wilcoxon
 
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import make_plan
+from kanseg.data.planner import make_plan
 from kanseg.errors import UserError
 from kanseg.evaluation.compare import compare, comparison_table, load_scores
 from kanseg.evaluation.folders import evaluate_folders, label_options

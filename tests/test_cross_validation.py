@@ -101,11 +101,14 @@ def test_calibration_is_stored_with_the_model_and_saved_with_it(balls, done, tmp
     assert Loaded([run / "fold_1"]).temperatures == pytest.approx(loaded.temperatures)
 
 
-def test_without_a_sample_of_every_case_nothing_is_calibrated(balls, done, tmp_path):
+def test_without_a_sample_of_every_case_nothing_is_calibrated(balls, done, tmp_path, capsys):
     """As of folds that an earlier version validated."""
     run = shutil.copytree(done[0], tmp_path / "run")
-    next(run.glob("fold_1/calibration/*")).unlink()
+    (lost := next(run.glob("fold_1/calibration/*"))).unlink()
     assert validate(balls, run, resume=True)["metrics"] == done[1]["metrics"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Probabilities are not calibrated" in said
+    assert f"kept nothing for it of {lost.stem}. Train those folds anew" in said
     assert not (run / CALIBRATION).exists()
     assert Loaded([run]).temperatures == [1]
 

@@ -14,7 +14,8 @@ from test_predict import Brightness
 from kanseg.data.dicom import dicom_files
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import LPS_TO_RAS, read_description, read_image
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.evaluation.report import class_colours

@@ -23,7 +23,8 @@ from kanseg.data.digests import file_digest
 from kanseg.data.fingerprint import fingerprint, save_fingerprint
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image, read_provenance
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.files import write_json

@@ -20,7 +20,8 @@ from test_ensemble import checkpoint
 
 from kanseg import create_model
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.export import network as exporting
 from kanseg.export.network import (

@@ -24,7 +24,8 @@ from kanseg.data.fingerprint import (
 )
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
-from kanseg.data.plan import plan_run, planned_dataset
+from kanseg.data.plan import planned_dataset
+from kanseg.data.planner import plan_run
 from kanseg.errors import UserError
 
 

@@ -20,7 +20,7 @@ from kanseg.data.doctor import diagnose
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes
 from kanseg.data.labels import regions_of
-from kanseg.data.plan import check_wishes
+from kanseg.data.planner import check_wishes
 from kanseg.data.splits import split
 from kanseg.data.suffixes import stem_of
 from kanseg.data.unlabelled import find_images, labels_in_case_folders

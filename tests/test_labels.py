@@ -27,7 +27,8 @@ from kanseg.data.labels import (
     unions,
     value_counts,
 )
-from kanseg.data.plan import Plan, make_plan, planned_dataset
+from kanseg.data.plan import Plan, planned_dataset
+from kanseg.data.planner import make_plan
 from kanseg.data.transforms import AnnotatedPlaces
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.folders import evaluate_folders, label_options

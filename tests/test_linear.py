@@ -65,8 +65,7 @@ def test_every_family_has_right_gradients_over_any_leading_axes(family: str) -> 
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"plain"}))
 def test_no_family_keeps_its_expansion(family: str) -> None:
     x = torch.randn(512, 16, requires_grad=True)
-    weights = sum(p.numel() for p in linear_layer(family)(16, 16).parameters()) * 4 / (x.numel() * 4)
-    assert saved_bytes(linear_layer(family)(16, 16), x) <= 4.2 + weights
+    assert saved_bytes(linear_layer(family)(16, 16), x) < 3.2
 
 
 def test_the_plain_layer_is_torch_s() -> None:

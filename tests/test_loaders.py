@@ -19,7 +19,8 @@ from kanseg.data import loaders
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_label
 from kanseg.data.loaders import TrainLoader, val_loader
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.data.transforms import augmentation, preparation
 from kanseg.errors import UserError
 

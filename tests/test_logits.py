@@ -20,7 +20,8 @@ import torch
 from monai.inferers import sliding_window_inference
 
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.data.transforms import restore
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError

@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import Image, write_label
-from kanseg.data.plan import make_plan
+from kanseg.data.planner import make_plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation import pairs
 from kanseg.evaluation.folders import evaluate_folders, label_options

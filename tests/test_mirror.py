@@ -15,7 +15,8 @@ from rich.console import Console
 
 from kanseg.data.formats import read_dataset
 from kanseg.data.mirror import mirror_axes, pairs_of_sides
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.data.transforms import augmentation, load_case, preparation
 from kanseg.errors import UsageError, UserError
 from kanseg.inference.logits import predict_logits

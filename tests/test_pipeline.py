@@ -26,7 +26,8 @@ from kanseg.data.digests import file_digest
 from kanseg.data.doctor import Diagnosis
 from kanseg.data.findings import Finding
 from kanseg.data.images import read_label, read_provenance
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.data.tables import read_rows
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.compare import load_scores

@@ -18,15 +18,9 @@ from typer.testing import CliRunner
 from kanseg.cli import app
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
-from kanseg.data.plan import (
-    BYTES_A_CASE_VOXEL,
-    Need,
-    Plan,
-    check_memory,
-    loader_bytes,
-    make_plan,
-    plan_run,
-)
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan, plan_run
+from kanseg.data.sizing import BYTES_A_CASE_VOXEL, Need, check_memory, loader_bytes
 from kanseg.errors import UsageError, UserError
 from kanseg.memory import on_gpu, taken
 from kanseg.models import create_model
@@ -329,7 +323,7 @@ def test_what_a_plan_cannot_keep_within_the_memory_is_said(shared_data: Path) ->
 def test_what_does_not_fit_is_refused_before_an_image_is_read(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kanseg.data.plan.fingerprint", lambda dataset: pytest.fail("images were read"))
+    monkeypatch.setattr("kanseg.data.planner.fingerprint", lambda dataset: pytest.fail("images were read"))
     for wrong in ({"size": "big"}, {"slices": 2}, {"mirror": [3]}):
         with pytest.raises(UserError):
             plan_run(read_dataset(blobs), tmp_path / "run", **wrong)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from kanseg.cli import app
 from kanseg.data.dicom import dicom_files
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.images import read_description, read_image, read_label, write_label
-from kanseg.data.plan import make_plan
+from kanseg.data.planner import make_plan
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError

@@ -15,7 +15,7 @@ from kanseg.data.convert import convert
 from kanseg.data.doctor import diagnose
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.images import read_image, read_label, write_label
-from kanseg.data.plan import make_plan
+from kanseg.data.planner import make_plan
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.errors import UserError
 from kanseg.evaluation.folders import evaluate_folders

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kanseg import Segmenter
 from kanseg.cli import app
-from kanseg.data.plan import Need
+from kanseg.data.sizing import Need
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
 from kanseg.segmenter import _as_pairs

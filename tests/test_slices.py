@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image
 from kanseg.data.loaders import TrainLoader, val_loader
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.data.transforms import slices_as_channels
 from kanseg.data.unlabelled import find_images
 from kanseg.inference.logits import predict_logits

@@ -15,7 +15,8 @@ from kanseg.data.cases import Case
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_image, read_label, write_label
 from kanseg.data.labels import class_numbers
-from kanseg.data.plan import Plan, make_plan
+from kanseg.data.plan import Plan
+from kanseg.data.planner import make_plan
 from kanseg.data.transforms import (
     STRENGTHS,
     Item,

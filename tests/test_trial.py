@@ -17,7 +17,8 @@ from rich.console import Console
 from kanseg.config import load_config
 from kanseg.data.formats import read_dataset
 from kanseg.data.loaders import affordable_workers
-from kanseg.data.plan import loader_bytes, make_plan
+from kanseg.data.planner import make_plan
+from kanseg.data.sizing import loader_bytes
 from kanseg.errors import UsageError, UserError
 from kanseg.training.pipeline import run_pipeline
 from kanseg.training.planning import plan_data

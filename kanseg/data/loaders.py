@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from kanseg.data.cascade import with_previous
 from kanseg.data.cases import Case
 from kanseg.data.labels import known_values, targets
-from kanseg.data.plan import CACHE_SHARE, Plan, loader_bytes
+from kanseg.data.plan import Plan
 from kanseg.data.shelf import Shelf
+from kanseg.data.sizing import CACHE_SHARE, loader_bytes
 from kanseg.data.transforms import Item, augmentation, keys_of, load_case, preparation
 from kanseg.errors import UserError
 from kanseg.memory import for_data, free_memory, settle

@@ -15,11 +15,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from kanseg.data.cases import few
 from kanseg.data.plan import Plan
 from kanseg.files import make_folder, write_bytes, write_json
 from kanseg.inference.calibration import CALIBRATION, Sample, calibrate, draw_sample
 from kanseg.inference.predict import Prediction
 from kanseg.inference.quality import Unseen, expected_dice, fit_quality, intensities, mean_known
+from kanseg.progress import note
 from kanseg.training.run_folder import Splits
 
 COLUMNS = ("dice", "reference_volume_ml")  # of scores
@@ -66,7 +68,13 @@ def conclude_calibration(
     fold_of = {case: n for n, fold in enumerate(splits) for case in fold["val"] if (case, names[0]) in scores}
     files = {case: [_file(run / f"fold_{n}" / CASES, case) for run in runs] for case, n in fold_of.items()}
     found = {case: [one for file in own if (one := _observed(file))] for case, own in files.items()}
-    if any(len(several) < len(runs) for several in found.values()) or len({*fold_of.values()}) < 2:
+    missing = [case for case, several in found.items() if len(several) < len(runs)]
+    if missing or len({*fold_of.values()}) < 2:
+        if missing:
+            note(
+                "Probabilities are not calibrated, and predictions tell no Dice to expect: folds of an earlier "
+                f"version kept nothing for it of {few(missing)}. Train those folds anew for it."
+            )
         (folder / CALIBRATION).unlink(missing_ok=True)
         return
     told: dict[str, Any] = {}

@@ -18,8 +18,8 @@ from kanseg.data.cases import Case, Dataset, label_path
 from kanseg.data.images import label_from, read_image, read_label
 from kanseg.data.labels import class_values, painted, unions
 from kanseg.data.loaders import Prepared
-from kanseg.data.plan import CACHE_SHARE
 from kanseg.data.plans import AnyPlan, Plan
+from kanseg.data.sizing import CACHE_SHARE
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.classification import PREDICTIONS as CLASS_TABLE
 from kanseg.evaluation.classification import SCORES, Scored, read_scored

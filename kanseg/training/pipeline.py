@@ -26,7 +26,8 @@ from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes
-from kanseg.data.plan import Plan, check_size, check_wishes, plan_run
+from kanseg.data.plan import Plan, check_size
+from kanseg.data.planner import check_wishes, plan_run
 from kanseg.data.suffixes import suffix_of
 from kanseg.errors import UsageError, UserError, counted, did_you_mean
 from kanseg.evaluation.report import score_table

@@ -21,8 +21,10 @@ from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.labels import parse_regions
 from kanseg.data.mirror import parse_mirror
-from kanseg.data.plan import Need, Plan, check_size, check_wishes, plan_run
+from kanseg.data.plan import Plan, check_size
+from kanseg.data.planner import check_wishes, plan_run
 from kanseg.data.plans import AnyPlan, dataset_of, load_plan
+from kanseg.data.sizing import Need
 from kanseg.errors import UsageError, UserError
 from kanseg.memory import size_in_bytes
 from kanseg.progress import say
@@ -52,8 +54,8 @@ def plan_data(
     """Read, plan, say what was decided and why, and write plan.json and fingerprint.json.
 
     Args:
-        dim, size, slices: see `kanseg.data.plan.make_plan`; mirror, regions and memory (bytes) too, or as words of the
-            command line, e.g. "8G". cascade: see `kanseg.data.plan.plan_run`.
+        dim, size, slices: see `kanseg.data.planner.make_plan`; mirror, regions and memory (bytes) too, or as words of
+            the command line, e.g. "8G". cascade: see `kanseg.data.planner.plan_run`.
         id_pattern: see `kanseg.data.formats.read_dataset`.
         trial: measure the memory of a step.
         same: see `kanseg.data.class_plan.plan_classes`.

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from kanseg.config import load_config
-from kanseg.data.plan import LEAST_FEATURES, MEASURED_SHARE, Need, Plan
+from kanseg.data.plan import Plan
+from kanseg.data.sizing import LEAST_FEATURES, MEASURED_SHARE, Need
 from kanseg.errors import UserError
 from kanseg.memory import taken
 from kanseg.training.checkpoint import (

@@ -54,7 +54,7 @@ def run(
     """
     from kanseg.data.labels import parse_regions
     from kanseg.data.mirror import parse_mirror
-    from kanseg.data.plan import check_memory
+    from kanseg.data.sizing import check_memory
     from kanseg.memory import size_in_bytes
     from kanseg.training.pipeline import run_pipeline
 

@@ -231,7 +231,8 @@ class Bench:
     ) -> None:
         from kanseg.data.fingerprint import fingerprint, load_fingerprint, save_fingerprint
         from kanseg.data.formats import read_dataset
-        from kanseg.data.plan import Plan, make_plan
+        from kanseg.data.plan import Plan
+        from kanseg.data.planner import make_plan
 
         self.recipe, self.out, self.results, self.weights = recipe, out, results, weights
         self.flattering = protocol == "u-kan"

@@ -367,7 +367,7 @@ def raced(given: argparse.Namespace, specs: dict[str, Spec]) -> list[dict[str, A
 
     from kanseg.config import load_config
     from kanseg.data.formats import read_dataset
-    from kanseg.data.plan import make_plan
+    from kanseg.data.planner import make_plan
     from kanseg.training.fit import fit
 
     def watch(record: dict[str, Any]) -> None:
