@@ -31,7 +31,7 @@ from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.relu import ReLUBumps
 from kanseg.bases.wavelet import WaveletShifts, dog, mexican_hat, morlet
 
-INTERFACE = 3  # of the functions; counted up here and in plain.cpp when one takes other arguments
+INTERFACE = 4  # of the functions; counted up here and in plain.cpp when one takes other arguments
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 ACTS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.SiLU: 1, nn.GELU: 2, nn.ReLU: 3}
 ACT_NAMES = {"identity": 0, "silu": 1, "relu": 3, "prelu": 4}
@@ -118,9 +118,9 @@ class Kernels:
             "expand": (described, at, at, size, number, number),
             "contract": (described, *[at] * 6, size, number, number),
             "moments": (at, at, at, number, size, number, number),
-            "norm_forward": (*[at] * 5, number, size, number, number),
+            "norm_forward": (*[at] * 6, number, size, number, number),
             "norm_reduce": (*[at] * 7, number, size, number, number),
-            "norm_backward": (*[at] * 8, number, size, number, number),
+            "norm_backward": (*[at] * 9, number, size, number, number),
             **{
                 f"{kind}{job}": (at, number, number, *[at] * count, number)
                 for kind in ("winograd", "direct")
@@ -371,20 +371,21 @@ def norm_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Affine:
-    """z = y * scale + shift of one sample, and the activation of z; all (C,), contiguous.
+    """z = (y - mean) * scale + shift of one sample, and the activation of z; all (C,), contiguous.
 
     Attributes:
         below: slopes below zero of the activation "prelu"; zeros for the others.
     """
 
     scale: Tensor
+    mean: Tensor
     shift: Tensor
     below: Tensor
     act: str
 
-    def pointers(self) -> tuple[int, int, int]:
+    def pointers(self) -> tuple[int, ...]:
         """Where the kernels find them."""
-        return self.scale.data_ptr(), self.shift.data_ptr(), self.below.data_ptr()
+        return tuple(t.data_ptr() for t in (self.scale, self.mean, self.shift, self.below))
 
 
 def _sizes(rows: Tensor, to: Affine) -> tuple[int, int, int, int]:
@@ -398,16 +399,16 @@ def norm_forward(rows: Tensor, out: Tensor, to: Affine) -> None:
     library().norm_forward(rows.data_ptr(), out.data_ptr(), *to.pointers(), *_sizes(rows, to))
 
 
-def norm_sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
+def norm_sums(rows: Tensor, grad: Tensor, to: Affine) -> Tensor:
     """Sums over the rows of g, of g (rows - mean), and of what `below` gets, (3, C); g is the gradient at z."""
     sizes = _sizes(rows, to)
     sums = zeros(sizes[-1], 3, rows.shape[1], dtype=torch.float64)
-    about = (*to.pointers(), mean.data_ptr(), sums.data_ptr())
+    about = (*to.pointers(), sums.data_ptr())
     library().norm_reduce(rows.data_ptr(), grad.data_ptr(), *about, *sizes)
     return sums.sum(0).float()
 
 
 def norm_backward(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: Tensor, out: Tensor) -> None:
-    """out = g * scale + rows * gain + offset, all contiguous."""
+    """out = g * scale + (rows - mean) * gain + offset, all contiguous."""
     about = (*to.pointers(), gain.data_ptr(), offset.data_ptr(), out.data_ptr())
     library().norm_backward(rows.data_ptr(), grad.data_ptr(), *about, *_sizes(rows, to))

@@ -126,7 +126,7 @@ def forward(
             native.norm_forward(part, into, to)
             continue
         for block in blocks(*part.shape):
-            torch.addcmul(to.shift, part[block], to.scale, out=into[block])
+            torch.addcmul(to.shift, part[block] - to.mean, to.scale, out=into[block])
             activate(into[block], to)
     return out, mean, inverse
 
@@ -155,10 +155,9 @@ def _affine(
     """What takes y to the normalised value, a sample at a time."""
     weight, bias, below = (None if t is None else t.to(mean.dtype) for t in (weight, bias, below))
     scale = inverse if weight is None else inverse * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    slopes = torch.zeros_like(scale[0]) if below is None else below.contiguous()
+    shift, slopes = (torch.zeros_like(scale[0]) if t is None else t.contiguous() for t in (bias, below))
     for sample in range(len(scale)):
-        yield Affine(scale[sample], shift[sample], slopes, act)
+        yield Affine(scale[sample], mean[sample], shift, slopes, act)
 
 
 def backward(
@@ -188,25 +187,26 @@ def backward(
     steps = _affine(mean, inverse, weight, bias, below, act)
     for number, ((rows, upper, lower), to) in enumerate(zip(samples, steps, strict=True)):
         reduce = native.norm_sums if compiled else _sums
-        part = reduce(rows, upper, to, mean[number])
+        part = reduce(rows, upper, to)
         part[1] *= inverse[number]  # of g times the normalised value
         sums[:, number] = part
         gain = -to.scale * inverse[number] * part[1] / count
-        offset = -to.scale * part[0] / count - gain * mean[number]
+        offset = -to.scale * part[0] / count
         (native.norm_backward if compiled else _to_rows)(rows, upper, to, gain, offset, lower)
     plain, weighted, negative = (part.sum(0) for part in sums)  # no views of one tensor
     given = ((weighted, weight), (plain, bias), (negative, below))
     return result, *(part if t is None else part.to(t.dtype) for part, t in given)
 
 
-def _sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
+def _sums(rows: Tensor, grad: Tensor, to: Affine) -> Tensor:
     """As `native.norm_sums`."""
     sums = torch.zeros(3, rows.shape[1], dtype=rows.dtype, device=rows.device)
     for block in blocks(*rows.shape):
-        z = torch.addcmul(to.shift, rows[block], to.scale)
+        apart = rows[block] - to.mean
+        z = torch.addcmul(to.shift, apart, to.scale)
         g = before(grad[block], z, to)
         sums[0] += g.sum(0)
-        sums[1] += (rows[block] - mean).mul_(g).sum(0)
+        sums[1] += apart.mul_(g).sum(0)
         if to.act == "prelu":
             sums[2] += (grad[block] * z.clamp(max=0)).sum(0)
     return sums
@@ -215,8 +215,9 @@ def _sums(rows: Tensor, grad: Tensor, to: Affine, mean: Tensor) -> Tensor:
 def _to_rows(rows: Tensor, grad: Tensor, to: Affine, gain: Tensor, offset: Tensor, out: Tensor) -> None:
     """As `native.norm_backward`."""
     for block in blocks(*rows.shape):
-        z = torch.addcmul(to.shift, rows[block], to.scale)
-        out[block] = before(grad[block], z, to).mul(to.scale).addcmul_(rows[block], gain).add_(offset)
+        apart = rows[block] - to.mean
+        z = torch.addcmul(to.shift, apart, to.scale)
+        out[block] = before(grad[block], z, to).mul(to.scale).addcmul_(apart, gain).add_(offset)
 
 
 def _fake_forward(y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ void kanseg_use_threads(void* parallel, void* thread, void* threads) {
 }
 
 // Which version of the functions this is; the same in Python, which leaves another version alone.
-int kanseg_interface(void) { return 3; }
+int kanseg_interface(void) { return 4; }
 
 // The best instruction set here: 2 AVX-512, 1 AVX2, 0 any.
 int kanseg_instruction_set(void) {

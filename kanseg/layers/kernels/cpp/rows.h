@@ -772,37 +772,40 @@ void choose(const Expansion& e, Expand* expand, Contract* contract) {
 
 const int TILE = 64;  // rows summed in float32 before they go to float64
 
+// What takes y to z = (y - mean) scale + shift, numbers a channel.
+struct Affine {
+  const float *scale, *mean, *shift, *below;  // slopes of PRELU
+};
+
 template <int ACT>
-void norm_rows(
-    const float* y, float* out, const float* scale, const float* shift, const float* below, Size first, Size last,
-    int channels) {
+void norm_rows(const float* y, float* out, Affine to, Size first, Size last, int channels) {
   for (Size row = first; row < last; ++row) {
     for (int c = 0; c < channels; c += W) {
       const int count = channels - c;
-      V z = load_some(y + row * channels + c, count) * load_some(scale + c, count) + load_some(shift + c, count);
-      store_some(out + row * channels + c, activate<ACT>(z, load_some(below + c, count)), count);
+      V apart = load_some(y + row * channels + c, count) - load_some(to.mean + c, count);
+      V z = apart * load_some(to.scale + c, count) + load_some(to.shift + c, count);
+      store_some(out + row * channels + c, activate<ACT>(z, load_some(to.below + c, count)), count);
     }
   }
 }
 
 template <int ACT>
 void norm_sums(
-    const float* y, const float* grad, const float* scale, const float* shift, const float* below, const float* mean,
-    double* sums, Size first, Size last, int channels) {
+    const float* y, const float* grad, Affine to, double* sums, Size first, Size last, int channels) {
   for (int c = 0; c < channels; c += W) {
     const int count = channels - c < W ? channels - c : W;
-    const V a = load_some(scale + c, count), b = load_some(shift + c, count), m = load_some(mean + c, count);
-    const V k = load_some(below + c, count);
+    const V a = load_some(to.scale + c, count), b = load_some(to.shift + c, count);
+    const V m = load_some(to.mean + c, count), k = load_some(to.below + c, count);
     for (Size start = first; start < last; start += TILE) {
       const Size stop = start + TILE < last ? start + TILE : last;
       V plain = V{}, weighted = V{}, negative = V{};
       for (Size row = start; row < stop; ++row) {
-        V v = load_some(y + row * channels + c, count);
-        V z = v * a + b, upper = load_some(grad + row * channels + c, count);
+        V apart = load_some(y + row * channels + c, count) - m;
+        V z = apart * a + b, upper = load_some(grad + row * channels + c, count);
         V g = upper * slope<ACT>(z, k);
         if (ACT == PRELU) negative += upper * smaller(z, V{});
         plain += g;
-        weighted += g * (v - m);
+        weighted += g * apart;
       }
       for (int i = 0; i < count; ++i) {
         sums[c + i] += plain[i];
@@ -815,16 +818,16 @@ void norm_sums(
 
 template <int ACT>
 void norm_back(
-    const float* y, const float* grad, const float* scale, const float* shift, const float* below, const float* gain,
-    const float* offset, float* out, Size first, Size last, int channels) {
+    const float* y, const float* grad, Affine to, const float* gain, const float* offset, float* out, Size first,
+    Size last, int channels) {
   for (Size row = first; row < last; ++row) {
     for (int c = 0; c < channels; c += W) {
       const int count = channels - c;
       const Size place = row * channels + c;
-      V v = load_some(y + place, count), a = load_some(scale + c, count);
-      V g = load_some(grad + place, count) *
-            slope<ACT>(v * a + load_some(shift + c, count), load_some(below + c, count));
-      store_some(out + place, g * a + v * load_some(gain + c, count) + load_some(offset + c, count), count);
+      V apart = load_some(y + place, count) - load_some(to.mean + c, count), a = load_some(to.scale + c, count);
+      V z = apart * a + load_some(to.shift + c, count);
+      V g = load_some(grad + place, count) * slope<ACT>(z, load_some(to.below + c, count));
+      store_some(out + place, g * a + apart * load_some(gain + c, count) + load_some(offset + c, count), count);
     }
   }
 }
@@ -888,34 +891,35 @@ void NAME(moments)(
 
 #define CHOSEN(f) (act == SILU ? f<SILU> : act == RELU ? f<RELU> : act == PRELU ? f<PRELU> : f<IDENTITY>)
 
-// out = act(y scale + shift); below: slopes of PRELU
+// out = act(z), see `Affine`
 void NAME(norm_forward)(
-    const float* y, float* out, const float* scale, const float* shift, const float* below, int act, Size rows,
-    int channels, int threads) {
+    const float* y, float* out, const float* scale, const float* mean, const float* shift, const float* below,
+    int act, Size rows, int channels, int threads) {
   auto run = CHOSEN(norm_rows);
-  share_out(rows, threads, [=](Size start, Size stop, int) {
-    run(y, out, scale, shift, below, start, stop, channels);
-  });
+  const Affine to = {scale, mean, shift, below};
+  share_out(rows, threads, [=](Size start, Size stop, int) { run(y, out, to, start, stop, channels); });
 }
 
 // sums (threads, 3, channels) += sum of g, of g (y - mean), and of what the slopes below zero get; g is the gradient
-// before the activation
+// at z
 void NAME(norm_reduce)(
-    const float* y, const float* grad, const float* scale, const float* shift, const float* below, const float* mean,
+    const float* y, const float* grad, const float* scale, const float* mean, const float* shift, const float* below,
     double* sums, int act, Size rows, int channels, int threads) {
   auto run = CHOSEN(norm_sums);
+  const Affine to = {scale, mean, shift, below};
   share_out(rows, threads, [=](Size start, Size stop, int thread) {
-    run(y, grad, scale, shift, below, mean, sums + (Size)thread * 3 * channels, start, stop, channels);
+    run(y, grad, to, sums + (Size)thread * 3 * channels, start, stop, channels);
   });
 }
 
-// out = g scale + y gain + offset
+// out = g scale + (y - mean) gain + offset
 void NAME(norm_backward)(
-    const float* y, const float* grad, const float* scale, const float* shift, const float* below, const float* gain,
-    const float* offset, float* out, int act, Size rows, int channels, int threads) {
+    const float* y, const float* grad, const float* scale, const float* mean, const float* shift, const float* below,
+    const float* gain, const float* offset, float* out, int act, Size rows, int channels, int threads) {
   auto run = CHOSEN(norm_back);
+  const Affine to = {scale, mean, shift, below};
   share_out(rows, threads, [=](Size start, Size stop, int) {
-    run(y, grad, scale, shift, below, gain, offset, out, start, stop, channels);
+    run(y, grad, to, gain, offset, out, start, stop, channels);
   });
 }
 }
