@@ -344,6 +344,21 @@ def test_a_network_of_another_library_that_fails_on_the_patch_is_refused_before_
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_network_whose_parts_have_several_names_is_as_it_was_after_its_patch_was_checked() -> None:
+    arguments = {
+        "filters": [4] * 3,
+        "kernel_size": [3] * 3,
+        "strides": [1, 2, 2],
+        "upsample_kernel_size": [2] * 2,
+    }
+    model = create_model("monai", 2, 1, 2, network="DynUNet", arguments=arguments)
+    x = torch.randn(1, 1, 16, 16)
+    expected = model(x)
+    check_patch(model, [16, 16])
+    assert model.training
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_every_basis_stands_in_ukan() -> None:
     for basis in BASES:
         assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from kanseg.encoders.encoder import DOWNLOAD
@@ -68,18 +68,18 @@ class AnySize(nn.Module):
         )
 
     def _refused(self, patch_size: Sequence[int], batch_size: int, device: str) -> str | None:
-        """What a forward in training mode says that fails; nothing of the network changes."""
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        copies = {name: value.detach().to(device, copy=True) for name, value in tensors.items()}
+        """What a forward of a copy in training mode says that fails."""
+        # The weights are not copied first: a copy finds there what takes their place.
+        memory: dict[int, Any] = {}
+        for tensor in (*self.parameters(), *self.buffers()):
+            other = tensor.detach().to(device, copy=True)
+            memory[id(tensor)] = nn.Parameter(other) if isinstance(tensor, nn.Parameter) else other
         x = torch.zeros(batch_size, self.in_channels, *patch_size, device=device)
-        mode = self.training
         try:
             with torch.random.fork_rng([]), torch.no_grad():
-                functional_call(self.train(), copies, (x,))
+                copy.deepcopy(self, memory).train()(x)
         except Exception as error:  # whatever another library raises
             return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        finally:
-            self.train(mode)
         return None
 
 
