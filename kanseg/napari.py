@@ -94,7 +94,7 @@ def read(path: str) -> list[Layer]:
 def _label_layer(labels: np.ndarray, image: Image, names: Mapping[int, str]) -> Layer:
     data, attributes = _shown(labels, image)
     attributes["metadata"][OWN]["made by"] = read_provenance(image.path)
-    return _with_classes(data, attributes, names, float(np.prod(image.spacing)) / 1e3)
+    return _with_classes(data, attributes, names, _voxel(image))
 
 
 def _shown(array: np.ndarray, image: Image) -> tuple[np.ndarray, dict[str, Any]]:
@@ -108,6 +108,11 @@ def _shown(array: np.ndarray, image: Image) -> tuple[np.ndarray, dict[str, Any]]
     known = {"path": str(image.path), "affine": image.affine}
     where = {"name": stem_of(image.path), "affine": matrix, "units": units, "metadata": {OWN: known}}
     return data, where
+
+
+def _voxel(image: Image) -> float:
+    """ml."""
+    return float(abs(np.linalg.det(image.affine[:3, :3]))) / 1e3
 
 
 def _with_classes(
@@ -213,7 +218,7 @@ def segment(
     own = {key: own[key] for key in ("path", "affine") if key in own}
     own |= {"made by": segmenter.provenance(tta=tta), "notes": [note for note in notes if note]}
     made = {**_grid_of(data, attributes, labels.ndim), "name": f"{image.path} by {Path(model).name}"}
-    voxel = float(np.prod(image.spacing)) / 1e3 if labels.ndim == 3 and _is_placed(data, attributes) else None
+    voxel = _voxel(image) if labels.ndim == 3 and _is_placed(data, attributes) else None
     names = dict(zip(plan.label_values, plan.label_names, strict=True))
     data = labels.transpose() if labels.ndim == 3 else labels
     return _with_classes(data, {**made, "metadata": {OWN: own}}, names, voxel)

@@ -54,12 +54,12 @@ def trained(balls, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.fixture(params=GRIDS)
+@pytest.fixture
 def scan(request, balls, tmp_path) -> Path:
-    """A ball on a grid of the table."""
+    """A ball on a grid of the table, the oblique one unless another is asked for."""
     dataset, _ = balls
     array = np.asarray(nib.load(dataset.cases[0].images[0]).dataobj)[:, 1:, 2:]
-    nib.save(nib.Nifti1Image(array, GRIDS[request.param]), tmp_path / "scan.nii.gz")
+    nib.save(nib.Nifti1Image(array, GRIDS[getattr(request, "param", "oblique")]), tmp_path / "scan.nii.gz")
     return tmp_path / "scan.nii.gz"
 
 
@@ -118,6 +118,7 @@ def test_a_series_of_dicom_is_read_and_another_folder_is_not(shared_data: Path, 
     assert get_reader(str(tmp_path)) is None
 
 
+@pytest.mark.parametrize("scan", GRIDS, indirect=True)
 def test_a_mask_is_voxel_for_voxel_that_of_kanseg_predict_also_when_it_is_saved(
     trained: Path, scan: Path, tmp_path: Path
 ) -> None:
@@ -138,10 +139,10 @@ def test_a_mask_is_voxel_for_voxel_that_of_kanseg_predict_also_when_it_is_saved(
 
 
 def test_a_layer_without_a_file_lies_by_its_scale_rotation_shift_and_unit(
-    trained: Path, scan: Path, tmp_path: Path
+    trained: Path, balls, tmp_path: Path
 ) -> None:
     """A file on the same grid, laid out by hand, gets the same mask."""
-    data = read(str(scan))[0][0]
+    data = np.asarray(nib.load(balls[0].cases[0].images[0]).dataobj)[:, 1:, 2:]
     turn = np.array([[0.8, 0.6, 0], [-0.6, 0.8, 0], [0, 0, 1]])
     shear = np.array([[1, 0.05, 0], [0, 1, 0], [0, 0, 1]])
     where = {"scale": [1200, 900, 1000], "rotate": turn, "shear": [0.05, 0, 0], "translate": [3000, 0, -5000]}
@@ -276,7 +277,7 @@ def test_a_cut_mask_is_saved_where_it_lies(scan: Path, tmp_path: Path) -> None:
     (path,) = write(str(tmp_path / "cut.nii.gz"), ones[2:, 1:], {**attributes, "affine": moved})
     for label, at in ((ones, attributes), read(path)[0][:2]):
         np.testing.assert_allclose(world(at, np.argwhere(label)[0]), world(attributes, (5, 6, 7)), atol=1e-4)
-    with pytest.raises(UserError, match=r"save pictures as \.png|Save pictures as \.png"):
+    with pytest.raises(UserError, match=r"Save pictures as \.png"):
         write(str(tmp_path / "flat.nii.gz"), ones[0], {})
 
 
