@@ -321,22 +321,16 @@ def segment_widget() -> Any:
     @magicgui(
         call_button="Segment",
         layers={"widget_type": "Select", "choices": images, "label": "image"},
-        model={"choices": [*shipped()]},
-        folder={"mode": "d", "nullable": True, "label": "or a run's folder"},
-        device={"choices": [AUTO, "cpu"]},
-        tta={"label": "also mirrored"},
+        model={"widget_type": "ComboBox", "choices": [*shipped()]},
+        folder={"widget_type": "FileEdit", "mode": "d", "nullable": True, "label": "or a run's folder"},
+        device={"widget_type": "ComboBox", "choices": [AUTO, "cpu"]},
+        tta={"widget_type": "CheckBox", "label": "also mirrored"},
     )
-    def widget(
-        layers: list,
-        model: str = next(iter(shipped())),
-        folder: Path | None = None,
-        device: str = AUTO,
-        tta: bool = False,
-    ) -> Any:
+    def widget(layers, model, folder=None, device=AUTO, tta=False):  # type: ignore[no-untyped-def]  # see above
         chosen = layers or (images(None) if len(images(None)) == 1 else [])
         if not chosen:
             show_error("Choose an image layer, or those of all channels of one image.")
-            return None
+            return
         viewer, tuples = current_viewer(), [layer.as_layer_data_tuple() for layer in chosen]
         processor = "cuda" if device == AUTO and torch.cuda.is_available() else "cpu"
 
@@ -345,24 +339,27 @@ def segment_widget() -> Any:
             worker.pbar.total = total
             worker.pbar.update(done - worker.pbar.n)
 
-        def work() -> Layer | UserError:
+        def work() -> Layer | str:
             try:
                 return segment(tuples, folder or model, device=processor, tta=tta, watch=watch)
-            except UserError as error:  # as a sentence, not as a traceback
-                return error
+            except UserError as error:  # to be told as a sentence, not as a traceback
+                return str(error)
 
-        def show(found: Layer | UserError) -> None:
-            if isinstance(found, UserError):
-                show_error(str(found))
+        def show(found: Layer | str) -> None:
+            if isinstance(found, str):
+                show_error(found)
                 return
             viewer.add_layer(AnyLayer.create(*found))
             for note in found[1]["metadata"][OWN]["notes"]:
                 show_warning(f"{found[1]['name']}: {note}")
 
-        worker = create_worker(
-            work, _start_thread=False, _connect={"returned": show}, _progress={"desc": "kanseg"}
-        )
-        worker.start()
-        return worker
+        def free() -> None:
+            button.enabled = True
 
+        connect = {"returned": show, "finished": free}
+        worker = create_worker(work, _start_thread=False, _connect=connect, _progress={"desc": "kanseg"})
+        button.enabled = False
+        worker.start()
+
+    button: Any = widget.call_button
     return widget

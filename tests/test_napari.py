@@ -301,17 +301,16 @@ def test_the_widget_adds_the_mask_and_tells_mistakes(viewer, qtbot, trained: Pat
     viewer.open(str(scan), plugin="kanseg")
     _, widget = viewer.window.add_plugin_dock_widget("kanseg", "Segment with kanseg")
     widget.folder.value = trained
-    worker = widget()
-    with qtbot.waitSignal(worker.finished, timeout=60_000):
-        pass
-    qtbot.waitUntil(lambda: len(viewer.layers) == 2, timeout=5_000)
+    widget()
+    qtbot.waitUntil(lambda: len(viewer.layers) == 2, timeout=60_000)
     image, labels = viewer.layers
     np.testing.assert_array_equal(labels.data, segment([image.as_layer_data_tuple()], trained)[0])
     np.testing.assert_allclose(labels.data_to_world((3, 4, 5)), image.data_to_world((3, 4, 5)))
     np.testing.assert_allclose(labels.get_color(7), class_colours(1)[0], atol=1e-6)
+    qtbot.waitUntil(lambda: widget.call_button.enabled, timeout=5_000)
     widget.folder.value = trained / "nothing"
-    worker = widget()
-    with qtbot.waitSignal(worker.finished, timeout=60_000):
-        pass
-    qtbot.waitUntil(lambda: "does not exist" in str(notification_manager.records[-1]), timeout=5_000)
+    widget()
+    said = notification_manager.records
+    qtbot.waitUntil(lambda: any("does not exist" in str(one.message) for one in said), timeout=60_000)
+    qtbot.waitUntil(lambda: widget.call_button.enabled, timeout=5_000)
     assert len(viewer.layers) == 2
