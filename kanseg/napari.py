@@ -320,11 +320,22 @@ def segment_widget() -> Any:
 
     @magicgui(
         call_button="Segment",
-        layers={"widget_type": "Select", "choices": images, "label": "image"},
-        model={"widget_type": "ComboBox", "choices": [*shipped()]},
-        folder={"widget_type": "FileEdit", "mode": "d", "nullable": True, "label": "or a run's folder"},
+        layers={"widget_type": "Select", "choices": images, "label": "image", "tooltip": "Or its channels."},
+        model={
+            "widget_type": "ComboBox",
+            "choices": [*shipped()],
+            "tooltip": "Weights that come with kanseg.",
+        },
+        folder={
+            **{"widget_type": "FileEdit", "mode": "d", "nullable": True, "label": "or a folder"},
+            "tooltip": "Of a run or a model; it goes before the weights above.",
+        },
         device={"widget_type": "ComboBox", "choices": [AUTO, "cpu"]},
-        tta={"widget_type": "CheckBox", "label": "also mirrored"},
+        tta={
+            "widget_type": "CheckBox",
+            "label": "mirrored, too",
+            "tooltip": "Test-time augmentation (--tta).",
+        },
     )
     def widget(layers, model, folder=None, device=AUTO, tta=False):  # type: ignore[no-untyped-def]  # see above
         chosen = layers or (images(None) if len(images(None)) == 1 else [])

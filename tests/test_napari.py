@@ -23,7 +23,7 @@ from kanseg.cli import app
 from kanseg.data.class_names import class_colours, names_in
 from kanseg.data.images import read_image, read_provenance, write_label
 from kanseg.errors import UserError
-from kanseg.napari import get_reader, read, segment, write
+from kanseg.napari import _matrix, get_reader, read, segment, write
 from kanseg.training.fit import fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,6 +279,19 @@ def test_a_cut_mask_is_saved_where_it_lies(scan: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(world(at, np.argwhere(label)[0]), world(attributes, (5, 6, 7)), atol=1e-4)
     with pytest.raises(UserError, match=r"Save pictures as \.png"):
         write(str(tmp_path / "flat.nii.gz"), ones[0], {})
+
+
+def test_transforms_of_layers_are_composed_as_napari_does_it() -> None:
+    layers = pytest.importorskip("napari.layers", reason="needs napari: pip install 'kanseg[napari]'")
+    generator = np.random.default_rng(0)
+    affine = np.eye(4)
+    affine[:3] += generator.normal(0, 0.2, (3, 4))
+    where = {"scale": (2, 3, 0.5), "translate": (5, -1, 7), "rotate": (10, 20, 30), "shear": (0.1, -0.2, 0.3)}
+    image = layers.Image(np.zeros((3, 4, 5)), **where, affine=affine, units=("cm", "cm", "cm"))
+    data, attributes, _ = image.as_layer_data_tuple()
+    for index in generator.normal(0, 5, (3, 3)):
+        found = _matrix(data, attributes) @ [*index, 1]
+        np.testing.assert_allclose(found[:3], 10 * np.asarray(image.data_to_world(index)), atol=1e-9)
 
 
 @pytest.fixture
