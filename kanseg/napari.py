@@ -44,22 +44,13 @@ if TYPE_CHECKING:
 Layer = tuple[Any, dict[str, Any], str]
 REVERSED = np.eye(4)[[2, 1, 0, 3]]  # (x, y, z) of kanseg as (z, y, x) of napari, and back
 OWN = "kanseg"  # the key in the metadata of a layer
-GRID = (
-    "scale",
-    "translate",
-    "rotate",
-    "shear",
-    "affine",
-    "units",
-    "axis_labels",
-)  # attributes that say where it lies
+# Attributes that say where a layer lies.
+GRID = ("scale", "translate", "rotate", "shear", "affine", "units", "axis_labels")
 PIXEL = "pixel"
 MILLIMETRES = {"nanometer": 1e-6, "micrometer": 1e-3, "millimeter": 1.0, "centimeter": 10.0, "meter": 1e3}
 MILLIMETRES |= {"nm": 1e-6, "um": 1e-3, "µm": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3}
-CLEAR, NAMELESS = (
-    (0.0, 0.0, 0.0, 0.0),
-    (0.5, 0.5, 0.5, 1.0),
-)  # the background, and what a hand adds to the classes
+CLEAR = (0.0, 0.0, 0.0, 0.0)  # the background
+NAMELESS = (0.5, 0.5, 0.5, 1.0)  # what a hand adds to the classes
 AUTO = "a GPU if there is one"
 
 
@@ -80,15 +71,18 @@ def read(path: str) -> list[Layer]:
     """
     file = Path(path)
     if suffix_of(file) == SEG_NRRD:
-        image = Layers(file).image
-        names = dict(enumerate(Layers(file).names.values(), start=1))
-        return [_label_layer(read_segments(file, image, [*names.values()]), image, names)]
+        drawn = Layers(file)
+        names = dict(enumerate(drawn.names.values(), start=1))
+        return [_label_layer(read_segments(file, drawn.image, [*names.values()]), drawn.image, names)]
     image, names = read_image(file, 3), names_in(file)
     if names or is_called_label(file) or file.parent.name in LABEL_FOLDERS:
         with suppress(UserError):  # else it is called so, and is none
             return [_label_layer(label_from(image), image, names)]
-    array = image.array[0] if len(image.array) == 1 else np.moveaxis(image.array, 0, -1)
-    return [(*_shown(array, image), "image")]
+    data, attributes = _shown(
+        image.array[0] if len(image.array) == 1 else np.moveaxis(image.array, 0, -1), image
+    )
+    attributes["metadata"][OWN]["scan"] = True
+    return [(data, attributes, "image")]
 
 
 def _label_layer(labels: np.ndarray, image: Image, names: Mapping[int, str]) -> Layer:
@@ -125,13 +119,14 @@ def _with_classes(
     """
     counts = value_counts(data)
     values = [value for value in sorted({*names, *counts}) if value]
-    classes = dict(zip(values, called(values, names), strict=True))
-    numbers = [counts.get(value, 0) for value in (0, *values)]
-    features = {"index": [0, *values], "class": [names.get(0, "background"), *classes.values()]}
-    features |= {"voxels": numbers} | ({"ml": [round(n * voxel, 4) for n in numbers]} if voxel else {})
+    classes = {0: names.get(0, "background"), **dict(zip(values, called(values, names), strict=True))}
+    numbers = [counts.get(value, 0) for value in classes]
+    features: dict[str, Any] = {"index": [*classes], "class": [*classes.values()], "voxels": numbers}
+    if voxel:
+        features["ml"] = [round(number * voxel, 4) for number in numbers]
     colours = {value: colour for value, _, colour in coloured(classes)}
     own = attributes.get("metadata", {}).get(OWN, {})
-    own = {**own, "names": {0: "background", **names}, "digest": content_digest(data)}
+    own = {**own, "names": classes, "digest": content_digest(data)}
     look = {"features": features, "colormap": {None: NAMELESS, 0: CLEAR, **colours}, "metadata": {OWN: own}}
     return data, {**attributes, **look}, "labels"
 
@@ -149,14 +144,15 @@ def write(path: str, data: Any, attributes: Mapping[str, Any]) -> list[str]:
             "writer."
         )
     own = attributes.get("metadata", {}).get(OWN, {})
+    if own.get("scan") and Path(path).resolve() == Path(own["path"]).resolve():
+        raise UserError(f"{path} is the scan itself, which the mask would replace. Choose another name.")
     made = own.get("made by") or {}
     if made and content_digest(labels) != own.get("digest"):
         made = {**made, "changed by hand": True}
     affine, source = _affine_of(labels, attributes), Path(str(attributes.get("name", "layer")))
     labels = labels.transpose()
-    if (
-        first := own.get("affine")
-    ) is not None:  # the axes of that file, which napari need not show in its order
+    first = own.get("affine")
+    if first is not None:  # back to the axes of its file
         turn = ornt_transform(io_orientation(affine), io_orientation(first))
         affine = affine @ inv_ornt_aff(turn, labels.shape)
         labels = nib.apply_orientation(labels, turn)
@@ -211,11 +207,12 @@ def segment(
     notes = [
         unlike_training(array.shape[1:], image.affine, plan.fingerprint),
         exchanged_channels(array, plan.fingerprint, plan.channel_names),
+        "mirroring changes nothing: the plan names no axes for it" if tta and not plan.mirror_axes else None,
         None if (labels != plan.label_values[0]).any() else "nothing was found in it",
     ]
     data, attributes, _ = layers[0]
     own = attributes.get("metadata", {}).get(OWN, {})
-    own = {key: own[key] for key in ("path", "affine") if key in own}
+    own = {key: own[key] for key in ("path", "affine", "scan") if key in own}
     own |= {"made by": segmenter.provenance(tta=tta), "notes": [note for note in notes if note]}
     made = {**_grid_of(data, attributes, labels.ndim), "name": f"{image.path} by {Path(model).name}"}
     voxel = _voxel(image) if labels.ndim == 3 and _is_placed(data, attributes) else None
@@ -226,11 +223,9 @@ def segment(
 
 def _in_order(layers: Sequence[Layer], names: Sequence[str]) -> list[Layer]:
     """Layers in the order of the channels that their names end with; as they are where not all tell."""
-    called = {
-        Path(str(attributes.get("name"))): (data, attributes, kind) for data, attributes, kind in layers
-    }
-    whole = [one for one in by_channel(called, names).values() if len(one) == len(names) == len(layers)]
-    return [called[whole[0][name]] for name in names] if whole else list(layers)
+    by_name = {Path(str(layer[1].get("name"))): layer for layer in layers}
+    whole = [one for one in by_channel(by_name, names).values() if len(one) == len(names) == len(layers)]
+    return [by_name[whole[0][name]] for name in names] if whole else list(layers)
 
 
 def _image_of(layer: Layer, plan: Plan) -> Image:
@@ -286,9 +281,8 @@ def _matrix(data: Any, attributes: Mapping[str, Any]) -> np.ndarray:
         above, shear = shear, np.eye(n)
         shear[np.triu_indices(n, 1)] = above
     own = np.eye(n + 1)
-    own[:n, :n] = (
-        np.asarray(attributes.get("rotate", np.eye(n))) @ shear * attributes.get("scale", np.ones(n))
-    )
+    scale, rotate = attributes.get("scale", np.ones(n)), attributes.get("rotate", np.eye(n))
+    own[:n, :n] = np.asarray(rotate) @ shear * scale
     own[:n, n] = attributes.get("translate", 0)
     lengths = np.diag([*(MILLIMETRES.get(unit, 1.0) for unit in units), 1.0])
     return lengths @ np.asarray(attributes.get("affine", np.eye(n + 1))) @ own
@@ -320,24 +314,13 @@ def segment_widget() -> Any:
 
     @magicgui(
         call_button="Segment",
-        layers={"widget_type": "Select", "choices": images, "label": "image", "tooltip": "Or its channels."},
-        model={
-            "widget_type": "ComboBox",
-            "choices": [*shipped()],
-            "tooltip": "Weights that come with kanseg.",
-        },
-        folder={
-            **{"widget_type": "FileEdit", "mode": "d", "nullable": True, "label": "or a folder"},
-            "tooltip": "Of a run or a model; it goes before the weights above.",
-        },
+        layers={"widget_type": "Select", "choices": images, "label": "image"},
+        model={"widget_type": "ComboBox", "choices": [*shipped()]},
+        folder={"widget_type": "FileEdit", "mode": "d", "nullable": True, "label": "or its folder"},
         device={"widget_type": "ComboBox", "choices": [AUTO, "cpu"]},
-        tta={
-            "widget_type": "CheckBox",
-            "label": "mirrored, too",
-            "tooltip": "Test-time augmentation (--tta).",
-        },
+        tta={"widget_type": "CheckBox", "label": "mirrored, too"},
     )
-    def widget(layers, model, folder=None, device=AUTO, tta=False):  # type: ignore[no-untyped-def]  # see above
+    def widget(layers, model, folder=None, device=AUTO, tta=False):  # magicgui reads no annotations here
         chosen = layers or (images(None) if len(images(None)) == 1 else [])
         if not chosen:
             show_error("Choose an image layer, or those of all channels of one image.")

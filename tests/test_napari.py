@@ -268,6 +268,14 @@ def test_a_saved_mask_says_what_made_it_and_that_a_hand_changed_it(
     assert read_provenance(Path(path)) == {**made, "changed by hand": True}
 
 
+def test_a_mask_does_not_replace_its_scan(trained: Path, scan: Path) -> None:
+    before = scan.read_bytes()
+    labels, attributes, _ = segment(read(str(scan)), trained)
+    with pytest.raises(UserError, match="the scan itself"):
+        write(str(scan), labels, attributes)
+    assert scan.read_bytes() == before
+
+
 def test_a_cut_mask_is_saved_where_it_lies(scan: Path, tmp_path: Path) -> None:
     ((data, attributes, _),) = read(str(scan))
     ones = np.zeros(data.shape, np.uint8)
