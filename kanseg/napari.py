@@ -18,7 +18,7 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
 
 from kanseg.data.case_folders import by_channel, is_called_label
-from kanseg.data.class_names import called, coloured, names_in
+from kanseg.data.class_names import Colour, called, coloured, names_in
 from kanseg.data.digests import content_digest
 from kanseg.data.images import (
     FULL,
@@ -124,10 +124,11 @@ def _with_classes(
     features: dict[str, Any] = {"index": [*classes], "class": [*classes.values()], "voxels": numbers}
     if voxel:
         features["ml"] = [round(number * voxel, 4) for number in numbers]
-    colours = {value: colour for value, _, colour in coloured(classes)}
+    colours: dict[int | None, Colour] = {None: NAMELESS, 0: CLEAR}
+    colours.update((value, colour) for value, _, colour in coloured(classes))
     own = attributes.get("metadata", {}).get(OWN, {})
     own = {**own, "names": classes, "digest": content_digest(data)}
-    look = {"features": features, "colormap": {None: NAMELESS, 0: CLEAR, **colours}, "metadata": {OWN: own}}
+    look = {"features": features, "colormap": colours, "metadata": {OWN: own}}
     return data, {**attributes, **look}, "labels"
 
 
