@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -303,35 +304,41 @@ def test_transforms_of_layers_are_composed_as_napari_does_it() -> None:
 
 
 @pytest.fixture
-def viewer(monkeypatch, request):
-    """A window of napari with the plugin, where napari is installed."""
-    pytest.importorskip("napari", reason="the widget needs napari: pip install 'kanseg[napari]'")
-    pytest.importorskip("pytestqt", reason="windows are tested with pytest-qt")
-    if "DISPLAY" not in os.environ:
-        monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
-    import npe2
+def window(request):
+    """A viewer with the plugin and pytest-qt's robot, where napari is installed and there is a screen.
 
+    Without one Qt ends the process, so what starts it is asked for last.
+    """
+    npe2 = pytest.importorskip("npe2", reason="the widget needs napari: pip install 'kanseg[napari]'")
+    pytest.importorskip("pytestqt", reason="windows are tested with pytest-qt")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"} & os.environ.keys():
+        pytest.skip("a window needs a screen: xvfb-run python -m pytest tests/test_napari.py")
     manager = request.getfixturevalue("npe2pm")
     manager.register(npe2.PluginManifest.from_file(ROOT / "kanseg/napari.yaml"))
-    return request.getfixturevalue("make_napari_viewer")()
+    return request.getfixturevalue("make_napari_viewer")(), request.getfixturevalue("qtbot")
 
 
-def test_the_widget_adds_the_mask_and_tells_mistakes(viewer, qtbot, trained: Path, scan: Path) -> None:
+def test_the_widget_adds_the_mask_and_tells_mistakes(window, trained: Path, scan: Path) -> None:
     from napari.utils.notifications import notification_manager
 
-    viewer.open(str(scan), plugin="kanseg")
+    viewer, qtbot = window
+    said = notification_manager.records
     _, widget = viewer.window.add_plugin_dock_widget("kanseg", "Segment with kanseg")
+    viewer.add_image(np.zeros((5, 6)))
+    (image,) = viewer.open(str(scan), plugin="kanseg")
     widget.folder.value = trained
     widget()
-    qtbot.waitUntil(lambda: len(viewer.layers) == 2, timeout=60_000)
-    image, labels = viewer.layers
+    assert "Choose an image layer" in said[-1].message
+    widget.layers.value = [image]
+    widget()
+    qtbot.waitUntil(lambda: len(viewer.layers) == 3, timeout=60_000)
+    labels = viewer.layers[-1]
     np.testing.assert_array_equal(labels.data, segment([image.as_layer_data_tuple()], trained)[0])
     np.testing.assert_allclose(labels.data_to_world((3, 4, 5)), image.data_to_world((3, 4, 5)))
     np.testing.assert_allclose(labels.get_color(7), class_colours(1)[0], atol=1e-6)
     qtbot.waitUntil(lambda: widget.call_button.enabled, timeout=5_000)
     widget.folder.value = trained / "nothing"
     widget()
-    said = notification_manager.records
     qtbot.waitUntil(lambda: any("does not exist" in str(one.message) for one in said), timeout=60_000)
     qtbot.waitUntil(lambda: widget.call_button.enabled, timeout=5_000)
-    assert len(viewer.layers) == 2
+    assert len(viewer.layers) == 3
