@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from kanseg.config import Config
     from kanseg.data.cases import Case
+    from kanseg.data.images import Image
     from kanseg.data.plan import Plan
 
 
@@ -133,7 +134,7 @@ class Segmenter:
 
     def predict(
         self,
-        image: Path | str | np.ndarray,
+        image: Path | str | np.ndarray | Image,
         out: Path | str | None = None,
         *,
         spacing: Sequence[float] | None = None,
@@ -145,7 +146,8 @@ class Segmenter:
         It is what `kanseg predict` gives for the same run, model or name.
 
         Args:
-            image: a file, a DICOM folder, or an array (*S) or (C, *S); axes of volumes run to the right, front and top.
+            image: a file, a DICOM folder, a `kanseg.data.images.Image` with its geometry, or an array (*S) or (C, *S);
+                its axes run to the right, front and top where it is a volume.
             out: file to write the labels to; its suffix decides the format.
             spacing: of an array, mm, one number an axis; default the plan's.
             postprocess: apply the rules that a cross-validation chose.
@@ -154,7 +156,6 @@ class Segmenter:
         """
         from kanseg.inference.postprocess import apply_postprocessing
         from kanseg.inference.predict import predict_case, write_prediction
-        from kanseg.inference.provenance import by_networks
 
         _refuse_unknown("Segmenter.predict", options, ("out", "spacing", "postprocess", *PREDICT))
         network, plan = self._trained()
@@ -164,14 +165,20 @@ class Segmenter:
         with tempfile.TemporaryDirectory() as folder:
             case = _as_case(image, plan, Path(folder), spacing)
             labels, source = predict_case(networks, case, plans, **options)
-            rules = self.rules if postprocess else []
-            if rules:
-                labels = apply_postprocessing(labels, rules, source.spacing)
+            if postprocess and self.rules:
+                labels = apply_postprocessing(labels, self.rules, source.spacing)
             if out is not None:
-                files = () if isinstance(image, np.ndarray) else case.images
-                made = by_networks(plan, self._digests, rules, **options)
+                files = case.images if isinstance(image, Path | str) else ()
+                made = self.provenance(postprocess=postprocess, **options)
                 write_prediction(Path(out), labels, source, plan, provenance=made, images=files)
         return labels
+
+    def provenance(self, *, postprocess: bool = True, **options: Any) -> dict[str, Any]:
+        """How label maps of `predict` with these options come to be, as their headers tell it."""
+        from kanseg.inference.provenance import by_networks
+
+        _, plan = self._trained()
+        return by_networks(plan, self._digests, self.rules if postprocess else [], **options)
 
     def evaluate(
         self, prediction: Path | str, reference: Path | str, out: Path | str | None = None
@@ -310,7 +317,7 @@ def _as_pairs(overrides: Sequence[str] | Mapping[str, Any] | str) -> list[str]:
     return pairs
 
 
-def _spacing(plan: Plan, given: Sequence[float] | None) -> list[float]:
+def spacing_of(plan: Plan, given: Sequence[float] | None = None) -> list[float]:
     """Of an array, mm: what is given, else the plan's; across slices that it learns the median of the training."""
     if given is None:
         found = list(plan.spacing)
@@ -325,27 +332,30 @@ def _spacing(plan: Plan, given: Sequence[float] | None) -> list[float]:
 
 
 def _as_case(
-    image: Path | str | np.ndarray, plan: Plan, folder: Path, spacing: Sequence[float] | None = None
+    image: Path | str | np.ndarray | Image, plan: Plan, folder: Path, spacing: Sequence[float] | None = None
 ) -> Case:
     """The image as a case; an array goes through files in `folder`, to be read like any image."""
     from kanseg.data.cases import Case
     from kanseg.data.images import Image, write_array
     from kanseg.data.unlabelled import find_images
 
-    if not isinstance(image, np.ndarray):
-        if spacing is not None:
-            raise UsageError(f"spacing is for arrays; {image} has its own.")
+    if not isinstance(image, np.ndarray) and spacing is not None:
+        raise UsageError(f"spacing is for arrays; {getattr(image, 'path', image)} has its own.")
+    if isinstance(image, Path | str):
         cases = find_images(image, names=plan.channel_names)
         if len(cases) != 1:
             raise UsageError(f"{image} holds {len(cases)} images, predict takes one; use `kanseg predict`.")
         return cases[0]
     dims, channels = plan.image_dims, len(plan.channel_names)
-    array = image[None] if image.ndim == dims else image
+    if isinstance(image, Image):
+        array, affine = image.array, image.affine
+    else:
+        array = image[None] if image.ndim == dims else image
+        affine = np.diag([*spacing_of(plan, spacing), *[1.0] * (4 - dims)])
     if array.ndim != dims + 1 or len(array) != channels:
         axes = ", ".join("DHW"[-dims:])
-        raise UsageError(f"predict takes an array ({channels}, {axes}), got shape {image.shape}.")
+        raise UsageError(f"predict takes an array ({channels}, {axes}), got shape {array.shape}.")
     array = np.asarray(array, dtype=np.float32)
-    affine = np.diag([*_spacing(plan, spacing), *[1.0] * (4 - dims)])
     grid = Image(array, affine, folder / "array.mha", dims)
     names = [folder / f"array_{index:04d}.mha" for index in range(channels)]
     for name, channel in zip(names, array, strict=True):

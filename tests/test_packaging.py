@@ -62,6 +62,8 @@ def test_the_wheel_has_every_module_and_every_config(wheel: Path) -> None:
     assert configs <= names
     assert any(name.endswith("LICENSE") for name in names)
     assert "kanseg = kanseg.cli:main" in entry_points
+    assert "kanseg = kanseg:napari.yaml" in entry_points
+    assert "kanseg/napari.yaml" in names
     assert not [name for name in names if name.startswith(("tests", "configs", "notebooks"))]
     if shutil.which("g++"):
         assert [name for name in names if name.startswith("kanseg/layers/kernels/_native")], (

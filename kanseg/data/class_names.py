@@ -37,7 +37,7 @@ def class_colours(count: int) -> list[Colour]:
     return [colormaps["turbo"](i / count) for i in range(count)]
 
 
-def _coloured(names: Mapping[int, str]) -> Iterable[tuple[int, str, Colour]]:
+def coloured(names: Mapping[int, str]) -> Iterable[tuple[int, str, Colour]]:
     """Value, name and colour of the classes but the background."""
     shown = {value: name for value, name in names.items() if value}
     return zip(shown, shown.values(), class_colours(len(shown)), strict=True)
@@ -49,7 +49,7 @@ def label_table(names: Mapping[int, str]) -> Nifti1Extension:
     volume = ElementTree.SubElement(root, "VolumeInformation", Index="0")
     table = ElementTree.SubElement(volume, "LabelTable")
     background = [(0, names[0], (0.0, 0.0, 0.0, 0.0))] if 0 in names else []
-    for value, name, colour in (*background, *_coloured(names)):
+    for value, name, colour in (*background, *coloured(names)):
         parts = {
             key: f"{part:.6g}" for key, part in zip(("Red", "Green", "Blue", "Alpha"), colour, strict=True)
         }
@@ -67,7 +67,7 @@ def segment_tags(labels: np.ndarray, names: Mapping[int, str]) -> dict[str, str]
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
     boxes = ndimage.find_objects(labels)  # of all classes in one walk
-    for number, (value, name, colour) in enumerate(_coloured(names)):
+    for number, (value, name, colour) in enumerate(coloured(names)):
         box = (boxes[value - 1] if value <= len(boxes) else None) or (slice(0, 0),) * 3
         extent = [f"{span.start} {span.stop - 1}" for span in box]
         about = {
