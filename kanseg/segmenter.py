@@ -168,9 +168,9 @@ class Segmenter:
             if rules:
                 labels = apply_postprocessing(labels, rules, source.spacing)
             if out is not None:
-                files = () if isinstance(image, np.ndarray) else case.images
+                file = None if isinstance(image, np.ndarray) else case
                 made = by_networks(plan, self._digests, rules, **options)
-                write_prediction(Path(out), labels, source, plan, provenance=made, images=files)
+                write_prediction(Path(out), labels, source, plan, provenance=made, case=file)
         return labels
 
     def evaluate(
