@@ -225,6 +225,8 @@ def judge(predicted: Prediction, labels: np.ndarray, quality: Mapping[str, Any])
             row |= {"expected_dice": dice, "low": low, "high": high}
         rows.append(row)
         least, most = known.get("volume_ml", (0, math.inf))
+        if plan.ignore_value is not None:  # the training was annotated in parts: volumes there are no sizes
+            continue
         if size * FAR < least or size > FAR * most:
             ends = " to ".join(f"{end * factor:.3g}" for end in (least, most))
             found = f"has {size * factor:.3g} {unit}" if size else "was not found"
