@@ -29,10 +29,6 @@ class Shelf(Sequence[Arrays]):
         self._entries: list[Arrays | Path] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What goes to another process, which reads the files and does not remove them."""
-        return {**self.__dict__, "_folder": None}
-
     def append(self, arrays: Arrays) -> None:
         """Put an entry behind the others."""
         plain = {name: _plain(value) for name, value in arrays.items()}
