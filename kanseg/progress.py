@@ -79,6 +79,17 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def in_figures(number: float) -> str:
+    """A number by its first three figures, without an exponent.
+
+    >>> in_figures(15432.1), in_figures(0.01234)
+    ('15400', '0.0123')
+    """
+    import numpy as np  # here, for it takes longer than the verbs that need none
+
+    return np.format_float_positional(number, 3, unique=False, fractional=False, trim="-")
+
+
 def is_main() -> bool:
     """Whether this is the first process of all, as a launcher numbers them: the one that talks and writes."""
     return int(os.environ.get("RANK", 0)) == 0

@@ -168,9 +168,9 @@ class Segmenter:
             if postprocess and self.rules:
                 labels = apply_postprocessing(labels, self.rules, source.spacing)
             if out is not None:
-                files = case.images if isinstance(image, Path | str) else ()
+                file = case if isinstance(image, Path | str) else None
                 made = self.provenance(postprocess=postprocess, **options)
-                write_prediction(Path(out), labels, source, plan, provenance=made, images=files)
+                write_prediction(Path(out), labels, source, plan, provenance=made, case=file)
         return labels
 
     def provenance(self, *, postprocess: bool = True, **options: Any) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from kanseg.cli import app
 from kanseg.config import load_config
 from kanseg.data import loaders, transforms
 from kanseg.data.cascade import PREVIOUS, SMALL, DamagedLabels, network_input, with_previous
+from kanseg.data.digests import file_digest
 from kanseg.data.formats import read_dataset
-from kanseg.data.images import read_label, write_label
+from kanseg.data.images import read_label, read_provenance, write_label
 from kanseg.data.loaders import TrainLoader
 from kanseg.data.plan import Plan
 from kanseg.data.planner import make_plan
@@ -32,7 +33,7 @@ from kanseg.inference.predict import predict_case
 from kanseg.segmenter import Segmenter
 from kanseg.training import cascade
 from kanseg.training.augment import BatchAugmentation
-from kanseg.training.checkpoint import load_checkpoint, load_model
+from kanseg.training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from kanseg.training.cross_validation import cross_validate
 from kanseg.training.fit import fit
 from kanseg.training.pipeline import Pipeline, _ensemble, run_pipeline
@@ -159,6 +160,34 @@ def test_predict_goes_on_with_a_cohort_unless_a_network_of_the_first_stage_is_an
     assert all(digest[:20] in "".join(told.split()) for digest in digests)
     shutil.copy(model / "lowres/fold_0/model.safetensors", model / "lowres/fold_1/model.safetensors")
     assert "is there already" not in CliRunner().invoke(app, [*map(str, command)]).output
+
+
+def test_the_label_map_of_a_validation_names_the_networks_of_both_stages(balls, done):
+    for kept in (done[0] / "cascade").glob("fold_*/validation/*.nii.gz"):
+        fold = int(kept.parents[1].name[-1])
+        files = [folder / "best.safetensors" for folder in (kept.parents[1], stage(done[0], "lowres", fold))]
+        assert read_provenance(kept)["models"] == [file_digest(file) for file in files]
+
+
+def test_memory_for_the_windows_of_the_first_stage_is_counted(balls, done, tmp_path):
+    """They have 1000^3 voxels here, those of the second stage 8^3."""
+    run = shutil.copytree(done[0] / "model", tmp_path / "model")
+    for file in run.glob("lowres/fold_*/model.safetensors"):
+        tensors, info = load_checkpoint(file)
+        save_checkpoint(file, tensors, {**info, "plan": {**info["plan"], "patch_size": [1000] * 3}})
+    words = [
+        "predict",
+        "-m",
+        run,
+        "-i",
+        balls[0].cases[0].images[0],
+        "-o",
+        tmp_path / "out",
+        "--memory",
+        "8G",
+    ]
+    told = CliRunner().invoke(app, [*map(str, words)])
+    assert "one window of 2 classes" in str(told.exception)
 
 
 def test_other_options_go_through_the_first_stage_once(balls, done, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from kanseg.data.convert import convert
 from kanseg.data.doctor import diagnose
 from kanseg.data.facts import facts_of_label_map
 from kanseg.data.formats import list_dataset, read_dataset
-from kanseg.data.images import Image, read_image, read_label, write_label
+from kanseg.data.images import Image, read_image, read_label, read_provenance, write_label
 from kanseg.data.segmentations import read_segments, with_segments
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
@@ -256,6 +256,19 @@ def test_what_a_label_map_holds_and_how_it_came_to_be_is_told(
         assert [one["ml"] for one in facts["classes"].values()] == pytest.approx([0.009 * n for n in voxels])
     if suffix in (".nii.gz", ".nrrd", ".seg.nrrd"):
         assert [*facts["classes"]] == ["liver <left> & right", "Tumör"]
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+def test_a_long_story_of_how_it_came_to_be_leaves_a_file_that_is_read(
+    suffix: str, tmp_path: Path, scan: Image
+) -> None:
+    """As an ensemble of many predictions by many rules has; MHA cannot hold it."""
+    labels = np.arange(9 * 8 * 7).reshape(9, 8, 7) % 3
+    for length in (32_000, 40_000):
+        made = {"kanseg": "0.1.0", "models": ["a" * length]}
+        path = write_label(tmp_path / f"mask{suffix}", labels, scan, provenance=made)
+        assert np.array_equal(read_label(path), labels)
+        assert read_provenance(path) == ({} if (suffix, length) == (".mha", 40_000) else made)
 
 
 def test_other_headers_tell_of_no_provenance(tmp_path: Path, scan: Image, labels: np.ndarray) -> None:

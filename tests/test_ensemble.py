@@ -323,14 +323,14 @@ def test_progress_within_a_case_counts_every_window(plan: Plan, blobs: Path) -> 
 
 
 def test_constant_blending_weighs_windows_alike(plan: Plan) -> None:
-    from kanseg.inference.logits import predict_logits
+    from kanseg.inference.logits import whole_logits
 
     class Ramp(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.arange(16.0).view(1, 1, -1, 1, 1).expand(len(x), 3, 16, 16, 16).clone()
 
     image = torch.zeros(1, 1, 24, 16, 16)
-    line = predict_logits(Ramp(), image, plan, overlap=0.5, blending="constant")[0, 0, :, 0, 0]
+    line = whole_logits(Ramp(), image, plan, overlap=0.5, blending="constant")[0][:, 0, 0]
     wanted = [*range(8), *((i + i - 8) / 2 for i in range(8, 16)), *range(8, 16)]
     torch.testing.assert_close(line, torch.tensor(wanted))
 

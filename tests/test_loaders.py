@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -18,9 +20,10 @@ from torch import Tensor
 from kanseg.data import loaders
 from kanseg.data.formats import read_dataset
 from kanseg.data.images import read_label
-from kanseg.data.loaders import TrainLoader, val_loader
+from kanseg.data.loaders import Prepared, TrainLoader, val_loader
 from kanseg.data.plan import Plan
 from kanseg.data.planner import make_plan
+from kanseg.data.shelf import Shelf
 from kanseg.data.transforms import augmentation, preparation
 from kanseg.errors import UserError
 
@@ -140,6 +143,21 @@ def test_cases_of_one_value_give_patches_without_a_warning(plan: Plan, value: in
         crop = augmentation(plan, balanced=balanced, strength="none")
         (patch,) = crop(preparation(plan, balanced)(item))
         assert (torch.as_tensor(patch["label"]) == value).all()
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_patches_are_the_same_in_processes_that_are_not_forked(plan: Plan, blobs: Path, dim: int) -> None:
+    """As on macOS and Windows, where they get all by pickle; the files stay those of the training."""
+    dataset = read_dataset(blobs)
+    made = plan if dim == 3 else replace(make_plan(dataset, memory=2**31, dim=2), patch_size=[16, 16])
+    prepared = Prepared(made)
+    prepared.items = Shelf(limit=0)
+    samples = TrainLoader(made, dataset.cases, batch_size=1, steps=1, seed=0, prepared=prepared).samples
+    sent = pickle.dumps(samples)
+    for _ in range(2):
+        for one, other in zip(samples[3, 1].values(), pickle.loads(sent)[3, 1].values(), strict=True):
+            assert torch.equal(one, other)
+        gc.collect()
 
 
 def test_nothing_to_train_on_is_said(plan: Plan) -> None:

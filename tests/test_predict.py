@@ -22,7 +22,7 @@ from kanseg.data.plan import Plan
 from kanseg.data.transforms import load_case
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
-from kanseg.inference.logits import predict_logits
+from kanseg.inference.logits import whole_logits
 from kanseg.inference.predict import predict_case, predict_folder
 
 OBLIQUE = np.array(
@@ -72,8 +72,8 @@ def test_prediction_on_an_oblique_grid_keeps_it(plan: Plan, tmp_path: Path) -> N
 
 
 def test_an_image_smaller_than_the_patch_is_predicted(plan: Plan) -> None:
-    logits = predict_logits(Brightness(), torch.randn(1, 1, 5, 20, 3), plan)
-    assert logits.shape == (1, 3, 5, 20, 3)
+    logits = whole_logits(Brightness(), torch.randn(1, 1, 5, 20, 3), plan)
+    assert [one.shape for one in logits] == [(5, 20, 3)] * 3
 
 
 def test_mirroring_averages_over_the_plans_axes(plan: Plan) -> None:
@@ -82,8 +82,8 @@ def test_mirroring_averages_over_the_plans_axes(plan: Plan) -> None:
             return torch.arange(x.shape[2], dtype=x.dtype).view(1, 1, -1, 1, 1).expand_as(x).clone()
 
     image = torch.zeros(1, 1, 16, 16, 16)
-    assert predict_logits(Ramp(), image, plan, tta=True).std() > 1  # the plan mirrors nothing
-    mirrored = predict_logits(Ramp(), image, replace(plan, mirror_axes=[0]), tta=True)
+    assert whole_logits(Ramp(), image, plan, tta=True)[0].std() > 1  # the plan mirrors nothing
+    mirrored = whole_logits(Ramp(), image, replace(plan, mirror_axes=[0]), tta=True)[0]
     torch.testing.assert_close(mirrored, torch.full_like(mirrored, 7.5))
 
 

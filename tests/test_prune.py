@@ -242,7 +242,7 @@ def test_the_verb_writes_a_model_and_says_what_it_costs(plan: Plan, blobs: Path,
     assert found["equal_labels"] == pytest.approx((maps[0] == maps[1]).mean())
     assert list(found["dice"].values()) == pytest.approx(dice_of_values(*maps, [1, 2]))
     assert found["lowest_dice"] == min(found["dice"].values())
-    for wrong in ({"share": 0.0}, {"share": 0.5, "out": file.parent}):
+    for wrong in ({"share": 0.0}, {"share": 0.5, "out": file.parent}, {"share": 0.5, "out": file.parents[1]}):
         with pytest.raises(UsageError, match=r"Say what may go|a folder of its own"):
             prune_model(tmp_path / "run", image, **{"out": tmp_path / "other", **wrong})
 

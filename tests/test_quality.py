@@ -179,6 +179,8 @@ def test_what_is_unlike_the_training_is_told(plan: Plan, blobs: Path, tmp_path: 
     assert sum("is unlike the training: percentile" in note for note in verdict.notes) == 1
     assert any(note.startswith("near was not found, in the training cases it has") for note in verdict.notes)
     assert any("far has" in note for note in verdict.notes)
+    predicted.parts[0].plan = replace(raw, ignore_value=9)  # where images were annotated in parts
+    assert verdict.notes[:1] == judge(predicted, predicted.labels(), quality).notes
     assert verdict.rows[0]["expected_dice"] is None
     assert "expected Dice 0.30 is lower than of 95% of unseen" in verdict.doubtful
 

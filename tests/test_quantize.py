@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from test_ensemble import checkpoint
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kanseg.data.formats import read_dataset
@@ -19,6 +21,7 @@ from kanseg.errors import UsageError, UserError
 from kanseg.export.network import FORMATS, Exported, export_network
 from kanseg.inference.agreement import agreement
 from kanseg.inference.ensemble import Loaded, save_members
+from kanseg.inference.predict import predict_case
 from kanseg.study import prune, simplify
 from kanseg.study.quantize import PRODUCTS, ends
 
@@ -74,6 +77,28 @@ def test_the_file_is_small_and_gives_nearly_the_same_label_maps(
     )
     assert set(exact) == set(ends(graph.node))
     assert not list((tmp_path / "out").rglob(".part*"))
+
+
+class Steps(nn.Module):
+    """A region where an image is brighter than `whole`, and one within it where it is brighter than `part`."""
+
+    def __init__(self, whole: float, part: float) -> None:
+        super().__init__()
+        self.whole, self.part = whole, part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([-x, x - self.whole, x - self.part], 1)
+
+
+def test_regions_agree_as_wholes(plan: Plan, blobs: Path) -> None:
+    """Where the part is larger in one of them, both have the same whole."""
+    own, case = replace(plan, regions=[[0], [1, 2], [2]]), read_dataset(blobs).cases[0]
+    networks = Steps(1.0, 2.0), Steps(1.0, 3.5)
+    maps = [predict_case(network, case, own)[0] for network in networks]
+    one, other = (labels == 2 for labels in maps)
+    dice = agreement(*networks, [case], own)["dice"]
+    assert dice == pytest.approx({"near": 1, "far": 2 * (one & other).sum() / (one.sum() + other.sum())})
+    assert 0 < dice["far"] < 0.95
 
 
 def test_a_file_that_is_not_as_near_as_was_asked_is_not_kept(

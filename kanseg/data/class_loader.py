@@ -170,26 +170,26 @@ def flip(plan: ClassPlan) -> Change:
 @CHANGES.register("flips")
 def flips(plan: ClassPlan) -> Change:
     """Each axis turned round half the time: for images without a direction, as of skin."""
-
-    def change(image: Tensor) -> Tensor:
-        axes = [axis for axis in range(1, image.dim()) if torch.rand(()) < 0.5]
-        return image.flip(axes)
-
-    return change
+    return _turned_round
 
 
 @CHANGES.register("shift")
 def shift(plan: ClassPlan) -> Change:
     """Moved by up to an eighth of each axis; zeros come in."""
+    return _shifted
 
-    def change(image: Tensor) -> Tensor:
-        most = [size // SHIFT for size in image.shape[1:]]
-        moved = F.pad(image, [side for pad in reversed(most) for side in (pad, pad)])
-        for axis, pad in enumerate(most, start=1):
-            moved = moved.narrow(axis, int(torch.randint(2 * pad + 1, ())), image.shape[axis])
-        return moved
 
-    return change
+# Not within those that make them, or they could not go to processes that are not forked.
+def _turned_round(image: Tensor) -> Tensor:
+    return image.flip([axis for axis in range(1, image.dim()) if torch.rand(()) < 0.5])
+
+
+def _shifted(image: Tensor) -> Tensor:
+    most = [size // SHIFT for size in image.shape[1:]]
+    moved = F.pad(image, [side for pad in reversed(most) for side in (pad, pad)])
+    for axis, pad in enumerate(most, start=1):
+        moved = moved.narrow(axis, int(torch.randint(2 * pad + 1, ())), image.shape[axis])
+    return moved
 
 
 PICTURES: dict[str, tuple[str, Callable[[ClassPlan], Change]]] = {

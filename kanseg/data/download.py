@@ -346,6 +346,8 @@ def _unpack(source: Source, archive: Path, folder: Path) -> None:
         elif archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as file:
                 file.extractall(folder)
+        elif not hasattr(tarfile, "data_filter"):
+            raise tarfile.TarError("only Python 3.11.4 and newer do it safely; update it and call again")
         else:
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")

@@ -60,6 +60,7 @@ CONVERSION = f"kanseg convert DATA -o OUT makes a data set with label maps of on
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its remarks on odd headers go to stderr
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 COMMENT = 6  # the code of NIfTI's extension
+LONGEST_IN_MHA = 2**15 - 1  # characters of a remark; ITK writes longer ones, and then cannot read the file
 GRID_TOLERANCE = 1e-2  # mm between corresponding corners of two grids
 PARTS_APART = "Save each colour or part as a channel."
 
@@ -298,8 +299,9 @@ def _write_itk(path: Path, array: np.ndarray, like: Image, about: About) -> None
     tags = {"description": about.description, PROVENANCE: about.provenance}
     if about.names and array.ndim == 3 and suffix_of(path) in (SEG_NRRD, ".nrrd"):
         tags |= segment_tags(array, about.names)
-    for key in filter(tags.get, tags):
-        image.SetMetaData(key, tags[key])
+    for key, told in tags.items():
+        if told and (len(told) <= LONGEST_IN_MHA or suffix_of(path) != ".mha"):
+            image.SetMetaData(key, told)
     sitk.WriteImage(image, str(path), True)
 
 

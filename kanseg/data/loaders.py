@@ -7,6 +7,7 @@ interruption changes what the network sees.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shutil import disk_usage
@@ -34,6 +35,8 @@ TRAINING_SHARE = 0.8  # of the memory for prepared cases; the rest is for those 
 SHARED = Path("/dev/shm")  # through which Linux's processes hand over tensors
 PLENTY = 2**30  # bytes of it that nobody needs to count
 AHEAD, IN_USE = 2, 2  # batches: of a worker (torch's prefetch_factor), and at the training
+# How workers start: forked they share the cases, where Python 3.14 would copy these; elsewhere as the system does it.
+START = "fork" if sys.platform == "linux" else None
 
 
 class Patches(Dataset):
@@ -95,10 +98,12 @@ class EndlessLoader:
 
     def batches(self, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
         """Batches without end, from a step of an epoch on; the workers run ahead over the ends of epochs."""
+        workers = self._workers_that_fit(epoch)
         loader = DataLoader(
             self.samples,
             batch_sampler=self._places(epoch, step),  # type: ignore[arg-type]  # an iterator without end
-            num_workers=self._workers_that_fit(epoch),
+            num_workers=workers,
+            multiprocessing_context=START if workers else None,
             worker_init_fn=_one_thread,
             generator=torch.Generator(),  # or the global one would lose a number here
             pin_memory=self.pin,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from kanseg.data.cases import Case
 from kanseg.data.plan import Plan
 from kanseg.data.transforms import load_case, restored_labels
-from kanseg.evaluation.metrics import dice_of_values
-from kanseg.inference.logits import predict_logits
+from kanseg.evaluation.metrics import label_dice
+from kanseg.inference.logits import whole_logits
 
 TURNS = 3
 
@@ -24,19 +24,20 @@ def agreement(one: nn.Module, other: nn.Module, cases: Sequence[Case], plan: Pla
     """Label maps of images by both networks, on the images' own grids, before any post-processing.
 
     Returns:
-        {"cases": ids, "voxels", "equal_labels": share of all voxels, "dice": mean over the cases by class, 1 where
-        neither map has it, "lowest_dice": of any class and case}.
+        {"cases": ids, "voxels", "equal_labels": share of all voxels, "dice": mean over the cases by class (regions as
+        wholes), 1 where neither map has it, "lowest_dice": of any class and case}.
     """
     equal = voxels = 0
-    scores = []
+    scores, values = [], np.asarray(plan.label_values, np.int32)
     for case in cases:
         item, _ = load_case(case, plan, with_label=False)
         batch = item["image"].as_tensor()[None]
         ours, theirs = (
-            restored_labels(predict_logits(network, batch, plan)[0], item, plan) for network in (one, other)
+            values[restored_labels(whole_logits(network, batch, plan), item, plan)]
+            for network in (one, other)
         )
         equal, voxels = equal + int((ours == theirs).sum()), voxels + ours.size
-        scores.append(dice_of_values(ours, theirs, range(1, len(plan.label_names))))
+        scores.append(label_dice(ours, theirs, plan))
     return {
         "cases": [case.id for case in cases],
         "voxels": voxels,

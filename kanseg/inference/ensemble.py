@@ -77,7 +77,7 @@ class Loaded:
     Attributes:
         networks, plans: as `kanseg.inference.predict.predict_folder` takes them.
         files: the checkpoints, and `infos`, their JSON. `digests` of them and of `before`, the checkpoints of the first
-            stages of cascades.
+            stages of cascades, whose plans are `plans_before`.
         rules: post-processing that was stored with the first model.
         temperatures: of each network, see `kanseg.inference.calibration`; of an `Ensemble` it goes into the logits of
             the mean, so that no label changes. It was fitted on single networks, for nobody has not been seen by all
@@ -124,12 +124,14 @@ class Loaded:
             for group in alike.values()
         ]
         self.before: list[Path] = []
+        self.plans_before: list[Any] = []
         for number, (_, place) in enumerate(alike):
             if place is not None:
                 first_stage = Loaded([place], device)
                 of_first = first_stage.networks, first_stage.plans, first_stage.infos
                 self.networks[number] = Cascade(self.networks[number], place.name, *of_first).eval()
-                self.before += [*first_stage.files, *first_stage.before]
+                self.before += first_stage.files
+                self.plans_before += first_stage.plans
                 self.digests += first_stage.digests
         for rule in self.rules:
             check_rule(rule)
@@ -210,7 +212,7 @@ def predict_with(
             say(console, f"Not among them: the training on every case. For it, -m {whole}")
     if tta and not any(plan.mirror_axes for plan in loaded.plans):
         console.print("--tta changes nothing: the plan names no axes to mirror along. Plan with --mirror.")
-    window = max(map(bytes_of_window, loaded.plans)) if device == "cpu" else 0
+    window = max(map(bytes_of_window, (*loaded.plans, *loaded.plans_before))) if device == "cpu" else 0
     if memory is not None and memory <= taken() + window:
         raise UsageError(
             f"--memory {memory / 2**20:.0f}M is less than the program, the model and one window of "

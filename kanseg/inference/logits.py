@@ -149,23 +149,6 @@ class OnDisk(Logits):
 
 
 @torch.inference_mode()
-def predict_logits(
-    model: nn.Module, image: Tensor, plan: Plan, *, device: torch.device | str = "cpu", **how: Any
-) -> Tensor:
-    """Logits of a preprocessed image in one tensor, (1, C, *S) -> (1, K, *S).
-
-    Args:
-        how: overlap, blending, tta, watch; see `whole_logits`.
-    """
-    batch = as_batch(image, plan, device)
-    logits = InMemory(_shape(batch, plan), plan.slice_axis, batch.device)
-    _slide(model, batch, plan, logits, **how)
-    if plan.slice_axis is None:
-        return logits.tensor.movedim(1, 0)
-    return logits.tensor.movedim(1, plan.slice_axis + 1)[None]
-
-
-@torch.inference_mode()
 def whole_logits(
     model: nn.Module,
     image: Tensor,
@@ -188,7 +171,7 @@ def whole_logits(
         UserError: the network gives numbers that are not finite, or the disk is too small.
     """
     batch = as_batch(image, plan, device)
-    shape, window = _shape(batch, plan), bytes_of_window(plan)
+    shape, window = (len(plan.label_names), len(batch), *batch.shape[2:]), bytes_of_window(plan)
     size = FLOAT.itemsize * prod(shape)
     if batch.device.type == "cuda" and size <= FITS * torch.cuda.mem_get_info()[0]:
         logits: Logits = InMemory(shape, plan.slice_axis, batch.device)
@@ -212,10 +195,6 @@ def as_batch(image: Tensor, plan: Plan, device: torch.device | str = "cpu") -> T
     """The image as the network takes it, (N, C, *S) on its device; a volume learnt slice by slice is N slices."""
     image = torch.as_tensor(image).to(device)
     return image if plan.slice_axis is None else slices_as_channels(image[0], plan)
-
-
-def _shape(batch: Tensor, plan: Plan) -> tuple[int, ...]:
-    return (len(plan.label_names), len(batch), *batch.shape[2:])
 
 
 def _slide(

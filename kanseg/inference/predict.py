@@ -22,7 +22,7 @@ from kanseg.data.cascade import with_previous
 from kanseg.data.cases import Case
 from kanseg.data.digests import file_digest, made_from
 from kanseg.data.fingerprint import exchanged_channels, unlike_training
-from kanseg.data.images import Image, read_description, write_array, write_label
+from kanseg.data.images import Image, read_description, read_provenance, write_array, write_label
 from kanseg.data.plan import Plan
 from kanseg.data.suffixes import (
     LOSSY,
@@ -283,7 +283,7 @@ def predict_folder(
                 if table:
                     keep_quality(path.parent / QUALITY, stem_of(path), verdict.table())
                 write_prediction(
-                    path, labels, predicted.source, first, remark, provenance=provenance, images=case.images
+                    path, labels, predicted.source, first, remark, provenance=provenance, case=case
                 )
                 del predicted, chances  # their logits are not to lie beside those of the next case
             except (
@@ -395,12 +395,13 @@ def write_prediction(
     remark: str = "",
     *,
     provenance: Mapping[str, Any] | None = None,
-    images: Sequence[Path] = (),
+    case: Case | None = None,
 ) -> None:
     """Write a label map on the grid of its image in the format that the suffix of `path` names.
 
     Args:
-        provenance: of the model, for a header that keeps it, with the digests of the `images`.
+        provenance: of the model, for a header that keeps it, with the digests of the images of the `case`, and of the
+            networks that made the label map of the stage before, where it comes with one.
     """
     if suffix_of(path) in SUFFIXES_DICOM:
         write = write_structures if suffix_of(path) == RTSTRUCT else write_segmentation
@@ -408,8 +409,10 @@ def write_prediction(
         write(path, labels, source, values, names, model=plan.dataset_name, description=remark)
     else:
         classes = dict(zip(plan.label_values, plan.label_names, strict=True))
-        if provenance and images:
-            provenance = {**provenance, "images": [file_digest(image) for image in images]}
+        if provenance and case is not None:
+            before = read_provenance(case.previous).get("models", []) if case.previous else []
+            provenance = {**provenance, "models": [*provenance["models"], *before]}
+            provenance["images"] = [file_digest(image) for image in case.images]
         write_label(path, labels, source, plan.label_dtype, remark, names=classes, provenance=provenance)
 
 

@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 from kanseg.data.fingerprint import FAR
 from kanseg.data.labels import Labels, class_values, value_counts
 from kanseg.data.transforms import highest
+from kanseg.progress import in_figures
 
 if TYPE_CHECKING:
     from kanseg.inference.predict import Part, Prediction
@@ -225,9 +226,11 @@ def judge(predicted: Prediction, labels: np.ndarray, quality: Mapping[str, Any])
             row |= {"expected_dice": dice, "low": low, "high": high}
         rows.append(row)
         least, most = known.get("volume_ml", (0, math.inf))
+        if plan.ignore_value is not None:  # the training was annotated in parts: volumes there are no sizes
+            continue
         if size * FAR < least or size > FAR * most:
-            ends = " to ".join(f"{end * factor:.3g}" for end in (least, most))
-            found = f"has {size * factor:.3g} {unit}" if size else "was not found"
+            ends = " to ".join(in_figures(end * factor) for end in (least, most))
+            found = f"has {in_figures(size * factor)} {unit}" if size else "was not found"
             notes.append(f"{name} {found}, in the training cases it has {ends}")
     return Verdict(rows, notes, _doubt(rows, quality["doubtful"]))
 

@@ -48,7 +48,7 @@ def prune_model(
         raise UserError(f"{model} has networks of {len(loaded.plans)} plans. Prune each by itself.")
     if loaded.before:
         raise UserError(f"{model} is a cascade of two networks. Prune a model of one stage.")
-    if out.is_file() or out.resolve() in {file.parent.resolve() for file in loaded.files}:
+    if out.is_file() or any(out.resolve() in file.resolve().parents for file in loaded.files):
         raise UsageError(f"-o {out} is to be a folder of its own for the pruned model.")
     plan, network = loaded.plan, loaded.networks[0]
     cases = find_images(images, channels=len(plan.channel_names), names=plan.channel_names)

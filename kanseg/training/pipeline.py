@@ -445,7 +445,7 @@ def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Ca
     made = by_networks(plan, [file_digest(folder / BEST) for folder in folders], **how)
     for case in progress(missing, "Predicting"):
         labels, source = predict_case(networks, case, plans, **how)
-        write_prediction(paths[case.id], labels, source, plan, provenance=made, images=case.images)
+        write_prediction(paths[case.id], labels, source, plan, provenance=made, case=case)
     return True
 
 

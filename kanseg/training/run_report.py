@@ -37,6 +37,7 @@ from kanseg.evaluation.report import (
 from kanseg.files import SURROGATES, read_json, write_text
 from kanseg.inference.calibration import CALIBRATION
 from kanseg.inference.postprocess import apply_postprocessing
+from kanseg.progress import in_figures
 from kanseg.training.cross_validation import RESULT, TABLE
 from kanseg.training.manifest import MANIFEST
 from kanseg.training.monitor import LOG, read_log
@@ -444,10 +445,7 @@ class _Report(Told):
         rows = []
         for name, (said, true) in list(volumes.items())[:CLASSES]:
             numbers = (true.mean(), said.mean(), (said - true).mean(), *limits_of_agreement(said - true))
-            mean, other, difference, low, high = (
-                np.format_float_positional(number, 3, unique=False, fractional=False, trim="-")
-                for number in numbers
-            )
+            mean, other, difference, low, high = map(in_figures, numbers)
             rows.append([name, mean, other, difference, f"{low} to {high}"])
         heading = [
             "class",

@@ -65,7 +65,7 @@ def validate_case(
     labels, reference = predicted.labels(), read_label(label_path(case), plan.image_dims)
     observe(predicted, labels, reference, case.id, folder.parent / CASES)
     path, made = kept_prediction(folder, case, plan), by_networks(plan, [digest], **how)
-    write_prediction(path, labels, predicted.source, plan, provenance=made, images=case.images)
+    write_prediction(path, labels, predicted.source, plan, provenance=made, case=case)
     return label_dice(labels, reference, plan)
 
 
