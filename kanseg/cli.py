@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from inspect import getdoc
@@ -19,7 +18,7 @@ import typer
 from kanseg import __version__
 from kanseg.cgroups import limit_threads
 from kanseg.errors import UsageError, UserError, counted
-from kanseg.progress import say
+from kanseg.progress import processes, say
 from kanseg.training.stop import INTERRUPTED, TERMINATED, orderly_end
 from kanseg.verbs import data, results, training
 from kanseg.verbs.common import (
@@ -613,7 +612,7 @@ def main() -> None:
     except SystemExit as done:
         if done.code in (INTERRUPTED, TERMINATED):
             _stopped(int(done.code))
-        if not done.code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not done.code and processes() > 1:
             from kanseg.training.parallel import leave
 
             leave()

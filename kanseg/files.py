@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +29,7 @@ STALE, LONG_STALE = 60, 2 * 86400
 PART = ".part"
 # Seconds between two signs of life of a lock's owner, and after how many without one it counts as dead.
 SIGN, SILENCE = 15, 120
+TEMPORARY, HELD = "kanseg-", ".held"  # how temporary folders are called, and the file that is locked in them
 MOST_OF_A_NAME = 100  # bytes, for a file system takes 255
 SURROGATES = "surrogateescape"  # how Python keeps bytes of a name that are no UTF-8
 T = TypeVar("T")
@@ -156,6 +160,30 @@ def in_turn(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def temporary_folder(place: str) -> tempfile.TemporaryDirectory[str]:
+    """A new folder in `place` that is gone with this object, or where a kill is its end, when the next one is made.
+
+    A living process is known by its lock on a file in its folder; on Windows, and where there are no locks, folders of
+    killed ones stay.
+    """
+    made = tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place)
+    if sys.platform == "win32":
+        return made
+    import fcntl
+
+    for held in Path(place).glob(f"{TEMPORARY}*/{HELD}"):
+        with suppress(OSError), held.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(held.parent, ignore_errors=True)
+    unheld = Path(made.name) / f"{HELD}{PART}"
+    handle = os.open(unheld, os.O_CREAT | os.O_WRONLY)
+    weakref.finalize(made, os.close, handle)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        unheld.rename(Path(made.name) / HELD)
+    return made
 
 
 @contextmanager

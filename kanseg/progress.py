@@ -79,6 +79,11 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def processes() -> int:
+    """How many processes train together, as torchrun and accelerate launch tell them."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def is_main() -> bool:
     """Whether this is the first process of all, as a launcher numbers them: the one that talks and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return processes() == 1 or int(os.environ.get("RANK") or 0) == 0
