@@ -280,7 +280,7 @@ def _falls_silent(lock: Path, content: str) -> bool:
     How old a sign is, the clock of the file system says: those of two machines differ.
     """
     note(f"{lock.parent} is in use. Without a sign of life from there for {SILENCE} s this process goes on.")
-    began, signs = time.monotonic(), set()
+    began, signs = time.monotonic(), set[float]()
     while len(signs) < 2:
         probe = part_of(lock)
         try:
