@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from inspect import getdoc
@@ -603,6 +604,11 @@ def main() -> None:
     # MONAI imports it; where the home is read-only it takes a temporary folder, and would say so.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     limit_threads()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if (
+            getattr(sys, name) is None
+        ):  # closed by who started it, and its number is not to be that of a file of data
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # names of files may be no text of the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
