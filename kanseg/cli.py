@@ -5,9 +5,11 @@ The verbs of the main path stand here; those around it in `kanseg.verbs`, by the
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from inspect import getdoc
@@ -616,6 +618,8 @@ def main() -> None:
         with orderly_end():
             app()
     except SystemExit as done:
+        # All is done, and a Ctrl-C while libraries end would be their traceback.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
         if done.code in (INTERRUPTED, TERMINATED):
             _stopped(int(done.code))
         if not done.code and processes() > 1:
