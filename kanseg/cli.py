@@ -5,9 +5,11 @@ The verbs of the main path stand here; those around it in `kanseg.verbs`, by the
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from inspect import getdoc
@@ -19,7 +21,7 @@ import typer
 from kanseg import __version__
 from kanseg.cgroups import limit_threads
 from kanseg.errors import UsageError, UserError, counted
-from kanseg.progress import say
+from kanseg.progress import processes, say
 from kanseg.training.stop import INTERRUPTED, TERMINATED, orderly_end
 from kanseg.verbs import data, results, training
 from kanseg.verbs.common import (
@@ -604,6 +606,11 @@ def main() -> None:
     # MONAI imports it; where the home is read-only it takes a temporary folder, and would say so.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     limit_threads()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if (
+            getattr(sys, name) is None
+        ):  # closed by who started it, and its number is not to be that of a file of data
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # names of files may be no text of the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -611,9 +618,11 @@ def main() -> None:
         with orderly_end():
             app()
     except SystemExit as done:
+        # All is done, and a Ctrl-C while libraries end would be their traceback.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
         if done.code in (INTERRUPTED, TERMINATED):
             _stopped(int(done.code))
-        if not done.code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not done.code and processes() > 1:
             from kanseg.training.parallel import leave
 
             leave()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
+import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,14 +22,18 @@ from typing import Any, TypeVar
 import psutil
 
 from kanseg.errors import UserError
+from kanseg.progress import note
 
 # Seconds after which a temporary file of a dead, or an unknown, writer is nobody's.
 STALE, LONG_STALE = 60, 2 * 86400
 PART = ".part"
+# Seconds between two signs of life of a lock's owner, and after how many without one it counts as dead.
+SIGN, SILENCE = 15, 120
+TEMPORARY, HELD = "kanseg-", ".held"  # how temporary folders are called, and the file that is locked in them
 MOST_OF_A_NAME = 100  # bytes, for a file system takes 255
 SURROGATES = "surrogateescape"  # how Python keeps bytes of a name that are no UTF-8
 T = TypeVar("T")
-_swept: set[Path] = set()
+_swept: dict[Path, float] = {}  # when each folder was
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -65,10 +75,11 @@ def part_of(path: Path, suffix: str = "") -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove, once a folder, what dead writers of this machine left there, and what others left days ago."""
-    if folder in _swept:
+    """Remove what dead writers of this machine left in a folder, and what others left days ago; not at every call."""
+    now = time.monotonic()
+    if now - _swept.get(folder, -math.inf) < STALE:
         return
-    _swept.add(folder)
+    _swept[folder] = now
     for part in folder.glob(f".*{PART}*"):
         with suppress(OSError, ValueError):
             host, pid, _ = part.name.rpartition(PART)[0].rsplit("-", 2)
@@ -151,28 +162,68 @@ def in_turn(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def temporary_folder(place: str) -> tempfile.TemporaryDirectory[str]:
+    """A new folder in `place` that is gone with this object, or where a kill is its end, when the next one is made.
+
+    A living process is known by its lock on a file in its folder; on Windows, and where there are no locks, folders of
+    killed ones stay.
+    """
+    made = tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place)
+    if sys.platform == "win32":
+        return made
+    import fcntl
+
+    for held in Path(place).glob(f"{TEMPORARY}*/{HELD}"):
+        with suppress(OSError), held.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(held.parent, ignore_errors=True)
+    unheld = Path(made.name) / f"{HELD}{PART}"
+    handle = os.open(unheld, os.O_CREAT | os.O_WRONLY)
+    weakref.finalize(made, os.close, handle)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        unheld.rename(Path(made.name) / HELD)
+    return made
+
+
 @contextmanager
 def locked(folder: Path, wanted: bool = True) -> Iterator[None]:
     """Hold `folder/.lock` while the body runs, if `wanted`; a lock whose process is dead is taken over.
 
+    Of a process on another machine or in another container, as a batch system or Kubernetes starts a job again, it is
+    waited for that it gives no sign of life any more.
+
     Raises:
-        UserError: a living process, or one on another machine, holds the lock.
+        UserError: a living process holds the lock.
     """
     if not wanted:
         yield
         return
-    lock = folder / ".lock"
+    lock, over = folder / ".lock", threading.Event()
     mine = _take(lock)
+    threading.Thread(target=_live, args=(lock, mine, over), daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         _drop(lock, mine)
+
+
+def _live(lock: Path, mine: str, over: threading.Event) -> None:
+    """Give signs of life until it is over; end this process where another took it for dead, as a suspended one is."""
+    while not over.wait(SIGN):
+        with suppress(OSError):
+            if lock.read_text() == mine:
+                os.utime(lock)
+            elif not over.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
 
 def _take(lock: Path) -> str:
     """Take the lock; returns what stands in it now."""
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-    content = json.dumps({**mine, "token": uuid.uuid4().hex})
+    content = json.dumps({**mine, "within": _namespace(), "token": uuid.uuid4().hex})
     for _ in range(3):
         try:
             with lock.open("x") as file:
@@ -211,7 +262,9 @@ def _refuse_if_alive(lock: Path) -> str:
         pid, host, started = owner["pid"], owner["host"], owner["started"]
     except (OSError, ValueError, KeyError, TypeError):
         return content  # cut short by a kill
-    elsewhere = host != socket.gethostname()
+    elsewhere = host != socket.gethostname() or owner.get("within", _namespace()) != _namespace()
+    if elsewhere and "within" in owner and _falls_silent(lock, content):  # earlier versions give no signs
+        return content
     if elsewhere or (psutil.pid_exists(pid) and started == _started(pid)):
         where = f" on {host}" if elsewhere else ""
         raise UserError(
@@ -219,6 +272,39 @@ def _refuse_if_alive(lock: Path) -> str:
             f"run folder, or delete {lock} if that process is gone."
         )
     return content
+
+
+def _falls_silent(lock: Path, content: str) -> bool:
+    """Whether the owner of a lock with this content gives no sign of life for so long that it is dead.
+
+    How old a sign is, the clock of the file system says: those of two machines differ.
+    """
+    note(f"{lock.parent} is in use. Without a sign of life from there for {SILENCE} s this process goes on.")
+    began, signs = time.monotonic(), set[float]()
+    while len(signs) < 2:
+        probe = part_of(lock)
+        try:
+            # Both are opened, or a network's file system may tell times of long ago.
+            with probe.open("x") as new, lock.open() as file:
+                now, signed = (os.fstat(one.fileno()).st_mtime for one in (new, file))
+                if file.read() != content:
+                    return False
+        except FileNotFoundError:  # its owner has come to its end
+            return True
+        finally:
+            probe.unlink(missing_ok=True)
+        if max(now - signed, time.monotonic() - began) > SILENCE:
+            return True
+        signs.add(signed)
+        time.sleep(SIGN / 3)
+    return False
+
+
+def _namespace() -> str:
+    """Of the numbers of processes, "" where there is none: that of each container is its own."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _started(pid: int) -> str:

@@ -90,6 +90,11 @@ def in_figures(number: float) -> str:
     return np.format_float_positional(number, 3, unique=False, fractional=False, trim="-")
 
 
+def processes() -> int:
+    """How many processes train together, as torchrun and accelerate launch tell them."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def is_main() -> bool:
     """Whether this is the first process of all, as a launcher numbers them: the one that talks and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return processes() == 1 or int(os.environ.get("RANK") or 0) == 0

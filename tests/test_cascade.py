@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kanseg.cli import app
 from kanseg.config import load_config
-from kanseg.data import loaders, transforms
+from kanseg.data import loaders, planner, transforms
 from kanseg.data.cascade import PREVIOUS, SMALL, DamagedLabels, network_input, with_previous
 from kanseg.data.digests import file_digest
 from kanseg.data.formats import read_dataset
@@ -397,6 +397,21 @@ def test_the_first_stage_sees_a_quarter_of_an_image_and_the_finest_axes_are_coar
     assert "learnt in 3D" in str(slices.exception)
     (run / "lowres/fold_0").mkdir()
     assert "holds a training by the plan it has" in str(planned(run, "20M").exception)
+
+
+def test_a_cascade_whose_planning_was_killed_is_not_planned(balls, tmp_path, monkeypatch):
+    save = Plan.save
+
+    def killed(plan, path):
+        save(plan, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Plan, "save", killed)
+    monkeypatch.setattr(planner, "first_stage", lambda plan, *seen, **how: plan)
+    monkeypatch.setattr(planner, "make_plan", lambda *data, **how: replace(balls[1], previous_stage="lowres"))
+    with pytest.raises(KeyboardInterrupt):
+        planner.plan_run(balls[0], tmp_path, cascade=True)
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_what_a_cascade_cannot_do_is_refused_before_anything_is_trained(balls, done, tmp_path):

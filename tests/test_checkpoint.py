@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from kanseg.training.checkpoint import (
     unpack,
 )
 from kanseg.training.optimizers import OPTIMIZERS
+from kanseg.training.stop import sigterm_by
 
 TENSORS = {"model.weight": torch.arange(6.0).reshape(2, 3), "rng.torch": torch.get_rng_state()}
 INFO = {"model": {"name": "ukanet"}, "labels": {"background": 0, "Länge": 1}}
@@ -342,7 +345,34 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
         pass
 
 
+def test_the_lock_of_another_machine_is_taken_over_when_that_gives_no_sign_of_life(tmp_path, monkeypatch):
+    """As when a batch system starts a job on another machine, or a container again after a kill."""
+    monkeypatch.setattr(files, "SIGN", 0.1)
+    monkeypatch.setattr(files, "SILENCE", 1.0)
+    here = files.socket.gethostname()
+    monkeypatch.setattr(files.socket, "gethostname", lambda: "another")
+    with locked(tmp_path):
+        kept = (tmp_path / ".lock").read_text()
+        monkeypatch.setattr(files.socket, "gethostname", lambda: here)
+        time.sleep(1.5)  # longer than a dead one is waited for
+        with pytest.raises(UserError, match="on another"), locked(tmp_path):
+            pass
+    (tmp_path / ".lock").write_text(kept)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() != kept
+
+
+def test_a_process_that_lost_its_lock_while_it_was_suspended_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SIGN", 0.05)
+    ended = threading.Event()
+    with sigterm_by(lambda *_: ended.set()), locked(tmp_path):
+        (tmp_path / ".lock").write_text("of another")
+        assert ended.wait(5)
+    assert (tmp_path / ".lock").read_text() == "of another"
+
+
 def test_the_lock_of_another_machine_is_respected(tmp_path):
+    """An earlier version gives no signs of life."""
     (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "another", "started": "1"}))
     with pytest.raises(UserError, match="on another"), locked(tmp_path):
         pass

@@ -565,6 +565,13 @@ def test_a_missing_image_is_told_before_anything_of_the_models(run: Path, tmp_pa
     assert "ensemble" not in told.stderr
 
 
+def test_a_verb_runs_where_all_its_streams_are_closed(blobs: Path, tmp_path: Path) -> None:
+    """As under some schedulers; a file that got the number of one would be written into by libraries."""
+    command = [sys.executable, "-m", "kanseg.cli", "convert", str(blobs), "-o", str(tmp_path / "out")]
+    subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *command], check=True)
+    assert len(list((tmp_path / "out/labelsTr").iterdir())) == 6
+
+
 @pytest.mark.parametrize(
     ("number", "code", "by"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
 )

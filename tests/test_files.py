@@ -27,6 +27,7 @@ from kanseg.files import (
     locked,
     part_of,
     read_json,
+    temporary_folder,
     write_bytes,
     write_json,
 )
@@ -107,6 +108,32 @@ def test_what_a_killed_prediction_left_is_removed_by_the_next(tmp_path: Path, su
     files._swept.clear()  # as in another process
     write_label(tmp_path / f"b{suffix}", np.zeros([4] * dims, np.int32), like)
     assert [path.name for path in tmp_path.iterdir()] == [f"b{suffix}"]
+
+
+def hold_a_folder(place: Path, held: multiprocessing.Queue) -> None:
+    folder = temporary_folder(str(place))
+    Path(folder.name, "prepared.npy").write_bytes(b"large")
+    held.put(folder.name)
+    time.sleep(60)
+
+
+def test_temporary_folders_of_killed_processes_are_removed_by_the_next(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held = context.Queue()
+    both = [context.Process(target=hold_a_folder, args=(tmp_path, held), daemon=True) for _ in range(2)]
+    for process in both:
+        process.start()
+    names = {held.get() for _ in both}
+    assert set(map(str, tmp_path.iterdir())) == names
+    both[0].kill()
+    both[0].join()
+    own = temporary_folder(str(tmp_path))
+    left = {str(folder) for folder in tmp_path.iterdir()} - {own.name}
+    assert len(left) == 1
+    assert left < names
+    both[1].kill()
+    own.cleanup()
+    assert set(map(str, tmp_path.iterdir())) == left
 
 
 READERS = {  # of files that hands may have written or changed, by the name of the file

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from kanseg import files
 from kanseg.config import load_config
+from kanseg.data.loaders import Prepared
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import bootstrap_interval, dice_of_values
@@ -234,6 +235,24 @@ def test_sigterm_saves_within_the_epoch_and_exits_with_143(balls, tmp_path, proc
     assert process.exitcode == 143
     assert 0 < load_checkpoint(last)[1]["state"]["step"] < 50
     assert not (last.parent / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "left"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_while_data_are_read_is_heeded_at_once(balls, tmp_path, monkeypatch, number, left):
+    """Many cases take long to read, and a second Ctrl-C should not be needed; there is nothing to save."""
+    went_on = []
+
+    def interrupted(*cases):
+        os.kill(os.getpid(), number)
+        went_on.append(True)
+
+    monkeypatch.setattr(Prepared, "places", interrupted)
+    with pytest.raises(left):
+        train(balls, tmp_path / "run")
+    assert not went_on
+    assert not (tmp_path / "run/fold_0/.lock").exists()
 
 
 def launch_and_wait(*arguments):

@@ -52,15 +52,18 @@ def test_a_patch_depends_on_seed_epoch_and_place_alone(plan: Plan, blobs: Path) 
     assert not any(torch.equal(a, b) for a, b in zip(first, batches(1, 1, 0), strict=True))
 
 
-@pytest.mark.parametrize(("batches", "workers"), [(3, 0), (4, 1), (8, 3)])
+@pytest.mark.parametrize(("batches", "workers"), [(3, 0), (4, 1), (8, 3), (None, 0)])
 def test_processes_are_as_many_as_the_shared_memory_of_a_container_takes(
-    plan: Plan, blobs: Path, batches: int, workers: int, monkeypatch: pytest.MonkeyPatch, capsys
+    plan: Plan, blobs: Path, batches: int | None, workers: int, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Docker gives 64 MB, where four channels of 128^3 voxels take 67; the patches stay the same."""
+    """Docker gives 64 MB, where four channels of 128^3 voxels take 67, some give none; the patches stay the same."""
     loader = TrainLoader(plan, read_dataset(blobs).cases, batch_size=2, steps=3, seed=0, workers=3)
     first = batch_of(loader)
     size = sum(value.nbytes for value in first.values())
-    monkeypatch.setattr(loaders, "disk_usage", lambda path: SimpleNamespace(free=batches * size))
+    if batches is None:
+        monkeypatch.setattr(loaders, "SHARED", blobs / "none")
+    else:
+        monkeypatch.setattr(loaders, "disk_usage", lambda path: SimpleNamespace(free=batches * size))
     made: list[int] = []
     made_by = loaders.DataLoader
 

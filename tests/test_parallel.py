@@ -17,8 +17,11 @@ import pytest
 import torch
 
 import kanseg
+from kanseg.errors import UsageError
+from kanseg.progress import note
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.monitor import read_log
+from kanseg.training.parallel import once
 
 OPTIONS = [
     "training.max_epochs=2",
@@ -132,6 +135,20 @@ def test_processes_whose_launcher_is_killed_save_and_end(blobs, tmp_path):
 
 
 @pytest.mark.slow
+def test_variables_of_other_launchers_make_no_further_processes(fit_balls, monkeypatch, capsys):
+    """As in a step of Slurm's, or a shell within another training."""
+    for name in ("LOCAL_RANK", "RANK", "PMI_RANK"):
+        monkeypatch.setenv(name, "3")
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    fit_balls("training.max_epochs=1")
+    note("told")
+    assert "told" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="WORLD_SIZE=4 .* unset WORLD_SIZE"):
+        once(lambda: None)
+
+
 def test_two_processes_train_a_classifier_as_one_does(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")

@@ -37,6 +37,7 @@ from kanseg.inference.postprocess import apply_postprocessing
 from kanseg.segmenter import Segmenter
 from kanseg.training import pipeline
 from kanseg.training.checkpoint import load_checkpoint
+from kanseg.training.cross_validation import finished
 from kanseg.training.pipeline import _examined, run_pipeline
 from kanseg.training.run_folder import require_plan
 from kanseg.training.run_report import write_report
@@ -264,6 +265,40 @@ def test_killed_anywhere_it_ends_with_the_same_scores(balls, done, tmp_path, pro
     assert found["dice"] == done[1]["dice"]
     for path in sorted((done[0] / "3d").glob("fold_*/validation/*.nii.gz")):
         assert np.array_equal(read_label(path), read_label(folder / path.relative_to(done[0])))
+
+
+def test_what_a_fold_was_before_it_was_trained_anew_is_no_result(balls, done, tmp_path):
+    """A kill may come between the last fold and the result of all."""
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    splits = json.loads((folder / "3d/splits.json").read_text())
+    before = finished(folder / "3d", splits)
+    assert before == json.loads((folder / "3d/cross_validation.json").read_text())
+    summary = folder / "3d/fold_1/summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"minutes": 1.5}))
+    assert finished(folder / "3d", splits) is None
+
+
+def test_a_kill_while_a_finished_run_is_called_again_leaves_a_whole_model_or_none(
+    balls, done, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    networks = len(Loaded([folder]).files)
+    remove = shutil.rmtree
+
+    def killed(path, **how):
+        if any(Path(path).glob("fold_*")):
+            remove(next(Path(path).glob("fold_*")))
+            raise KeyboardInterrupt
+        remove(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(balls, folder)
+    monkeypatch.undo()
+    assert len(Loaded([folder / "model"]).files) == networks
+    run(balls, folder)
+    assert len(Loaded([folder]).files) == networks
+    assert not list(folder.glob(".model*"))
 
 
 def test_a_second_one_in_the_folder_is_refused(balls, done):

@@ -142,6 +142,18 @@ def test_a_finished_case_is_known_again_whatever_the_data_set_is_called(
         assert f"case_0 {said}" in told.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_finished_case_lacks_none_of_its_maps(plan: Plan, blobs: Path, tmp_path: Path) -> None:
+    """A call with --again that is killed has removed them before it makes new ones."""
+    cases = find_images(blobs / "imagesTr")[:1]
+    how: dict[str, Any] = {"settings": {}, "probabilities": True, "console": Console(quiet=True)}
+    assert not predict_folder(Brightness(), plan, cases, tmp_path, **how)
+    made = sorted(tmp_path.iterdir())
+    gone = next(path for path in made if "_prob_" in path.name)
+    gone.unlink()
+    assert not predict_folder(Brightness(), plan, cases, tmp_path, **how)
+    assert sorted(tmp_path.iterdir()) == made
+
+
 def test_names_are_told_as_they_are(plan: Plan, blobs: Path, tmp_path: Path) -> None:
     """A name may look like what makes text bold or ends it."""
     told = Console(file=io.StringIO(), width=200)

@@ -7,6 +7,7 @@ interruption changes what the network sees.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ class EndlessLoader:
 
     def _workers_that_fit(self, epoch: int) -> int:
         """As many as wanted, or as can hand over their batches in what a container has of shared memory."""
-        free = disk_usage(SHARED).free if self.workers and SHARED.exists() else PLENTY
+        free = _shared_memory() if self.workers else PLENTY
         if free >= PLENTY:
             return self.workers
         batch = self.batch_size * sum(torch.as_tensor(x).nbytes for x in self.samples[epoch, 0].values())
@@ -220,6 +221,13 @@ def _share(plan: Plan, share: float) -> int | None:
     """Bytes of memory for prepared cases; a plan without a figure sets no limit."""
     memory = for_data(plan.memory_bytes)
     return int(share * CACHE_SHARE * memory) if memory else None
+
+
+def _shared_memory() -> int:
+    """Bytes through which processes can hand over tensors; other systems than Linux have no such folder."""
+    if not sys.platform.startswith("linux"):
+        return PLENTY
+    return disk_usage(SHARED).free if os.access(SHARED, os.W_OK) else 0
 
 
 def _one_thread(worker: int) -> None:

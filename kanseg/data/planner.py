@@ -64,11 +64,12 @@ def plan_run(
     check_wishes(dataset, cascade=cascade, **how)
     seen = seen or fingerprint(dataset)
     plan = make_plan(dataset, seen=seen, cascade=cascade, **how)
-    plans = {run: plan}
+    plans = {}
     if cascade:
         assert plan.previous_stage is not None
         asked = {key: how[key] for key in ("measure", "seconds") if key in how}
         plans[run / plan.previous_stage] = first_stage(plan, seen, **asked)
+    plans[run] = plan  # the last: where it stands, all is planned
     for folder, one in plans.items():
         save_fingerprint(seen, make_folder(folder))
         one.save(folder / "plan.json")

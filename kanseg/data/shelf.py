@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kanseg.files import temporary_folder
 from kanseg.memory import spill_folder
 
 Arrays = dict[str, Any]  # name -> tensor, array, or list of arrays
@@ -38,7 +39,7 @@ class Shelf(Sequence[Arrays]):
             self._entries.append(plain)
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="kanseg-", dir=spill_folder())
+            self._folder = temporary_folder(spill_folder())
         folder = Path(self._folder.name) / str(len(self._entries))
         folder.mkdir()
         for name, array in _flat(plain):

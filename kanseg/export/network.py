@@ -186,6 +186,7 @@ def export_network(
         about = {**describe(plan, to, kind, further), "postprocessing": loaded.rules}
         about["temperature"] = loaded.temperatures[0]
         about["parity"] = found
+        path.unlink(missing_ok=True)  # or a kill would leave it beside the description of another
         kind.beside(out, loaded)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
         part.replace(path)

@@ -153,24 +153,27 @@ def predict_classes(
 
     missing = [case for case in cases if case.id not in rows]
     size, kept_at = plans[0].batch_size, time.monotonic()
-    for start in progress(range(0, len(missing), size), "Predicting"):
-        batch = missing[start : start + size]
-        try:
-            rows |= _probabilities(members, batch, device)
-        except UserError:  # one of them cannot be read; the others can
-            for case in batch:
-                try:
-                    rows |= _probabilities(members, [case], device)
-                except UserError as error:
-                    failed[case.id] = str(error)
-        if rows and time.monotonic() - kept_at > PAUSE:
+    try:
+        for start in progress(range(0, len(missing), size), "Predicting"):
+            batch = missing[start : start + size]
+            try:
+                rows |= _probabilities(members, batch, device)
+            except UserError:  # one of them cannot be read; the others can
+                for case in batch:
+                    try:
+                        rows |= _probabilities(members, [case], device)
+                    except UserError as error:
+                        failed[case.id] = str(error)
+            if rows and time.monotonic() - kept_at > PAUSE:
+                keep()
+                kept_at = time.monotonic()
+    finally:  # what was done before a stop is done
+        if rows:
             keep()
-            kept_at = time.monotonic()
     if not rows:
         raise UserError(
             f"No image of {images} could be predicted: {next(iter(failed.values()), 'there is none')}"
         )
-    keep()
     say(console, f"{len(rows)} images -> {path}")
     return {"predicted": len(rows), "failed": failed, "out": str(path)}
 

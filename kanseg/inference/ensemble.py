@@ -161,7 +161,9 @@ def save_members(
         network = network.network
     networks = network.members if isinstance(network, Ensemble) else [network]
     make_folder(folder)
-    for number, (member, info) in enumerate(zip(networks, infos, strict=True), start=1):
+    if len(networks) > 1:  # the first is written last: after a kill there is no model, and not half of one
+        (folder / EXPORTED).unlink(missing_ok=True)
+    for number, (member, info) in reversed([*enumerate(zip(networks, infos, strict=True), start=1)]):
         kept = {key: value for key, value in info.items() if key not in ("rng", "state")}
         if bases := given_bases(member):
             kept["model"] = {**info["model"], "bases": bases}

@@ -255,9 +255,11 @@ def predict_folder(
             progress.update(within, description=escape(case.id), completed=0, total=None)
             try:
                 remark = _remark(description, settings, case)
-                complete = (not table or stem_of(path) in known) and (
-                    not uncertainty or uncertainty_path(path).is_file()
-                )
+                beside = [uncertainty_path(path)] if uncertainty else []
+                if probabilities:
+                    names = first.label_names
+                    beside += [probability_path(path, names, number) for number in range(len(names))]
+                complete = (not table or stem_of(path) in known) and all(map(Path.is_file, beside))
                 if settings is not None and not again and complete and read_description(path) == remark:
                     say(console, f"{case.id} is there already")
                     progress.advance(task)

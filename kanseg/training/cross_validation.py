@@ -119,7 +119,7 @@ def for_folds(config: Config) -> Config:
 
 
 def finished(run: Path, splits: Splits) -> dict[str, Any] | None:
-    """The result of a cross-validation whose folds are all trained; None where one is missing or failed.
+    """The result of a cross-validation whose folds are all trained; None where one is missing, failed or newer.
 
     Raises:
         UserError: best weights of a fold are damaged.
@@ -128,8 +128,10 @@ def finished(run: Path, splits: Splits) -> dict[str, Any] | None:
     done = read_json(run / RESULT) if all((fold / SUMMARY).exists() for fold in folds) else None
     if done is None or done["failed"]:
         return None
-    for fold in folds:
+    for number, fold in enumerate(folds):
         check_weights(fold)
+        if done["folds"].get(str(number)) != read_json(fold / SUMMARY):
+            return None  # it was trained anew, and a kill came before the result
     return done
 
 

@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from kanseg.config import TrainingConfig
 from kanseg.errors import UsageError
+from kanseg.training.parallel import launched
 
 
 def make_accelerator(options: TrainingConfig) -> Accelerator:
     """The GPU where there is one, else the CPU; mixed precision (bf16, else fp16) on CUDA only."""
+    launched()
     cuda = options.device == "auto" and torch.cuda.is_available()
     if options.precision in ("bf16", "fp16") and not cuda:
         raise UsageError(f"training.precision={options.precision} needs a CUDA device; leave it at auto.")

@@ -22,6 +22,7 @@ from kanseg.cgroups import cores_allowed
 from kanseg.data.cases import Case, files_of
 from kanseg.data.digests import file_digest
 from kanseg.files import read_json, write_json
+from kanseg.progress import processes
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "monai", "accelerate", "numpy", "nibabel", "SimpleITK", "albumentations", "safetensors")
@@ -66,7 +67,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": processes(),
     }
     return {"versions": versions, "git": git_revision(), "hardware": hardware}
 

@@ -15,14 +15,36 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kanseg.errors import UsageError, UserError
+from kanseg.progress import processes
+from kanseg.training.stop import LAUNCHED
 
 T = TypeVar("T")
+# Variables by which accelerate would wait for processes that no launcher of kanseg's started, as in a step of Slurm's.
+OTHER_LAUNCHERS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 PATIENCE = timedelta(hours=12)  # of processes that wait for what one does alone
+
+
+def launched() -> int:
+    """How many processes torchrun or accelerate launch started; what is left of other launchers is forgotten.
+
+    Raises:
+        UsageError: the environment tells of several, and not where they meet.
+    """
+    count = processes()
+    if count > 1 and not os.environ.get("MASTER_ADDR"):
+        raise UsageError(
+            f"WORLD_SIZE={count} in the environment says that {count} processes train together, and no MASTER_ADDR "
+            "says where they meet. Start them by torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK."
+        )
+    if count == 1 and LAUNCHED not in os.environ:
+        for name in OTHER_LAUNCHERS:
+            os.environ.pop(name, None)
+    return count
 
 
 def once(step: Callable[[], T]) -> T:
     """Result of a step that the main process alone takes, on every process; so is its `UserError`."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if launched() == 1:
         return step()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     told: list[Any] = [None, None]

@@ -26,6 +26,7 @@ from kanseg.data.doctor import diagnose
 from kanseg.data.fingerprint import fingerprint
 from kanseg.data.formats import list_dataset, read_dataset
 from kanseg.data.image_classes import is_classes
+from kanseg.data.images import read_provenance
 from kanseg.data.plan import Plan, check_size
 from kanseg.data.planner import check_wishes, plan_run
 from kanseg.data.suffixes import suffix_of
@@ -413,7 +414,7 @@ def _ensemble(job: Pipeline, names: Sequence[str], splits: Splits) -> dict[str, 
     cases = {case.id: case for case in job.dataset.cases}
     plan = Plan.load(job.run / names[0] / PLAN)
     predictions: dict[str, Path] = {}
-    new = False
+    digests: list[str] = []
     for fold, entry in enumerate(splits):
         folders = [job.run / name / f"fold_{fold}" for name in names]
         if all((path / SUMMARY).exists() for path in folders):
@@ -422,31 +423,34 @@ def _ensemble(job: Pipeline, names: Sequence[str], splits: Splits) -> dict[str, 
                 if (member := Plan.load(job.run / name / PLAN)).previous_stage:
                     own = seen_before(own, member, job.run / name, splits, fold)
             predictions |= {case.id: kept_prediction(kept, case, plan) for case in own}
-            new |= _predict_together(job, folders, own, kept)
+            digests += _predict_together(job, folders, own, kept)
     done = read_json(folder / RESULT)
-    if done is not None and not new and done["cases"] == len(predictions):
+    if done is not None and done.get("models") == digests:
         return done
-    return conclude(folder, plan, job.dataset, predictions, splits, [job.run / name for name in names])
+    runs = [job.run / name for name in names]
+    return conclude(folder, plan, job.dataset, predictions, splits, runs, models=digests)
 
 
-def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Case], kept: Path) -> bool:
-    """Label maps of the networks of several folders together, where they are not newer than those; whether any was."""
-    trained = max((folder / BEST).stat().st_mtime for folder in folders)
+def _predict_together(job: Pipeline, folders: Sequence[Path], cases: Sequence[Case], kept: Path) -> list[str]:
+    """Label maps of the networks of several folders together, where they are not there; digests of the networks."""
+    digests = [file_digest(folder / BEST) for folder in folders]
     plan = Plan.load(folders[0].parent / PLAN)
     paths = {case.id: kept_prediction(kept, case, plan) for case in cases}
-    missing = [case for case in cases if not _newer(paths[case.id], trained)]
+    made_by = {case.id: read_provenance(paths[case.id]).get("models", []) for case in cases}
+    # Networks of a stage before are named behind them.
+    missing = [case for case in cases if made_by[case.id][: len(digests)] != digests]
     if not missing:
-        return False
+        return digests
     cuda = job.config.training.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     loaded = [load_model(folder, device)[:2] for folder in folders]
     networks, plans = [network for network, _ in loaded], [plan for _, plan in loaded]
     how = inference_options(job.config.inference, plan, device)
-    made = by_networks(plan, [file_digest(folder / BEST) for folder in folders], **how)
+    made = by_networks(plan, digests, **how)
     for case in progress(missing, "Predicting"):
         labels, source = predict_case(networks, case, plans, **how)
         write_prediction(paths[case.id], labels, source, plan, provenance=made, case=case)
-    return True
+    return digests
 
 
 def _newer(path: Path, time: float) -> bool:
@@ -483,8 +487,9 @@ def _build(job: Pipeline, choice: str, folds: Sequence[Path]) -> Path:
 
     Of a cascade also all folds of its first stage, whose label map of an image that none of them saw is their mean's.
     """
-    model, part = job.run / MODEL, job.run / f".{MODEL}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    model, part, old = job.run / MODEL, job.run / f".{MODEL}.part", job.run / f".{MODEL}.old"
+    for left in (part, old):  # by an earlier call that was killed
+        shutil.rmtree(left, ignore_errors=True)
     files = {part / f"fold_{number}" / EXPORTED: fold / BEST for number, fold in enumerate(folds)}
     for run in dict.fromkeys(fold.parent for fold in folds):
         for first in stages(run)[1:]:
@@ -500,8 +505,10 @@ def _build(job: Pipeline, choice: str, folds: Sequence[Path]) -> Path:
         _copy_calibration(fold.parent, part / f"fold_{number}")
     save_rules(part, load_rules(job.run) or [])
     _copy_calibration(job.run / choice, part)
-    shutil.rmtree(model, ignore_errors=True)
+    if model.exists():  # it goes aside whole: one that lacks some networks would predict all the same
+        model.rename(old)
     part.rename(model)
+    shutil.rmtree(old, ignore_errors=True)
     return model
 
 

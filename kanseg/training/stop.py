@@ -67,6 +67,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         orphaned()
+        self._at_once = 0  # the process that such signals end, 0 for none
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -87,6 +88,17 @@ class StopRequest:
         if orphaned():
             self.signal = signal.SIGTERM
 
+    @contextmanager
+    def heeded_at_once(self) -> Iterator[None]:
+        """Within it a signal is not only noted, for there is nothing to save: data are read, which may take long."""
+        if self:
+            self.leave()
+        self._at_once = os.getpid()  # not those that prepare patches
+        try:
+            yield
+        finally:
+            self._at_once = 0
+
     def leave(self) -> NoReturn:
         """Exit as the signal would have done: 143 for SIGTERM, `KeyboardInterrupt` for Ctrl-C."""
         if self.signal == signal.SIGINT:
@@ -96,6 +108,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
+        if self._at_once == os.getpid():
+            self.leave()
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():

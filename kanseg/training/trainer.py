@@ -91,7 +91,8 @@ class Trainer:
             return
         state, rank = self.state, self.accelerator.process_index
         step = state.step * self.options.accumulate
-        batches = self.task.batches(state.epoch, step, rank, self.accelerator.num_processes)
+        with self.stop.heeded_at_once():
+            batches = self.task.batches(state.epoch, step, rank, self.accelerator.num_processes)
         self._start = time.monotonic() - state.seconds
         if self.rng is not None:
             checkpoint.restore_rng(*self.rng)
