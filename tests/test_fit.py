@@ -53,6 +53,9 @@ def train(balls, run, *overrides, **options):
     return fit(config, plan, dataset, run, console=Console(quiet=True), **options)
 
 
+STEPPED = "stepped"  # beside a run whose training has come to its steps
+
+
 def train_in_process(dataset, plan, run, overrides, seconds_a_step, kill_at=-1):
     """Body of a process to kill; a step is slowed down so that signals meet every place.
 
@@ -66,6 +69,7 @@ def train_in_process(dataset, plan, run, overrides, seconds_a_step, kill_at=-1):
         time.sleep(seconds_a_step)
         if self.state.updates == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        (Path(run).parent / STEPPED).touch()
         return step(self, batch)
 
     Trainer._train_step = slow_step
@@ -228,7 +232,7 @@ def test_sigterm_saves_within_the_epoch_and_exits_with_143(balls, tmp_path, proc
         target=train_in_process, args=(*balls, tmp_path / "run", overrides, 0.05), daemon=True
     )
     process.start()
-    wait_for(lambda: (last.parent / ".lock").exists() and (last.parent / "log.jsonl").exists())
+    wait_for((tmp_path / STEPPED).exists)
     time.sleep(1)
     process.terminate()
     process.join()
@@ -268,7 +272,7 @@ def test_a_training_whose_launcher_is_killed_saves_and_ends(balls, tmp_path, pro
     overrides = [*SHORT, "training.max_epochs=1000", "training.steps_per_epoch=50"]
     launcher = processes.Process(target=launch_and_wait, args=(*balls, tmp_path / "run", overrides, 0.02))
     launcher.start()
-    wait_for(lambda: (last.parent / "log.jsonl").exists())
+    wait_for((tmp_path / STEPPED).exists)
     (worker,) = psutil.Process(launcher.pid).children()
     time.sleep(0.5)
     launcher.kill()
