@@ -144,7 +144,7 @@ def test_a_training_on_all_cases_keeps_its_last_weights(balls, tmp_path):
         train(balls, tmp_path / "run", "training.max_epochs=1", fold=3)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_interrupted_training_ends_with_the_same_bits(balls, tmp_path, monkeypatch, workers):
     options = ("training.max_epochs=3", f"data.workers={workers}", "model.options.dropout=0.3")
     train(balls, tmp_path / "straight", *options)
@@ -174,7 +174,13 @@ def test_an_interrupted_training_ends_with_the_same_bits(balls, tmp_path, monkey
         assert [record[key] for record in logs[0]] == [record[key] for record in logs[1]]
 
 
-@pytest.mark.parametrize("minutes", [1e-9, 10], ids=["a checkpoint a step", "a checkpoint an epoch"])
+@pytest.mark.parametrize(
+    "minutes",
+    [
+        pytest.param(1e-9, id="a checkpoint a step"),
+        pytest.param(10, id="a checkpoint an epoch", marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_killed_at_several_steps_repeats_the_uninterrupted_loss_curve(
     balls, tmp_path, processes, minutes
 ):

@@ -426,7 +426,16 @@ def test_dropout_is_the_same_when_it_is_made_again(backend: str, family: str, pl
         torch.testing.assert_close(again / scale, kept / scale, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["kagn", "kan", "fastkan", "wavkan", "bottleneck_kagn"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "kagn",
+        pytest.param("kan", marks=pytest.mark.slow),
+        "fastkan",
+        pytest.param("wavkan", marks=pytest.mark.slow),
+        pytest.param("bottleneck_kagn", marks=pytest.mark.slow),
+    ],
+)
 def test_inference_needs_little_memory(benchmark: ModuleType, family: str) -> None:
     """16 channels x 128^3 in a fresh process: less than 170 MB above input and output; the expansion has 0.6 GB."""
     if sys.platform != "linux":
