@@ -607,9 +607,8 @@ def main() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     limit_threads()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if (
-            getattr(sys, name) is None
-        ):  # closed by who started it, and its number is not to be that of a file of data
+        # One that was closed by who started this is not to leave its number to a file of data.
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # names of files may be no text of the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):

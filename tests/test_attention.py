@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_layers import saved_bytes
+from benchmark_of_layers import saved_bytes
 from torch.nn import functional as F
 
 from kanseg.errors import UsageError

@@ -10,6 +10,7 @@ from importlib import import_module
 import literature
 import pytest
 import torch
+from benchmark_of_layers import saved_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -152,39 +153,10 @@ def test_degree_zero_works() -> None:
     assert conv.basis_weight.grad.abs().sum() > 0
 
 
-def saved_bytes(layer: nn.Module, x: Tensor) -> float:
-    """Memory kept for the backward pass, each piece once and without the layer's weights, in units of the input's."""
-    kept: dict[int, int] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = layer(x)
-    del held
-    return sum(kept.values()) / (x.numel() * x.element_size())
-
-
 def test_a_gram_layer_keeps_its_input_and_its_output() -> None:
     x = torch.randn(1, 16, 48, 48, 48, requires_grad=True)
     assert saved_bytes(conv_layer("kagn")(3, 16, 16), x) < 2.01
     assert saved_bytes(KANConv(3, 16, 16), x) < 1.01
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("size", [(3000,), (56, 56), (28, 28, 28)], ids=["1d", "2d", "3d"])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"plain"}))
-def test_no_family_keeps_more_than_its_input_and_its_output(
-    family: str, norm: str, size: tuple[int, ...], dropout: float
-) -> None:
-    x = torch.randn(1, 8, *size, requires_grad=True)
-    options = {"input_norm" if "input_norm" in FAMILIES[family] else "norm": norm, "dropout": dropout}
-    assert saved_bytes(conv_layer(family)(len(size), 8, 8, **options), x) < 2.05
 
 
 def test_no_activation_outlives_the_call() -> None:

@@ -7,7 +7,7 @@ import copy
 import literature
 import pytest
 import torch
-from test_layers import saved_bytes
+from benchmark_of_layers import saved_bytes
 from torch.nn import functional as F
 from torch.nn.utils import prune
 

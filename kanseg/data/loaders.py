@@ -225,7 +225,7 @@ def _share(plan: Plan, share: float) -> int | None:
 
 def _shared_memory() -> int:
     """Bytes through which processes can hand over tensors; other systems than Linux have no such folder."""
-    if not sys.platform.startswith("linux"):
+    if sys.platform != "linux":
         return PLENTY
     return disk_usage(SHARED).free if os.access(SHARED, os.W_OK) else 0
 
