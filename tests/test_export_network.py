@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, verify_net_in_out
 from test_ensemble import checkpoint
 
 from kanseg import create_model
@@ -154,7 +154,7 @@ SCHEMES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme["scheme"])
 def test_a_bundle_run_by_monai_writes_what_kanseg_predicts(
-    scheme: dict[str, Any], plan: Plan, blobs: Path, tmp_path: Path
+    scheme: dict[str, Any], plan: Plan, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spacing = [1.3 * s for s in plan.spacing]
     changes: dict[str, Any] = {"label_values": [0, 7, 300], "label_dtype": "uint16", "spacing": spacing}
@@ -175,6 +175,8 @@ def test_a_bundle_run_by_monai_writes_what_kanseg_predicts(
     assert (np.asarray(found.dataobj) == labels).mean() > 0.999
     assert len(np.unique(labels)) > 1
     np.testing.assert_allclose(found.affine, nib.load(case.images[0]).affine, atol=1e-5)
+    monkeypatch.chdir(out)
+    verify_net_in_out("network", meta_file="configs/metadata.json", config_file="configs/inference.json")
     about = json.loads((out / "configs" / "metadata.json").read_text())
     assert about["network_data_format"]["outputs"]["pred"]["channel_def"]["1"] == plan.label_names[1]
 

@@ -94,7 +94,7 @@ def inference(plan: Plan) -> dict[str, Any]:
         "output_dir": "$@bundle_root + '/eval'",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "datalist": "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii*')))",
-        "network_def": f"${program}.module()",
+        "network_def": f"$torch.export.unflatten({program})",  # unlike `.module()` it has eval() and train()
         "network": "@network_def",
         "preprocessing": {"_target_": "Compose", "transforms": _before(plan)},
         "dataset": {
