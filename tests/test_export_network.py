@@ -152,13 +152,16 @@ SCHEMES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme["scheme"])
+OF_BUNDLES = [{"normalization": [scheme]} for scheme in SCHEMES] + [{"regions": [[0], [1, 2], [2]]}]
+
+
+@pytest.mark.parametrize("of_plan", OF_BUNDLES, ids=[*(s["scheme"] for s in SCHEMES), "regions"])
 def test_a_bundle_run_by_monai_writes_what_kanseg_predicts(
-    scheme: dict[str, Any], plan: Plan, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of_plan: dict[str, Any], plan: Plan, blobs: Path, tmp_path: Path
 ) -> None:
     spacing = [1.3 * s for s in plan.spacing]
     changes: dict[str, Any] = {"label_values": [0, 7, 300], "label_dtype": "uint16", "spacing": spacing}
-    checkpoint(plan, tmp_path / "fold_0", 0, normalization=[scheme], **changes)
+    checkpoint(plan, tmp_path / "fold_0", 0, **changes, **of_plan)
     out = tmp_path / "bundle"
     export_network([tmp_path / "fold_0"], out, "monai")
     parser = ConfigParser()
@@ -175,13 +178,13 @@ def test_a_bundle_run_by_monai_writes_what_kanseg_predicts(
     assert (np.asarray(found.dataobj) == labels).mean() > 0.999
     assert len(np.unique(labels)) > 1
     np.testing.assert_allclose(found.affine, nib.load(case.images[0]).affine, atol=1e-5)
-    monkeypatch.chdir(out)
-    verify_net_in_out("network", meta_file="configs/metadata.json", config_file="configs/inference.json")
     about = json.loads((out / "configs" / "metadata.json").read_text())
     assert about["network_data_format"]["outputs"]["pred"]["channel_def"]["1"] == plan.label_names[1]
 
 
-def test_a_bundle_says_how_it_is_run_and_is_a_model_to_start_from(plan: Plan, tmp_path: Path) -> None:
+def test_a_bundle_says_how_it_is_run_and_is_a_model_to_start_from(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint(plan, tmp_path / "fold_0", 0)
     rules = [{"labels": [1], "largest": True}]
     save_rules(tmp_path / "fold_0", rules)
@@ -203,6 +206,8 @@ def test_a_bundle_says_how_it_is_run_and_is_a_model_to_start_from(plan: Plan, tm
     assert Loaded([tmp_path / "bundle"]).rules == rules
     with pytest.raises(UserError, match=r"model\.pt2 is an exported program.*Start from the run"):
         read_start(tmp_path / "bundle" / FORMATS["monai"].file)
+    monkeypatch.chdir(tmp_path / "bundle")
+    verify_net_in_out("network", meta_file="configs/metadata.json", config_file="configs/inference.json")
 
 
 @pytest.mark.parametrize("size", [(40, 61), (20, 45), (32, 32)])
@@ -248,7 +253,10 @@ def test_the_steps_of_model_json_give_the_mask_of_a_picture(size: tuple[int, int
 
 
 def test_a_bundle_for_what_it_cannot_express_is_refused(plan: Plan, tmp_path: Path) -> None:
-    checkpoint(plan, tmp_path / "fold_0", 0, regions=[[0], [1, 2], [2]])
-    with pytest.raises(UserError, match="is not made for regions that overlap. Export --to onnx or torch"):
+    differently = [{"scheme": "minmax"}, {"scheme": "zscore"}]
+    checkpoint(plan, tmp_path / "fold_0", 0, normalization=differently, channel_names=["t1", "t2"])
+    with pytest.raises(
+        UserError, match="for channels that are normalised differently. Export --to onnx or torch"
+    ):
         export_network([tmp_path / "fold_0"], tmp_path / "out", "monai")
     assert not (tmp_path / "out").exists()

@@ -25,6 +25,8 @@ from kanseg.training.checkpoint import BUNDLE_MODELS, EXPORTED
 
 NETWORK = f"{BUNDLE_MODELS}/model.pt2"
 CONFIG, METADATA, README = "configs/inference.json", "configs/metadata.json", "docs/README.md"
+# The number of the last region whose logit is positive: regions are painted over each other in their order.
+LAST_REGION = "$lambda x: ((x > 0) * torch.arange(len(x)).reshape(-1, 1, 1, 1)).amax(0, keepdim=True)"
 RUN = f"python -m monai.bundle run --config_file {CONFIG} --bundle_root . --dataset_dir FOLDER"
 
 
@@ -36,7 +38,6 @@ def check_bundle(plan: AnyPlan) -> None:
     reasons = {
         "pictures": plan.image_dims == 2,
         "volumes that are learnt slice by slice": plan.slice_axis is not None,
-        "regions that overlap": bool(plan.regions),
         "channels that are normalised differently": not alike,
     }
     if unfit := [name for name, true in reasons.items() if true]:
@@ -88,7 +89,9 @@ def inference(plan: Plan) -> dict[str, Any]:
     )
     window = "{**item, 'pred': @inferer(item['image'][None].to(@device), @network)[0].cpu()}"
     return {
-        "imports": ["$import glob", "$import os", "$import numpy as np", "$import torch.export.passes"],
+        "imports": [
+            f"$import {name}" for name in ("glob", "os", "numpy as np", "torch", "torch.export.passes")
+        ],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/eval'",
@@ -152,7 +155,9 @@ def _after(plan: Plan) -> list[dict[str, Any]]:
             "orig_keys": "image",
             "nearest_interp": False,
         },
-        {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+        {"_target_": "Lambdad", "keys": "pred", "func": LAST_REGION}
+        if plan.regions
+        else {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
     ]
     if list(plan.label_values) != numbers:
         values = {"orig_labels": numbers, "target_labels": list(plan.label_values)}
