@@ -6,7 +6,8 @@ import inspect
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,17 @@ if TYPE_CHECKING:
     from kanseg.data.cases import Case
     from kanseg.data.images import Image
     from kanseg.data.plan import Plan
+    from kanseg.inference.predict import Prediction
 
 
-PREDICT = ("overlap", "blending", "tta", "memory", "device", "watch")  # options that go on to `predict_case`
+PREDICT = (
+    "overlap",
+    "blending",
+    "tta",
+    "memory",
+    "device",
+    "watch",
+)  # options that go on to `kanseg.inference.predict.predict`
 
 
 class Segmenter:
@@ -67,6 +76,7 @@ class Segmenter:
         self._infos: list[dict[str, Any]] = []  # of each network
         self._digests: list[str] = []  # of their files
         self._others: list[tuple[nn.Module, Plan]] = []  # networks of other plans that predict along
+        self._temperatures: list[float] = []  # of the probabilities, one a plan
 
     def __repr__(self) -> str:
         told: dict[str, Any] = {"spatial_dims": self.spatial_dims}
@@ -155,23 +165,54 @@ class Segmenter:
                 `kanseg.inference.logits.whole_logits`.
         """
         from kanseg.inference.postprocess import apply_postprocessing
-        from kanseg.inference.predict import predict_case, write_prediction
+        from kanseg.inference.predict import write_prediction
 
         _refuse_unknown("Segmenter.predict", options, ("out", "spacing", "postprocess", *PREDICT))
+        with self._predicted(image, spacing, options) as (predicted, case):
+            labels, source = predicted.labels(), predicted.source
+            if postprocess and self.rules:
+                labels = apply_postprocessing(labels, self.rules, source.spacing)
+            if out is not None:
+                _, plan = self._trained()
+                file = case if isinstance(image, Path | str) else None
+                made = self.provenance(postprocess=postprocess, **options)
+                write_prediction(Path(out), labels, source, plan, provenance=made, case=file)
+        return labels
+
+    def probabilities(
+        self,
+        image: Path | str | np.ndarray | Image,
+        *,
+        spacing: Sequence[float] | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Probability of each class, (K, *S) float32 on the image's own grid, as `predict --probabilities` writes.
+
+        The classes are those of `plan.label_names`. Regions that overlap stand each for itself, and the first map is
+        what none of them has. A temperature that a cross-validation fitted counts; post-processing does not.
+
+        Args:
+            image, spacing, options: as in `predict`.
+        """
+        _refuse_unknown("Segmenter.probabilities", options, ("spacing", *PREDICT))
+        classes = len(self._trained()[1].label_names)
+        with self._predicted(image, spacing, options) as (predicted, _):
+            return np.stack([predicted.probability(number) for number in range(classes)])
+
+    @contextmanager
+    def _predicted(
+        self, image: Path | str | np.ndarray | Image, spacing: Sequence[float] | None, options: dict[str, Any]
+    ) -> Iterator[tuple[Prediction, Case]]:
+        """One image predicted, and its case, whose files may be gone later; `options` are completed."""
+        from kanseg.inference.predict import predict
+
         network, plan = self._trained()
         networks, plans = zip((network, plan), *self._others, strict=True)
         options.setdefault("device", next(network.parameters()).device)
         options["memory"] = size_in_bytes(options.get("memory"))
         with tempfile.TemporaryDirectory() as folder:
             case = _as_case(image, plan, Path(folder), spacing)
-            labels, source = predict_case(networks, case, plans, **options)
-            if postprocess and self.rules:
-                labels = apply_postprocessing(labels, self.rules, source.spacing)
-            if out is not None:
-                file = case if isinstance(image, Path | str) else None
-                made = self.provenance(postprocess=postprocess, **options)
-                write_prediction(Path(out), labels, source, plan, provenance=made, case=file)
-        return labels
+            yield predict(networks, case, plans, temperatures=self._temperatures, **options), case
 
     def provenance(self, *, postprocess: bool = True, **options: Any) -> dict[str, Any]:
         """How label maps of `predict` with these options come to be, as their headers tell it."""
@@ -219,6 +260,7 @@ class Segmenter:
         self.source = path
         (self.network, self.plan), *self._others = zip(loaded.networks, loaded.plans, strict=True)
         self.rules, self._infos, self._digests = loaded.rules, loaded.infos, loaded.digests
+        self._temperatures = loaded.temperatures
         spec = loaded.infos[0]["model"]
         self.model, self.spatial_dims, self.options = spec["name"], spec["spatial_dims"], spec["options"]
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from kanseg.cli import app
 from kanseg.data.sizing import Need
 from kanseg.errors import UsageError, UserError
 from kanseg.files import make_folder
+from kanseg.inference.calibration import CALIBRATION
 from kanseg.segmenter import _as_pairs
 from kanseg.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -72,6 +74,32 @@ def test_a_prediction_lies_on_the_grid_of_its_image_in_the_values_of_the_labels(
     assert np.allclose(written.affine, nib.load(path).affine)
     assert np.array_equal(np.asarray(written.dataobj), labels)
     assert set(np.unique(labels)) <= {0, 3}
+
+
+def test_probabilities_are_those_of_the_command_line_with_their_temperature(trained, volumes, tmp_path):
+    shutil.copytree(trained[1] / "fold_0", tmp_path / "run" / "fold_0")
+    (tmp_path / "run" / CALIBRATION).write_text('{"temperature": 2.0}')
+    image = str(volumes / "images" / "case3.nii.gz")
+    found = Segmenter.load(tmp_path / "run").probabilities(image)
+    args = [
+        "predict",
+        "-m",
+        str(tmp_path / "run"),
+        "-i",
+        image,
+        "-o",
+        str(tmp_path / "out.nii.gz"),
+        "--probabilities",
+    ]
+    assert CliRunner().invoke(app, args).exit_code == 0
+    maps = [nib.load(file).get_fdata() for file in sorted(tmp_path.glob("out_prob_*.nii.gz"))]
+    assert (found.dtype, len(maps)) == (np.float32, 2)
+    np.testing.assert_array_equal(found, maps)
+    np.testing.assert_allclose(found.sum(0), 1, atol=1e-5)
+    sharp = trained[0].probabilities(image)
+    clear = abs(sharp[1] - 0.5) > 0.1
+    assert (abs(found[1] - 0.5) < abs(sharp[1] - 0.5))[clear].all()
+    assert clear.any()
 
 
 def test_save_and_load_keep_the_prediction(trained, volumes, tmp_path):
