@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines" / "benchmarks"))
 
 from accuracy import KAN, RECIPES, TWIN, Bench, Recipe, pooled_iou
 
+from kanseg.training.monitor import LOG
+
 SMALL = {"patch_size": [16] * 3, "batch_size": 1, "features_per_stage": [4, 8], "strides": [[1] * 3, [2] * 3]}
 ROWS = {"ukanet": KAN, "plain twin": TWIN, "plain, as many parameters": {**TWIN, "match": "ukanet"}}
 
@@ -60,6 +62,24 @@ def test_every_case_is_scored_once_unseen_and_a_finished_fold_is_not_trained_aga
     assert difference[0]["difference"] == pytest.approx(
         table[0]["dice"][difference[0]["class"]] - table[1]["dice"][difference[0]["class"]], abs=1e-4
     )
+
+
+def test_a_fold_that_was_stopped_goes_on_and_its_clock_too(bench: Any) -> None:
+    bench.train("ukanet", 0, None, 2)
+    kept, fold = bench.kept("ukanet", 0) / "summary.json", bench.out / "ukanet" / "fold_0"
+    whole = json.loads(kept.read_text())
+    kept.unlink()
+    manifest = json.loads((fold / "manifest.json").read_text())
+    for session in manifest["sessions"]:
+        del session["peak_memory_mb"]  # it is written at the end, which a kill prevents
+    (fold / "manifest.json").write_text(json.dumps(manifest))
+    record = json.loads((fold / LOG).read_text().splitlines()[-1])
+    (fold / LOG).write_text(json.dumps({**record, "total_seconds": 1000.0}) + "\n")
+    bench.train("ukanet", 0, None, 2)
+    again = json.loads(kept.read_text())
+    assert again["cases"] == whole["cases"]
+    assert again["processor_seconds"] >= 1000
+    assert again["peak_memory_mb"] == record["peak_memory_mb"]
 
 
 def test_the_budget_is_time_of_one_thread(bench: Any) -> None:

@@ -314,6 +314,7 @@ class Bench:
         """Train one fold of a row and keep its result."""
         from kanseg.data.fingerprint import save_fingerprint
         from kanseg.training.fit import fit
+        from kanseg.training.monitor import LOG, read_log
 
         steps = steps or self.steps_of_finished(row)
         steps = steps or max(1, round(60 * (minutes or self.recipe.minutes) / self.step_seconds()[row]))
@@ -328,7 +329,8 @@ class Bench:
         self.plan.save(run / "plan.json")
         save_fingerprint(self.seen, run)
         print(f"{row}, fold {fold}: {steps} steps", flush=True)
-        begun = time.process_time()
+        stopped = read_log(run / f"fold_{fold}" / LOG)  # an earlier try, whose clock goes on
+        begun = time.process_time() - (stopped[-1]["total_seconds"] if stopped else 0)
         summary = fit(config, self.plan, self.dataset, run, fold=fold, resume=True)
         self.keep(self.kept(row, fold), run / f"fold_{fold}", summary, steps=steps, begun=begun)
 
@@ -371,13 +373,14 @@ class Bench:
 
     def keep(self, kept: Path, folder: Path, summary: dict[str, Any], *, steps: int, begun: float) -> None:
         """Write what the table needs of a finished fold, and its curve."""
-        manifest = json.loads((folder / "manifest.json").read_text())
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        from kanseg.training.monitor import LOG, read_log
+
+        log = read_log(folder / LOG)
         facts = {
             **machine(),
             "steps": steps,
             "processor_seconds": round(time.process_time() - begun),
-            "peak_memory_mb": max(session["peak_memory_mb"] for session in manifest["sessions"]),
+            "peak_memory_mb": max(record["peak_memory_mb"] for record in log),
             "overrides": self.overrides,
             "loss": [round(record["loss"], 4) for record in log],
         }
