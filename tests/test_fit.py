@@ -530,6 +530,8 @@ def test_hundreds_of_classes_leave_lines_short_and_room_for_the_curves(tmp_path:
     lines = io.StringIO()
     with Monitor(tmp_path, load_config(), console=Console(file=lines)) as monitor:
         monitor.epoch({**record, "total_seconds": 1.0}, 0.5)
+        monitor.picture(every=60)
+        assert not (tmp_path / "progress.png").exists()
         monitor.picture()
     assert "Dice 0.500 (lowest of 199: label 1 0.005, label 2 0.010, label 3 0.015)" in lines.getvalue()
     assert read_log(tmp_path / "log.jsonl")[0]["dice"] == scores

@@ -11,12 +11,12 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kanseg.compat.focal import FocalLoss, FocalTverskyLoss
 from kanseg.compat.links import Conversion, Link, same_names
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.bottleneck import NoiseInjection
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.spatial_norm import SpatialNorm
-from kanseg.training.focal import FocalLoss, FocalTverskyLoss
 
 State = Mapping[str, Tensor]
 SPATIAL_NORM = {"norm": "norm_layer", "scale": "conv_y", "shift": "conv_b"}
