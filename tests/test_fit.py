@@ -37,14 +37,7 @@ from kanseg.training.stop import LAUNCHED
 from kanseg.training.validate import affordable_cases, spread
 
 SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(balls, run, *overrides, **options):

@@ -478,7 +478,7 @@ def shown_scores(scores: Mapping[str, Any], digits: int = 4) -> dict[str, str]:
     return found
 
 
-def shown_classes(scores: Mapping[str, Any], digits: int = 3) -> tuple[list[str], list[list[str]]]:
+def shown_classes(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of a table of the classes."""
     columns = [
         key
@@ -489,7 +489,7 @@ def shown_classes(scores: Mapping[str, Any], digits: int = 3) -> tuple[list[str]
         [
             name,
             str(row["images"]),
-            *("-" if row[key] is None else f"{row[key]:.{digits}f}" for key in columns),
+            *("-" if row[key] is None else f"{row[key]:.3f}" for key in columns),
         ]
         for name, row in scores["classes"].items()
     ]

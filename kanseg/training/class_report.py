@@ -30,7 +30,7 @@ from kanseg.evaluation.report import short
 from kanseg.files import read_json
 from kanseg.training.cross_validation import RESULT, pool_classes
 from kanseg.training.run_folder import SUMMARY
-from kanseg.training.run_report import CLASSES, PICTURES, Told
+from kanseg.training.told import CLASSES, PICTURES, Told
 
 MISTAKES, CONFUSED = 12, 10  # pictures, and rows of a table
 WORDS = {
