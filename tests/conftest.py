@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,3 +173,14 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kanseg.training.fit", "kanseg.config", "hydra", "matplotlib.figure"])
     return context
+
+
+@pytest.fixture(scope="session")
+def apart(processes):
+    """What a function of a module gives in such a process: apart(function, *arguments)."""
+
+    def result(function, *arguments):
+        with ProcessPoolExecutor(1, mp_context=processes) as process:
+            return process.submit(function, *arguments).result()
+
+    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -27,7 +28,7 @@ from kanseg.data.loaders import Prepared
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import bootstrap_interval, dice_of_values
-from kanseg.training.checkpoint import load_checkpoint, load_model
+from kanseg.training.checkpoint import load_checkpoint, load_model, read_info
 from kanseg.training.fit import Trainer, fit
 from kanseg.training.monitor import Monitor, draw_progress, read_log
 from kanseg.training.optimizers import lr_factor, update_average
@@ -55,6 +56,7 @@ def train_in_process(dataset, plan, run, overrides, seconds_a_step, kill_at=-1):
     Args:
         kill_at: step, of all epochs, in which the process kills itself.
     """
+    gc.freeze()  # what was imported: collections, of which there are many, take a second here otherwise
     torch.set_num_threads(1)
     step = Trainer._train_step
 
@@ -205,7 +207,7 @@ def test_sigkill_at_any_moment_leaves_a_checkpoint_to_go_on_from(balls, tmp_path
     chance, updates = random.Random(0), [0]
 
     def steps_done():
-        return load_checkpoint(last)[1]["state"]["updates"] if last.exists() else 0
+        return read_info(last)["state"]["updates"] if last.exists() else 0
 
     for _ in range(5):
         arguments = (*balls, tmp_path / "run", overrides, 0.0)

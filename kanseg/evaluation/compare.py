@@ -19,13 +19,8 @@ from scipy.stats import wilcoxon
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.image_classes import read_classes
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.classification import (
-    answers,
-    evaluate_classes,
-    find_table,
-    is_predictions,
-    read_scored,
-)
+from kanseg.evaluation.class_tables import find_table, is_predictions
+from kanseg.evaluation.classification import answers, evaluate_classes, read_scored
 from kanseg.evaluation.folders import evaluate_folders
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, bootstrap_interval
 from kanseg.evaluation.report import LONGEST, Whole, short, told_apart

@@ -15,9 +15,9 @@ from kanseg.data.image_classes import ImageClasses
 from kanseg.data.images import in_ras, read_image
 from kanseg.errors import UserError
 from kanseg.evaluation.class_pictures import draw_confusion, draw_images, draw_roc, roc
+from kanseg.evaluation.class_tables import THRESHOLD
 from kanseg.evaluation.classification import (
     SCORES,
-    THRESHOLD,
     TOP,
     Scored,
     answers,

@@ -103,7 +103,7 @@ def ensemble(
     if images is None:
         if tta:
             raise UsageError("--tta needs models and images; give -i.")
-        from kanseg.evaluation.classification import find_tables
+        from kanseg.evaluation.class_tables import find_tables
         from kanseg.inference.classify import combine_tables
         from kanseg.inference.ensemble import combine_folders
         from kanseg.training.checkpoint import holds_model
