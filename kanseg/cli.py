@@ -376,7 +376,7 @@ def evaluate(
     Example: kanseg evaluate predictions.csv pictures/ -o scores/
     """
     from kanseg.data.cases import few
-    from kanseg.evaluation.classification import find_tables
+    from kanseg.evaluation.class_tables import find_tables
     from kanseg.evaluation.folders import evaluate_folders, label_options
     from kanseg.evaluation.lesions import lesion_lines
     from kanseg.evaluation.report import score_table

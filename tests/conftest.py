@@ -6,6 +6,8 @@ import gc
 import json
 import multiprocessing
 import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +60,15 @@ def shared_data() -> Path:
 def seed() -> None:
     """Every test starts from the same random numbers."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As trainings whose bits are compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -162,3 +173,14 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kanseg.training.fit", "kanseg.config", "hydra", "matplotlib.figure"])
     return context
+
+
+@pytest.fixture(scope="session")
+def apart(processes):
+    """What a function of a module gives in such a process: apart(function, *arguments)."""
+
+    def result(function, *arguments):
+        with ProcessPoolExecutor(1, mp_context=processes) as process:
+            return process.submit(function, *arguments).result()
+
+    return result

@@ -19,11 +19,11 @@ from kanseg.data.class_plan import plan_classes
 from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.errors import UserError
 from kanseg.evaluation.class_pictures import Roc, draw_confusion, draw_roc, roc
+from kanseg.evaluation.class_tables import read_predictions
 from kanseg.evaluation.classification import (
     _weighted_auc,
     class_rows,
     confusion,
-    read_predictions,
     read_scored,
     score_intervals,
 )

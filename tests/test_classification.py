@@ -27,13 +27,8 @@ from kanseg.data.image_classes import read_classes
 from kanseg.data.plan import Plan
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.classification import (
-    class_scores,
-    evaluate_classes,
-    label_scores,
-    read_predictions,
-    write_predictions,
-)
+from kanseg.evaluation.class_tables import read_predictions, write_predictions
+from kanseg.evaluation.classification import class_scores, evaluate_classes, label_scores
 from kanseg.export.network import FORMATS, export_network
 from kanseg.inference.classify import is_classifier, predict_classes
 from kanseg.inference.ensemble import Loaded

@@ -13,6 +13,7 @@ from test_cli import kanseg, refused
 from test_compat_models import made_up
 
 QUICK = [
+    "--no-trial",
     "training.max_epochs=1",
     "training.steps_per_epoch=1",
     "training.final_validation=false",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -27,7 +28,7 @@ from kanseg.data.loaders import Prepared
 from kanseg.data.plan import Plan
 from kanseg.errors import UsageError, UserError
 from kanseg.evaluation.metrics import bootstrap_interval, dice_of_values
-from kanseg.training.checkpoint import load_checkpoint, load_model
+from kanseg.training.checkpoint import load_checkpoint, load_model, read_info
 from kanseg.training.fit import Trainer, fit
 from kanseg.training.monitor import Monitor, draw_progress, read_log
 from kanseg.training.optimizers import lr_factor, update_average
@@ -37,14 +38,7 @@ from kanseg.training.stop import LAUNCHED
 from kanseg.training.validate import affordable_cases, spread
 
 SHORT = ["training.steps_per_epoch=4", "data.workers=0", "data.folds=3", "training.final_validation=false"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(balls, run, *overrides, **options):
@@ -62,6 +56,7 @@ def train_in_process(dataset, plan, run, overrides, seconds_a_step, kill_at=-1):
     Args:
         kill_at: step, of all epochs, in which the process kills itself.
     """
+    gc.freeze()  # what was imported: collections, of which there are many, take a second here otherwise
     torch.set_num_threads(1)
     step = Trainer._train_step
 
@@ -212,7 +207,7 @@ def test_sigkill_at_any_moment_leaves_a_checkpoint_to_go_on_from(balls, tmp_path
     chance, updates = random.Random(0), [0]
 
     def steps_done():
-        return load_checkpoint(last)[1]["state"]["updates"] if last.exists() else 0
+        return read_info(last)["state"]["updates"] if last.exists() else 0
 
     for _ in range(5):
         arguments = (*balls, tmp_path / "run", overrides, 0.0)
@@ -530,6 +525,8 @@ def test_hundreds_of_classes_leave_lines_short_and_room_for_the_curves(tmp_path:
     lines = io.StringIO()
     with Monitor(tmp_path, load_config(), console=Console(file=lines)) as monitor:
         monitor.epoch({**record, "total_seconds": 1.0}, 0.5)
+        monitor.picture(every=60)
+        assert not (tmp_path / "progress.png").exists()
         monitor.picture()
     assert "Dice 0.500 (lowest of 199: label 1 0.005, label 2 0.010, label 3 0.015)" in lines.getvalue()
     assert read_log(tmp_path / "log.jsonl")[0]["dice"] == scores

@@ -8,8 +8,8 @@ from monai.losses import FocalLoss as MonaiFocalLoss
 from monai.losses import TverskyLoss
 from torch.nn import functional as F
 
+from kanseg.compat.focal import FocalLoss, FocalTverskyLoss
 from kanseg.errors import UsageError
-from kanseg.training.focal import FocalLoss, FocalTverskyLoss
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,11 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SHORTER = {"MINUTES = 4.0": "MINUTES = 0.5", "STEPS = 300": "STEPS = 10"}  # of training
+SHORTER = {
+    "MINUTES = 4.0": "MINUTES = 0.5",
+    "steps_per_epoch=100": "steps_per_epoch=10",
+    "STEPS = 300": "STEPS = 10",
+}  # of training
 
 
 def outputs(notebook: Any) -> list[Any]:

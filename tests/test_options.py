@@ -14,6 +14,7 @@ from torch import nn
 
 from kanseg import UKANet, create_model
 from kanseg.bases import BASES
+from kanseg.compat.focal import FocalLoss, FocalTverskyLoss
 from kanseg.encoders import RDKANet, create_encoder
 from kanseg.encoders.layers import network_layer
 from kanseg.errors import UsageError, UserError
@@ -23,7 +24,6 @@ from kanseg.layers.linear import KANLinear
 from kanseg.layers.mixture import MixtureOfExperts
 from kanseg.layers.mlp import linear_layer
 from kanseg.models import Classifier, UKAGNet
-from kanseg.training.focal import FocalLoss, FocalTverskyLoss
 
 SMALL = {"features_per_stage": (4, 8)}
 

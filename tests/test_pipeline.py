@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import html
 import io
 import json
@@ -56,6 +57,7 @@ def run(balls, folder, *overrides, **options):
 
 
 def run_in_process(balls, folder):
+    gc.freeze()  # as in test_fit.py
     torch.set_num_threads(1)
     run(balls, folder)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from kanseg.data import resample
 from kanseg.data.plan import Plan
 from kanseg.data.resample import ResampleAlongAxes
 from kanseg.data.transforms import preprocessing
+from kanseg.memory import taken
 
 KEYS = ("image", "label")
 TURNED = Rotation.from_euler("xyz", [0.3, -0.2, 0.1]).as_matrix()
@@ -97,27 +98,19 @@ def test_labels_come_from_the_nearest_voxel(plan: Plan, monkeypatch: pytest.Monk
     assert (near == done.numpy()).any(0).all()
 
 
-MEMORY = """
-import sys
-import numpy as np
-from monai.data import MetaTensor
-import torch
-from kanseg.data.resample import ResampleAlongAxes
-from kanseg.memory import taken
-mode, size, affine = sys.argv[1], (320, 320, 320), torch.diag(torch.tensor([0.5, 0.5, 0.5, 1.0])).double()
-values = MetaTensor(torch.zeros(1, 160, 160, 160), affine=torch.eye(4).double())
-how = {"mode": mode, "padding_mode": "border", "align_corners": False}
-resampled = ResampleAlongAxes(dtype=np.float64)
-base = taken("VmRSS")
-found = resampled(values, affine, size, **how)
-print(taken("VmHWM") - base, found.numel())
-"""
+def taken_by_resampling(mode: str) -> tuple[int, int]:
+    """Bytes at most, and voxels of the result."""
+    size, affine = (320, 320, 320), torch.diag(torch.tensor([0.5, 0.5, 0.5, 1.0])).double()
+    values = MetaTensor(torch.zeros(1, 160, 160, 160), affine=torch.eye(4).double())
+    base = taken("VmRSS")
+    resampled = ResampleAlongAxes(dtype=np.float64)
+    found = resampled(values, affine, size, mode=mode, padding_mode="border", align_corners=False)
+    return taken("VmHWM") - base, found.numel()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory")
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-def test_resampling_takes_little_more_than_its_result(mode: str) -> None:
+def test_resampling_takes_little_more_than_its_result(mode: str, apart: Callable[..., Any]) -> None:
     """Coordinates of all voxels at once would be 56 bytes of each; the result has 4."""
-    done = subprocess.run([sys.executable, "-c", MEMORY, mode], capture_output=True, text=True, check=True)
-    peak, voxels = map(int, done.stdout.split())
+    peak, voxels = apart(taken_by_resampling, mode)
     assert peak < 20 * voxels  # a third of that here; libraries that are loaded on the way count too

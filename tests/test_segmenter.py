@@ -33,13 +33,7 @@ OVERRIDES = [
 ]
 AFFINE = np.array([[-1.5, 0.2, 0, 7], [0.2, 1.0, 0, -3], [0, 0, 2.0, 11], [0, 0, 0, 1]])
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

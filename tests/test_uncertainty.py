@@ -20,7 +20,7 @@ from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
 from kanseg.inference.ensemble import combine_folders
 from kanseg.inference.predict import predict, predict_folder
-from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
+from kanseg.inference.uncertainty import QUALITY, doubt, expected_in_words, keep_quality, read_quality
 
 NAMES = ("background", "left", "right")
 
@@ -128,7 +128,7 @@ def test_what_a_rule_removed_of_a_region_does_not_count() -> None:
 
 def test_the_line_of_expected_dice_says_that_it_is_not_calibrated() -> None:
     rows = [{"class": "liver", "expected_dice": 0.9}, {"class": "tumour", "expected_dice": None}]
-    assert in_words(rows) == "expected Dice (not calibrated): liver 0.900, tumour not found"
+    assert expected_in_words(rows) == "expected Dice (not calibrated): liver 0.900, tumour not found"
 
 
 def keep_some(path: Path, first: int, start: Barrier) -> None:

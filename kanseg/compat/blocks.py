@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kanseg.compat import legacy
 from kanseg.compat.layers import (
@@ -19,10 +19,8 @@ from kanseg.compat.layers import (
 )
 from kanseg.compat.layers import convert as convert_layer
 from kanseg.compat.linear import convert as convert_linear
-from kanseg.compat.links import Conversion, Link, below, same_names
+from kanseg.compat.links import Arguments, Conversion, Link, State, below, same_names, taken
 
-Arguments = dict[str, Any]
-State = Mapping[str, Tensor]
 EXPERTS = {
     **{
         f"MoE{family}Conv": f"{family}Conv" for family in ("KAN", "FastKAN", "KALN", "KACN", "KAGN", "WavKAN")
@@ -67,11 +65,6 @@ class Parts:
         return part.module
 
 
-def _taken(args: Arguments, **defaults: Any) -> Arguments:
-    """These arguments, which `args` loses."""
-    return {name: args.pop(name, default) for name, default in defaults.items()}
-
-
 def convert_mixture(name: str, spatial_dims: int, args: Arguments, state: State) -> Conversion:
     """Experts that are whole layers of one family; the module returns (output, balance loss)."""
     gate = _gate(args, num_experts=16, k=4)
@@ -104,8 +97,8 @@ def convert_narrow_mixture(spatial_dims: int, args: Arguments, state: State) -> 
 
 
 def _gate(args: Arguments, num_experts: int, k: int) -> Arguments:
-    taken = _taken(args, num_experts=num_experts, k=k, noisy_gating=True)
-    return {"noisy": taken.pop("noisy_gating"), **taken}
+    gate = taken(args, num_experts=num_experts, k=k, noisy_gating=True)
+    return {"noisy": gate.pop("noisy_gating"), **gate}
 
 
 def _gate_links(ours: str, theirs: str, noisy: bool) -> tuple[list[Link], tuple[str, ...]]:
@@ -122,7 +115,7 @@ def convert_attention(
     arguments.
     """
     inner = args.pop("inner_projection", None)
-    own = _taken(args, rope_theta=10.0, rope_mixed=True) if turned else {"rope_theta": 10.0}
+    own = taken(args, rope_theta=10.0, rope_mixed=True) if turned else {"rope_theta": 10.0}
     args = {"norm_layer": "BatchNorm", **args}
     parts = Parts(family, args, state, [(t, f"proj_{t[0]}") for t in ("query", "key", "value")])
     rotary = ("mixed" if own["rope_mixed"] else "axial") if turned else None

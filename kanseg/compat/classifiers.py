@@ -24,12 +24,11 @@ from kanseg.compat.filling import (
     halve_by_floor,
     output,
     renaming,
-    taken,
     with_balance_loss,
     with_defaults,
 )
 from kanseg.compat.layers import CHANNEL
-from kanseg.compat.links import Conversion
+from kanseg.compat.links import Conversion, taken
 from kanseg.compat.residual import POOL, STEM, class_named, reshape_pool, reshape_stem
 from kanseg.encoders import VGGKAN, DenseKANet, Encoder, PlainKANet, RDKANet
 from kanseg.encoders.densekanet import BLOCKS as BLOCKS_OF_DENSE

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kanseg.compat import blocks, layers, legacy, linear
-from kanseg.compat.links import Conversion, Link, below, same_names
+from kanseg.compat.links import Arguments, Conversion, Link, State, below, same_names
 from kanseg.encoders.densekanet import AveragePool
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.geometry import per_axis
@@ -25,8 +25,6 @@ from kanseg.layers.norms import activation
 from kanseg.models.u2kanet import NestedU
 from kanseg.models.u_shape import DecoderStage
 
-Arguments = dict[str, Any]
-State = Mapping[str, Tensor]
 Names = Callable[[str], str]  # a module's path in our network -> in the reference's
 Answer = Callable[[Any, Tensor], Any]  # (network, x) -> output or outputs
 DIMS = 2
@@ -372,11 +370,6 @@ def with_balance_loss(share: float, network: nn.Module, x: Tensor, answer: Answe
 def finished(network: nn.Module, filling: Filling, answer: Answer) -> Conversion:
     links = [link.under("network.", "") for link in filling.links]
     return Conversion(ReferenceNetwork(network, answer), links, filling.unused)
-
-
-def taken(args: Arguments, **defaults: Any) -> Arguments:
-    """These arguments, which `args` loses."""
-    return {name: args.pop(name, default) for name, default in defaults.items()}
 
 
 def halve_by_floor(network: nn.Module) -> None:

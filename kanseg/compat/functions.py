@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from kanseg.compat import blocks
-from kanseg.compat.filling import DIMS, FAMILIES, Arguments, Blank, Filling, State, taken
-from kanseg.compat.links import Conversion, below
+from kanseg.compat.filling import DIMS, FAMILIES, Arguments, Blank, Filling, State
+from kanseg.compat.links import Conversion, below, taken
 
 # Function -> family and kernel.
 LAYER_FUNCTIONS: dict[str, tuple[str, int]] = {

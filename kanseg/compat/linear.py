@@ -8,15 +8,14 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kanseg.compat import legacy
 from kanseg.compat.layers import activation_spec, beta_link
-from kanseg.compat.links import Conversion, Link, below
+from kanseg.compat.links import Conversion, Link, State, below
 from kanseg.errors import UsageError
 from kanseg.layers.mlp import FAMILIES, KANMLP, LinearLayer
 
-State = Mapping[str, Tensor]
 ACTS = ("base_act", "act", "basis_act")
 
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from kanseg.errors import UserError
 
+Arguments = dict[str, Any]  # of the reference's constructors
+State = Mapping[str, Tensor]
 CONSTANTS = re.compile(r"(^|\.)(arange|rbf\.grid|mean|std|freqs_t_[xy]|num_batches_tracked)$")
+
+
+def taken(args: Arguments, **defaults: Any) -> Arguments:
+    """These arguments, which `args` loses."""
+    return {name: args.pop(name, default) for name, default in defaults.items()}
 
 
 def only(parts: list[Tensor]) -> Tensor:

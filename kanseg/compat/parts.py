@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,13 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kanseg.compat.links import Conversion, Link, same_names
+from kanseg.compat.focal import FocalLoss, FocalTverskyLoss
+from kanseg.compat.links import Conversion, Link, State, same_names
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.bottleneck import NoiseInjection
 from kanseg.layers.heads import MatryoshkaHead
 from kanseg.layers.spatial_norm import SpatialNorm
-from kanseg.training.focal import FocalLoss, FocalTverskyLoss
 
-State = Mapping[str, Tensor]
 SPATIAL_NORM = {"norm": "norm_layer", "scale": "conv_y", "shift": "conv_b"}
 
 

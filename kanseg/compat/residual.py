@@ -20,11 +20,10 @@ from kanseg.compat.filling import (
     finished,
     output,
     renaming,
-    taken,
     with_balance_loss,
     with_defaults,
 )
-from kanseg.compat.links import Conversion
+from kanseg.compat.links import Conversion, taken
 from kanseg.encoders import ResidualBlock, ResKANet
 from kanseg.encoders.reskanet import BLOCKS, DEPTHS, STEMS
 from kanseg.errors import UsageError, did_you_mean

@@ -21,11 +21,10 @@ from kanseg.compat.filling import (
     finished,
     output,
     renaming,
-    taken,
     with_defaults,
 )
 from kanseg.compat.functions import LAYER_FUNCTIONS
-from kanseg.compat.links import Conversion
+from kanseg.compat.links import Conversion, taken
 from kanseg.compat.residual import BLOCK_CLASSES, IN_BLOCKS, class_named, reshape_stem, residual_part
 from kanseg.encoders import ResidualBlock
 from kanseg.errors import UsageError, did_you_mean

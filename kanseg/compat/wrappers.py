@@ -9,9 +9,8 @@ from typing import Any
 
 from kanseg.compat import blocks, classifiers, residual, segmenters
 from kanseg.compat.blocks import EXPERTS
-from kanseg.compat.filling import Arguments, State, taken
 from kanseg.compat.layers import LAYERS
-from kanseg.compat.links import Conversion
+from kanseg.compat.links import Arguments, Conversion, State, taken
 from kanseg.errors import UsageError, did_you_mean
 
 # Names of AutoKAN that are not those of the functions.

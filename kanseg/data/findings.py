@@ -10,6 +10,7 @@ from kanseg.data.pairs import BY_CLASS
 from kanseg.data.values import BESIDE, TWO_WAYS
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
+SHOWN = 3  # findings of a kind
 LEFT_OUT = "the case is left out"
 # What can be found: how bad it is (an error stops a training), and what a repair does about it, if anything.
 KINDS: dict[str, tuple[str, str | None]] = {
@@ -93,7 +94,7 @@ class Finding:
         return KINDS[self.kind][1]
 
 
-def rows(findings: Sequence[Finding], source: Path, shown: int = 3) -> list[tuple[str, str, str, str]]:
+def rows(findings: Sequence[Finding], source: Path) -> list[tuple[str, str, str, str]]:
     """For a table: severity, kind with its count, what was found (the first few, below `source`), and the repair."""
     by_kind: dict[str, list[Finding]] = {}
     for finding in findings:
@@ -101,10 +102,10 @@ def rows(findings: Sequence[Finding], source: Path, shown: int = 3) -> list[tupl
     order: Mapping[str, int] = {severity: place for place, severity in enumerate((ERROR, WARNING, NOTE))}
     table = []
     for kind, group in sorted(by_kind.items(), key=lambda item: order[item[1][0].severity]):
-        messages = [f"{f.case}: {f.message}" if f.case else f.message for f in group[:shown]]
+        messages = [f"{f.case}: {f.message}" if f.case else f.message for f in group[:SHOWN]]
         messages = [message.replace(f"{source}/", "") for message in messages]
-        if len(group) > shown:
-            messages.append(f"and {len(group) - shown} more")
+        if len(group) > SHOWN:
+            messages.append(f"and {len(group) - SHOWN} more")
         count = f"{kind} ({len(group)})" if len(group) > 1 else kind
         table.append((group[0].severity, count, "\n".join(messages), group[0].repair or "not by kanseg"))
     return table

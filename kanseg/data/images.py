@@ -123,7 +123,7 @@ def load_image(paths: Sequence[Path] | Path) -> Image:
     if len(images) == 1:
         return first
     for other in images[1:]:
-        _require_same_grid(first, other)
+        check_pair(first, other)
     return Image(np.concatenate([i.array for i in images]), first.affine, first.path, first.spatial_dims)
 
 
@@ -182,17 +182,6 @@ def colour_name(code: int) -> str:
     '#804080'
     """
     return f"#{code:06x}"
-
-
-def check_pair(image: Image, label: Image | np.ndarray, label_path: Path | None = None) -> None:
-    """Raise `UserError` unless image and label have one shape and, where known, one grid."""
-    if isinstance(label, Image):
-        _require_same_grid(image, label)
-    elif image.array.shape[1:] != label.shape:
-        raise UserError(
-            f"{image.path} has shape {image.array.shape[1:]} and its label {label_path or ''} {label.shape}; one shape "
-            "is needed. Resample the label to the grid of the image."
-        )
 
 
 def write_label(
@@ -474,7 +463,8 @@ def grid_distance(one: Image, other: Image) -> float:
     return float(np.abs(shift[:3, :3] @ corners + shift[:3, 3:]).max())
 
 
-def _require_same_grid(one: Image, other: Image) -> None:
+def check_pair(one: Image, other: Image) -> None:
+    """Raise `UserError` unless two images, or an image and its label, lie on one grid."""
     distance = grid_distance(one, other)
     if distance <= GRID_TOLERANCE:
         return

@@ -16,11 +16,11 @@ from kanseg.progress import progress
 IMAGE, MASKS, LABEL, TABLE = "ct.nii.gz", "segmentations", "label.nii.gz", "meta.csv"
 
 
-def join_masks(root: Path, name: str, channel: str = "CT") -> None:
+def join_masks(root: Path, name: str) -> None:
     """Write CASE/label.nii.gz for each CASE/ct.nii.gz with CASE/segmentations/CLASS.nii.gz, and dataset.json.
 
-    Classes are numbered by name from 1; where two masks overlap the later name stands. Cases that meta.csv puts to
-    "test" are listed as such.
+    Images are CT. Classes are numbered by name from 1; where two masks overlap the later name stands. Cases that
+    meta.csv puts to "test" are listed as such.
 
     Raises:
         UserError: no such case, or a mask on another grid than its image.
@@ -43,7 +43,7 @@ def join_masks(root: Path, name: str, channel: str = "CT") -> None:
     training = [{**files[case], "label": f"./{case}/{LABEL}"} for case in files if case not in held_out]
     described = {
         "name": name,
-        "modality": {"0": channel},
+        "modality": {"0": "CT"},
         "labels": {"0": "background", **{str(number): name for name, number in numbers.items()}},
         "numTraining": len(training),
         "training": training,

@@ -20,7 +20,7 @@ class StoredPlan:
     """A dataclass that is plan.json, and part of each checkpoint.
 
     Attributes:
-        task: row of `kanseg.training.tasks.TASKS` that learns by it.
+        task: what is learned by it, see `kanseg.models.TABLES`.
     """
 
     task: ClassVar[str]

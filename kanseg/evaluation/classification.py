@@ -1,34 +1,33 @@
-"""Scores of classifiers, and the tables that they are computed from: a row an image, a probability a class."""
+"""Scores of classifiers."""
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.special import entr
 
-from kanseg.data.image_classes import CLASSES, SEPARATOR
-from kanseg.data.tables import read_rows
+from kanseg.data.image_classes import SEPARATOR
 from kanseg.errors import UserError
+from kanseg.evaluation.class_tables import (
+    PATIENT,
+    REFERENCE,
+    THRESHOLD,
+    read_predictions,
+    write_predictions,
+)
 from kanseg.evaluation.metrics import bootstrap_interval
-from kanseg.files import SURROGATES, make_folder, write_json, write_text
+from kanseg.files import make_folder, write_json
 
 TOP = 5
 AREAS = 500  # resamples of an AUC
 MOST_RANKED = 2_000_000  # probabilities from which on that takes too long
-THRESHOLD = 0.5  # of the probability of a class of which an image may have several
 SCORES = ("accuracy", "exact", "top5", "balanced_accuracy", "auc")  # those in one line, where they are
-IMAGE, CLASS, REFERENCE, PATIENT = "image", "class", "reference", "patient"
-PREDICTIONS = "predictions.csv"  # of a classifier
 CASES = "cases.csv"  # of an evaluation
-PREFIX = "p "  # before the name of a class, over the column of its probabilities
-DIGEST = "made_from"  # over the column that tells what a row depends on
 
 
 def as_truth(values: Sequence[Sequence[int]], count: int) -> np.ndarray:
@@ -235,91 +234,6 @@ def mean_auc(probabilities: np.ndarray, truth: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def predictions_as_csv(
-    ids: Sequence[str],
-    probabilities: np.ndarray,
-    names: Sequence[str],
-    values: Sequence[Sequence[int]] | None = None,
-    *,
-    multilabel: bool = False,
-    more: Mapping[str, Sequence[Any]] | None = None,
-) -> str:
-    """A row an image: its id, the likeliest class, the probabilities, and the true class where it is known.
-
-    With `multilabel` all classes of a probability from 0.5 on, with `SEPARATOR` between them.
-
-    Args:
-        values: numbers of the classes that each image has; none where they are not known.
-        more: further columns by name.
-    """
-    more = more or {}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{PREFIX}{name}" for name in names]
-    reference = [] if values is None else [REFERENCE]
-    writer.writerow([IMAGE, CLASSES if multilabel else CLASS, *columns, *reference, *more])
-    for number, (image, row) in enumerate(zip(ids, probabilities, strict=True)):
-        said = np.flatnonzero(row >= THRESHOLD) if multilabel else [row.argmax()]
-        known = [] if values is None else [_joined(values[number], names)]
-        further = [column[number] for column in more.values()]
-        writer.writerow([image, _joined(said, names), *(f"{value:.6g}" for value in row), *known, *further])
-    return text.getvalue()
-
-
-def _joined(numbers: Iterable[int], names: Sequence[str]) -> str:
-    return SEPARATOR.join(names[number] for number in numbers)
-
-
-class Predictions(NamedTuple):
-    """A table of a classifier: ids, probabilities (N, K), names of the classes, and its rows as they stand there."""
-
-    ids: list[str]
-    probabilities: np.ndarray
-    names: list[str]
-    rows: list[dict[str, str]]
-
-    @property
-    def multilabel(self) -> bool:
-        """Whether an image has any number of classes."""
-        return CLASSES in self.rows[0]
-
-
-def read_predictions(path: Path) -> Predictions:
-    """What `predictions_as_csv` wrote."""
-    rows = read_rows(path)
-    names = [column[len(PREFIX) :] for column in rows[0] if column.startswith(PREFIX)] if rows else []
-    if not names or IMAGE not in rows[0]:
-        raise UserError(
-            f"{path} is no table of `kanseg predict`: it needs the columns image and '{PREFIX}CLASS'."
-        )
-    try:
-        values = np.array([[float(row[f"{PREFIX}{name}"]) for name in names] for row in rows])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} has a probability that is no number ({error}). Predict again.") from error
-    return Predictions([row[IMAGE] for row in rows], values, names, rows)
-
-
-def is_predictions(path: Path) -> bool:
-    """Whether a CSV is a table of a classifier, by its first line; a file that cannot be read is none."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors=SURROGATES) as file:
-            columns = next(csv.reader(file), [])
-    except (OSError, ValueError, csv.Error):
-        return False
-    return columns[:1] == [IMAGE] and any(column.startswith(PREFIX) for column in columns)
-
-
-def find_table(path: Path) -> Path | None:
-    """The table of a classifier that is given, or lies in a folder."""
-    return next((file for file in (path, path / PREDICTIONS) if is_predictions(file)), None)
-
-
-def find_tables(paths: Sequence[Path]) -> list[Path]:
-    """The tables of classifiers, of given ones or folders with one; none where a path is neither."""
-    places = [find_table(path) for path in paths]
-    return [] if None in places else [place for place in places if place is not None]
-
-
 @dataclass
 class Scored:
     """Predicted images whose classes are known: `values` are their numbers in `names`, `groups` the patients."""
@@ -345,7 +259,7 @@ class Scored:
         }
 
     def write(self, path: Path, more: Mapping[str, Sequence[Any]] | None = None) -> Path:
-        """A table as `predictions_as_csv` makes it, with the column patient."""
+        """See `write_predictions`; with the column patient."""
         more = {PATIENT: self.groups, **(more or {})}
         how: dict[str, Any] = {"multilabel": self.multilabel, "more": more}
         return write_predictions(path, self.ids, self.probabilities, self.names, self.values, **how)
@@ -366,19 +280,6 @@ def read_scored(path: Path) -> Scored:
     values = [tuple(names.index(name) for name in one) for one in said]
     groups = [row.get(PATIENT) or name for name, row in zip(ids, rows, strict=True)]
     return Scored(ids, probabilities, names, values, groups, several)
-
-
-def read_made(path: Path) -> tuple[list[str] | None, dict[str, tuple[np.ndarray, str]]]:
-    """Classes of a table that is there, and by image its probabilities and what they were made from ("" unknown).
-
-    None in place of the classes: it is no table of `kanseg predict`.
-    """
-    try:
-        ids, probabilities, names, rows = read_predictions(path)
-    except UserError:
-        return None, {}
-    made = (row.get(DIGEST) or "" for row in rows)
-    return names, {name: (row, one) for name, row, one in zip(ids, probabilities, made, strict=True)}
 
 
 def entropy(probabilities: np.ndarray, *, multilabel: bool = False) -> np.ndarray:
@@ -446,21 +347,6 @@ def evaluate_classes(
     return scores
 
 
-def write_predictions(
-    path: Path,
-    ids: Sequence[str],
-    probabilities: np.ndarray,
-    names: Sequence[str],
-    values: Sequence[Sequence[int]] | None = None,
-    *,
-    multilabel: bool = False,
-    more: Mapping[str, Sequence[Any]] | None = None,
-) -> Path:
-    """Write `predictions_as_csv`, atomically."""
-    text = predictions_as_csv(ids, probabilities, names, values, multilabel=multilabel, more=more)
-    return write_text(path, text)
-
-
 def score_lines(scores: Mapping[str, Any]) -> str:
     """The scores in one line."""
     shown = (f"{name} {score}" for name, score in shown_scores(scores).items())
@@ -478,7 +364,7 @@ def shown_scores(scores: Mapping[str, Any], digits: int = 4) -> dict[str, str]:
     return found
 
 
-def shown_classes(scores: Mapping[str, Any], digits: int = 3) -> tuple[list[str], list[list[str]]]:
+def shown_classes(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of a table of the classes."""
     columns = [
         key
@@ -489,7 +375,7 @@ def shown_classes(scores: Mapping[str, Any], digits: int = 3) -> tuple[list[str]
         [
             name,
             str(row["images"]),
-            *("-" if row[key] is None else f"{row[key]:.{digits}f}" for key in columns),
+            *("-" if row[key] is None else f"{row[key]:.3f}" for key in columns),
         ]
         for name, row in scores["classes"].items()
     ]

@@ -19,15 +19,10 @@ from scipy.stats import wilcoxon
 from kanseg.data.fingerprint import load_fingerprint
 from kanseg.data.image_classes import read_classes
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.classification import (
-    answers,
-    evaluate_classes,
-    find_table,
-    is_predictions,
-    read_scored,
-)
+from kanseg.evaluation.class_tables import find_table, is_predictions
+from kanseg.evaluation.classification import answers, evaluate_classes, read_scored
 from kanseg.evaluation.folders import evaluate_folders
-from kanseg.evaluation.metrics import METRICS, RESAMPLES
+from kanseg.evaluation.metrics import METRICS, RESAMPLES, bootstrap_interval
 from kanseg.evaluation.report import LONGEST, Whole, short, told_apart
 from kanseg.files import SURROGATES, make_folder, parse_json, read_json, write_bytes, write_json, write_text
 
@@ -251,10 +246,8 @@ def _row(
     cases = sorted(set(pair[0]) & set(pair[1]))
     first, second = (np.array([column[case] for case in cases]) for column in pair)
     difference = first - second
-    _, index = np.unique([groups.get(case, case) for case in cases], return_inverse=True)
-    sums, sizes = np.bincount(index, difference), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), (2.5, 97.5))
+    patients = [groups.get(case, case) for case in cases]
+    _, index = np.unique(patients, return_inverse=True)
     gain = -difference if metric in LOWER_IS_BETTER else difference
     return {
         "class": label,
@@ -263,8 +256,8 @@ def _row(
         "mean_a": float(first.mean()),
         "mean_b": float(second.mean()),
         "difference": float(difference.mean()),
-        "ci95": [float(low), float(high)],
-        "p": _p(sums / sizes),
+        "ci95": bootstrap_interval(difference, patients, seed),
+        "p": _p(np.bincount(index, difference) / np.bincount(index)),
         "wins": int((gain > 0).sum()),
         "losses": int((gain < 0).sum()),
     }

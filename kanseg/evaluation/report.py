@@ -166,7 +166,7 @@ def _mark(cell: Axes, axis: int, width: int, spacing: float) -> None:
     cell.text(left, 0.08, f"{length:g} mm", fontsize=8, va="bottom", **how)
 
 
-def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, title: str = "") -> Path:
+def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str) -> Path:
     """Save a PNG: a box and a point a case for each class; of many classes those with the lowest means.
 
     Args:
@@ -176,8 +176,7 @@ def draw_scores(scores: Mapping[str, Sequence[float]], path: Path | str, *, titl
 
     shown = dict(sorted(scores.items(), key=lambda item: np.mean(item[1]))[:MOST_CLASSES])
     shown = {name: scores[name] for name in scores if name in shown}
-    if len(shown) < len(scores):
-        title += f"{': ' if title else ''}the {len(shown)} lowest of {len(scores)} classes"
+    title = f"the {len(shown)} lowest of {len(scores)} classes" if len(shown) < len(scores) else ""
     figure = Figure(figsize=(max(5.0, 0.45 * len(shown) + 2), 4.2), dpi=110, layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(shown))

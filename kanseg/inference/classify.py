@@ -26,14 +26,8 @@ from kanseg.data.image_classes import is_classes, read_classes
 from kanseg.data.images import read_image
 from kanseg.data.unlabelled import find_images
 from kanseg.errors import UserError
-from kanseg.evaluation.classification import (
-    DIGEST,
-    PREDICTIONS,
-    entropy,
-    read_made,
-    read_predictions,
-    write_predictions,
-)
+from kanseg.evaluation.class_tables import DIGEST, PREDICTIONS, read_made, read_predictions, write_predictions
+from kanseg.evaluation.classification import entropy
 from kanseg.files import make_folder
 from kanseg.inference.members import find_members
 from kanseg.progress import progress, say

@@ -43,7 +43,7 @@ from kanseg.inference.cascade import Cascade
 from kanseg.inference.logits import Watch, whole_logits
 from kanseg.inference.postprocess import Rule, apply_postprocessing
 from kanseg.inference.quality import Verdict, judge
-from kanseg.inference.uncertainty import QUALITY, doubt, in_words, keep_quality, read_quality
+from kanseg.inference.uncertainty import QUALITY, doubt, expected_in_words, keep_quality, read_quality
 from kanseg.memory import settle, taken
 from kanseg.progress import say, telling
 
@@ -300,7 +300,7 @@ def predict_folder(
             else:
                 say(console, f"{case.id} -> {path}")
                 if uncertainty:
-                    say(console, f"  {in_words(verdict.rows)}")
+                    say(console, f"  {expected_in_words(verdict.rows)}")
                 for why in filter(None, (verdict.doubtful, *verdict.notes[len(notes) :])):
                     say(console, f"  check it: {why}")
                 if judged is not None and quality:

@@ -83,7 +83,7 @@ def doubt(
     return Doubt(entropy, rows)
 
 
-def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+def expected_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line for a screen; what has no interval is the network's own word."""
     told = (
         f"{row['class']} "

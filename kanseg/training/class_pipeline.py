@@ -20,7 +20,8 @@ from kanseg.training.cross_validation import cross_validate
 from kanseg.training.parallel import once
 from kanseg.training.planning import plan_data, tell_findings
 from kanseg.training.run_folder import PLAN
-from kanseg.training.run_report import DOCTOR, SETTINGS, write_report
+from kanseg.training.run_report import write_report
+from kanseg.training.told import DOCTOR, SETTINGS
 
 
 def run_classes(

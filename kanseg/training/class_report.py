@@ -15,9 +15,9 @@ from kanseg.data.image_classes import ImageClasses
 from kanseg.data.images import in_ras, read_image
 from kanseg.errors import UserError
 from kanseg.evaluation.class_pictures import draw_confusion, draw_images, draw_roc, roc
+from kanseg.evaluation.class_tables import THRESHOLD
 from kanseg.evaluation.classification import (
     SCORES,
-    THRESHOLD,
     TOP,
     Scored,
     answers,
@@ -30,7 +30,7 @@ from kanseg.evaluation.report import short
 from kanseg.files import read_json
 from kanseg.training.cross_validation import RESULT, pool_classes
 from kanseg.training.run_folder import SUMMARY
-from kanseg.training.run_report import CLASSES, PICTURES, Told
+from kanseg.training.told import CLASSES, PICTURES, Told
 
 MISTAKES, CONFUSED = 12, 10  # pictures, and rows of a table
 WORDS = {

@@ -20,14 +20,8 @@ from kanseg.data.class_plan import ClassPlan
 from kanseg.data.image_classes import ImageClasses
 from kanseg.data.loaders import EndlessLoader
 from kanseg.errors import refused_options
-from kanseg.evaluation.classification import (
-    PATIENT,
-    PREDICTIONS,
-    as_truth,
-    mean_auc,
-    score_values,
-    write_predictions,
-)
+from kanseg.evaluation.class_tables import PATIENT, PREDICTIONS, write_predictions
+from kanseg.evaluation.classification import as_truth, mean_auc, score_values
 from kanseg.files import make_folder
 from kanseg.registry import Registry
 from kanseg.training.losses import check_loss

@@ -21,7 +21,7 @@ from kanseg.data.loaders import Prepared
 from kanseg.data.plans import AnyPlan, Plan
 from kanseg.data.sizing import CACHE_SHARE
 from kanseg.errors import UsageError, UserError
-from kanseg.evaluation.classification import PREDICTIONS as CLASS_TABLE
+from kanseg.evaluation.class_tables import PREDICTIONS as CLASS_TABLE
 from kanseg.evaluation.classification import SCORES, Scored, read_scored
 from kanseg.evaluation.metrics import (
     evaluate_case,

@@ -109,7 +109,7 @@ def read_start(path: Path | str) -> Start:
         raise UserError(_only_a_program(path))
     if path.suffix == ".safetensors" and is_checkpoint(path):
         return _read_checkpoint(path)
-    return Start(path, _without("module.", read_weights(path)))
+    return Start(path, _weights_in(path))
 
 
 def _read_checkpoint(path: Path) -> Start:
@@ -136,7 +136,7 @@ def _read_bundle(folder: Path) -> Start:
         )
     if is_checkpoint(file):  # exported by kanseg
         return _read_checkpoint(file)
-    weights = {f"network.{name}": value for name, value in _without("module.", read_weights(file)).items()}
+    weights = {f"network.{name}": value for name, value in _weights_in(file).items()}
     definition = _network_definition(folder)
     target = str(definition.pop("_target_")).rpartition(".")[2]
     sizes = {name: definition.pop(name, None) for name in ("spatial_dims", "in_channels", "out_channels")}
@@ -165,8 +165,13 @@ def _channel_definition(folder: Path, side: str, count: int) -> list[str]:
         return [""] * count
 
 
-def _without(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items()}
+def _weights_in(file: Path) -> dict[str, Tensor]:
+    """Without what torch's parallel training puts before their names."""
+    return {name.removeprefix("module."): value for name, value in read_weights(file).items()}
+
+
+def _fitting(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: value for n, value in weights.items() if n in own and value.shape == own[n].shape}
 
 
 def _network_definition(folder: Path) -> dict[str, Any]:
@@ -202,7 +207,7 @@ def transfer(model: nn.Module, spec: Mapping[str, Any], start: Start, ends: Ends
     """
     own = model.state_dict()
     weights, partly, told = _at_their_places(model, spec, start, ends)
-    fitting = {n: value for n, value in weights.items() if n in own and value.shape == own[n].shape}
+    fitting = _fitting(weights, own)
     if not fitting:
         raise UserError(
             f"No weight of {start.source} fits the model: it has {', '.join(list(start.weights)[:3])}, the model "
@@ -427,7 +432,7 @@ def _refitted(model: nn.Module, start: Start, weights: Mapping[str, Tensor], end
     try:
         old = build_model({**unstarted(start.spec), **sizes})
         own = old.state_dict()
-        fitting = {n: value for n, value in weights.items() if n in own and value.shape == own[n].shape}
+        fitting = _fitting(weights, own)
         old.load_state_dict({**own, **fitting})
         return {name: weight for name, weight in refit(old, model).items() if name in fitting}
     except UserError:  # of another version, say: what fits by name has been taken

@@ -38,6 +38,7 @@ from kanseg.training.checkpoint import (
     model_spec,
     unstarted,
 )
+from kanseg.training.classification import Classification
 from kanseg.training.devices import make_accelerator
 from kanseg.training.finetune import Ends, check_encoder_channels, read_start, transfer
 from kanseg.training.manifest import MANIFEST, Manifest, digests
@@ -45,8 +46,9 @@ from kanseg.training.monitor import Monitor, peak_memory_mb
 from kanseg.training.parameters import check_trained, shares_of, trained_share
 from kanseg.training.regularization import check_penalty
 from kanseg.training.run_folder import SUMMARY, check_data, fold_cases, prepare_run, run_config, run_splits
+from kanseg.training.segmentation import Segmentation
 from kanseg.training.stop import StopRequest
-from kanseg.training.tasks import create_task
+from kanseg.training.task import Task
 from kanseg.training.trainer import Trainer
 
 
@@ -99,8 +101,10 @@ def fit(
     accelerator = make_accelerator(config.training)
     set_seed(config.seed)
     spec, model, started, fresh = fitting_model(config, plan, folder)  # before anything is written
-    task = create_task(config, plan, dataset, training, validation, accelerator, prepared)
     main = accelerator.is_main_process
+    kind: Callable[..., Task] = Segmentation if isinstance(plan, Plan) else Classification
+    own = {"prepared": prepared} if isinstance(plan, Plan) else {"dataset": dataset, "main": main}
+    task = kind(config, plan, training, validation, accelerator.device, **own)
     with locked(make_folder(folder) if main else folder, main), StopRequest() as stop:
         if main:  # only now: a folder in use is another training's
             prepare_run(config, plan, splits, run)

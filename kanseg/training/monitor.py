@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ T = TypeVar("T")
 LOG, PICTURE = "log.jsonl", "progress.png"
 MOST_SHOWN = 12  # classes by name in lines and legends; of more the lowest, all are in log.jsonl
 LOWEST_SHOWN = 3
+PICTURE_SECONDS = 10  # between two drawings: one takes longer than the epochs of small trainings
 MUCH_WAITING = 0.1  # share of an epoch from which on it is worth a word: more data.workers may help
 
 
@@ -51,6 +53,7 @@ class Monitor:
     ) -> None:
         self.console = console = console or Console()
         self.folder, self.metric, self.quiet = folder, metric, quiet
+        self._drawn = time.monotonic()
         self.watch: Callable[[dict[str, Any]], None] | None = None  # told every record, after all else
         self.records = [] if quiet else _kept_records(folder / LOG, first_epoch)
         self.trackers = {} if quiet else start_trackers(folder, config, self.say)
@@ -108,10 +111,11 @@ class Monitor:
         if self.watch is not None:
             self.watch(record)
 
-    def picture(self) -> None:
-        """Draw loss and Dice over the epochs."""
-        if not self.quiet and self.records:
+    def picture(self, every: float = 0.0) -> None:
+        """Draw loss and Dice over the epochs, unless that was done (or the training began) less than so many s ago."""
+        if not self.quiet and self.records and time.monotonic() - self._drawn >= every:
             write_bytes(self.folder / PICTURE, draw_progress(self.records, self.metric))
+            self._drawn = time.monotonic()
 
     def _track(self, record: dict[str, Any]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}

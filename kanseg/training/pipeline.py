@@ -56,7 +56,8 @@ from kanseg.training.run_folder import (
     run_splits,
     stages,
 )
-from kanseg.training.run_report import CHOICE, DOCTOR, HTML, SETTINGS, write_report
+from kanseg.training.run_report import CHOICE, HTML, write_report
+from kanseg.training.told import DOCTOR, SETTINGS
 from kanseg.training.validate import inference_options, kept_prediction
 
 CASCADE = "cascade"  # of two stages in 3D, which is made where it is asked for: it doubles the trainings

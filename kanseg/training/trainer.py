@@ -27,7 +27,7 @@ from kanseg.study.peft import adapt, merged
 from kanseg.training import checkpoint
 from kanseg.training.checkpoint import BEST, LAST, load_weights, named, part
 from kanseg.training.devices import checkpoint_stages, may_record, record_passes
-from kanseg.training.monitor import Monitor, peak_memory_mb
+from kanseg.training.monitor import PICTURE_SECONDS, Monitor, peak_memory_mb
 from kanseg.training.optimizers import create_optimizer, lr_factor, update_average
 from kanseg.training.parallel import full, gathered, like, shard, whole_batch
 from kanseg.training.parameters import freeze, rest_frozen
@@ -319,7 +319,7 @@ class Trainer:
         self._save_last()
         self._leave_if_asked(saved=True)
         if scores:
-            self.monitor.picture()
+            self.monitor.picture(PICTURE_SECONDS)
 
     def _tick(self) -> None:
         """Advance the clock; all processes take the main one's time and signal, to keep one learning rate."""

@@ -17,7 +17,7 @@ from kanseg.verbs.common import Json, Out, OutFile, console, emit, require
 app = typer.Typer()
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def agreement_in_words(found: Mapping[str, Any]) -> str:
     """What `kanseg.inference.agreement.agreement` found, in a line."""
     classes = ", ".join(f"{name} {value:.4f}" for name, value in found["dice"].items())
     images = counted(len(found["cases"]), "image")
@@ -103,7 +103,7 @@ def ensemble(
     if images is None:
         if tta:
             raise UsageError("--tta needs models and images; give -i.")
-        from kanseg.evaluation.classification import find_tables
+        from kanseg.evaluation.class_tables import find_tables
         from kanseg.inference.classify import combine_tables
         from kanseg.inference.ensemble import combine_folders
         from kanseg.training.checkpoint import holds_model
@@ -168,7 +168,7 @@ def prune(
     for what in ("parameters", "seconds_a_window"):
         both = result[what]
         say(talk, f"{what.replace('_', ' ')}: {both['before']:,}, now {both['after']:,}")
-    say(talk, in_words(result["agreement"]))
+    say(talk, agreement_in_words(result["agreement"]))
     emit(result, json_)
 
 
@@ -225,7 +225,7 @@ def export(
             f"{seconds['exported'] / seconds['float32']:.2f} times that",
         )
     if images is not None:
-        say(talk, in_words(found["images"]))
+        say(talk, agreement_in_words(found["images"]))
     if result["postprocessing"]:
         talk.print("The post-processing of kanseg predict is no part of it: model.json says the rules.")
     emit(result, json_)
