@@ -34,6 +34,7 @@ from kanseg.verbs.common import (
     Pattern,
     Regions,
     Size,
+    Verb,
     refuse_given,
     require,
 )
@@ -592,7 +593,9 @@ def _tell(found: Mapping[str, Any], json_: bool) -> None:
 
 for _theme in (data, results, training):
     app.registered_commands += _theme.app.registered_commands
-for _command in app.registered_commands:  # a terminal breaks lines anew, and those of the text would be torn
+for _command in app.registered_commands:
+    _command.cls = Verb
+    # A terminal breaks lines anew, and those of the text would be torn.
     _parts = (getdoc(_command.callback) or "").split("\n\n")
     _command.help = "\n\n".join(" ".join(part.split()) for part in _parts)
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PAUSE = 60  # seconds between two lines
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # a variable that torchrun, also by accelerate launch, gives its workers
 
 
 def progress(items: Iterable[T], text: str) -> Iterator[T]:
@@ -91,8 +92,8 @@ def in_figures(number: float) -> str:
 
 
 def processes() -> int:
-    """How many processes train together, as torchrun and accelerate launch tell them."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """How many processes train together, as torchrun and accelerate launch tell them; what others left tells nothing."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if LAUNCHED in os.environ else 1
 
 
 def is_main() -> bool:

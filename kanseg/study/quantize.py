@@ -7,12 +7,13 @@ convolutions that see the image itself, and those that give the logits: with the
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from kanseg.files import temporary_folder
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")  # operations that are quantised
 
@@ -37,7 +38,8 @@ def quantize(source: Path, out: Path, windows: Sequence[Tensor]) -> list[str]:
             return None if window is None else {self.name: window.numpy()}
 
     # Beside the result, which may be too large for where temporary files lie.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".part-") as folder:
+    # Beside the result, which may be too large for where temporary files lie.
+    with temporary_folder(out.parent) as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared, load_external_data=False).graph

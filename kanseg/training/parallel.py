@@ -15,8 +15,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kanseg.errors import UsageError, UserError
-from kanseg.progress import processes
-from kanseg.training.stop import LAUNCHED
+from kanseg.progress import LAUNCHED, processes
 
 T = TypeVar("T")
 # Variables by which accelerate would wait for processes that no launcher of kanseg's started, as in a step of Slurm's.
@@ -28,18 +27,18 @@ def launched() -> int:
     """How many processes torchrun or accelerate launch started; what is left of other launchers is forgotten.
 
     Raises:
-        UsageError: the environment tells of several, and not where they meet.
+        UsageError: the environment tells of several that neither started; they might never come.
     """
-    count = processes()
-    if count > 1 and not os.environ.get("MASTER_ADDR"):
+    if LAUNCHED in os.environ:
+        return processes()
+    if (told := os.environ.get("WORLD_SIZE") or "1") != "1":
         raise UsageError(
-            f"WORLD_SIZE={count} in the environment says that {count} processes train together, and no MASTER_ADDR "
-            "says where they meet. Start them by torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK."
+            f"WORLD_SIZE={told} in the environment says that {told} processes train together, and neither torchrun nor "
+            "accelerate launch started this one. Start them by torchrun, or unset WORLD_SIZE to train with one process."
         )
-    if count == 1 and LAUNCHED not in os.environ:
-        for name in OTHER_LAUNCHERS:
-            os.environ.pop(name, None)
-    return count
+    for name in OTHER_LAUNCHERS:
+        os.environ.pop(name, None)
+    return 1
 
 
 def once(step: Callable[[], T]) -> T:

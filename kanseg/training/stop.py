@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 import psutil
 
+from kanseg.progress import LAUNCHED
+
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes
-LAUNCHED = "TORCHELASTIC_RUN_ID"  # a variable that torchrun, also by accelerate launch, gives its workers
 
 
 @contextmanager
