@@ -92,7 +92,7 @@ def in_figures(number: float) -> str:
 
 
 def processes() -> int:
-    """How many processes train together, as torchrun and accelerate launch tell them; what others left tells nothing."""
+    """How many processes train together, as torchrun and accelerate launch tell; what others left does not count."""
     return int(os.environ.get("WORLD_SIZE") or 1) if LAUNCHED in os.environ else 1
 
 

@@ -146,14 +146,21 @@ def test_every_verb_shows_an_example_and_has_few_short_options() -> None:
 def test_an_option_of_one_value_is_not_taken_twice(verb: str) -> None:
     for option in get_command(app).commands[verb].params:  # type: ignore[attr-defined]
         if option.param_type_name == "option" and not (option.multiple or option.is_flag):
-            refused(kanseg(verb, option.opts[0], "1", option.opts[-1], "2"), 2, "2 times, and takes one value")
+            refused(
+                kanseg(verb, option.opts[0], "1", option.opts[-1], "2"), 2, "2 times, and takes one value"
+            )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_variables_that_a_launcher_left_do_not_make_verbs_of_one_process_wait_or_fall_silent(
     rank: int, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost"}.items():
+    for name, value in {
+        "WORLD_SIZE": 2,
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "localhost",
+    }.items():
         monkeypatch.setenv(name, str(value))
     assert "cases" in json.loads(kanseg("doctor", blobs, "--json").stdout)
     assert kanseg("plan", blobs, "-o", tmp_path / "run", "--memory", "2G", "--no-trial").returncode == 0

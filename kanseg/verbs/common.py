@@ -45,7 +45,9 @@ class Verb(TyperCommand):
         given = self.make_parser(ctx).parse_args(args=list(args))[2]
         for option in given:
             if (count := given.count(option)) > 1 and not (option.multiple or option.is_flag):
-                raise UsageError(f"{' or '.join(option.opts)} is given {counted(count, 'time')}, and takes one value.")
+                raise UsageError(
+                    f"{' or '.join(option.opts)} is given {counted(count, 'time')}, and takes one value."
+                )
         return super().parse_args(ctx, args)
 
 
