@@ -7,7 +7,9 @@ convolutions that see the image itself, and those that give the logits: with the
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,7 @@ def quantize(source: Path, out: Path, windows: Sequence[Tensor]) -> list[str]:
             return None if window is None else {self.name: window.numpy()}
 
     # Beside the result, which may be too large for where temporary files lie.
-    # Beside the result, which may be too large for where temporary files lie.
-    with temporary_folder(out.parent) as folder:
+    with temporary_folder(out.parent) as folder, _for_temporary_files(folder):
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared, load_external_data=False).graph
@@ -56,6 +57,16 @@ def quantize(source: Path, out: Path, windows: Sequence[Tensor]) -> list[str]:
             nodes_to_exclude=kept,
         )
     return kept
+
+
+@contextmanager
+def _for_temporary_files(folder: str) -> Iterator[None]:
+    """Within it those that onnxruntime makes, which a kill would leave, lie in this folder."""
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def ends(nodes: Sequence[Any]) -> list[str]:
