@@ -20,7 +20,7 @@ import typer
 
 from kanseg import __version__
 from kanseg.cgroups import limit_threads
-from kanseg.errors import UsageError, UserError, counted
+from kanseg.errors import UsageError, UserError, counted, each
 from kanseg.progress import processes, say
 from kanseg.training.stop import INTERRUPTED, TERMINATED, orderly_end
 from kanseg.verbs import data, results, training
@@ -230,7 +230,7 @@ def train(
         _emit(found, json_)
         if found["failed"]:
             count = counted(len(found["failed"]), "fold")
-            raise UserError(f"{count} failed: {found['failed']}. Go on with --resume.")
+            raise UserError(f"{count} failed ({each(found['failed'], 'fold ')}). Go on with --resume.")
         return
     _emit(fit(checked, plan_, dataset, folder, fold=number, **how), json_)
 
