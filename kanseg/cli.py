@@ -20,7 +20,7 @@ import typer
 
 from kanseg import __version__
 from kanseg.cgroups import limit_threads
-from kanseg.errors import UsageError, UserError, counted
+from kanseg.errors import UsageError, UserError, counted, each
 from kanseg.progress import processes, say
 from kanseg.training.stop import INTERRUPTED, TERMINATED, orderly_end
 from kanseg.verbs import data, results, training
@@ -34,6 +34,7 @@ from kanseg.verbs.common import (
     Pattern,
     Regions,
     Size,
+    Verb,
     refuse_given,
     require,
 )
@@ -229,7 +230,7 @@ def train(
         _emit(found, json_)
         if found["failed"]:
             count = counted(len(found["failed"]), "fold")
-            raise UserError(f"{count} failed: {found['failed']}. Go on with --resume.")
+            raise UserError(f"{count} failed ({each(found['failed'], 'fold ')}). Go on with --resume.")
         return
     _emit(fit(checked, plan_, dataset, folder, fold=number, **how), json_)
 
@@ -592,7 +593,9 @@ def _tell(found: Mapping[str, Any], json_: bool) -> None:
 
 for _theme in (data, results, training):
     app.registered_commands += _theme.app.registered_commands
-for _command in app.registered_commands:  # a terminal breaks lines anew, and those of the text would be torn
+for _command in app.registered_commands:
+    _command.cls = Verb
+    # A terminal breaks lines anew, and those of the text would be torn.
     _parts = (getdoc(_command.callback) or "").split("\n\n")
     _command.help = "\n\n".join(" ".join(part.split()) for part in _parts)
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))

@@ -384,7 +384,7 @@ def resumed_config(path: Path, given: Config, override: bool = False) -> Config:
         shown = ", ".join(changes(flat(stored), {key: new[key] for key in fixed}).values())
         raise UsageError(
             f"A resumed run keeps its options: {path} has {shown}. "
-            "Leave that away, say --override to go on with the new, or start a new run folder."
+            "Leave it out, say --override to go on with the new, or start a new run folder."
         )
     if adapted := [key for key in changed if key.startswith("training.adapt.")]:
         raise UsageError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -64,6 +65,15 @@ def counted(number: int, what: str) -> str:
     ('1 fold', '2 folds')
     """
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def each(reasons: Mapping[Any, object], what: str = "") -> str:
+    """What is said of several things, in words.
+
+    >>> each({0: "It is damaged.", 2: "the disk is full"}, "fold ")
+    'fold 0: It is damaged; fold 2: the disk is full'
+    """
+    return "; ".join(f"{what}{name}: {str(reason).rstrip('.')}" for name, reason in reasons.items())
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

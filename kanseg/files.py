@@ -162,12 +162,13 @@ def in_turn(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def temporary_folder(place: str) -> tempfile.TemporaryDirectory[str]:
+def temporary_folder(place: Path | str | None = None) -> tempfile.TemporaryDirectory[str]:
     """A new folder in `place` that is gone with this object, or where a kill is its end, when the next one is made.
 
     A living process is known by its lock on a file in its folder; on Windows, and where there are no locks, folders of
     killed ones stay.
     """
+    place = place or tempfile.gettempdir()
     made = tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place)
     if sys.platform == "win32":
         return made

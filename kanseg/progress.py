@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PAUSE = 60  # seconds between two lines
+# Variables that torchrun, accelerate launch or a script of a job gives each of several processes, beside WORLD_SIZE.
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def progress(items: Iterable[T], text: str) -> Iterator[T]:
@@ -91,8 +93,8 @@ def in_figures(number: float) -> str:
 
 
 def processes() -> int:
-    """How many processes train together, as torchrun and accelerate launch tell them."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """How many processes train together, where the environment says how they meet."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if all(map(os.environ.get, RENDEZVOUS)) else 1
 
 
 def is_main() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kanseg.errors import UsageError, unknown_option
+from kanseg.files import temporary_folder
 from kanseg.memory import size_in_bytes
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class Segmenter:
         networks, plans = zip((network, plan), *self._others, strict=True)
         options.setdefault("device", next(network.parameters()).device)
         options["memory"] = size_in_bytes(options.get("memory"))
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             case = _as_case(image, plan, Path(folder), spacing)
             yield predict(networks, case, plans, temperatures=self._temperatures, **options), case
 

@@ -142,6 +142,33 @@ def test_every_verb_shows_an_example_and_has_few_short_options() -> None:
         assert "--json" in options
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_option_of_one_value_is_not_taken_twice(verb: str) -> None:
+    for option in get_command(app).commands[verb].params:  # type: ignore[attr-defined]
+        if option.param_type_name == "option" and not (option.multiple or option.is_flag):
+            refused(
+                kanseg(verb, option.opts[0], "1", option.opts[-1], "2"), 2, "2 times, and takes one value"
+            )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_variables_that_a_launcher_left_do_not_make_verbs_of_one_process_wait_or_fall_silent(
+    rank: int, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "WORLD_SIZE": 2,
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "localhost",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    assert "cases" in json.loads(kanseg("doctor", blobs, "--json").stdout)
+    assert kanseg("plan", blobs, "-o", tmp_path / "run", "--memory", "2G", "--no-trial").returncode == 0
+    for verb in (["train", tmp_path / "run"], ["run", blobs, "-o", tmp_path / "all"]):
+        refused(kanseg(*verb), 2, "WORLD_SIZE=2", "torchrun", "unset WORLD_SIZE")
+    refused(kanseg("search", tmp_path / "run", "training.lr=uniform(1,2)"), 2, "unset WORLD_SIZE")
+
+
 def test_importing_kanseg_imports_no_torch() -> None:
     code = "import sys, kanseg, kanseg.cli; assert not {'torch', 'monai', 'matplotlib'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -21,7 +21,7 @@ from kanseg.errors import UsageError
 from kanseg.progress import note
 from kanseg.training.checkpoint import load_checkpoint, load_model
 from kanseg.training.monitor import read_log
-from kanseg.training.parallel import once
+from kanseg.training.parallel import launched, once
 
 OPTIONS = [
     "training.max_epochs=2",
@@ -145,8 +145,13 @@ def test_variables_of_other_launchers_make_no_further_processes(fit_balls, monke
     note("told")
     assert "told" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="WORLD_SIZE=4 .* unset WORLD_SIZE"):
+    with pytest.raises(
+        UsageError, match="WORLD_SIZE=4 .* without MASTER_ADDR, MASTER_PORT .* unset WORLD_SIZE"
+    ):
         once(lambda: None)
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == 4  # as scripts of jobs start them, without torchrun
 
 
 def test_two_processes_train_a_classifier_as_one_does(tmp_path):

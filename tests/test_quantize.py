@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
+from onnxruntime.quantization.calibrate import MinMaxCalibrater
 from test_ensemble import checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -76,7 +81,30 @@ def test_the_file_is_small_and_gives_nearly_the_same_label_maps(
         exact
     )
     assert set(exact) == set(ends(graph.node))
-    assert not list((tmp_path / "out").rglob(".part*"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.json", "model.onnx"]
+
+
+def export_until_killed(model: Path, out: Path, images: Path) -> None:
+    """Body of a process that is killed while onnxruntime looks at ranges, by files in temporary folders."""
+    tempfile.tempdir = str(out.with_name("temporary"))
+    MinMaxCalibrater.collect_data = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+    export_network([model], out, images=images, int8=True)
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next_export(
+    plan: Plan, blobs: Path, tmp_path: Path, processes: Any
+) -> None:
+    checkpoint(plan, tmp_path / "fold_0", 0)
+    how = (tmp_path / "fold_0", tmp_path / "out", blobs / "imagesTr")
+    (temporary := tmp_path / "temporary").mkdir()
+    process = processes.Process(target=export_until_killed, args=how)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not list(temporary.iterdir())
+    assert list(how[1].rglob("*.onnx"))
+    export_network([how[0]], how[1])
+    assert sorted(path.name for path in how[1].iterdir()) == ["model.json", "model.onnx"]
 
 
 class Steps(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,16 @@ from kanseg.evaluation.classification import answers, evaluate_classes, read_sco
 from kanseg.evaluation.folders import evaluate_folders
 from kanseg.evaluation.metrics import METRICS, RESAMPLES, bootstrap_interval
 from kanseg.evaluation.report import LONGEST, Whole, short, told_apart
-from kanseg.files import SURROGATES, make_folder, parse_json, read_json, write_bytes, write_json, write_text
+from kanseg.files import (
+    SURROGATES,
+    make_folder,
+    parse_json,
+    read_json,
+    temporary_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,11 +124,11 @@ def load_scores(path: Path | str, reference: Path | str | None = None, **how: An
     if reference is not None and (table := find_table(path)):
         if how:
             raise UsageError(f"{', '.join(how)} go with label maps; {table} is a table of classes.")
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             evaluate_classes(table, Path(reference), Path(folder))
             return _of_classes(Path(folder) / TABLES[0])
     if reference is not None:
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             failed = evaluate_folders(path, reference, folder, **how)["failed"]
             found = _from_table(Path(folder) / TABLES[0])
         for by_class in (column for metric in found.values() for column in metric.values()):

@@ -393,7 +393,7 @@ def score_table(
     from rich.table import Table
 
     heading, rows = score_rows(metrics, unit, tolerance)
-    table = Table(title=title or None, title_justify="left")
+    table = Table(title=title or None, title_justify="left", show_edge=False, pad_edge=False)
     for number, name in enumerate(heading):
         table.add_column(
             name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold"

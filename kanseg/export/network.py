@@ -26,7 +26,7 @@ from kanseg.data.unlabelled import find_images
 from kanseg.errors import UsageError, UserError, did_you_mean
 from kanseg.export import AGREE
 from kanseg.export.bundle import NETWORK, check_bundle, write_bundle
-from kanseg.files import make_folder, write_json
+from kanseg.files import make_folder, temporary_folder, write_json
 from kanseg.inference.agreement import agreement, seconds_a_window
 from kanseg.inference.classify import is_classifier
 from kanseg.inference.ensemble import Loaded
@@ -161,8 +161,8 @@ def export_network(
     shape = (plan.in_channels, *plan.patch_size)
     path = out / kind.file
     make_folder(path.parent)
-    part = path.with_name(f".part-{path.name}")
-    try:
+    with temporary_folder(out) as folder:
+        part = Path(folder) / path.name
         kind.write(program_of(network, shape), part)
         run = kind.open(part)
         found = compare(network, run, random_windows(shape))
@@ -190,8 +190,6 @@ def export_network(
         kind.beside(out, loaded)
         write_json(out / "model.json", {**about, "checkpoints": loaded.digests, "plan": plan.to_dict()})
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     size = round(path.stat().st_size / 2**20, 1)
     return {"file": str(path), "megabytes": size, "parity": found, "postprocessing": loaded.rules}
 

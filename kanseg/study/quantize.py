@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from kanseg.files import temporary_folder
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")  # operations that are quantised
 
@@ -37,7 +40,7 @@ def quantize(source: Path, out: Path, windows: Sequence[Tensor]) -> list[str]:
             return None if window is None else {self.name: window.numpy()}
 
     # Beside the result, which may be too large for where temporary files lie.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".part-") as folder:
+    with temporary_folder(out.parent) as folder, _for_temporary_files(folder):
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared, load_external_data=False).graph
@@ -54,6 +57,16 @@ def quantize(source: Path, out: Path, windows: Sequence[Tensor]) -> list[str]:
             nodes_to_exclude=kept,
         )
     return kept
+
+
+@contextmanager
+def _for_temporary_files(folder: str) -> Iterator[None]:
+    """Within it those that onnxruntime makes, which a kill would leave, lie in this folder."""
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def ends(nodes: Sequence[Any]) -> list[str]:

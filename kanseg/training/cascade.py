@@ -16,7 +16,7 @@ from rich.console import Console
 from kanseg.config import Config, read_config
 from kanseg.data.cases import Case, Dataset, few
 from kanseg.data.plan import Plan
-from kanseg.errors import UserError
+from kanseg.errors import UserError, each
 from kanseg.files import make_folder, write_json
 from kanseg.progress import say
 from kanseg.training.cross_validation import cross_validate, finished, for_folds
@@ -61,8 +61,8 @@ def train_first_stage(
         done = cross_validate(config, Plan.load(first / PLAN), dataset, first, **how)
         if done["failed"]:
             raise UserError(
-                f"Folds of the first stage, {first}, failed: {done['failed']}. The second needs them all. Go on with "
-                "--resume."
+                f"Folds of the first stage, {first}, failed ({each(done['failed'], 'fold ')}). The second needs them "
+                "all. Go on with --resume."
             )
         say(console, f"Second stage of the cascade: {run}")
 

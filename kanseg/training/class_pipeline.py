@@ -12,7 +12,7 @@ from kanseg.config import Config, with_options
 from kanseg.data.class_doctor import diagnose_classes
 from kanseg.data.class_plan import ClassPlan
 from kanseg.data.plans import dataset_of
-from kanseg.errors import UserError, counted
+from kanseg.errors import UserError, counted, each
 from kanseg.evaluation.classification import score_lines
 from kanseg.files import locked, make_folder, write_json
 from kanseg.progress import in_words, is_main, say
@@ -63,7 +63,7 @@ def run_classes(
     report = once(lambda: write_report(run, dataset))
     if found["failed"]:
         count = counted(len(found["failed"]), "fold")
-        raise UserError(f"{count} failed: {found['failed']}. The same command goes on.")
+        raise UserError(f"{count} failed ({each(found['failed'], 'fold ')}). The same command goes on.")
     said = f"{score_lines(found['pooled'])}. Model: {run}. Report: {report}"
     say(console, said)
     accuracy = found["pooled"]["accuracy"]

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kanseg.errors import UsageError, UserError
-from kanseg.progress import processes
+from kanseg.progress import RENDEZVOUS, processes
 from kanseg.training.stop import LAUNCHED
 
 T = TypeVar("T")
@@ -25,16 +25,17 @@ PATIENCE = timedelta(hours=12)  # of processes that wait for what one does alone
 
 
 def launched() -> int:
-    """How many processes torchrun or accelerate launch started; what is left of other launchers is forgotten.
+    """How many processes were started together; what is left of other launchers is forgotten.
 
     Raises:
-        UsageError: the environment tells of several, and not where they meet.
+        UsageError: the environment tells of several, and not how they meet.
     """
     count = processes()
-    if count > 1 and not os.environ.get("MASTER_ADDR"):
+    if count == 1 and (told := os.environ.get("WORLD_SIZE") or "1") != "1":
+        missing = ", ".join(name for name in RENDEZVOUS if not os.environ.get(name))
         raise UsageError(
-            f"WORLD_SIZE={count} in the environment says that {count} processes train together, and no MASTER_ADDR "
-            "says where they meet. Start them by torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK."
+            f"WORLD_SIZE={told} in the environment says that {told} processes train together, and without {missing} "
+            "they do not meet. Start them by torchrun, or unset WORLD_SIZE to train with one process."
         )
     if count == 1 and LAUNCHED not in os.environ:
         for name in OTHER_LAUNCHERS:

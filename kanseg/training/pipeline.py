@@ -30,7 +30,7 @@ from kanseg.data.images import read_provenance
 from kanseg.data.plan import Plan, check_size
 from kanseg.data.planner import check_wishes, plan_run
 from kanseg.data.suffixes import suffix_of
-from kanseg.errors import UsageError, UserError, counted, did_you_mean
+from kanseg.errors import UsageError, UserError, counted, did_you_mean, each
 from kanseg.evaluation.report import score_table
 from kanseg.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.inference.calibration import CALIBRATION
@@ -388,7 +388,7 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
             failed[name] = str(error)
             job.say(f"Configuration {name} failed: {error}")
     if not found:
-        raise UserError(f"Every configuration of {job.run} failed: {failed}")
+        raise UserError(f"Every configuration of {job.run} failed ({each(failed)}).")
     if len(found) > 1:
         members = list(found)
         found[ENSEMBLE] = once(lambda: _ensemble(job, members, splits))

@@ -12,7 +12,6 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from kanseg.config import load_config
 from kanseg.data.plan import Plan
 from kanseg.data.sizing import LEAST_FEATURES, MEASURED_SHARE, Need
 from kanseg.errors import UserError
+from kanseg.files import temporary_folder
 from kanseg.memory import taken
 from kanseg.training.checkpoint import (
     LAST,
@@ -108,7 +108,7 @@ def trial(plan: Plan) -> dict[str, float]:
         peaks.append(_peak(device))
         times.append(took)
     tensors = {**named("model", model.state_dict()), **named("average", average.state_dict())}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         state, _ = pack(optimizer.state_dict(), "optimizer")
         save_checkpoint(Path(folder) / LAST, {**tensors, **state}, plan.to_dict())
     per_voxel = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])

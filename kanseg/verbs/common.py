@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from kanseg.errors import UsageError, UserError
+from kanseg.errors import UsageError, UserError, counted
 from kanseg.progress import is_main
 
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
@@ -35,6 +36,19 @@ Regions = Annotated[
         help="whole=1+2+4,core=1+4: classes that overlap, the large ones first; ignore=255: what does not count."
     ),
 ]
+
+
+class Verb(TyperCommand):
+    """A command that takes no option twice which has room for one value: the first one would be lost in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for option in given:
+            if (count := given.count(option)) > 1 and not (option.multiple or option.is_flag):
+                raise UsageError(
+                    f"{' or '.join(option.opts)} is given {counted(count, 'time')}, and takes one value."
+                )
+        return super().parse_args(ctx, args)
 
 
 def require(expected: str, *paths: Path | None) -> None:

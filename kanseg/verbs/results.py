@@ -212,10 +212,10 @@ def export(
         result = export_network(models, out, to, images=images, int8=int8, agree=agree)
     found = result["parity"]
     say(talk, f"{result['file']} ({result['megabytes']} MB) and model.json")
-    talk.print(
+    say(
+        talk,
         f"on {found['windows']} {'windows of the images' if int8 else 'random windows'}: largest difference "
         f"{found['relative_difference']:.1e} of the largest output, equal classes {found['equal_classes']:.2%}",
-        highlight=False,
     )
     if int8:
         seconds, size = found["seconds_a_window"], found["int8"]["float32_megabytes"]
@@ -227,7 +227,7 @@ def export(
     if images is not None:
         say(talk, agreement_in_words(found["images"]))
     if result["postprocessing"]:
-        talk.print("The post-processing of kanseg predict is no part of it: model.json says the rules.")
+        say(talk, "The post-processing of kanseg predict is no part of it: model.json says the rules.")
     emit(result, json_)
 
 
