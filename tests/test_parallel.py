@@ -146,10 +146,10 @@ def test_variables_of_other_launchers_make_no_further_processes(fit_balls, monke
     assert "told" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        UsageError, match="WORLD_SIZE=4 .* without MASTER_ADDR, MASTER_PORT .* unset WORLD_SIZE"
+        UsageError, match="WORLD_SIZE=4 .* without .*MASTER_ADDR, MASTER_PORT .* unset WORLD_SIZE"
     ):
         once(lambda: None)
-    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}.items():
+    for name, value in {"LOCAL_RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}.items():
         monkeypatch.setenv(name, value)
     assert launched() == 4  # as scripts of jobs start them, without torchrun
 

@@ -44,7 +44,8 @@ class Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = self.make_parser(ctx).parse_args(args=list(args))[2]
         for option in given:
-            if (count := given.count(option)) > 1 and not (option.multiple or option.is_flag):
+            several = option.multiple or getattr(option, "is_flag", False)
+            if (count := given.count(option)) > 1 and not several:
                 raise UsageError(
                     f"{' or '.join(option.opts)} is given {counted(count, 'time')}, and takes one value."
                 )
