@@ -335,6 +335,24 @@ def test_what_a_hook_keeps_of_the_convolution_is_not_overwritten() -> None:
     assert torch.equal(kept[0], wanted)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["batch", INSTANCE], ids=["batch", "instance"])
+def test_hooks_of_the_backward_pass_leave_gradients_as_they_are(norm: Any, training: bool) -> None:
+    network = nn.Sequential(made("kagn", norm=norm), nn.Conv2d(16, 1, 1)).train(training)
+    x = image()[:1]  # of a single sample, hooks leave other strides
+    wanted = gradients(network, x)
+    for part in (network[0].conv, network[0].norm, network[0].act, network[0]):
+        seen: list[Any] = []
+        hook = part.register_full_backward_hook(lambda module, lower, upper, seen=seen: seen.append(upper[0]))
+        found = gradients(network, x)
+        hook.remove()
+        assert len(seen) == 1
+        for name, grad in found.items():
+            torch.testing.assert_close(
+                grad, wanted[name], rtol=1e-4, atol=1e-4 * float(wanted[name].abs().max())
+            )
+
+
 def test_activations_in_place_leave_the_input_to_the_basis() -> None:
     options = {"base_act": ("leakyrelu", {"inplace": True, "negative_slope": 0.1})}
     layer, x = made("kan", norm=None, act=None, **options), image()
