@@ -103,9 +103,10 @@ def test_saved_tensors_may_come_back_in_other_memory(family: str | None) -> None
 
 
 @pytest.mark.parametrize("family", ALL, **IDS)
+@pytest.mark.parametrize("options", [{}, {"dropout": 1e-9}, {"recompute": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_layers_of_half_precision_run(family: str | None, dtype: torch.dtype) -> None:
-    layer, x = made(family), image(size=8)
+def test_layers_of_half_precision_run(family: str | None, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    layer, x = made(family, **options), image(size=8)
     wanted = layer(x)
     found = layer.to(dtype)(x.to(dtype))
     assert found.dtype == dtype

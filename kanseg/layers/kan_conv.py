@@ -159,7 +159,8 @@ class KANConv(Convolution):
 
     def expand_and_convolve(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         """Expansion and convolution. The convolution comes last, so recomputing stops just before it."""
-        return self.convolve(self.expand(x, normed), self.weight())
+        weight = self.weight()
+        return self.convolve(self.expand(x, normed).to(weight.dtype), weight)
 
     def expand(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         """[act(x), Phi(x)] channel by channel: (N, C, *S) -> (N, C (K + 1), *S)."""
