@@ -114,9 +114,13 @@ def test_other_networks_are_exported_too(name: str, options: dict[str, Any], tmp
 
 @pytest.mark.parametrize("basis", ["kagn", "wavkan"])
 def test_torch_writes_a_network_alone_as_onnx(basis: str, tmp_path: Path) -> None:
-    network = create_model("ukanet", 2, 1, 2, features_per_stage=(4, 8), blocks_per_stage=1, basis=basis).eval()
+    network = create_model(
+        "ukanet", 2, 1, 2, features_per_stage=(4, 8), blocks_per_stage=1, basis=basis
+    ).eval()
     file, batch = tmp_path / "model.onnx", {0: torch.export.Dim("batch", min=1)}
-    torch.onnx.export(network, (torch.zeros(2, 1, 12, 12),), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    torch.onnx.export(
+        network, (torch.zeros(2, 1, 12, 12),), file, dynamo=True, dynamic_shapes=(batch,), verbose=False
+    )
     found = compare(network, FORMATS["onnx"].open(file), random_windows((1, 12, 12)))
     assert found["relative_difference"] < TOLERANCE
 

@@ -105,7 +105,9 @@ def test_saved_tensors_may_come_back_in_other_memory(family: str | None) -> None
 @pytest.mark.parametrize("family", ALL, **IDS)
 @pytest.mark.parametrize("options", [{}, {"dropout": 1e-9}, {"recompute": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_layers_of_half_precision_run(family: str | None, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_layers_of_half_precision_run(
+    family: str | None, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
     layer, x = made(family, **options), image(size=8)
     wanted = layer(x)
     found = layer.to(dtype)(x.to(dtype))
@@ -352,6 +354,23 @@ def test_hooks_of_the_backward_pass_leave_gradients_as_they_are(norm: Any, train
             torch.testing.assert_close(
                 grad, wanted[name], rtol=1e-4, atol=1e-4 * float(wanted[name].abs().max())
             )
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_hooks_see_each_call_of_a_part_once(family: str | None) -> None:
+    layer = made(family, norm="batch")
+    calls: list[str] = []
+    for name, part in layer.named_modules():
+        if (family, name) != (
+            "wavkan",
+            "conv.base_act",
+        ):  # is called again: its term is one of many that are not kept
+            part.register_forward_hook(lambda *_, name=name: calls.append(name))
+    y = layer(image())
+    forward = len(calls)
+    y.sum().backward()
+    assert {"norm", "act"} <= set(calls)
+    assert len(calls) == len(set(calls)) == forward  # none again in the backward pass
 
 
 def test_activations_in_place_leave_the_input_to_the_basis() -> None:

@@ -59,7 +59,9 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
     if not isinstance(norm, _NormBase):
         return norm(x)
-    if torch.is_grad_enabled() and of_one_sample(x):  # misread, too, in the strides that hooks on modules give it
+    if torch.is_grad_enabled() and of_one_sample(
+        x
+    ):  # misread, too, in the strides that hooks on modules give it
         x = x.contiguous()
     return with_contiguous_gradient(norm(x))
 
