@@ -373,6 +373,13 @@ def test_hooks_see_each_call_of_a_part_once(family: str | None) -> None:
     assert len(calls) == len(set(calls)) == forward  # none again in the backward pass
 
 
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_weight_and_bias_are_numbers_to_those_who_initialise_by_name(family: str | None) -> None:
+    for part in made(family).modules():
+        for name in ("weight", "bias"):
+            assert isinstance(getattr(part, name, None), Tensor | None)
+
+
 def test_activations_in_place_leave_the_input_to_the_basis() -> None:
     options = {"base_act": ("leakyrelu", {"inplace": True, "negative_slope": 0.1})}
     layer, x = made("kan", norm=None, act=None, **options), image()
@@ -381,7 +388,7 @@ def test_activations_in_place_leave_the_input_to_the_basis() -> None:
     assert torch.equal(x, before)
     conv = layer.conv
     expanded = torch.cat([nn.functional.leaky_relu(x, 0.1).unsqueeze(2), conv.basis(x)], 2).flatten(1, 2)
-    torch.testing.assert_close(layer(x), conv.convolve(expanded, conv.weight()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), conv.convolve(expanded, conv.joint_weight()), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- bases of one's own
