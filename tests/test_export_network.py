@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 import torch
 from monai.bundle import ConfigParser, verify_net_in_out
+from monai.bundle.properties import InferProperties
 from test_ensemble import checkpoint
 
 from kanseg import create_model
@@ -205,6 +206,12 @@ def test_a_bundle_says_how_it_is_run_and_is_a_model_to_start_from(plan: Plan, tm
     assert all(name in text for name in (*plan.label_names, *plan.channel_names, "postprocessing"))
     assert all((tmp_path / "bundle" / part).is_file() for part in text.split() if part.startswith("configs/"))
     about = json.loads((tmp_path / "bundle/model.json").read_text())
+    config = json.loads((tmp_path / "bundle/configs/inference.json").read_text())
+    assert (
+        {"evaluator"}
+        < {name for name, asked in InferProperties.items() if asked["required"]}
+        <= config.keys()
+    )
     assert about["postprocessing"] == said["postprocessing"] == rules
     assert "rules of `postprocessing`" in about["steps"][-1]
     assert "divide the outputs by `temperature`" in about["steps"][-2]
