@@ -59,10 +59,8 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
     if not isinstance(norm, _NormBase):
         return norm(x)
-    if torch.is_grad_enabled() and of_one_sample(
-        x
-    ):  # misread, too, in the strides that hooks on modules give it
-        x = x.contiguous()
+    if torch.is_grad_enabled() and of_one_sample(x) and (watched(norm) or x.stride(0) != x.numel()):
+        x = x.contiguous()  # torch 2.14's norms misread, too, the strides that its hooks on modules leave
     return with_contiguous_gradient(norm(x))
 
 
