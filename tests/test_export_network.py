@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 import torch
 from monai.bundle import ConfigParser, verify_net_in_out
+from monai.bundle.properties import InferProperties
 from test_ensemble import checkpoint
 
 from kanseg import create_model
@@ -112,6 +113,19 @@ def test_other_networks_are_exported_too(name: str, options: dict[str, Any], tmp
     assert compare(network, run, random_windows((1, 32, 32)))["relative_difference"] < TOLERANCE
 
 
+@pytest.mark.parametrize("basis", ["kagn", "wavkan"])
+def test_torch_writes_a_network_alone_as_onnx(basis: str, tmp_path: Path) -> None:
+    network = create_model(
+        "ukanet", 2, 1, 2, features_per_stage=(4, 8), blocks_per_stage=1, basis=basis
+    ).eval()
+    file, batch = tmp_path / "model.onnx", {0: torch.export.Dim("batch", min=1)}
+    torch.onnx.export(
+        network, (torch.zeros(2, 1, 12, 12),), file, dynamo=True, dynamic_shapes=(batch,), verbose=False
+    )
+    found = compare(network, FORMATS["onnx"].open(file), random_windows((1, 12, 12)))
+    assert found["relative_difference"] < TOLERANCE
+
+
 def test_a_file_that_differs_is_not_kept(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(plan, tmp_path / "fold_0", 0)
     right = FORMATS["torch"]
@@ -195,6 +209,12 @@ def test_a_bundle_says_how_it_is_run_and_is_a_model_to_start_from(
     assert all(name in text for name in (*plan.label_names, *plan.channel_names, "postprocessing"))
     assert all((tmp_path / "bundle" / part).is_file() for part in text.split() if part.startswith("configs/"))
     about = json.loads((tmp_path / "bundle/model.json").read_text())
+    config = json.loads((tmp_path / "bundle/configs/inference.json").read_text())
+    assert (
+        {"evaluator"}
+        < {name for name, asked in InferProperties.items() if asked["required"]}
+        <= config.keys()
+    )
     assert about["postprocessing"] == said["postprocessing"] == rules
     assert "rules of `postprocessing`" in about["steps"][-1]
     assert "divide the outputs by `temperature`" in about["steps"][-2]

@@ -103,9 +103,12 @@ def test_saved_tensors_may_come_back_in_other_memory(family: str | None) -> None
 
 
 @pytest.mark.parametrize("family", ALL, **IDS)
+@pytest.mark.parametrize("options", [{}, {"dropout": 1e-9}, {"recompute": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_layers_of_half_precision_run(family: str | None, dtype: torch.dtype) -> None:
-    layer, x = made(family), image(size=8)
+def test_layers_of_half_precision_run(
+    family: str | None, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    layer, x = made(family, **options), image(size=8)
     wanted = layer(x)
     found = layer.to(dtype)(x.to(dtype))
     assert found.dtype == dtype
@@ -335,6 +338,48 @@ def test_what_a_hook_keeps_of_the_convolution_is_not_overwritten() -> None:
     assert torch.equal(kept[0], wanted)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["batch", INSTANCE], ids=["batch", "instance"])
+def test_hooks_of_the_backward_pass_leave_gradients_as_they_are(norm: Any, training: bool) -> None:
+    network = nn.Sequential(made("kagn", norm=norm), nn.Conv2d(16, 1, 1)).train(training)
+    x = image()[:1]  # of a single sample, hooks leave other strides
+    wanted = gradients(network, x)
+    for part in (network[0].conv, network[0].norm, network[0].act, network[0]):
+        seen: list[Any] = []
+        hook = part.register_full_backward_hook(lambda module, lower, upper, seen=seen: seen.append(upper[0]))
+        found = gradients(network, x)
+        hook.remove()
+        assert len(seen) == 1
+        for name, grad in found.items():
+            torch.testing.assert_close(
+                grad, wanted[name], rtol=1e-4, atol=1e-4 * float(wanted[name].abs().max())
+            )
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_hooks_see_each_call_of_a_part_once(family: str | None) -> None:
+    layer = made(family, norm="batch")
+    calls: list[str] = []
+    for name, part in layer.named_modules():
+        if (family, name) != (
+            "wavkan",
+            "conv.base_act",
+        ):  # is called again: its term is one of many that are not kept
+            part.register_forward_hook(lambda *_, name=name: calls.append(name))
+    y = layer(image())
+    forward = len(calls)
+    y.sum().backward()
+    assert {"norm", "act"} <= set(calls)
+    assert len(calls) == len(set(calls)) == forward  # none again in the backward pass
+
+
+@pytest.mark.parametrize("family", ALL, **IDS)
+def test_weight_and_bias_are_numbers_to_those_who_initialise_by_name(family: str | None) -> None:
+    for part in made(family).modules():
+        for name in ("weight", "bias"):
+            assert isinstance(getattr(part, name, None), Tensor | None)
+
+
 def test_activations_in_place_leave_the_input_to_the_basis() -> None:
     options = {"base_act": ("leakyrelu", {"inplace": True, "negative_slope": 0.1})}
     layer, x = made("kan", norm=None, act=None, **options), image()
@@ -343,7 +388,7 @@ def test_activations_in_place_leave_the_input_to_the_basis() -> None:
     assert torch.equal(x, before)
     conv = layer.conv
     expanded = torch.cat([nn.functional.leaky_relu(x, 0.1).unsqueeze(2), conv.basis(x)], 2).flatten(1, 2)
-    torch.testing.assert_close(layer(x), conv.convolve(expanded, conv.weight()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), conv.convolve(expanded, conv.joint_weight()), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- bases of one's own

@@ -46,10 +46,10 @@ class OrthogonalPolynomials(Basis):
         for n, (a, b, c) in enumerate(self.recurrence, start=1):
             slope = t if (a, b) == (1.0, 0.0) else a * t + b
             following = slope * functions[-1] if n > 1 else slope
-            functions.append(following - self.weight(n, c) * functions[-2] if c else following)
+            functions.append(following - self.coefficient(n, c) * functions[-2] if c else following)
         return functions
 
-    def weight(self, n: int, c: float) -> float | Tensor:
+    def coefficient(self, n: int, c: float) -> float | Tensor:
         """The factor of P_{n-2}; learned bases scale it."""
         return c
 
@@ -126,5 +126,5 @@ class Gram(OrthogonalPolynomials):
         super().__init__(degree, coefficients, squash)
         self.beta = nn.Parameter(torch.ones(max(degree - 1, 0)))
 
-    def weight(self, n: int, c: float) -> Tensor:
+    def coefficient(self, n: int, c: float) -> Tensor:
         return self.beta[n - 2] * c

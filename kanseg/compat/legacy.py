@@ -93,7 +93,7 @@ class DegreeMajorKANConv(KANConv):
         basis = self._expanded_basis(x).transpose(1, 2).flatten(1, 2).unflatten(1, (self.groups, -1))
         return torch.cat([base, basis], dim=2).flatten(1, 2)
 
-    def weight(self) -> Tensor:
+    def joint_weight(self) -> Tensor:
         return torch.cat([self.base_weight, self.basis_weight], dim=1)
 
 

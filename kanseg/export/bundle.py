@@ -69,6 +69,7 @@ Run it in this folder on a folder of NIfTI images; label maps are written to `ev
 
 - It was written with monai {monai.__version__} and torch {version}.
 - Without the package `fire` MONAI's command stops with an error.
+- `monai.bundle.create_workflow` takes it as it is. Its `evaluator` writes the same and needs `pytorch-ignite`.
 - Channels of an image: {", ".join(plan.channel_names)}{axis}.
 - Values of a label map: {", ".join(values)}.
 - Post-processing of label maps is not part of the bundle: where `postprocessing` in `model.json` lists rules,
@@ -114,6 +115,13 @@ def inference(plan: Plan) -> dict[str, Any]:
         },
         "postprocessing": {"_target_": "Compose", "transforms": _after(plan)},
         "run": [f"$[@postprocessing({window}) for item in @dataset]"],
+        # For MONAI's own workflows, which ask for an evaluator; it takes the package pytorch-ignite.
+        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1},
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "val_data_loader": "@dataloader",
+            **{name: f"@{name}" for name in ("device", "network", "inferer", "postprocessing")},
+        },
     }
 
 

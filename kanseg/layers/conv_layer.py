@@ -119,7 +119,7 @@ class ConvLayer(nn.Module):
             for planes in (some for sample in y.split(1) for some in sample.split(height, dim=2)):
                 planes.copy_(self._norm_act(planes))
             return self.dropout(y)
-        y = recomputed(self._norm_act, y, preserve_rng_state=False)
+        y = recomputed(self._norm_act, y, preserve_rng_state=False, reads=("norm", "act"))
         return self.dropout(y)
 
     def extra_repr(self) -> str:

@@ -68,7 +68,7 @@ class KANConv(Convolution):
     basis: Any  # a Basis; None makes the plain convolution
     base_weight: Any  # parameters; None where the layer has no such branch
     basis_weight: Any
-    folds = True  # whether a recipe says the same as `expand` and `weight`
+    folds = True  # whether a recipe says the same as `expand` and `joint_weight`
 
     def __init__(
         self,
@@ -159,7 +159,8 @@ class KANConv(Convolution):
 
     def expand_and_convolve(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         """Expansion and convolution. The convolution comes last, so recomputing stops just before it."""
-        return self.convolve(self.expand(x, normed), self.weight())
+        weight = self.joint_weight()
+        return self.convolve(self.expand(x, normed).to(weight.dtype), weight)
 
     def expand(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         """[act(x), Phi(x)] channel by channel: (N, C, *S) -> (N, C (K + 1), *S)."""
@@ -171,7 +172,7 @@ class KANConv(Convolution):
             branches.insert(0, self.base_act(x).unsqueeze(2))
         return torch.cat([branch.to(branches[-1].dtype) for branch in branches], dim=2).flatten(1, 2)
 
-    def weight(self) -> Tensor:
+    def joint_weight(self) -> Tensor:
         """The weight of the one convolution over the expansion, (out_channels, C (K + 1) / groups, *kernel)."""
         if self.base_weight is None:
             return self.basis_weight

@@ -17,7 +17,7 @@ from kanseg.layers.geometry import check_dims
 from kanseg.layers.kernels import gpu
 from kanseg.layers.kernels.operators import plain_eager
 from kanseg.layers.kernels.recipe import watched
-from kanseg.layers.kernels.rows import with_contiguous_gradient
+from kanseg.layers.kernels.rows import of_one_sample, with_contiguous_gradient
 
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 ActSpec = str | tuple[str, dict[str, Any]] | nn.Module | None
@@ -57,7 +57,11 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     stored = getattr(norm, "track_running_stats", False) and not norm.training  # statistics, which serve
     if isinstance(norm, _InstanceNorm) and math.prod(x.shape[2:]) == 1 and not stored:
         return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
-    return with_contiguous_gradient(norm(x)) if isinstance(norm, _NormBase) else norm(x)
+    if not isinstance(norm, _NormBase):
+        return norm(x)
+    if torch.is_grad_enabled() and of_one_sample(x) and (watched(norm) or x.stride(0) != x.numel()):
+        x = x.contiguous()  # torch 2.14's norms misread, too, the strides that its hooks on modules leave
+    return with_contiguous_gradient(norm(x))
 
 
 def fused_norm_serves(norm: nn.Module, x: Tensor) -> bool:

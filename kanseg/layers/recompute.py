@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kanseg.layers.kernels.operators import only_plain
+from kanseg.layers.kernels.recipe import watched
 
 State = dict[str, Any]
 
@@ -28,8 +29,7 @@ class AsItWas(AbstractContextManager[None]):
     """
 
     def __init__(self, function: Any, inputs: tuple[Any, ...], reads: str | tuple[str, ...]) -> None:
-        function = function.func if isinstance(function, partial) else function
-        owner = getattr(function, "__self__", function)
+        owner = _owner(function)
         parts = dict(owner.named_modules()) if isinstance(owner, nn.Module) else {}
         self.before: list[tuple[Any, State]] = [(vars(part), _state(part)) for part in parts.values()]
         read = list(inputs)
@@ -58,6 +58,12 @@ class AsItWas(AbstractContextManager[None]):
             state.update(now)
 
 
+def _owner(function: Any) -> Any:
+    """The module whose method it is, or the function itself."""
+    function = function.func if isinstance(function, partial) else function
+    return getattr(function, "__self__", function)
+
+
 def _state(part: nn.Module) -> State:
     """What the steps of a module depend on."""
     buffers = part._buffers.items()
@@ -79,12 +85,17 @@ def recomputed(
     **options: Any,
 ) -> Tensor:
     """`function(*inputs)`, keeping only `inputs` for the backward pass. Under torch.compile the compiler decides,
-    transformations of `torch.func` keep what they need, and a trace has no second run.
+    transformations of `torch.func` keep what they need, a trace has no second run, and hooks on the parts of the module
+    expect none (those that count calls or gather gradients by sample would be wrong).
 
     Args:
-        reads: beginnings of the names of the parameters that it reads, where not all of its module.
+        reads: beginnings of the names of the parts and parameters that it reads, where not all of its module.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or only_plain() or torch.jit.is_tracing():
+        return function(*inputs)
+    owner = _owner(function)
+    parts = owner.named_children() if isinstance(owner, nn.Module) else ()
+    if any(name.startswith(reads) and watched(part) for name, part in parts):
         return function(*inputs)
     # A subclass (MONAI's MetaTensor) makes views of its own, which the second run would not make alike.
     plain = (x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x for x in inputs)

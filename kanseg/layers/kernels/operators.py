@@ -97,10 +97,13 @@ def transformed() -> bool:
 
 
 def only_plain() -> bool:
-    """Whether plain steps of torch alone serve: in `plain_steps`, in `torch.func`, or where tangents are carried."""
+    """Whether plain steps of torch alone serve: in `plain_steps`, in `torch.func`, where tangents are carried, or in
+    `torch.onnx.export`, which knows no other.
+    """
     if torch.compiler.is_dynamo_compiling():  # which follows no such question
         return False
-    return _asked.plain or transformed() or forward_ad._current_level >= 0
+    asked = _asked.plain or torch.onnx.is_in_onnx_export()
+    return asked or transformed() or forward_ad._current_level >= 0
 
 
 def plain_eager(x: Tensor) -> bool:

@@ -29,9 +29,14 @@ def with_contiguous_gradient(y: Tensor) -> Tensor:
     There torch 2.14 misreads that of its instance and batch norms in channels-last memory (2D and 3D): wrong numbers,
     no error.
     """
-    if _takes_hooks(y) and len(y) == 1:  # in this order: a compiler may know no number of samples
+    if y.requires_grad and of_one_sample(y):
         y.register_hook(_laid_anew)
     return y
+
+
+def of_one_sample(x: Tensor) -> bool:
+    """Whether it is a single sample on a CPU, outside of compilers and `torch.func`."""
+    return _eager_on_cpu(x) and len(x) == 1  # in this order: a compiler may know no number of samples
 
 
 def with_gradient_as_rows(y: Tensor) -> Tensor:
@@ -39,7 +44,7 @@ def with_gradient_as_rows(y: Tensor) -> Tensor:
 
     That of a part of joined maps lies in the larger one, which costs torch's interpolation four times the copy.
     """
-    if _takes_hooks(y):
+    if y.requires_grad and _eager_on_cpu(y):
         y.register_hook(partial(_laid_anew, memory_format=FORMATS[y.dim()]))
     return y
 
@@ -49,9 +54,8 @@ def _laid_anew(grad: Tensor | None, memory_format: torch.memory_format = torch.c
     return None if grad is None else grad.contiguous(memory_format=memory_format)
 
 
-def _takes_hooks(y: Tensor) -> bool:
-    eager = not torch.compiler.is_compiling() and not transformed()
-    return eager and y.requires_grad and y.device.type == "cpu"
+def _eager_on_cpu(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not transformed() and x.device.type == "cpu"
 
 
 def laid_out(x: Tensor) -> Tensor:
