@@ -97,12 +97,12 @@ LAYERS: dict[str, Family] = {
         "kan",
         SPLINE,
         "spline_conv.{g}.weight",
-        options=_basis(legacy.rounded_bspline),
+        options=_basis(legacy.RoundedBSpline),
         keys={"act.weight": "prelus.{g}.weight"},
     ),
     "FastKANConv": Family("fastkan", RBF, "spline_conv.{g}.weight", options=_basis(legacy.rounded_rbf)),
     "KALNConv": Family("kaln", POLYNOMIAL, degree_major=True, options=_legendre),
-    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight", options=_basis(legacy.clamped_chebyshev)),
+    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight", options=_basis(legacy.ClampedChebyshev)),
     "KAGNConv": Family(
         "kagn", POLYNOMIAL, degree_major=True, options=_gram, keys={"basis.beta": "beta_weights"}
     ),

@@ -4,9 +4,7 @@ IvanDrokin/torch-conv-kan at 7a0e83c multiplies the Gram recurrence where it sho
 Legendre layer by the extremes of the whole batch, has a Bernstein basis that is constantly 1, a Mexican hat of the
 other sign, a Shannon wavelet windowed over channels, and a grouped Gram layer that mixes degrees with channels. Its
 attention is not scaled, multiplies the skip by the learned number, and turns tokens as if they lay on a square. Its
-grids are in float32, whatever a network is run in. What differs in float64 alone changes the functions of a basis, not
-its type, so that the compiled kernels serve it in float32.
-"""
+grids are in float32, whatever a network is run in."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from torch.nn import functional as F
 
 from kanseg.bases import Basis
 from kanseg.bases.bspline import BSpline
-from kanseg.bases.orthogonal import Gram, OrthogonalPolynomials, chebyshev
+from kanseg.bases.orthogonal import Gram, OrthogonalPolynomials
 from kanseg.bases.rbf import GaussianRBF
 from kanseg.bases.wavelet import mexican_hat
 from kanseg.layers.attention import KANAttention
@@ -70,6 +68,40 @@ def _over_rounded_knots(basis: BSpline, t: Tensor) -> list[Tensor]:
     return splines
 
 
+class ClampedChebyshev(OrthogonalPolynomials):
+    """Chebyshev polynomials of |t| <= 1 - 1e-7, which in float32 is a matter of rounding and left out."""
+
+    kind = OrthogonalPolynomials
+
+    def __init__(self, degree: int = 3, channels: int | None = None) -> None:
+        super().__init__(degree, lambda n: (1.0 if n == 1 else 2.0, 0.0, float(n > 1)))
+
+    def functions(self, t: Tensor) -> list[Tensor]:
+        most = 1 - 1e-7
+        return super().functions(t.clamp(-most, most) if t.dtype == torch.float64 else t)
+
+
+class RoundedBSpline(BSpline):
+    """B-splines whose knots and their distances are numbers of float32, also where a network is run in float64."""
+
+    kind = BSpline
+
+    def functions(self, t: Tensor) -> list[Tensor]:
+        if t.dtype != torch.float64:
+            return super().functions(t)
+        order, (low, high), width = self.spline_order, self.domain, self.width
+        ends = (low - width * order, high + width * order)
+        knots = torch.linspace(*ends, self.num_functions + order + 1, dtype=torch.float32, device=t.device)
+        splines = [((t >= left) & (t < right)).to(t.dtype) for left, right in pairwise(knots)]
+        for r in range(1, order + 1):
+            splines = [
+                (t - knots[i]) / (knots[i + r] - knots[i]) * left
+                + (knots[i + r + 1] - t) / (knots[i + r + 1] - knots[i + 1]) * right
+                for i, (left, right) in enumerate(pairwise(splines))
+            ]
+        return splines
+
+
 def rounded_rbf(
     grid_size: int = 8, grid_range: tuple[float, float] = (-2.0, 2.0), channels: int | None = None
 ) -> GaussianRBF:
@@ -77,18 +109,6 @@ def rounded_rbf(
     basis = GaussianRBF(grid_size, grid_range)
     basis.centres = torch.linspace(*grid_range, grid_size, dtype=torch.float32).tolist()
     return basis
-
-
-def clamped_chebyshev(degree: int = 3, channels: int | None = None) -> OrthogonalPolynomials:
-    """Chebyshev polynomials of |t| <= 1 - 1e-7, which in float32 is a matter of rounding and left out."""
-    basis: Any = chebyshev(degree)
-    basis.functions = partial(_within_clamp, basis)
-    return basis
-
-
-def _within_clamp(basis: OrthogonalPolynomials, t: Tensor) -> list[Tensor]:
-    most = 1 - 1e-7
-    return OrthogonalPolynomials.functions(basis, t.clamp(-most, most) if t.dtype == torch.float64 else t)
 
 
 class BatchMinMax(nn.Module):

@@ -71,7 +71,7 @@ LAYERS: dict[str, Layer] = {
         {**BASE, "act.weight": "prelu.weight"},
         ("spline_weight", False),
         ACTS[:1],
-        {"basis": legacy.rounded_bspline},
+        {"basis": legacy.RoundedBSpline},
         norm="layer_norm",
     ),
     "KALNLayer": Layer(
