@@ -132,7 +132,7 @@ def test_impossible_options_are_explained() -> None:
         KANAttention(2, 4, rotary="axiel")
     with pytest.raises(UsageError, match="even number of channels a head, got 3"):
         KANAttention(2, 3, rotary="axial")
-    with pytest.raises(UsageError, match="odd focal_window"):
+    with pytest.raises(UsageError, match="odd kernels"):
         FocalModulation(2, 4, focal_window=4)
 
 

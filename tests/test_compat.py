@@ -134,6 +134,70 @@ def test_function_gives_the_numbers_of_the_reference(case: dict) -> None:
     assert all(torch.equal(value, state[key]) for key, value in to_torch_conv_kan(module).items())
 
 
+NAMED = {
+    "metric_dice_soft": "train.metrics.dice",
+    "metric_medseg_overlap": "train.metrics.medseg_indicators",
+    "metric_medseg_hausdorff": "train.metrics.medseg_indicators",
+    "schedule_p03": "get_polynomial_decay_schedule_with_warmup",
+    "schedule_p1": "get_polynomial_decay_schedule_with_warmup",
+}
+
+
+@pytest.mark.parametrize("start", NAMED)
+def test_scores_and_schedules_of_the_reference_are_made_by_name(start: str) -> None:
+    class_name, listed = NAMED[start], cases("functional")
+    if not isinstance(listed[0], dict):
+        pytest.skip(ABSENT)
+    case = next(case for case in listed if case["id"].startswith(start))
+    data = load_file(PARITY / case["file"])
+    order = case["args"].get("order", ["dice"])
+    function = from_torch_conv_kan(class_name, {k: v for k, v in case["args"].items() if k != "order"}, {})
+    if class_name.endswith("warmup"):
+        found = [function(step) for step in range(len(data["output"]))]
+    else:
+        scores = function(data["target"], data["probabilities"])
+        found = [scores[key] for key in order]
+    torch.testing.assert_close(torch.tensor(found).float(), data["output"].float())
+
+
+def test_scores_of_nothing_are_0() -> None:
+    scores = from_torch_conv_kan("medseg_indicators", {}, {})
+    empty, full = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    assert set(scores(empty, empty).values()) == {0.0, 1.0}  # specificity alone
+    assert scores(full, empty)["hd95"] == scores(full, empty)["recall"] == 0
+    with pytest.raises(UsageError, match="does not take 'smoth'. Did you mean 'smooth'"):
+        from_torch_conv_kan("train.metrics.dice", {"smoth": 1}, {})
+
+
+@pytest.mark.parametrize("name", ["KANConv2DLayer", "FastKANConv2DLayer", "KACNConv2DLayer"])
+def test_grids_and_clamps_are_in_float32_also_where_the_layer_is_not(name: str) -> None:
+    """Its functions in float64 over numbers of float32, for inputs far outside the grid too."""
+    x = torch.linspace(-12, 12, 97, dtype=torch.float64).view(1, 1, 1, -1)
+    if name.startswith("KAN"):
+        knots = torch.linspace(-1 - 2 / 7, 1 + 2 / 7, 10).double()
+        steps = ((x[..., None] >= knots[:-1]) & (x[..., None] < knots[1:])).double()
+        widths, v = knots.float().diff().double(), x[..., None]
+        rising = (v - knots[:-2]) / widths[:-1] * steps[..., :-1]
+        terms = rising + (knots[2:] - v) / widths[1:] * steps[..., 1:]
+        args, key = {"grid_size": 7, "spline_order": 1}, "spline_conv"
+    elif name.startswith("Fast"):
+        terms = torch.exp(-(((x[..., None] - torch.linspace(-2, 2, 8).double()) / (4 / 7)) ** 2))
+        args, key = {}, "spline_conv"
+    else:
+        angle = torch.arccos(x.tanh().clamp(-1 + 1e-7, 1 - 1e-7))
+        terms, args, key = (angle[..., None] * torch.arange(4)).cos(), {}, "poly_conv"
+    weight = torch.randn(3, terms.shape[-1], 1, 1)
+    state = {f"{key}.0.weight": weight}
+    if not name.startswith("KACN"):
+        state["base_conv.0.weight"] = torch.zeros(3, 1, 1, 1)
+    if name.startswith("KAN"):
+        state["prelus.0.weight"] = torch.ones(1)
+    sizes = {"input_dim": 1, "output_dim": 3, "kernel_size": 1, "norm_layer": nn.Identity}
+    layer = from_torch_conv_kan(name, {**sizes, **args}, state).double()
+    expected = torch.einsum("ncxyk,ok->noxy", terms, weight[:, :, 0, 0].double())
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
 BLOCKS = {"padding": 1, "kernel_size": 3}
 ELSEWHERE = [
     ("KAGNConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "kernel_size": 5, "degree": 5, "groups": 2}),
@@ -147,6 +211,7 @@ ELSEWHERE = [
     ("BottleNeckSelfReLUKANtention{n}D", {"input_dim": 4, "inner_projection": 8, "groups": 2, **BLOCKS}),
     ("RoPEBottleNeckSelfKAGNtention{n}D", {"input_dim": 4, "rope_mixed": False, **BLOCKS}),
     ("KAGNFocalModulation{n}D", {"input_dim": 4, "focal_level": 3, "degree": 1, "dropout": 0.1}),
+    ("KAGNFocalModulation{n}D", {"input_dim": 4, "focal_window": 1, "focal_level": 1, "focal_factor": 1}),
     ("MoEBottleNeckKAGNConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "pregate": True, **BLOCKS}),
     ("KANConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "kernel_size": 3, "base_activation": "PReLU"}),
     ("FastKANConv{n}DLayer", {"input_dim": 4, "output_dim": 6, "kernel_size": 3, "base_activation": nn.Mish}),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kanseg import UKANet, create_model
 from kanseg.compat import from_torch_conv_kan, to_torch_conv_kan
@@ -22,7 +23,7 @@ from kanseg.compat.torch_conv_kan import CONVERTERS, find
 from kanseg.compat.wrappers import REFUSED
 from kanseg.encoders import load_encoder
 from kanseg.errors import UsageError, UserError
-from kanseg.layers import ConvLayer
+from kanseg.layers import ConvLayer, plain_steps
 from kanseg.training.checkpoint import build_model, load_checkpoint, load_weights, part
 
 PARITY = Path(__file__).parents[1] / ".." / "shared" / "parity"
@@ -310,6 +311,32 @@ def test_the_skip_of_a_block_has_the_grid_that_its_weights_hold() -> None:
     block = from_torch_conv_kan("FastKANBasicBlock", args, state).network
     assert block.layers[0].conv.basis.domain == (-1, 1)
     assert block.skip.conv.basis.domain == (-2, 2)
+
+
+def test_a_block_keeps_a_skip_that_it_would_not_need() -> None:
+    """y = conv2(conv1(x)) + downsample(x), also from 4 to 4 channels."""
+    args = {"inplanes": 4, "planes": 4, "degree": 2, "norm_layer": "InstanceNorm2d"}
+    plain = made_up("KACNBasicBlock", args)
+    skip = {"downsample.poly_conv.0.weight": torch.randn(4, 12, 1, 1)}
+    x = torch.randn(2, 4, 6, 5)
+    without, block = (from_torch_conv_kan("KACNBasicBlock", args, state) for state in (plain, plain | skip))
+    terms = (torch.arccos(x.tanh()).unsqueeze(2) * torch.arange(3).view(-1, 1, 1)).cos().flatten(1, 2)
+    added = F.instance_norm(F.conv2d(terms, skip["downsample.poly_conv.0.weight"]))
+    torch.testing.assert_close(block(x), without(x) - x + added, atol=1e-4, rtol=1e-4)
+
+
+def test_a_converted_network_is_rounded_as_by_plain_convolutions() -> None:
+    """Winograd's products would lose a digit, which the tolerances of the parity data do not give."""
+    args = {"input_channels": 3, "num_classes": 5, "vgg_type": "VGG11v2", "expected_feature_shape": (1, 1)}
+    network = from_torch_conv_kan("vggkan", args, made_up("vggkan", args))
+    x, found = torch.rand(8, 3, 64, 64) * 4 - 2, {}
+    with torch.no_grad():
+        found["ours"] = network(x)
+        with plain_steps():
+            found["plain"] = network(x)
+        exact = network.double()(x.double())
+    error = {key: float((value - exact).abs().mean()) for key, value in found.items()}
+    assert error["ours"] <= 5 * error["plain"]
 
 
 GRIDS = {"conv1": 3, "layer2e.0.downsample": 8, "layer1e.0.conv1": 8, "layer1e.1.conv2": 8, "merge1": 24}

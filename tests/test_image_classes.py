@@ -115,6 +115,7 @@ def imagenet(folder: Path) -> np.ndarray:
 
 
 def tiny_imagenet(folder: Path) -> np.ndarray:
+    folder.mkdir(exist_ok=True)
     images = pictures(4, 64, 64, 3)
     (folder / "wnids.txt").write_text("n01\nn02\n")
     (folder / "words.txt").write_text("n01\tcat, feline\nn02\tdog\n")
@@ -155,10 +156,15 @@ MAKERS: dict[str, tuple[Callable[[Path], np.ndarray], int, tuple[str, str]]] = {
     "class folders": (class_folders, 2, ("cat", "dog")),
     "imagenet": (imagenet, 2, ("cat", "dog")),
     "tiny imagenet": (tiny_imagenet, 2, ("cat (n01)", "dog (n02)")),
+    "tiny imagenet as unpacked": (
+        lambda folder: tiny_imagenet(folder / "tiny-imagenet-200"),
+        2,
+        ("cat (n01)", "dog (n02)"),
+    ),
     "ham10000": (ham10000, 2, ("melanoma", "nevus")),
     "volumes": (volumes, 3, ("benign", "malignant")),
 }
-WITH_VALIDATION = ("medmnist 2d", "medmnist 3d", "imagenet", "tiny imagenet")
+WITH_VALIDATION = ("medmnist 2d", "medmnist 3d", "imagenet", "tiny imagenet", "tiny imagenet as unpacked")
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -7,6 +7,7 @@ number into its domain by `squash`, then evaluates its functions there, always a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,16 @@ class Basis(nn.Module):
         constant: "first" where phi_0 is 1, "sum" where all functions add up to 1, so that a convolution can do without
             phi_0; else None.
         pointwise: whether `squash` looks at one number alone; only what compat makes does not.
+        kind: the class whose functions these are in float32, which the kernels know; default its own.
     """
 
     domain: tuple[float, float] = (-1.0, 1.0)
     constant: str | None = None
+    kind: type[Basis]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kind = vars(cls).get("kind", cls)
 
     def __init__(self, num_functions: int, squash: str | Callable[[Tensor], Tensor] = "identity") -> None:
         super().__init__()

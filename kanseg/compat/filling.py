@@ -19,6 +19,7 @@ from kanseg.compat.links import Arguments, Conversion, Link, State, below, same_
 from kanseg.encoders.densekanet import AveragePool
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.geometry import per_axis
+from kanseg.layers.kernels.winograd import direct_products
 from kanseg.layers.mixture import take_balance_loss
 from kanseg.layers.mlp import KANMLP
 from kanseg.layers.norms import activation
@@ -67,7 +68,7 @@ class BlankMixer(nn.Module):
 
 
 class ReferenceNetwork(nn.Module):
-    """A network of ours that answers as the reference's does.
+    """A network of ours that answers as the reference's does, and is rounded as it: Winograd's products lose a digit.
 
     Args:
         answer: (network, x) -> output or outputs.
@@ -78,7 +79,8 @@ class ReferenceNetwork(nn.Module):
         self.network, self.answer = network, answer
 
     def forward(self, x: Tensor) -> Any:
-        return self.answer(self.network, x)
+        with direct_products():
+            return self.answer(self.network, x)
 
 
 @dataclass(frozen=True)

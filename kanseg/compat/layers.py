@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kanseg.bases import Basis
 from kanseg.compat import legacy
 from kanseg.compat.links import Conversion, Link, below, stacked
 from kanseg.errors import UsageError, did_you_mean
@@ -59,8 +60,11 @@ class Family:
     joined: bool = False
 
 
-def _gram(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {"basis": legacy.multiplied_gram}
+def _basis(basis: Callable[..., Basis]) -> Callable[[dict[str, Any], int], dict[str, Any]]:
+    return lambda arguments, groups: {"basis": basis}
+
+
+_gram = _basis(legacy.multiplied_gram)
 
 
 def _gram_v2(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
@@ -69,10 +73,6 @@ def _gram_v2(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
 
 def _legendre(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
     return {"squash": legacy.BatchMinMax(groups)}
-
-
-def _bernstein(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
-    return {"basis": legacy.Ones}
 
 
 def _wavelet(arguments: dict[str, Any], groups: int) -> dict[str, Any]:
@@ -93,10 +93,16 @@ SPLINE = {
 RBF = {"grid_size": "grid_size", "grid_range": "grid_range", "base_activation": "base_act"}
 
 LAYERS: dict[str, Family] = {
-    "KANConv": Family("kan", SPLINE, "spline_conv.{g}.weight", keys={"act.weight": "prelus.{g}.weight"}),
-    "FastKANConv": Family("fastkan", RBF, "spline_conv.{g}.weight"),
+    "KANConv": Family(
+        "kan",
+        SPLINE,
+        "spline_conv.{g}.weight",
+        options=_basis(legacy.RoundedBSpline),
+        keys={"act.weight": "prelus.{g}.weight"},
+    ),
+    "FastKANConv": Family("fastkan", RBF, "spline_conv.{g}.weight", options=_basis(legacy.rounded_rbf)),
     "KALNConv": Family("kaln", POLYNOMIAL, degree_major=True, options=_legendre),
-    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight"),
+    "KACNConv": Family("kacn", POLYNOMIAL, "poly_conv.{g}.weight", options=_basis(legacy.ClampedChebyshev)),
     "KAGNConv": Family(
         "kagn", POLYNOMIAL, degree_major=True, options=_gram, keys={"basis.beta": "beta_weights"}
     ),
@@ -109,7 +115,7 @@ LAYERS: dict[str, Family] = {
         joined=True,
     ),
     "KAJNConv": Family("kajn", {**POLYNOMIAL, "a": "a", "b": "b"}, degree_major=True),
-    "KABNConv": Family("kabn", POLYNOMIAL, options=_bernstein),
+    "KABNConv": Family("kabn", POLYNOMIAL, options=_basis(legacy.Ones)),
     "ReLUKANConv": Family("relukan", RELU, "relukan_conv.{g}.weight", keys=PHASES),
     "WavKANConv": Family(
         "wavkan", {"wavelet_type": "wavelet", "wav_version": "wav_version"}, options=_wavelet, norm="batch"

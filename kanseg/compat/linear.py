@@ -70,6 +70,7 @@ LAYERS: dict[str, Layer] = {
         {**BASE, "act.weight": "prelu.weight"},
         ("spline_weight", False),
         ACTS[:1],
+        {"basis": legacy.RoundedBSpline},
         norm="layer_norm",
     ),
     "KALNLayer": Layer(
@@ -93,6 +94,7 @@ LAYERS: dict[str, Layer] = {
         keys={"linear.base_weight": "base_linear.weight", "linear.bias": "base_linear.bias"},
         basis=("spline_linear.weight", False),
         acts=ACTS[:1],
+        options={"basis": legacy.rounded_rbf},
         norm="layernorm",
         norm_at="linear.input_norm",
     ),

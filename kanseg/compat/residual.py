@@ -83,6 +83,8 @@ def convert_block(name: str, spatial_dims: int, args: Arguments, state: State) -
         middle_width=_middle_width([outputs // expansion], own["base_width"], args.get("groups", 1)),
     )
     _dilate(network, block, own["dilation"])
+    if any(key.startswith("downsample.") for key in state):  # also where neither size nor channels change
+        network.skip = Blank(DIMS, inputs, outputs, 1, stride=own["stride"])
     filling = Filling(
         FAMILIES[family],
         args,

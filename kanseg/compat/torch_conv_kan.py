@@ -22,6 +22,7 @@ from kanseg.compat import (
     linear,
     parts,
     residual,
+    scores,
     segmenters,
     wrappers,
 )
@@ -39,6 +40,7 @@ CONVERTERS: dict[str, Converter] = {
     **segmenters.CONVERTERS,
     **classifiers.CONVERTERS,
     **parts.CONVERTERS,
+    **scores.CONVERTERS,
     **wrappers.CONVERTERS,
 }
 

@@ -204,7 +204,8 @@ def _folder_cases(folder: Path, names: Sequence[str]) -> Iterable[Case]:
 
 def _tiny_imagenet(path: Path) -> Path | None:
     wanted = ("wnids.txt", "train", "val/val_annotations.txt")
-    return path if all((path / name).exists() for name in wanted) else None
+    roots = (path, path / "tiny-imagenet-200")  # the archive has one folder
+    return next((root for root in roots if all((root / name).exists() for name in wanted)), None)
 
 
 def _read_tiny_imagenet(path: Path, root: Path) -> ImageClasses:

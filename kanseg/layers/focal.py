@@ -27,7 +27,7 @@ class FocalModulation(nn.Module):
         channels: C.
         conv_layer: constructor of the 1x1 layers, e.g. `kanseg.layers.conv_layer("bottleneck_kagn")`; default Gram.
         context_layer: constructor of the depthwise layers; default Gram polynomials.
-        focal_window: kernel of the first context, odd; `focal_factor`: growth of the kernel a level, even.
+        focal_window: kernel of the first context; `focal_factor`: its growth a level. All kernels must be odd.
         focal_level: contexts beside the global one.
         full_kan: KAN layers before the modulation too; else plain 1x1 convolutions.
         use_postln_in_modulation: normalise before the last layer, by `norm` (MONAI's norm spec).
@@ -55,10 +55,11 @@ class FocalModulation(nn.Module):
         norm: str | tuple | None = ("instance", {"affine": True}),
     ) -> None:
         super().__init__()
-        if focal_window % 2 == 0 or focal_factor % 2 or focal_level < 0:
+        kernels = [focal_window + focal_factor * level for level in range(focal_level)]
+        if focal_level < 0 or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
             raise UsageError(
-                "focal modulation needs an odd focal_window, an even focal_factor and focal_level >= 0, got "
-                f"{focal_window}, {focal_factor}, {focal_level}"
+                "focal modulation needs odd kernels, focal_window + focal_factor * level for each of focal_level >= 0 "
+                f"levels, got focal_window={focal_window}, focal_factor={focal_factor}, focal_level={focal_level}"
             )
         layer, context = conv_layer or kan_layer("kagn"), context_layer or kan_layer("kagn")
         widths = (channels, 2 * channels + focal_level + 1)
@@ -73,8 +74,7 @@ class FocalModulation(nn.Module):
         )
         self.project_out = layer(spatial_dims, channels, channels, 1)
         self.contexts = nn.ModuleList(
-            context(spatial_dims, channels, channels, focal_window + focal_factor * level, groups=channels)
-            for level in range(focal_level)
+            context(spatial_dims, channels, channels, kernel, groups=channels) for kernel in kernels
         )
         self.norm = norm_layer(norm, spatial_dims, channels) if norm and use_postln_in_modulation else None
         self.shrink = 1 / (focal_level + 1) if normalize_modulator else 1.0

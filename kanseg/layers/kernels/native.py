@@ -181,7 +181,7 @@ def describe(
     summed: Any = basis.basis if shared else basis
     squash, order = _squash(basis), _order(summed)
     kind = next((number for cls, number in KINDS.items() if isinstance(summed, cls)), None)
-    if None in (kind, squash, order) or type(summed) not in KNOWN or summed.num_functions > MOST:
+    if None in (kind, squash, order) or summed.kind not in KNOWN or summed.num_functions > MOST:
         return None
     if shared and kind in PHASED:
         return None

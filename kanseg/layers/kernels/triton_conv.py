@@ -72,15 +72,9 @@ def described(recipe: Recipe, tables: Tables = ()) -> Functions | None:
         return Functions("none", 0, 0, 0, 0, base, act, *nothing, 1, 1)
     shared = type(basis) is SharedFunction
     summed: Any = basis.basis if shared else basis
-    kind, squash = KINDS.get(getattr(summed, "psi", type(summed))), SQUASHES.get(basis.squash)
+    kind, squash = KINDS.get(getattr(summed, "psi", summed.kind)), SQUASHES.get(basis.squash)
     order = getattr(summed, "spline_order", 1)
-    if (
-        type(summed) not in KNOWN
-        or kind is None
-        or squash is None
-        or order < 1
-        or summed.num_functions > MOST
-    ):
+    if summed.kind not in KNOWN or kind is None or squash is None or order < 1 or summed.num_functions > MOST:
         return None
     if shared and kind in PHASED:
         return None

@@ -9,7 +9,9 @@ a thousand times larger they lose three digits, and beside one that is not finit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_int, c_longlong, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -99,10 +101,27 @@ class Border:
         return _Border(*(axis.data_ptr() for axis in axes), self.table.data_ptr(), *self.table.shape[-3:-1])
 
 
+class _Asked(threading.local):
+    direct = False
+
+
+_asked = _Asked()
+
+
+@contextmanager
+def direct_products() -> Iterator[None]:
+    """Within it, in its thread, convolutions take all their products: slower, but rounded as other libraries round."""
+    before, _asked.direct = _asked.direct, True
+    try:
+        yield
+    finally:
+        _asked.direct = before
+
+
 def serves(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels make this convolution."""
     voxels = torch.Size(geometry.out_size(x.shape[2:])).numel()  # of a sample, whatever its batch
-    if not native.serves(x, weight) or geometry.groups > 1:
+    if _asked.direct or not native.serves(x, weight) or geometry.groups > 1:
         return False
     if geometry.dense():
         return voxels >= LEAST_VOXELS
