@@ -269,6 +269,21 @@ def test_killed_anywhere_it_ends_with_the_same_scores(balls, done, tmp_path, pro
         assert np.array_equal(read_label(path), read_label(folder / path.relative_to(done[0])))
 
 
+def test_a_fold_that_fails_is_the_end_s_error_after_all_else_is_done_and_the_next_call_makes_up_for_it(
+    balls, done, tmp_path
+):
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    shutil.rmtree(folder / "3d/fold_1")
+    (folder / "3d/fold_1").touch()  # where a folder is to be made
+    with pytest.raises(UserError, match=r"\(fold 1 of 3d: .*File exists.*\)\. The same command goes on"):
+        run(balls, folder)
+    assert len(Loaded([folder]).files) == 2
+    assert "**Fold 1 failed:**" in (folder / "report.md").read_text()
+    (folder / "3d/fold_1").unlink()
+    assert run(balls, folder)["dice"] == done[1]["dice"]
+    assert len(Loaded([folder]).files) == 3
+
+
 def test_what_a_fold_was_before_it_was_trained_anew_is_no_result(balls, done, tmp_path):
     """A kill may come between the last fold and the result of all."""
     folder = shutil.copytree(done[0], tmp_path / "run")

@@ -118,7 +118,7 @@ def run_pipeline(
 
     Raises:
         UsageError: unknown names, or options that differ from those of the first call.
-        UserError: the data cannot be used, or every configuration failed.
+        UserError: the data cannot be used, or some training failed; the others have gone on to the model and report.
     """
     run, console = Path(run), console or Console()
     if final not in FINALS:
@@ -183,7 +183,7 @@ def run_pipeline(
         once(lambda: _plan(job, seconds=None if share is None else 60 * share, **how))
         _check_options(job)
         once(lambda: write_json(run / SETTINGS, asked))
-        found = _validated(job) if folds else {}
+        found, failed = _validated(job) if folds else ({}, {})
         choice = once(lambda: _choose(job, found)) if folds else names[0]
         trained = _final_folds(job, choice)
         model = once(lambda: _build(job, choice, trained))
@@ -191,6 +191,8 @@ def run_pipeline(
     dice = {name: result["metrics"]["mean"]["dice"]["mean"] for name, result in found.items()}
     told = f"{dice[choice]:.4f}" if dice else "unknown: one patient leaves nobody to validate on"
     job.say(f"Chosen: {choice}, Dice {told}. Model: {model}. Report: {report}")
+    if failed:
+        raise UserError(f"Not all was trained ({each(failed)}). The same command goes on.")
     return {
         "choice": choice,
         "dice": dice.get(choice),
@@ -363,8 +365,8 @@ def _refused_for(name: str, job: Pipeline) -> Iterator[None]:
         raise UsageError(f"Configuration {name}: {str(error).rstrip('.')}.{way}") from error
 
 
-def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
-    """Result of the cross-validation of each configuration, and of all together; the same splits for each.
+def _validated(job: Pipeline) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Result of the cross-validation of each configuration, and of all together, on the same splits; what failed, why.
 
     Raises:
         UserError: every configuration failed.
@@ -389,6 +391,8 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
             job.say(f"Configuration {name} failed: {error}")
     if not found:
         raise UserError(f"Every configuration of {job.run} failed ({each(failed)}).")
+    for name, result in found.items():
+        failed |= {f"fold {fold} of {name}": why for fold, why in result["failed"].items()}
     if len(found) > 1:
         members = list(found)
         found[ENSEMBLE] = once(lambda: _ensemble(job, members, splits))
@@ -396,7 +400,7 @@ def _validated(job: Pipeline) -> dict[str, dict[str, Any]]:
     for name, result in found.items():
         title = f"{name}: {result['cases']} unseen cases"
         job.console.print(score_table(result["metrics"] | result.get("unions", {}), title, unit))
-    return found
+    return found, failed
 
 
 def _same_splits(job: Pipeline) -> Splits:
