@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kanseg.errors import UsageError, UserError
 from kanseg.progress import RENDEZVOUS, processes
-from kanseg.training.stop import LAUNCHED
+from kanseg.training.stop import LAUNCHED, sigterm_by
 
 T = TypeVar("T")
 # Variables by which accelerate would wait for processes that no launcher of kanseg's started, as in a step of Slurm's.
@@ -47,7 +49,16 @@ def once(step: Callable[[], T]) -> T:
     """Result of a step that the main process alone takes, on every process; so is its `UserError`."""
     if launched() == 1:
         return step()
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    if LAUNCHED not in os.environ and not dist.is_initialized():
+        # On standard error of each of them, for the first one may never come.
+        place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        print(
+            f"Waiting for {processes()} processes to meet at {place}, as WORLD_SIZE says. Unset it to train with one.",
+            file=sys.stderr,
+            flush=True,
+        )
+    with sigterm_by(signal.SIG_DFL):  # Python hears of no signal there, and there is nothing to save
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     told: list[Any] = [None, None]
     if state.is_main_process:
         try:

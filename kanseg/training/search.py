@@ -31,7 +31,6 @@ from kanseg.files import locked, make_folder, read_json, write_bytes, write_json
 from kanseg.progress import say
 from kanseg.training.fit import fit
 from kanseg.training.monitor import LOG, read_log
-from kanseg.training.parallel import launched
 from kanseg.training.run_folder import SPLITS, require_plan
 from kanseg.training.stop import INTERRUPTED, sigterm_by
 
@@ -90,7 +89,6 @@ def search(
         UsageError: nothing to search, or options that do not fit (found before any trial starts).
         UserError: the extra `ray` is not installed, or no trial came to a validation.
     """
-    launched()  # its trials would be refused what it is
     run, console = Path(run).resolve(), console or Console()
     fixed, space = parse_space(words)
     if not space:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,9 @@ import typer
 from typer.core import TyperCommand
 
 from kanseg.errors import UsageError, UserError, counted
-from kanseg.progress import is_main
+from kanseg.progress import RENDEZVOUS, is_main
+
+TOGETHER = ("run", "train")  # verbs that several processes may do together
 
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, all else on stderr.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")]
@@ -39,7 +42,16 @@ Regions = Annotated[
 
 
 class Verb(TyperCommand):
-    """A command that takes no option twice which has room for one value: the first one would be lost in silence."""
+    """A command that takes no option twice which has room for one value: the first one would be lost in silence.
+
+    Verbs of one process do not look at what launchers, also of other programs, tell of several.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.info_name not in TOGETHER:
+            for name in ("WORLD_SIZE", *RENDEZVOUS):
+                os.environ.pop(name, None)
+        return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = self.make_parser(ctx).parse_args(args=list(args))[2]
