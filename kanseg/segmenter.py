@@ -27,14 +27,8 @@ if TYPE_CHECKING:
     from kanseg.inference.predict import Prediction
 
 
-PREDICT = (
-    "overlap",
-    "blending",
-    "tta",
-    "memory",
-    "device",
-    "watch",
-)  # options that go on to `kanseg.inference.predict.predict`
+# Options that go on to `kanseg.inference.predict.predict`.
+PREDICT = ("overlap", "blending", "tta", "memory", "device", "watch")
 
 
 class Segmenter:

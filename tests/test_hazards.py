@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from kanseg.bases import Basis
 from kanseg.errors import UsageError
-from kanseg.layers import FAMILIES, KANConv, conv_layer, plain_steps
+from kanseg.layers import FAMILIES, KANConv, MixtureOfExperts, conv_layer, plain_steps
 
 ALL = [*sorted(FAMILIES), None]
 IDS = {"ids": str}
@@ -356,17 +357,18 @@ def test_hooks_of_the_backward_pass_leave_gradients_as_they_are(norm: Any, train
             )
 
 
-@pytest.mark.parametrize("family", ALL, **IDS)
-def test_hooks_see_each_call_of_a_part_once(family: str | None) -> None:
-    layer = made(family, norm="batch")
+NOISY = {"dropout": 0.1, "mixture": partial(MixtureOfExperts, num_experts=3, k=2)}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [*((family, {}) for family in ALL), ("bottleneck_kagn", NOISY)], ids=str
+)
+def test_hooks_see_each_call_of_a_part_once(family: str | None, options: dict[str, Any]) -> None:
+    layer = made(family, norm="batch", **options)
     calls: list[str] = []
     for name, part in layer.named_modules():
-        if (family, name) != (
-            "wavkan",
-            "conv.base_act",
-        ):  # is called again: its term is one of many that are not kept
-            part.register_forward_hook(lambda *_, name=name: calls.append(name))
-    y = layer(image())
+        part.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    y = layer(image().requires_grad_())
     forward = len(calls)
     y.sum().backward()
     assert {"norm", "act"} <= set(calls)

@@ -19,7 +19,7 @@ from kanseg.compat.links import Arguments, Conversion, Link, State, below, same_
 from kanseg.encoders.densekanet import AveragePool
 from kanseg.errors import UsageError, did_you_mean
 from kanseg.layers.geometry import per_axis
-from kanseg.layers.kernels.winograd import direct_products
+from kanseg.layers.kernels.operators import direct_products
 from kanseg.layers.mixture import take_balance_loss
 from kanseg.layers.mlp import KANMLP
 from kanseg.layers.norms import activation

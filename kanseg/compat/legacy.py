@@ -4,7 +4,8 @@ IvanDrokin/torch-conv-kan at 7a0e83c multiplies the Gram recurrence where it sho
 Legendre layer by the extremes of the whole batch, has a Bernstein basis that is constantly 1, a Mexican hat of the
 other sign, a Shannon wavelet windowed over channels, and a grouped Gram layer that mixes degrees with channels. Its
 attention is not scaled, multiplies the skip by the learned number, and turns tokens as if they lay on a square. Its
-grids are in float32, whatever a network is run in."""
+grids are in float32, whatever a network is run in.
+"""
 
 from __future__ import annotations
 
@@ -38,34 +39,6 @@ def multiplied_gram(degree: int = 3, channels: int | None = None) -> Gram:
         (1.0, 0.0, (2 * n + 1) * n * n * (4 * n * n - 1) / (n + 1) ** 2) for n in range(1, degree)
     ]
     return basis
-
-
-def rounded_bspline(
-    grid_size: int = 5,
-    spline_order: int = 3,
-    grid_range: tuple[float, float] = (-1.0, 1.0),
-    channels: int | None = None,
-) -> BSpline:
-    """B-splines whose knots and their distances are numbers of float32, also where a network is run in float64."""
-    basis: Any = BSpline(grid_size, spline_order, grid_range)
-    basis.functions = partial(_over_rounded_knots, basis)
-    return basis
-
-
-def _over_rounded_knots(basis: BSpline, t: Tensor) -> list[Tensor]:
-    if t.dtype != torch.float64:
-        return BSpline.functions(basis, t)
-    order, (low, high), width = basis.spline_order, basis.domain, basis.width
-    ends = (low - width * order, high + width * order)
-    knots = torch.linspace(*ends, basis.num_functions + order + 1, dtype=torch.float32, device=t.device)
-    splines = [((t >= left) & (t < right)).to(t.dtype) for left, right in pairwise(knots)]
-    for r in range(1, order + 1):
-        splines = [
-            (t - knots[i]) / (knots[i + r] - knots[i]) * left
-            + (knots[i + r + 1] - t) / (knots[i + r + 1] - knots[i + 1]) * right
-            for i, (left, right) in enumerate(pairwise(splines))
-        ]
-    return splines
 
 
 class ClampedChebyshev(OrthogonalPolynomials):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -85,8 +85,8 @@ def recomputed(
     **options: Any,
 ) -> Tensor:
     """`function(*inputs)`, keeping only `inputs` for the backward pass. Under torch.compile the compiler decides,
-    transformations of `torch.func` keep what they need, a trace has no second run, and hooks on the parts of the module
-    expect none (those that count calls or gather gradients by sample would be wrong).
+    transformations of `torch.func` keep what they need, a trace has no second run, and hooks on the module that is
+    called, or on its parts, expect none (those that count calls or gather gradients by sample would be wrong).
 
     Args:
         reads: beginnings of the names of the parts and parameters that it reads, where not all of its module.
@@ -94,9 +94,12 @@ def recomputed(
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or only_plain() or torch.jit.is_tracing():
         return function(*inputs)
     owner = _owner(function)
-    parts = owner.named_children() if isinstance(owner, nn.Module) else ()
-    if any(name.startswith(reads) and watched(part) for name, part in parts):
-        return function(*inputs)
+    if isinstance(owner, nn.Module):
+        parts: Iterable[tuple[str, nn.Module]] = (
+            [("", owner)] if owner is function else owner.named_children()
+        )
+        if any(name.startswith(reads) and watched(part) for name, part in parts):
+            return function(*inputs)
     # A subclass (MONAI's MetaTensor) makes views of its own, which the second run would not make alike.
     plain = (x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x for x in inputs)
     contexts = nullcontext(), AsItWas(function, inputs, reads)

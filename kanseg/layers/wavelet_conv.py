@@ -17,6 +17,7 @@ from kanseg.layers.geometry import of_dims
 from kanseg.layers.kan_conv import check_dropout
 from kanseg.layers.kernels import wavelet
 from kanseg.layers.kernels.operators import only_plain, plain_eager
+from kanseg.layers.kernels.recipe import watched
 from kanseg.layers.kernels.rows import channels_last, laid_out
 from kanseg.layers.kernels.slabs import WHOLE, Slab, planes_of, slabs
 from kanseg.layers.norms import ActSpec, activation
@@ -25,6 +26,7 @@ from kanseg.layers.terms import SumOfTerms, Term, summed
 
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 EDGES_AT_ONCE = 256  # (output, input) channel pairs expanded together: bounds memory, costs no time
+OF_EDGES = ("psi", "scale", "translation", "wavelet_weight", "mix_weight")  # what their terms read
 STEPS = 3  # maps of as many edges that a wavelet's steps hold at once
 
 
@@ -88,14 +90,16 @@ class WaveletConv(Convolution):
         tensors = (x, kept, *edges, self.base_weight)
         plain = torch.compiler.is_compiling() or only_plain() or torch.jit.is_tracing()
         whole = plain or not self.recompute or x.is_meta
-        learned = torch.is_grad_enabled() and self._learned()
-        cut = [WHOLE] if whole or learned else self._slabs(x)
+        apart = torch.is_grad_enabled() and self._apart()
+        cut = [WHOLE] if whole or apart else self._slabs(x)
         terms: list[Term] = [(WHOLE, self._base_term)]
         for first in range(0, self._edges(), self.step):
             terms += [(slab, partial(self._edge_term, first, slab)) for slab in cut]
         if torch.is_grad_enabled() and not whole:
-            if learned:  # numbers that are no tensors of the sum
-                return summed([(slab, partial(recomputed, term)) for slab, term in terms], tensors)
+            if apart:
+                steps = [partial(recomputed, terms[0][1], reads="base_")]
+                steps += [partial(recomputed, term, reads=OF_EDGES) for _, term in terms[1:]]
+                return summed([(WHOLE, step) for step in steps], tensors)
             return SumOfTerms.apply(terms, *tensors)
         return summed(terms, tensors)
 
@@ -104,10 +108,10 @@ class WaveletConv(Convolution):
         width = STEPS * self.in_channels * min(self.step, self._edges())
         return list(slabs(x, width, torch.promote_types(x.dtype, torch.float32), self.geometry()))
 
-    def _learned(self) -> bool:
-        """Whether the functions themselves have numbers that are trained."""
+    def _apart(self) -> bool:
+        """Whether the functions have numbers that are trained, which are no tensors of the sum, or hooks."""
         parts = [part for part in (self.psi, self.base_act) if isinstance(part, nn.Module)]
-        return any(p.requires_grad for part in parts for p in part.parameters())
+        return any(watched(part) or any(p.requires_grad for p in part.parameters()) for part in parts)
 
     def _compiled(self, x: Tensor, *edges: Tensor) -> bool:
         """Whether the compiled kernels serve."""

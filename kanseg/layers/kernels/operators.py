@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -65,15 +65,26 @@ def operator(name: str, schema: str, compute: Callable[..., Any], fake: Callable
     return made
 
 
-class _Asked(threading.local):
-    plain = False
+class Asked(threading.local):
+    """What the blocks that a thread is in ask for."""
+
+    plain = direct = False
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """A block that asks for it."""
+        before = getattr(self, name)
+        setattr(self, name, True)
+        try:
+            yield
+        finally:
+            setattr(self, name, before)
 
 
-_asked = _Asked()
+asked = Asked()
 
 
-@contextmanager
-def plain_steps() -> Iterator[None]:
+def plain_steps() -> AbstractContextManager[None]:
     """Within it, in its thread, layers and networks take steps of torch alone: these keep more, may be differentiated
     twice, and are what `torch.onnx.export` knows.
 
@@ -84,11 +95,14 @@ def plain_steps() -> Iterator[None]:
     >>> (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     >>> slope.square().sum().backward()
     """
-    before, _asked.plain = _asked.plain, True
-    try:
-        yield
-    finally:
-        _asked.plain = before
+    return asked.within("plain")
+
+
+def direct_products() -> AbstractContextManager[None]:
+    """Within it, in its thread, forward passes of convolutions take all their products: slower, and rounded as by
+    other libraries.
+    """
+    return asked.within("direct")
 
 
 def transformed() -> bool:
@@ -102,8 +116,8 @@ def only_plain() -> bool:
     """
     if torch.compiler.is_dynamo_compiling():  # which follows no such question
         return False
-    asked = _asked.plain or torch.onnx.is_in_onnx_export()
-    return asked or transformed() or forward_ad._current_level >= 0
+    steps = asked.plain or torch.onnx.is_in_onnx_export()
+    return steps or transformed() or forward_ad._current_level >= 0
 
 
 def plain_eager(x: Tensor) -> bool:

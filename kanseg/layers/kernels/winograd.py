@@ -9,9 +9,7 @@ a thousand times larger they lose three digits, and beside one that is not finit
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_int, c_longlong, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 from kanseg.layers.kernels import native
 from kanseg.layers.kernels.geometry import Geometry
 from kanseg.layers.kernels.native import Expansion, Learned, Part, pointer
+from kanseg.layers.kernels.operators import asked
 
 LEAST_VOXELS = 256  # of an output; below, the transforms of the weight cost more than they save
 LEAST_STRIDED = 1024  # of one with strides; below, oneDNN does better
@@ -101,27 +100,10 @@ class Border:
         return _Border(*(axis.data_ptr() for axis in axes), self.table.data_ptr(), *self.table.shape[-3:-1])
 
 
-class _Asked(threading.local):
-    direct = False
-
-
-_asked = _Asked()
-
-
-@contextmanager
-def direct_products() -> Iterator[None]:
-    """Within it, in its thread, convolutions take all their products: slower, but rounded as other libraries round."""
-    before, _asked.direct = _asked.direct, True
-    try:
-        yield
-    finally:
-        _asked.direct = before
-
-
 def serves(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels make this convolution."""
     voxels = torch.Size(geometry.out_size(x.shape[2:])).numel()  # of a sample, whatever its batch
-    if _asked.direct or not native.serves(x, weight) or geometry.groups > 1:
+    if asked.direct or not native.serves(x, weight) or geometry.groups > 1:
         return False
     if geometry.dense():
         return voxels >= LEAST_VOXELS
