@@ -275,8 +275,13 @@ def test_a_fold_that_fails_is_the_end_s_error_after_all_else_is_done_and_the_nex
     folder = shutil.copytree(done[0], tmp_path / "run")
     shutil.rmtree(folder / "3d/fold_1")
     (folder / "3d/fold_1").touch()  # where a folder is to be made
-    with pytest.raises(UserError, match=r"\(fold 1 of 3d: .*File exists.*\)\. The same command goes on"):
-        run(balls, folder)
+    arguments = ["run", str(balls[0].source), "-o", str(folder), "--configurations", "3d", "--json", *QUICK]
+    ended = CliRunner().invoke(app, arguments)
+    assert isinstance(ended.exception, UserError)
+    assert re.search(r"\(fold 1 of 3d: .*File exists.*\)\. The same command goes on", str(ended.exception))
+    found = json.loads(ended.stdout)
+    assert "File exists" in found["failed"]["fold 1 of 3d"]
+    assert found["dice"] > 0
     assert len(Loaded([folder]).files) == 2
     assert "**Fold 1 failed:**" in (folder / "report.md").read_text()
     (folder / "3d/fold_1").unlink()

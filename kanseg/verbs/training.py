@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kanseg.errors import UserError, each
 from kanseg.verbs.common import ConfigName, Json, Memory, Mirror, Out, Pattern, Regions, Size, console, emit
 
 app = typer.Typer()
@@ -66,6 +67,8 @@ def run(
     how |= {"mirror": parse_mirror(mirror), "regions": parse_regions(regions) if regions else None}
     found = run_pipeline(data, out, overrides or [], override=override, console=console(json_), **how)
     emit(found, json_)
+    if found["failed"]:
+        raise UserError(f"Not all was trained ({each(found['failed'])}). The same command goes on.")
 
 
 @app.command()
