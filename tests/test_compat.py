@@ -222,6 +222,14 @@ ELSEWHERE = [
 ]
 
 
+def test_the_balance_loss_of_one_expert_is_a_row_of_one_number() -> None:
+    for experts, shape in ((1, (1,)), (2, ())):
+        args = {"input_size": 4, "output_size": 6, "num_experts": experts, "k": 1}
+        convert, _ = find("MoEKACNConv2DLayer", args)
+        _, loss = convert(2, args, {}).module.eval()(torch.randn(3, 4, 8, 8))
+        assert loss.shape == shape
+
+
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
 @pytest.mark.parametrize(("class_name", "args"), ELSEWHERE, ids=lambda value: str(value)[:30])
 def test_other_arguments_convert_there_and_back(class_name: str, args: dict, spatial_dims: int) -> None:

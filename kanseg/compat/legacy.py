@@ -153,12 +153,13 @@ class ReferenceGate(NoisyTopKGate):
 
 
 class ReferenceMixture(MixtureOfExperts):
-    """A mixture that keeps its balance loss in `eval()` too."""
+    """A mixture that keeps its balance loss in `eval()` too; that of one expert is (1,)."""
 
     gate_class = ReferenceGate
 
     def forward(self, x: Tensor) -> Tensor:
-        y, self.balance_loss = self.mix(x)
+        y, loss = self.mix(x)
+        self.balance_loss = loss.reshape(1) if len(self.experts) == 1 else loss
         return y
 
 
