@@ -167,7 +167,7 @@ class Segmenter:
             if postprocess and self.rules:
                 labels = apply_postprocessing(labels, self.rules, source.spacing)
             if out is not None:
-                _, plan = self._trained()
+                plan = predicted.parts[0].plan
                 file = case if isinstance(image, Path | str) else None
                 made = self.provenance(postprocess=postprocess, **options)
                 write_prediction(Path(out), labels, source, plan, provenance=made, case=file)
@@ -189,9 +189,9 @@ class Segmenter:
             image, spacing, options: as in `predict`.
         """
         _refuse_unknown("Segmenter.probabilities", options, ("spacing", *PREDICT))
-        classes = len(self._trained()[1].label_names)
         with self._predicted(image, spacing, options) as (predicted, _):
-            return np.stack([predicted.probability(number) for number in range(classes)])
+            classes = predicted.parts[0].plan.label_names
+            return np.stack([predicted.probability(number) for number in range(len(classes))])
 
     @contextmanager
     def _predicted(
